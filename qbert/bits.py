@@ -1,0 +1,331 @@
+"""Which tensor gets how many bits: the configuration that every part of the library passes around.
+
+A `BitsConfig` maps name patterns to bits (or to a full tensor specification), plus defaults. `resolve` turns it into
+one `TensorSpec` per tensor of a given model, and refuses, before anything is changed, whatever cannot work.
+
+    >>> config = BitsConfig({"encoder.layer.0": 8, "embeddings": 8, "*": 4}, groups=128)
+    >>> config.resolve(model)["bert.encoder.layer.1.output.dense"].bits
+    4
+
+Patterns match dotted module names by prefix or glob, with or without the backbone's own prefix. ``"embeddings"`` is
+every embedding table; ``"*"`` is every other matrix of the encoder. The longest match wins. Pooler and task heads stay
+in float unless a pattern without a leading wildcard names them.
+
+Reference: Shen et al. 2020, Q-BERT, section 3.1 (mixed precision) and 3.3 (group-wise quantization).
+"""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+import json
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any, Literal, TypeAlias
+
+from torch import nn
+
+from qbert.files import read_json, write_json
+from qbert.targets import HEAD_ROLE, Target, find_targets
+
+Scheme: TypeAlias = Literal["asymmetric", "symmetric", "midrise"]
+RangeMethod: TypeAlias = Literal["minmax", "percentile", "mse"]
+ActivationRange: TypeAlias = Literal["dynamic", "static"]
+
+QUANTIZED_BITS = (2, 3, 4, 8)
+FLOAT_BITS = (16, 32)
+DEFAULT_GROUPS = 128
+JSON_FORMAT = "qbert.bits/1"
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """How one tensor is quantized.
+
+    Attributes:
+        bits: 2, 3, 4 or 8; 16 and 32 leave the tensor in float.
+        groups: number of groups of output rows with a range each; ``None`` chooses 128 (near-equal groups where 128
+            does not divide the rows) for a matrix and one group a row for an embedding table. A number of at least
+            the rows means one group a row.
+        input_group_size: also cut the inputs into groups of this many columns; ``None`` does not.
+        scheme: ``asymmetric`` has an integer zero point, so that 0 is on the grid; ``symmetric`` has levels
+            -m..m with m = 2^(bits-1) - 1, which is ternary at 2 bits; ``midrise`` has 2^bits levels
+            placed symmetrically around 0 without 0 itself.
+        range_method: ``minmax``, ``percentile`` (of the weights of a group) or ``mse`` (least squared error).
+        percentile: share in percent of the weights that ``percentile`` keeps inside the range.
+        activation_bits: bits of the input of a matrix product: 8, or ``None`` for float activations.
+        activation_range: ``dynamic`` (per token, symmetric) or ``static`` (per tensor, affine, calibrated);
+            ``None`` is static if calibration data is given and dynamic if not.
+    """
+
+    bits: int = 4
+    groups: int | None = None
+    input_group_size: int | None = None
+    scheme: Scheme = "asymmetric"
+    range_method: RangeMethod = "mse"
+    percentile: float = 99.9
+    activation_bits: int | None = 8
+    activation_range: ActivationRange | None = None
+
+    def __post_init__(self) -> None:
+        _check_spec(self)
+
+    @property
+    def is_float(self) -> bool:
+        """Whether the tensor is left as it is."""
+        return self.bits in FLOAT_BITS
+
+
+_SPEC_FIELDS = tuple(f.name for f in fields(TensorSpec))
+
+
+class BitsConfig:
+    """Bits and quantizer settings for every tensor of an encoder.
+
+    Args:
+        bits: one number for every encoder matrix, or a mapping from name patterns to a number or to a mapping of
+            fields of `TensorSpec`: ``{"encoder.layer.0": 8, "*.output.dense": {"bits": 3, "groups": 12}, "*": 4}``.
+            Without ``"*"``, matrices that no pattern names stay in float.
+        embedding_bits: bits of the embedding tables that no pattern names (8 by default; 32 for float).
+        **defaults: `TensorSpec` fields that hold where a pattern does not say otherwise (``groups``, ``scheme``,
+            ``range_method``, ``activation_bits``, ...). ``groups`` and ``input_group_size`` given here concern
+            matrices only.
+
+    Raises:
+        ValueError: for impossible bits, groups, schemes or unknown settings, naming the pattern and the choices.
+        TypeError: if `bits` is neither an int nor a mapping.
+    """
+
+    def __init__(
+        self,
+        bits: int | Mapping[str, int | Mapping[str, Any]] = 4,
+        *,
+        embedding_bits: int = 8,
+        **defaults: Any,
+    ) -> None:
+        if isinstance(bits, bool) or not isinstance(bits, (int, Mapping)):
+            raise TypeError(f"bits: expected an int or a mapping from name patterns, got {type(bits).__name__}")
+        unknown = sorted(set(defaults) - set(_SPEC_FIELDS) - {"bits"})
+        if unknown or "bits" in defaults:
+            raise ValueError(f"unknown setting {(unknown or ['bits'])[0]!r}; use one of {', '.join(_SPEC_FIELDS[1:])}")
+        self.embedding_bits = _check_bits("embedding_bits", embedding_bits)
+        self.defaults: dict[str, Any] = dict(defaults)
+        self._default_spec = _make_spec("defaults", TensorSpec(), defaults)
+        rules = {"*": bits} if isinstance(bits, int) else dict(bits)
+        if not rules:
+            raise ValueError('bits: the mapping is empty; give at least one pattern, such as {"*": 4}')
+        self.rules: dict[str, dict[str, Any]] = {}
+        for pattern, value in rules.items():
+            if not isinstance(pattern, str) or not pattern:
+                raise TypeError(f"bits: patterns are non-empty strings, got {pattern!r}")
+            settings = dict(value) if isinstance(value, Mapping) else {"bits": value}
+            _make_spec(f"pattern {pattern!r}", self._default_spec, settings)
+            self.rules[pattern] = settings
+
+    @classmethod
+    def parse(cls, value: int | Mapping[str, Any] | BitsConfig | str | os.PathLike[str]) -> BitsConfig:
+        """A `BitsConfig` from anything that is accepted as a ``bits_config``.
+
+        Args:
+            value: an int, a mapping from patterns, the mapping that `to_dict` makes, a `BitsConfig`, or the path of a
+                JSON file written by `save`.
+
+        Raises:
+            ValueError, TypeError: as the constructor; FileNotFoundError if the path does not exist.
+        """
+        if isinstance(value, BitsConfig):
+            return value
+        if isinstance(value, (str, os.PathLike)):
+            return cls.load(value)
+        if isinstance(value, Mapping) and "format" in value:
+            return cls.from_dict(value)
+        return cls(value)
+
+    def resolve(self, model: nn.Module) -> dict[str, TensorSpec]:
+        """The specification of every tensor of `model` that is to be quantized, by module path.
+
+        Raises:
+            ValueError: if a pattern matches nothing, two patterns of equal length disagree about a tensor, a group
+                count or size does not divide, or nothing is left to quantize.
+        """
+        targets = find_targets(model)
+        if all(t.role == HEAD_ROLE for t in targets):
+            raise ValueError(
+                f"model: {type(model).__name__} has no nn.Linear or nn.Embedding that could be quantized; "
+                "pass an encoder that is not quantized yet"
+            )
+        used: set[str] = set()
+        resolved: dict[str, TensorSpec] = {}
+        for target in targets:
+            pattern = self._best_pattern(target, used)
+            if pattern is None and not target.is_embedding:
+                continue
+            base = (
+                replace(self._default_spec, groups=None, input_group_size=None)
+                if target.is_embedding
+                else self._default_spec
+            )
+            settings = self.rules[pattern] if pattern is not None else {"bits": self.embedding_bits}
+            spec = replace(base, **settings)
+            if not spec.is_float:
+                _check_groups(target, spec)
+                resolved[target.path] = spec
+        self._refuse_unused(targets, used)
+        if not resolved:
+            raise ValueError("bits: every tensor is left in float; give at least one pattern 2, 3, 4 or 8 bits")
+        return resolved
+
+    def _best_pattern(self, target: Target, used: set[str]) -> str | None:
+        matches = [p for p in self.rules if _matches(p, target)]
+        used.update(matches)
+        if not matches:
+            return None
+        longest = max(_length(p) for p in matches)
+        best = [p for p in matches if _length(p) == longest]
+        if any(self.rules[p] != self.rules[best[0]] for p in best):
+            raise ValueError(
+                f"patterns {best[0]!r} and {best[1]!r} both match {target.name} with equal length but differ; "
+                "make one of them longer"
+            )
+        return best[0]
+
+    def _refuse_unused(self, targets: Iterable[Target], used: set[str]) -> None:
+        for pattern in self.rules:
+            if pattern in used or pattern in ("*", "embeddings"):
+                continue
+            names = {part for t in targets for name in (t.name, t.path) for part in _prefixes(name)}
+            close = difflib.get_close_matches(pattern, sorted(names), n=3, cutoff=0.0)
+            raise ValueError(
+                f"pattern {pattern!r} matches no tensor of the model; the nearest names are {', '.join(close)}"
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values, read back by `from_dict`."""
+        return {
+            "format": JSON_FORMAT,
+            "bits": {p: s["bits"] if list(s) == ["bits"] else s for p, s in self.rules.items()},
+            "embedding_bits": self.embedding_bits,
+            **self.defaults,
+        }
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> BitsConfig:
+        """The inverse of `to_dict`. Raises ValueError if `values` is not of this format."""
+        values = dict(values)
+        if values.pop("format", None) != JSON_FORMAT or "bits" not in values:
+            raise ValueError(f"not a bits configuration: expected format {JSON_FORMAT!r} with a 'bits' mapping")
+        return cls(values.pop("bits"), **values)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the configuration as JSON (aside first, then renamed)."""
+        write_json(path, self.to_dict())
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> BitsConfig:
+        """Read a configuration written by `save`, or any JSON mapping from patterns to bits.
+
+        Raises:
+            FileNotFoundError: if there is no such file; ValueError if it is not a bits configuration.
+        """
+        values = read_json(path)
+        if not isinstance(values, dict):
+            raise ValueError(f"bits_config: {path} holds a {type(values).__name__}; expected a JSON object")
+        return cls.from_dict(values) if "format" in values else cls(values)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, BitsConfig) and self.to_dict() == other.to_dict()
+
+    def __hash__(self) -> int:
+        return hash(json.dumps(self.to_dict(), sort_keys=True))
+
+    def __repr__(self) -> str:
+        extra = "".join(f", {k}={v!r}" for k, v in self.defaults.items())
+        return f"BitsConfig({self.to_dict()['bits']}, embedding_bits={self.embedding_bits}{extra})"
+
+
+def _matches(pattern: str, target: Target) -> bool:
+    if pattern == "*":
+        return not target.is_embedding and target.role != HEAD_ROLE
+    if pattern == "embeddings":
+        return target.is_embedding
+    if target.role == HEAD_ROLE and pattern.startswith(("*", "?", "[")):
+        return False
+    return any(
+        name == pattern or name.startswith(pattern + ".") or fnmatch.fnmatchcase(name, pattern)
+        for name in (target.name, target.path)
+    )
+
+
+def _length(pattern: str) -> int:
+    return sum(c not in "*?[]" for c in pattern)
+
+
+def _prefixes(name: str) -> list[str]:
+    parts = name.split(".")
+    return [".".join(parts[: i + 1]) for i in range(len(parts))]
+
+
+def _make_spec(where: str, base: TensorSpec, settings: Mapping[str, Any]) -> TensorSpec:
+    unknown = sorted(set(settings) - set(_SPEC_FIELDS))
+    if unknown:
+        raise ValueError(f"{where}: unknown setting {unknown[0]!r}; use one of {', '.join(_SPEC_FIELDS)}")
+    try:
+        return replace(base, **settings)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{where}: {error}") from error
+
+
+def _check_bits(name: str, bits: Any) -> int:
+    if isinstance(bits, bool) or not isinstance(bits, int) or bits not in QUANTIZED_BITS + FLOAT_BITS:
+        nearest = min(QUANTIZED_BITS, key=lambda b: abs(b - bits)) if isinstance(bits, (int, float)) else 4
+        raise ValueError(f"{name}={bits!r} is not possible; use 2, 3, 4 or 8 (nearest: {nearest}), or 16/32 for float")
+    return bits
+
+
+def _check_spec(spec: TensorSpec) -> None:
+    _check_bits("bits", spec.bits)
+    for name in ("groups", "input_group_size"):
+        value = getattr(spec, name)
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+            raise ValueError(f"{name}={value!r} is not possible; use a whole number of at least 1")
+    choices = {
+        "scheme": ("asymmetric", "symmetric", "midrise"),
+        "range_method": ("minmax", "percentile", "mse"),
+        "activation_bits": (8, None),
+        "activation_range": ("dynamic", "static", None),
+    }
+    for name, allowed in choices.items():
+        if getattr(spec, name) not in allowed:
+            raise ValueError(f"{name}={getattr(spec, name)!r} is not possible; use one of {allowed}")
+    if not 50.0 < spec.percentile <= 100.0:
+        raise ValueError(f"percentile={spec.percentile!r} is not possible; use a percentage in (50, 100]")
+
+
+def _check_groups(target: Target, spec: TensorSpec) -> None:
+    rows, columns = target.shape
+    if spec.groups is not None and spec.groups < rows:
+        valid = [g for g in range(1, rows + 1) if rows % g == 0 and _suits_heads(g, target.heads)]
+        if spec.groups not in valid:
+            nearest = min(valid, key=lambda g: abs(g - spec.groups))  # type: ignore[operator]
+            heads = f" in {target.heads} heads" if target.heads else ""
+            raise ValueError(
+                f"{target.name}: groups={spec.groups} does not divide its {rows} rows{heads}; nearest valid: {nearest}"
+            )
+    if spec.input_group_size is not None and columns % spec.input_group_size:
+        valid = [g for g in range(1, columns + 1) if columns % g == 0]
+        nearest = min(valid, key=lambda g: abs(g - spec.input_group_size))  # type: ignore[operator]
+        raise ValueError(
+            f"{target.name}: input_group_size={spec.input_group_size} does not divide its {columns} inputs; "
+            f"nearest valid: {nearest}"
+        )
+
+
+def _suits_heads(groups: int, heads: int | None) -> bool:
+    # Fewer groups than heads must hold whole heads; more are shared out over the heads, unequally if need be.
+    return heads is None or groups >= heads or heads % groups == 0
+
+
+def spec_to_dict(spec: TensorSpec) -> dict[str, Any]:
+    """Plain JSON values of one specification; ``TensorSpec(**values)`` reads them back."""
+    return asdict(spec)

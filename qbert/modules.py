@@ -1,0 +1,183 @@
+"""The trainable quantized layers: float master weights, fake-quantized in every forward pass.
+
+`QuantLinear` computes fq(x) fq(W)^T + b and `QuantEmbedding` looks up rows of fq(E), where fq quantizes and
+dequantizes with a straight-through gradient. The float weight keeps its name and identity, so that optimizers, tied
+weights and checkpoints see an ordinary model; the grids live beside it in ``weight_quantizer``.
+
+Reference: Shen et al. 2020, section 3.1.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from qbert.bits import TensorSpec
+from qbert.quantizers.activations import ActivationQuantizer
+from qbert.quantizers.grid import code_range, fake_quantize, quantize, scale_gradient
+from qbert.quantizers.ranges import find_ranges, refit_scale
+
+
+class WeightQuantizer(nn.Module):
+    """Grids of all groups of one weight tensor [O, I].
+
+    Args:
+        row_group: [O] int64, the row group of each row.
+        input_groups: number K of runs of input columns with a range each.
+        spec: bits, scheme and range method.
+
+    Attributes:
+        scale, zero: [G, K] float32 parameters; the scale is trained after `learn(True)`, with LSQ's gradient factor.
+        row_group: [O] int64 buffer.
+    """
+
+    row_group: Tensor
+
+    def __init__(self, row_group: Tensor, input_groups: int, spec: TensorSpec) -> None:
+        super().__init__()
+        self.spec, self.bits, self.input_groups = spec, spec.bits, input_groups
+        self.qmin, self.qmax = code_range(spec.bits, spec.scheme)
+        groups = int(row_group[-1]) + 1
+        self.register_buffer("row_group", row_group)
+        self.scale = nn.Parameter(torch.ones(groups, input_groups), requires_grad=False)
+        self.zero = nn.Parameter(torch.zeros(groups, input_groups), requires_grad=False)
+
+    @torch.no_grad()
+    def find(self, weight: Tensor) -> None:
+        """Set scale and zero from the weights [O, I] by the specification's range method."""
+        ranges = find_ranges(
+            weight,
+            self.row_group,
+            bits=self.bits,
+            input_groups=self.input_groups,
+            scheme=self.spec.scheme,
+            method=self.spec.range_method,
+            percentile=self.spec.percentile,
+        )
+        self.scale.copy_(ranges.scale)
+        self.zero.copy_(ranges.zero)
+
+    def forward(self, weight: Tensor, rows: Tensor | None = None) -> Tensor:
+        """Fake-quantized weight, same shape and dtype.
+
+        Args:
+            weight: [O, I], or gathered rows [..., I] of it.
+            rows: indices [...] of the gathered rows; ``None`` means all rows in order.
+        """
+        blocks, scale, zero = self._blocks(weight, rows)
+        if scale.requires_grad:
+            scale = scale_gradient(scale, self.gradient_factor(weight))
+        return fake_quantize(blocks, scale, zero, self.qmin, self.qmax).flatten(-2)
+
+    @torch.no_grad()
+    def refit(self, weight: Tensor) -> None:
+        """Set the scale to the least-squares one for the present codes of the weights [O, I]; zero stays."""
+        blocks = weight.detach().float().unflatten(-1, (self.input_groups, -1))
+        self.scale.copy_(refit_scale(blocks, self.row_group, self.scale, self.zero, self.bits, self.spec.scheme))
+
+    def learn(self, enabled: bool = True) -> None:
+        """Let the optimizer train the scale (LSQ), or stop it."""
+        self.scale.requires_grad_(enabled)
+
+    @torch.no_grad()
+    def change_bits(self, bits: int, weight: Tensor) -> None:
+        """Go over to another number of bits: a new code range, and a new grid found from the weights [O, I]."""
+        self.spec = replace(self.spec, bits=bits)
+        self.bits = bits
+        self.qmin, self.qmax = code_range(bits, self.spec.scheme)
+        self.find(weight)
+
+    def gradient_factor(self, weight: Tensor) -> float:
+        """LSQ's 1 / sqrt(N q_max) for groups of N weights on average (Esser et al. 2020, section 2.2)."""
+        per_group = self.row_group.numel() * weight.shape[-1] / self.scale.numel()
+        return float((per_group * max(self.qmax, 1)) ** -0.5)
+
+    @torch.no_grad()
+    def codes(self, weight: Tensor) -> Tensor:
+        """int8 codes [O, I], two's complement of ``bits`` bits."""
+        blocks, scale, zero = self._blocks(weight, None)
+        return quantize(blocks, scale, zero, self.qmin, self.qmax).flatten(-2)
+
+    def _blocks(self, weight: Tensor, rows: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        group = self.row_group if rows is None else self.row_group[rows]
+        scale = self.scale[group].unsqueeze(-1).to(weight.dtype)  # [..., K, 1]
+        zero = self.zero[group].unsqueeze(-1).to(weight.dtype)
+        return weight.unflatten(-1, (self.input_groups, -1)), scale, zero
+
+    def extra_repr(self) -> str:
+        """Shown in the module tree."""
+        groups, input_groups = self.scale.shape
+        return f"bits={self.bits}, groups={groups}x{input_groups}, {self.spec.scheme}, {self.spec.range_method}"
+
+
+class QuantLinear(nn.Linear):
+    """A linear map [O, I] with fake-quantized weight and input."""
+
+    spec: TensorSpec
+    weight_quantizer: WeightQuantizer
+    activation_quantizer: ActivationQuantizer | None
+
+    @classmethod
+    def from_float(
+        cls, linear: nn.Linear, quantizer: WeightQuantizer, activation: ActivationQuantizer | None
+    ) -> QuantLinear:
+        """A quantized twin that owns the very parameters of `linear` (ties stay ties)."""
+        has_bias = linear.bias is not None
+        quantized = cls(linear.in_features, linear.out_features, bias=has_bias, device="meta")
+        quantized.weight, quantized.bias = linear.weight, linear.bias
+        quantized.spec, quantized.weight_quantizer, quantized.activation_quantizer = (
+            quantizer.spec,
+            quantizer,
+            activation,
+        )
+        return quantized.train(linear.training)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """[..., I] -> [..., O]."""
+        if self.activation_quantizer is not None:
+            input = self.activation_quantizer(input)
+        return F.linear(input, self.weight_quantizer(self.weight), self.bias)
+
+    @torch.no_grad()
+    def quantized_weight(self) -> Tensor:
+        """The dequantized weight [O, I] that the layer computes with."""
+        return cast(Tensor, self.weight_quantizer(self.weight))
+
+
+class QuantEmbedding(nn.Embedding):
+    """A lookup table [V, D] with fake-quantized rows; only the rows that are looked up are quantized."""
+
+    spec: TensorSpec
+    weight_quantizer: WeightQuantizer
+
+    @classmethod
+    def from_float(cls, embedding: nn.Embedding, quantizer: WeightQuantizer) -> QuantEmbedding:
+        """A quantized twin that owns the very parameter of `embedding` (ties stay ties)."""
+        if embedding.max_norm is not None:
+            raise ValueError(
+                "an nn.Embedding with max_norm rescales its rows when used; remove max_norm to quantize it"
+            )
+        quantized = cls(
+            embedding.num_embeddings,
+            embedding.embedding_dim,
+            embedding.padding_idx,
+            scale_grad_by_freq=embedding.scale_grad_by_freq,
+            sparse=embedding.sparse,
+            device="meta",
+        )
+        quantized.weight = embedding.weight
+        quantized.spec, quantized.weight_quantizer = quantizer.spec, quantizer
+        return quantized.train(embedding.training)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Token ids [...] -> rows [..., D]."""
+        return cast(Tensor, self.weight_quantizer(super().forward(input), rows=input))
+
+    @torch.no_grad()
+    def quantized_weight(self) -> Tensor:
+        """The dequantized table [V, D]."""
+        return cast(Tensor, self.weight_quantizer(self.weight))

@@ -1,0 +1,289 @@
+"""How many bytes a model takes under a bits configuration, to the byte, without quantizing it.
+
+A tensor [O, I] of b bits takes the packed codes (``qbert.kernels.formats``; b O I / 8 bytes where rows fill whole
+bytes), one float32 scale for each pair of row group and input group, and, in the ``asymmetric`` scheme only, one int8
+zero point for each; the map from rows to groups follows from their number and is not stored. Everything else stays in
+its own dtype. Tied and shared tensors are counted once.
+
+    >>> print(model_size(model, {"encoder.layer.0": 8, "*": 4}))
+
+MB is 10^6 bytes here and everywhere in the library. The sizes in Shen et al. 2020 (Q-BERT, table 1: 415.4, 48.1, ...),
+which call themselves MB, are MiB = 2^20 bytes and leave scales and zero points out; both units are printed.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qbert.bits import BitsConfig, TensorSpec
+from qbert.kernels.formats import packed_nbytes
+from qbert.modules import QuantEmbedding, QuantLinear, WeightQuantizer
+from qbert.packed_layout import stored_zero
+from qbert.packed_modules import PackedEmbedding, PackedLinear, PackedTensor
+from qbert.quantizers.activations import ActivationQuantizer
+from qbert.quantizers.groups import group_layout
+from qbert.targets import Target, base_model, encoder_layers, find_targets
+
+PARTS = ("encoder", "embeddings", "other")
+_PART_LABELS = {"encoder": "encoder matrices", "embeddings": "embeddings", "other": "everything else"}
+_ZERO_BYTES = {"none": 0, "int8": 1, "float32": 4}
+_PACKED_BUFFERS = frozenset({"codes", "scale", "zero", "input_scale", "input_zero"})
+_STATIC_RANGE_BYTES = 8  # float32 scale and zero point of one activation
+
+
+@dataclass(frozen=True)
+class TensorSize:
+    """Bytes of one stored tensor.
+
+    Attributes:
+        name: dotted name in the model.
+        part: ``encoder`` (matrices inside of the encoder layers), ``embeddings`` (lookup tables) or ``other`` (biases,
+            normalization, pooler and heads).
+        elements: number of values.
+        bits: bits of a value as stored.
+        weight_bytes: the values themselves.
+        metadata_bytes: scales, zero points and static activation ranges.
+        float_bytes: the values in the dtype of the float model.
+    """
+
+    name: str
+    part: str
+    elements: int
+    bits: int
+    weight_bytes: int
+    metadata_bytes: int
+    float_bytes: int
+
+
+@dataclass(frozen=True)
+class ModelSize:
+    """Bytes of a whole model; print it for a table.
+
+    Attributes:
+        tensors: every stored tensor, once.
+    """
+
+    tensors: tuple[TensorSize, ...]
+
+    @property
+    def total(self) -> int:
+        """All bytes: values and metadata."""
+        return sum(t.weight_bytes + t.metadata_bytes for t in self.tensors)
+
+    @property
+    def encoder(self) -> int:
+        """Bytes of the matrices in the encoder layers, metadata apart."""
+        return self._weights("encoder")
+
+    @property
+    def embeddings(self) -> int:
+        """Bytes of the embedding tables, metadata apart."""
+        return self._weights("embeddings")
+
+    @property
+    def other(self) -> int:
+        """Bytes of everything else: biases, normalization, pooler, heads."""
+        return self._weights("other")
+
+    @property
+    def metadata(self) -> int:
+        """Bytes of scales, zero points and static activation ranges."""
+        return sum(t.metadata_bytes for t in self.tensors)
+
+    @property
+    def float_total(self) -> int:
+        """Bytes of the float model."""
+        return sum(t.float_bytes for t in self.tensors)
+
+    @property
+    def mb(self) -> float:
+        """`total` in MB, 10^6 bytes."""
+        return self.total / 1e6
+
+    @property
+    def mib(self) -> float:
+        """`total` in MiB, 2^20 bytes."""
+        return self.total / 2**20
+
+    @property
+    def ratio(self) -> float:
+        """How many times smaller than the float model, everything counted."""
+        return self.float_total / self.total
+
+    @property
+    def encoder_ratio(self) -> float:
+        """How many times smaller the encoder matrices are, metadata apart: 32 / 2.5 = 12.8 for half 2 and half 3 bits.
+
+        Raises:
+            ValueError: if the model has no matrices in encoder layers.
+        """
+        if self.encoder == 0:
+            raise ValueError("model: it has no matrices in encoder layers, so there is no encoder ratio; use .ratio")
+        return sum(t.float_bytes for t in self.tensors if t.part == "encoder") / self.encoder
+
+    def _weights(self, part: str) -> int:
+        return sum(t.weight_bytes for t in self.tensors if t.part == part)
+
+    def rows(self) -> list[tuple[str, int, float, int, int]]:
+        """(label, elements, mean bits, float bytes, bytes) of every part, of the metadata, and in all."""
+        rows = []
+        for part in PARTS:
+            members = [t for t in self.tensors if t.part == part]
+            elements, stored = sum(t.elements for t in members), self._weights(part)
+            if members:
+                mean_bits = sum(t.elements * t.bits for t in members) / max(elements, 1)
+                rows.append((_PART_LABELS[part], elements, mean_bits, sum(t.float_bytes for t in members), stored))
+        elements = sum(t.elements for t in self.tensors)
+        rows.append(("scales and zero points", 0, 0.0, 0, self.metadata))
+        rows.append(("total", elements, 8 * self.total / max(elements, 1), self.float_total, self.total))
+        return rows
+
+    def __str__(self) -> str:
+        lines = [
+            f"{'':<24}{'values':>12}{'bits/value':>12}{'float MB':>11}{'MB (1e6)':>11}{'MiB (2^20)':>12}{'smaller':>9}"
+        ]
+        for label, elements, bits, before, after in self.rows():
+            values = f"{elements:>12,}{bits:>12.2f}{before / 1e6:>11.2f}" if elements else " " * 35
+            ratio = f"{before / after:>8.1f}x" if before and after else ""
+            lines.append(f"{label:<24}{values}{after / 1e6:>11.2f}{after / 2**20:>12.2f}{ratio}")
+        return "\n".join(lines)
+
+
+def model_size(
+    model: nn.Module, bits_config: int | Mapping[str, Any] | BitsConfig | str | os.PathLike[str] | None = None
+) -> ModelSize:
+    """Exact bytes of `model` as stored under a configuration.
+
+    Args:
+        model: a float model together with `bits_config`; or, without one, a float model as it is, a packed model, or
+            one that `quantize_model` made, counted as it will be packed.
+        bits_config: as for `quantize_model`. Static activation ranges count where the configuration asks for them
+            (they also come with calibration data, which is not known here: 8 bytes a matrix).
+
+    Raises:
+        ValueError: if the configuration does not fit (see `BitsConfig.resolve`), or is given for a quantized model.
+    """
+    if bits_config is None:
+        return _measure(model, {}, {})
+    if any(isinstance(m, (QuantLinear, QuantEmbedding, PackedTensor)) for m in model.modules()):
+        raise ValueError("bits_config: the model is quantized already; leave the argument out to measure it as it is")
+    specs = BitsConfig.parse(bits_config).resolve(model)
+    return _measure(model, specs, {t.path: t for t in find_targets(model)})
+
+
+def tensor_bytes(target: Target, spec: TensorSpec) -> tuple[int, int]:
+    """(bytes of the codes, bytes of the metadata) of one tensor under a quantized specification."""
+    row_group, input_groups = group_layout(target, spec)
+    groups = int(row_group[-1]) + 1
+    zero_bytes = 1 if spec.scheme == "asymmetric" else 0
+    return packed_nbytes(*target.shape, spec.bits), groups * input_groups * (4 + zero_bytes)
+
+
+def _measure(model: nn.Module, specs: Mapping[str, TensorSpec], targets: Mapping[str, Target]) -> ModelSize:
+    quantized = _quantized_weights(model, specs, targets)
+    layers = _layer_paths(model)
+    static = {path for path, spec in specs.items() if spec.activation_range == "static"}
+    tensors: list[TensorSize] = []
+    seen: set[int] = set()
+    for path, module in model.named_modules():
+        if isinstance(module, (WeightQuantizer, ActivationQuantizer)):
+            continue
+        ranged = (path in static and isinstance(module, nn.Linear)) or _has_static_range(module)
+        if isinstance(module, PackedTensor) and module.codes is not None:
+            tensors.append(_packed_size(path, module, layers))
+        for name, tensor in _stored(module):
+            if id(tensor) in seen:
+                continue
+            seen.add(id(tensor))
+            bits, metadata = 8 * tensor.element_size(), 0
+            stored = float_bytes = tensor.numel() * tensor.element_size()
+            if id(tensor) in quantized:
+                bits, stored, metadata = quantized[id(tensor)]
+            part = _part(path, module, name, layers)
+            tensors.append(TensorSize(_join(path, name), part, tensor.numel(), bits, stored, metadata, float_bytes))
+        if ranged:
+            tensors.append(TensorSize(_join(path, "activation_range"), "other", 0, 32, 0, _STATIC_RANGE_BYTES, 0))
+    return ModelSize(tuple(tensors))
+
+
+def _quantized_weights(
+    model: nn.Module, specs: Mapping[str, TensorSpec], targets: Mapping[str, Target]
+) -> dict[int, tuple[int, int, int]]:
+    """id of a weight -> (bits, bytes of its codes, bytes of its metadata)."""
+    found: dict[int, tuple[int, int, int]] = {}
+    for path, spec in specs.items():
+        target = targets[path]
+        found.setdefault(id(target.module.weight), (spec.bits, *tensor_bytes(target, spec)))
+    for module in model.modules():
+        if isinstance(module, (QuantLinear, QuantEmbedding)):
+            quantizer = module.weight_quantizer
+            rows, columns = module.weight.shape
+            codes = packed_nbytes(rows, columns, quantizer.bits)
+            metadata = quantizer.scale.numel() * (4 + _ZERO_BYTES[stored_zero(quantizer)])
+            found.setdefault(id(module.weight), (quantizer.bits, codes, metadata))
+    return found
+
+
+def _packed_size(path: str, module: PackedTensor, layers: tuple[str, ...] | None) -> TensorSize:
+    assert module.codes is not None and module.scale is not None
+    elements = module.rows * module.columns
+    metadata = sum(t.numel() * t.element_size() for t in (module.scale, module.zero) if t is not None)
+    part, float_bytes = _part(path, module, "weight", layers), elements * module.dtype.itemsize
+    return TensorSize(
+        _join(path, "weight"), part, elements, module.layout.bits, module.codes.numel(), metadata, float_bytes
+    )
+
+
+def _stored(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Parameters and persistent buffers of the module itself: what a checkpoint holds."""
+    for name, parameter in module._parameters.items():
+        if parameter is not None:
+            yield name, parameter
+    for name, buffer in module._buffers.items():
+        counted_apart = isinstance(module, PackedTensor) and name in _PACKED_BUFFERS
+        if isinstance(buffer, torch.Tensor) and name not in module._non_persistent_buffers_set and not counted_apart:
+            yield name, buffer
+
+
+def _has_static_range(module: nn.Module) -> bool:
+    if isinstance(module, PackedLinear):
+        return module.input_scale is not None
+    quantizer = getattr(module, "activation_quantizer", None)
+    return isinstance(quantizer, ActivationQuantizer) and quantizer.mode == "static"
+
+
+def _layer_paths(model: nn.Module) -> tuple[str, ...] | None:
+    """Paths of the encoder layers; ``None`` for a model without layers, where every matrix counts as encoder."""
+    prefix, _ = base_model(model)
+    try:
+        return tuple(_join(prefix, name) + "." for name, _ in encoder_layers(model))
+    except ValueError:
+        return _packed_layer_paths(model)
+
+
+def _packed_layer_paths(model: nn.Module) -> tuple[str, ...] | None:
+    """As `_layer_paths`, for a model whose matrices are all packed."""
+    lists = {name: module for name, module in model.named_modules() if isinstance(module, nn.ModuleList)}
+    packed = {n: sum(m.rows * m.columns for m in x.modules() if isinstance(m, PackedLinear)) for n, x in lists.items()}
+    best = max(packed.values(), default=0)
+    if best == 0:
+        return None
+    name = [n for n in lists if packed[n] == best][-1]
+    return tuple(_join(name, str(i)) + "." for i in range(len(lists[name])))
+
+
+def _part(path: str, module: nn.Module, name: str, layers: tuple[str, ...] | None) -> str:
+    if name == "weight" and isinstance(module, (nn.Embedding, PackedEmbedding)):
+        return "embeddings"
+    inside = layers is None or path.startswith(layers)
+    return "encoder" if name == "weight" and isinstance(module, (nn.Linear, PackedLinear)) and inside else "other"
+
+
+def _join(*parts: str) -> str:
+    return ".".join(p for p in parts if p)
