@@ -1,0 +1,124 @@
+"""Parameter blocks of an encoder whose Hessians are looked at: layers, their two halves, or single matrices.
+
+>>> [block.name for block in parameter_blocks(model, "layer")]
+['encoder.layer.0', 'encoder.layer.1', ...]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from qbert.targets import Target, encoder_layers, find_targets
+
+GRANULARITIES = ("layer", "block", "matrix")
+_ATTENTION_ROLES = frozenset({"query", "key", "value", "qkv", "attention_output"})
+
+
+@dataclass(frozen=True, eq=False)
+class ParameterBlock:
+    """One diagonal block of the Hessian.
+
+    Attributes:
+        name: dotted name relative to the base model.
+        parameters: the block's parameters, biases and normalization included where they belong to it.
+        members: names of the quantizable tensors (`Target.name`) that it covers.
+    """
+
+    name: str
+    parameters: list[nn.Parameter]
+    members: list[str]
+
+    @property
+    def size(self) -> int:
+        """Number of parameters."""
+        return sum(p.numel() for p in self.parameters)
+
+
+def parameter_blocks(model: nn.Module, granularity: str = "layer") -> list[ParameterBlock]:
+    """The blocks of `model`, bottom first.
+
+    Args:
+        model: an encoder, with or without a task head.
+        granularity: ``layer``: all parameters of an encoder layer (as in Q-BERT's code); ``block``: its attention
+            part and the rest (feed-forward part); ``matrix``: the weight of every quantizable matrix by itself.
+
+    Raises:
+        ValueError: unknown granularity, or a model without encoder layers.
+    """
+    if granularity not in GRANULARITIES:
+        raise ValueError(f"granularity: {granularity!r} is unknown; use one of {', '.join(GRANULARITIES)}")
+    targets = [t for t in find_targets(model) if t.layer is not None and isinstance(t.module, nn.Linear)]
+    if granularity == "matrix":
+        blocks = [ParameterBlock(t.name, [_weight(t)], [t.name]) for t in targets]
+    else:
+        blocks = []
+        for index, (name, layer) in enumerate(encoder_layers(model)):
+            members = [t for t in targets if t.layer == index]
+            split = granularity == "block" and _split_layer(name, layer, members)
+            blocks += split or [ParameterBlock(name, _distinct(layer), [t.name for t in members])]
+    blocks = [block for block in blocks if block.parameters]
+    if not blocks:
+        raise ValueError(f"model: {type(model).__name__} has no parameters in encoder layers to look at")
+    return blocks
+
+
+def find_block(model: nn.Module, name: str, granularity: str = "layer") -> ParameterBlock:
+    """The block called `name`.
+
+    Raises:
+        ValueError: if there is none, naming those there are.
+    """
+    blocks = parameter_blocks(model, granularity)
+    for block in blocks:
+        if block.name == name:
+            return block
+    known = [block.name for block in blocks]
+    raise ValueError(f"name: {name!r} is no {granularity} of the model; use one of {known[0]} ... {known[-1]}")
+
+
+def _split_layer(name: str, layer: nn.Module, members: Sequence[Target]) -> list[ParameterBlock]:
+    """Attention part and feed-forward part; everything that is not attention counts to the latter."""
+    attention = [t for t in members if t.role in _ATTENTION_ROLES]
+    others = [t for t in members if t.role not in _ATTENTION_ROLES]
+    if not attention or not others:
+        return []
+    stem = _common_stem([t.name for t in attention])
+    inside = stem != name and not any(t.name.startswith(stem + ".") for t in others)
+    if inside:
+        modules: list[nn.Module] = [layer.get_submodule(stem[len(name) + 1 :])]
+    else:
+        modules = [t.module for t in attention]
+    first = list({id(p): p for m in modules for p in m.parameters()}.values())
+    taken = {id(p) for p in first}
+    second = [p for p in _distinct(layer) if id(p) not in taken]
+    return [
+        ParameterBlock(f"{name}.attention", first, [t.name for t in attention]),
+        ParameterBlock(f"{name}.ffn", second, [t.name for t in others]),
+    ]
+
+
+def _common_stem(names: Sequence[str]) -> str:
+    parts = [name.split(".") for name in names]
+    common = []
+    for level in zip(*parts, strict=False):
+        if len(set(level)) > 1:
+            break
+        common.append(level[0])
+    return ".".join(common if len(common) < min(map(len, parts)) else common[:-1])
+
+
+def _distinct(module: nn.Module) -> list[nn.Parameter]:
+    return list(module.parameters())
+
+
+def _weight(target: Target) -> nn.Parameter:
+    weight = target.module.weight
+    if not isinstance(weight, nn.Parameter):
+        raise ValueError(
+            f"model: the weight of {target.path} is computed from other parameters; use granularity='layer' or "
+            "remove its parametrization"
+        )
+    return weight

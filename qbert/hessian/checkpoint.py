@@ -1,0 +1,156 @@
+"""Progress of a spectrum measurement on disk, so that it can be interrupted after every (run, block).
+
+A folder with two files per block: a JSON file with the block's results so far and the signature of the measurement,
+and its latest eigenvector in safetensors, from which the next run starts. Everything is written aside and then
+renamed; the JSON names its vector file, so a crash between the two leaves the older, consistent pair. The signature
+(weights, data, settings) keeps a checkpoint from being continued by another measurement. Processes that share a
+measurement write the files of different blocks and never the same one.
+
+    >>> checkpoint = Checkpoint("spectrum.checkpoint", signature, resume=True)
+    >>> checkpoint.put(run=0, name="encoder.layer.0", pair=pair, loss=0.3)
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from qbert.files import read_json, write_json, write_whole
+from qbert.hessian.eigen import Eigenpair
+
+FORMAT = "qbert.hessian_checkpoint/2"
+_SCALARS = [field.name for field in fields(Eigenpair) if field.name != "vector"]
+_NO_VECTOR = torch.empty(0)
+
+
+class Checkpoint:
+    """Results of finished (run, block) pairs in the folder `path`.
+
+    Args:
+        path: folder, made if it is missing.
+        signature: what the measurement is made of; a checkpoint with another one is refused.
+        resume: continue what is there. Without it nothing is read; `clear` removes what is there.
+
+    Raises:
+        ValueError: a foreign or damaged checkpoint, or a path that is a file.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], signature: Mapping[str, Any], *, resume: bool):
+        self.folder = Path(path)
+        if self.folder.exists() and not self.folder.is_dir():
+            raise ValueError(f"checkpoint: {path} is a file; give the path of a folder")
+        self.signature = dict(signature)
+        self._blocks: dict[str, dict[str, Any]] = {}
+        for file in self._files() if resume else ():
+            state = read_json(file)
+            self._check(file, state)
+            self._blocks[state["block"]] = state
+
+    def _files(self) -> list[Path]:
+        return sorted(self.folder.glob("*.json"))
+
+    def _check(self, file: Path, state: Any) -> None:
+        if not isinstance(state, dict) or state.get("format") != FORMAT or not {"block", "results"} <= state.keys():
+            raise ValueError(f"checkpoint: {file} is not part of a checkpoint ({FORMAT}); give another folder")
+        found = state.get("signature", {})
+        different = sorted(k for k in self.signature.keys() | found.keys() if self.signature.get(k) != found.get(k))
+        if different:
+            raise ValueError(
+                f"checkpoint: {self.folder} belongs to another measurement (different: {', '.join(different)}); give "
+                "another folder, or the same model, data and settings"
+            )
+
+    def clear(self) -> None:
+        """Remove an earlier checkpoint.
+
+        Raises:
+            ValueError: if the folder holds JSON files of something else; nothing is removed then.
+        """
+        files = self._files()
+        for file in files:
+            state = read_json(file)
+            if not isinstance(state, dict) or not str(state.get("format")).startswith(FORMAT.split("/")[0]):
+                raise ValueError(f"checkpoint: {file} is not part of a checkpoint; give another folder")
+        for file in files:
+            file.unlink()
+            for vector in self.folder.glob(f"{file.stem}-*.safetensors"):
+                vector.unlink()
+
+    def get(self, run: int, name: str) -> tuple[Eigenpair, float] | None:
+        """Eigenpair (without its vector) and subset loss of a finished (run, block), None if it is still to be done."""
+        record = self._blocks.get(name, {}).get("results", {}).get(str(run))
+        if record is None:
+            return None
+        numbers: dict[str, Any] = {
+            key: float(value) if isinstance(value, str) else value for key, value in record.items()
+        }
+        loss = numbers.pop("loss")
+        return Eigenpair(vector=_NO_VECTOR, **numbers), loss
+
+    def put(self, run: int, name: str, pair: Eigenpair, loss: float) -> None:
+        """Record a finished (run, block); its vector becomes the block's latest one."""
+        stem = hashlib.sha256(name.encode()).hexdigest()[:16]
+        vector = pair.vector.detach().cpu().contiguous()
+        vector_file = f"{stem}-{run}.safetensors"
+        write_whole(self.folder / vector_file, lambda aside: save_file({"vector": vector}, aside))
+        state = self._blocks.setdefault(
+            name, {"format": FORMAT, "signature": self.signature, "block": name, "results": {}, "vector": None}
+        )
+        older, state["vector"] = state["vector"], vector_file
+        record = {key: getattr(pair, key) for key in _SCALARS} | {"loss": loss}
+        state["results"][str(run)] = {
+            key: str(value) if isinstance(value, float) and not math.isfinite(value) else value
+            for key, value in record.items()
+        }
+        write_json(self.folder / f"{stem}.json", state)
+        if older and older != vector_file:
+            (self.folder / older).unlink(missing_ok=True)
+
+    def latest_vectors(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """Block name -> latest eigenvector [n], for those of `names` that have one.
+
+        Raises:
+            ValueError: if a vector file is missing or damaged.
+        """
+        vectors = {}
+        for name in names:
+            file = self._blocks.get(name, {}).get("vector")
+            if file is None:
+                continue
+            try:
+                # A fresh copy: sums over the file's own, unaligned memory round differently in the last bit.
+                vectors[name] = load_file(self.folder / file)["vector"].clone()
+            except (OSError, KeyError, SafetensorError) as error:
+                raise ValueError(
+                    f"checkpoint: {self.folder / file} is missing or damaged ({error}); remove {self.folder} and "
+                    "start again"
+                ) from error
+        return vectors
+
+    def finish(self) -> None:
+        """Drop the vectors, which only a further run would need; the results stay."""
+        for name, state in self._blocks.items():
+            file, state["vector"] = state["vector"], None
+            if file is not None:
+                write_json(self.folder / f"{hashlib.sha256(name.encode()).hexdigest()[:16]}.json", state)
+                (self.folder / file).unlink(missing_ok=True)
+
+
+def model_fingerprint(model: nn.Module) -> str:
+    """sha256 over names, shapes, dtypes and values of all parameters and buffers."""
+    digest = hashlib.sha256()
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        values = tensor.detach().cpu().contiguous()
+        digest.update(f"{name}{tuple(values.shape)}{values.dtype}".encode())
+        digest.update(values.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

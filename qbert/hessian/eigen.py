@@ -1,0 +1,189 @@
+"""Extreme eigenvalues of a symmetric operator that is known by its products alone, each with an error bound.
+
+>>> pair = lanczos(lambda v: A @ v, size=A.shape[0], tol=1e-3)
+>>> pair.value, pair.error, pair.converged
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Product = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Eigenpair:
+    """The eigenvalue of largest magnitude, as far as `products` products tell.
+
+    Attributes:
+        value: signed eigenvalue (Rayleigh quotient of `vector`).
+        vector: unit eigenvector [n].
+        residual: ||H v - value v|| / |value|: an eigenvalue lies at least that close.
+        error: the bound on the relative error of `value` that was held against the tolerance.
+        upper_bound: with 99 % probability over the start vector no eigenvalue is larger in magnitude.
+        other_end: extreme Ritz value at the opposite end of the spectrum, not necessarily converged.
+        other_end_residual: absolute residual of `other_end`.
+        products: number of operator products used.
+        converged: error <= tol, and nothing seen of the spectrum can be larger in magnitude.
+    """
+
+    value: float
+    vector: Tensor
+    residual: float
+    error: float
+    upper_bound: float
+    other_end: float
+    other_end_residual: float
+    products: int
+    converged: bool
+
+
+class PowerIteration:
+    """Power iteration as in Q-BERT's and PyHessian's code: stops when the eigenvalue changes by less than `tol`.
+
+    That rule says nothing about the error (it can be missed by far); `converged` tells whether the residual is
+    within `tol` at the moment it stops. Same protocol as `qbert.hessian.krylov.Lanczos`.
+    """
+
+    def __init__(
+        self,
+        size: int,
+        *,
+        tol: float = 1e-3,
+        max_products: int = 200,
+        warm: Sequence[Tensor] = (),
+        generator: torch.Generator | None = None,
+        dtype: torch.dtype = torch.float64,
+        device: torch.device | str = "cpu",
+    ):
+        check_limits(tol, max_products)
+        self.tol, self.max_products = tol, max_products
+        self.products = 0
+        self.result: Eigenpair | None = None
+        start, _ = start_vector(size, warm=warm, generator=generator, dtype=dtype, device=device)
+        self.query: Tensor | None = start / torch.linalg.vector_norm(start)
+        self._value = math.nan
+
+    def receive(self, product: Tensor) -> None:
+        """Take H @ query, [n]; afterwards `query` is the next vector, or None when `result` stands."""
+        if self.query is None:
+            raise RuntimeError("PowerIteration.receive: the iteration has ended; read its result")
+        check_product(product)
+        self.products += 1
+        vector, previous = self.query, self._value
+        self._value = float(torch.dot(vector, product))
+        length = float(torch.linalg.vector_norm(product))
+        settled = length == 0 or abs(self._value - previous) < self.tol * abs(self._value)
+        if not settled and self.products < self.max_products:
+            self.query = product / length
+            return
+        self.query = None
+        residual = relative(float(torch.linalg.vector_norm(product - self._value * vector)), self._value)
+        self.result = Eigenpair(
+            value=self._value,
+            vector=vector,
+            residual=residual,
+            error=residual,
+            upper_bound=math.inf,
+            other_end=math.nan,
+            other_end_residual=math.nan,
+            products=self.products,
+            converged=residual <= self.tol,
+        )
+
+
+def start_vector(
+    size: int,
+    *,
+    warm: Sequence[Tensor] = (),
+    generator: torch.Generator | None = None,
+    dtype: torch.dtype = torch.float64,
+    device: torch.device | str = "cpu",
+    random_share: float = 0.3,
+) -> tuple[Tensor, float]:
+    """Start vector [size] of about unit length, and the standard deviation of its random part in any direction.
+
+    The unit `warm` vectors are added up (their signs aligned, since an eigenvector has none), plus a Gaussian vector
+    of length `random_share` (1 without warm vectors): it makes sure that a warm vector that is an eigenvector of the
+    wrong eigenvalue cannot keep the right one out.
+    """
+    share = random_share if warm else 1.0
+    guesses = torch.zeros(size, dtype=torch.float64)
+    for guess in warm:
+        guess = guess.detach().to("cpu", torch.float64)
+        length = torch.linalg.vector_norm(guess)
+        if length > 0 and torch.isfinite(length):
+            guesses += guess / (length if guess @ guesses >= 0 else -length)
+    noise = torch.randn(size, generator=generator, dtype=torch.float64) * (share / size**0.5)
+    return (guesses + noise).to(device, dtype), share / size**0.5
+
+
+def lanczos(product: Product, size: int, *, seed: int = 0, **settings: Any) -> Eigenpair:
+    """Eigenpair of largest magnitude of the symmetric operator `product`, [size] -> [size].
+
+    Unless told otherwise it goes on until the value is proven to the tolerance with 99 % probability
+    (``confidence=0.99``); `settings` are those of `qbert.hessian.krylov.Lanczos`.
+
+    Raises:
+        ArithmeticError: if a product is not finite.
+    """
+    from qbert.hessian.krylov import Lanczos
+
+    settings = {"confidence": 0.99, **settings}
+    return run(Lanczos(size, generator=torch.Generator().manual_seed(seed), **settings), product)
+
+
+def power_iteration(product: Product, size: int, *, seed: int = 0, **settings: Any) -> Eigenpair:
+    """Power iteration on `product`, [size] -> [size]; see `PowerIteration` for what its stopping rule is worth."""
+    return run(PowerIteration(size, generator=torch.Generator().manual_seed(seed), **settings), product)
+
+
+def top_eigenpairs(product: Product, size: int, *, k: int, seed: int = 0, **settings: Any) -> list[Eigenpair]:
+    """The `k` eigenpairs of largest magnitude, multiplicities included, largest first.
+
+    Found one after the other, each orthogonal to those before; `settings` as for `lanczos`.
+
+    Raises:
+        ValueError: if k is not in 1..size.
+    """
+    if not 1 <= k <= size:
+        raise ValueError(f"k: {k} eigenpairs of an operator of size {size} were asked for; use 1 to {size}")
+    pairs: list[Eigenpair] = []
+    for index in range(k):
+        locked = [pair.vector for pair in pairs]
+        pairs.append(lanczos(product, size, seed=seed + index, locked=locked, **settings))
+    return sorted(pairs, key=lambda pair: -abs(pair.value))
+
+
+def run(solver: Any, product: Product) -> Eigenpair:
+    """Give `solver` (Lanczos or PowerIteration) the products it asks for until it has a result."""
+    while solver.query is not None:
+        solver.receive(product(solver.query))
+    return solver.result
+
+
+def relative(error: float, value: float) -> float:
+    """error / |value|; 0 for no error at all, infinite for an error on a zero value."""
+    if error == 0:
+        return 0.0
+    return float(error / abs(value)) if value else math.inf
+
+
+def check_limits(tol: float, max_products: int) -> None:
+    """Refuse a tolerance or a product limit that cannot be used with a ValueError."""
+    if not 0 < tol < 1:
+        raise ValueError(f"tol: {tol} is not a relative tolerance; use a number between 0 and 1, such as 1e-3")
+    if max_products < 1:
+        raise ValueError(f"max_products: {max_products} allows no product; use at least 1")
+
+
+def check_product(product: Tensor) -> None:
+    """ArithmeticError if `product` holds NaN or infinity."""
+    if not torch.isfinite(product).all():
+        raise ArithmeticError("the operator returned a product that is not finite; check it for overflow")

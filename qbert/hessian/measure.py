@@ -1,0 +1,148 @@
+"""Measure the Hessian spectrum of an encoder: runs x blocks.
+
+>>> spectrum = hessian_spectrum(model, loader, runs=10, fraction=0.1)
+>>> print(spectrum)
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from tqdm.auto import tqdm
+
+from qbert.hessian.blocks import parameter_blocks
+from qbert.hessian.checkpoint import Checkpoint, model_fingerprint
+from qbert.hessian.eigen import check_limits
+from qbert.hessian.krylov import BOUNDS
+from qbert.hessian.operator import LossFunction
+from qbert.hessian.parallel import own_share, rank_and_world, wait_for_all
+from qbert.hessian.runs import Measurement, assemble
+from qbert.hessian.samples import Batch, as_samples, draw, fingerprint, micro_batches
+from qbert.hessian.solve import METHODS
+from qbert.hessian.spectrum import HessianSpectrum
+
+
+def hessian_spectrum(
+    model: nn.Module,
+    batches: Any,
+    *,
+    runs: int = 10,
+    fraction: float = 0.1,
+    granularity: str = "layer",
+    method: str = "lanczos",
+    tol: float = 1e-3,
+    bound: str = "residual",
+    confidence: float | None = None,
+    max_products: int = 200,
+    seed: int = 0,
+    loss_fn: LossFunction | None = None,
+    collate_fn: Callable[[list[Any]], Mapping[str, Any]] | None = None,
+    micro_batch_size: int | None = None,
+    block_chunk: int | None = None,
+    checkpoint: str | os.PathLike[str] | None = None,
+    resume: bool = False,
+    progress: bool = True,
+) -> HessianSpectrum:
+    """Top Hessian eigenvalue of every block of `model` over several random data subsets (Q-BERT, section 3.1).
+
+    The model is left as it was; dropout is off, attention of any kind that is twice differentiable will do. The
+    same seed gives the same numbers, interrupted or not, in one process or (with `torch.distributed` set up, as under
+    torchrun) in several that share the blocks.
+
+    Args:
+        model: a transformers encoder with a task head, or any module together with `loss_fn`.
+        batches: labelled data: a DataLoader, a data set, or a list of dicts of tensors.
+        runs: number of random subsets.
+        fraction: share of the samples in each subset, in (0, 1].
+        granularity: ``layer``, ``block`` (attention / feed-forward) or ``matrix``.
+        method: ``lanczos``; ``power`` (the paper's rule, for comparison); or ``ggn``: the top eigenvalue of the
+            Gauss-Newton matrix instead of the Hessian, for the price of one backward pass.
+        tol: bound on the relative error of an eigenvalue.
+        bound: ``residual``: an eigenvalue certainly lies within `tol`; ``gap``: the same if the top eigenvalue is
+            not one of an unresolved cluster, for a third fewer products.
+        confidence: such as 0.99: go on until it is proven, with that probability, that no eigenvalue is larger by
+            more than `tol`; about twice the products. None: no other Ritz value can be larger.
+        max_products: Hessian products after which an eigenvalue is given up as not converged.
+        seed: draws the subsets and the start vectors.
+        loss_fn: ``loss_fn(model, batch)`` -> mean loss of the batch; default ``model(**batch).loss``.
+        collate_fn: for a data set: makes a batch of a list of samples.
+        micro_batch_size: samples per forward pass; bounds memory, does not change the result. Default: as `batches`.
+        block_chunk: blocks that share one graph and are solved together; bounds memory. Default: by free memory.
+        checkpoint: folder that finished (run, block) pairs are kept in.
+        resume: go on from `checkpoint`, if there is one; without it, an earlier one is overwritten.
+        progress: show a progress bar, counted in Hessian products (in samples for ``ggn``).
+
+    Raises:
+        ValueError, TypeError: an argument that cannot be used, named with its value; a foreign checkpoint.
+        ArithmeticError: a Hessian that is not finite.
+    """
+    settings = {"runs": runs, "fraction": fraction, "granularity": granularity, "method": method, "tol": tol}
+    settings |= {"bound": bound, "confidence": confidence, "max_products": max_products, "seed": seed}
+    _check(settings, resume=resume and checkpoint is None)
+    check_finite(model)
+    blocks = parameter_blocks(model, granularity)
+    pad = getattr(getattr(model, "config", None), "pad_token_id", None)
+    samples = as_samples(batches, collate_fn=collate_fn, pad_token_id=pad or 0)
+    size = samples.default_batch_size if micro_batch_size is None else micro_batch_size
+    if size < 1:
+        raise ValueError(f"micro_batch_size: {size} is not a number of samples; use 1 or more")
+    settings["samples"] = len(samples)
+
+    def subset(run: int) -> list[Batch]:
+        return micro_batches(samples, draw(len(samples), fraction=fraction, seed=seed, run=run), size, seed=seed + run)
+
+    saved = None
+    if checkpoint is not None:
+        signature = {**settings, "micro_batch_size": size, "loss_fn": getattr(loss_fn, "__qualname__", None)}
+        signature["weights"] = model_fingerprint(model)
+        signature["data"] = fingerprint(batch for run in range(runs) for batch in subset(run))
+        saved = Checkpoint(checkpoint, signature, resume=resume)
+        if not resume and rank_and_world()[0] == 0:
+            saved.clear()
+        wait_for_all()
+    mine = own_share(blocks)
+    work = Measurement(model, mine, loss_fn, block_chunk, settings, saved)
+    unit, total = (
+        ("sample", runs * round(fraction * len(samples))) if method == "ggn" else ("product", 6 * runs * len(mine))
+    )
+    with tqdm(total=total, desc="Hessian", unit=unit, disable=not progress or rank_and_world()[0] > 0) as bar:
+        for run in range(runs):
+            bar.set_postfix(run=f"{run + 1}/{runs}")
+            work.run(run, subset, bar)
+    spectrum = assemble(blocks, work, settings)
+    if saved is not None:
+        saved.finish()
+    return spectrum
+
+
+def check_finite(model: nn.Module) -> None:
+    """Refuse weights that hold NaN or infinity.
+
+    Raises:
+        ValueError: naming the first such parameter.
+    """
+    for name, parameter in model.named_parameters():
+        if not torch.isfinite(parameter).all():
+            raise ValueError(f"model: the parameter {name} holds NaN or infinity; load or train the model again")
+
+
+def _check(settings: Mapping[str, Any], *, resume: bool) -> None:
+    runs, fraction, method = settings["runs"], settings["fraction"], settings["method"]
+    confidence = settings["confidence"]
+    if runs < 1:
+        raise ValueError(f"runs: {runs} is not a number of data subsets; use 1 or more")
+    if not 0 < fraction <= 1:
+        raise ValueError(f"fraction: {fraction} is not a share of the samples; use a number in (0, 1]")
+    if method not in METHODS:
+        raise ValueError(f"method: {method!r} is unknown; use one of {', '.join(METHODS)}")
+    if settings["bound"] not in BOUNDS:
+        raise ValueError(f"bound: {settings['bound']!r} is unknown; use one of {', '.join(BOUNDS)}")
+    if confidence is not None and not 0 < confidence < 1:
+        raise ValueError(f"confidence: {confidence} is not a probability; use a number such as 0.99, or None")
+    check_limits(settings["tol"], settings["max_products"])
+    if resume:
+        raise ValueError("resume: there is nothing to go on from without a checkpoint; give checkpoint=FOLDER")

@@ -1,0 +1,272 @@
+"""Exact products of the loss Hessian with vectors, one diagonal block of parameters at a time.
+
+For a block with parameters W and the mean loss L of a subset, ``H v = d/dW <dL/dW, v>`` (Pearlmutter 1994; Q-BERT,
+section 3.1). The first-order graph of a micro-batch (forward and backward, ``create_graph=True``) is built once and
+serves every block and every product: a product of block i of L equal layers then costs ``2 (L-1-i) + 5`` layer
+forwards, which is the least that an exact product can cost.
+
+    >>> operator = HessianOperator(model, micro_batches, {"layer 0": list(layer.parameters())})
+    >>> operator.product("layer 0", vector)  # [n] -> [n]
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from qbert.hessian.memory import free_bytes, saved_tensor_bytes
+from qbert.hessian.samples import Batch, loss_weight
+
+LossFunction = Callable[[nn.Module, Batch], Tensor]
+_TWICE_DIFFERENTIABLE = ("eager", "sdpa", None)
+
+
+class HessianOperator:
+    """The Hessian of the mean loss over `batches`, restricted to blocks of parameters.
+
+    The model is left exactly as it was: ``.grad``, training flags, ``requires_grad`` and random state are not
+    touched beyond the call that needs them, also when that call is interrupted. Dropout is off. Attention runs
+    through PyTorch's math kernels, since the fused ones have no second derivative.
+
+    Args:
+        model: any module; its parameters must not change while the operator is in use.
+        batches: micro-batches, dicts of tensors with the model's argument names, labels included.
+        blocks: name -> parameters; a parameter may be in several blocks.
+        loss_fn: ``loss_fn(model, batch)`` -> mean loss of the batch (a scalar); default ``model(**batch).loss``.
+        retain: keep the graphs of all micro-batches between products (True), rebuild them for each call (False),
+            or decide by the free memory (None).
+
+    Raises:
+        ValueError: no batches, no loss, labels out of range, a loss that is not finite, an attention
+            implementation without second derivative.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        batches: Sequence[Batch],
+        blocks: Mapping[str, Sequence[nn.Parameter]],
+        *,
+        loss_fn: LossFunction | None = None,
+        retain: bool | None = None,
+    ):
+        if not batches:
+            raise ValueError("batches: no labelled samples; pass at least one batch with labels other than -100")
+        self.model = model
+        self.batches = batches
+        self.blocks = {name: list(parameters) for name, parameters in blocks.items()}
+        self.loss_fn = loss_fn or model_loss
+        weights = [loss_weight(batch) for batch in batches]
+        self._shares = [weight / sum(weights) for weight in weights]
+        self._retain = retain
+        self._graphs: dict[int, _Graph] = {}
+        self._losses: dict[int, float] = {}
+
+    def size(self, name: str) -> int:
+        """Number of parameters n in the block."""
+        return sum(p.numel() for p in self.blocks[name])
+
+    @property
+    def loss(self) -> float:
+        """Mean loss over all samples."""
+        for index in range(len(self.batches)):
+            if index not in self._losses:
+                with evaluating(self.model, ()):
+                    self._losses[index] = self._finite_loss(index, torch.no_grad()).item()
+        return sum(share * self._losses[i] for i, share in enumerate(self._shares))
+
+    @property
+    def retained(self) -> bool:
+        """Whether graphs are kept between products; decided by free memory after the first one was built."""
+        if self._retain is None:
+            with saved_tensor_bytes(self.model) as saved:
+                self._graph(0, self.blocks)
+            device = next(self.model.parameters()).device
+            self._retain = saved.total * len(self.batches) <= 0.5 * (free_bytes(device) + saved.total)
+            if not self._retain:
+                self.release()
+        return self._retain
+
+    def product(self, name: str, vector: Tensor) -> Tensor:
+        """H v of one block, [n] -> [n], in the dtype of `vector`."""
+        return self.products({name: vector})[name]
+
+    def products(self, vectors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """H v of several blocks, name -> [n]; each micro-batch's graph is built at most once.
+
+        Raises:
+            ArithmeticError: if a product is not finite.
+        """
+        totals = {name: torch.zeros_like(vector) for name, vector in vectors.items()}
+        retained = self.retained
+        for index, share in enumerate(self._shares):
+            graph = self._graph(index, self.blocks if retained else vectors)
+            for name, vector in vectors.items():
+                totals[name].add_(graph.product(self.blocks[name], vector), alpha=share)
+            if not retained:
+                self.release()
+        for name, total in totals.items():
+            if not torch.isfinite(total).all():
+                raise ArithmeticError(
+                    f"the Hessian product of block {name} is not finite; run the model in float32 and check its weights"
+                )
+        return totals
+
+    def gradient(self, name: str) -> Tensor:
+        """Gradient of the mean loss with respect to the block, [n]."""
+        parts = []
+        for index, share in enumerate(self._shares):
+            gradients = self._graph(index, self.blocks).gradients
+            parts.append(share * _flat([gradients.get(id(p)) for p in self.blocks[name]], self.blocks[name]))
+            if not self.retained:
+                self.release()
+        return torch.stack(parts).sum(0).detach()
+
+    def release(self) -> None:
+        """Free all graphs; the next product builds them again."""
+        self._graphs.clear()
+
+    def _graph(self, index: int, names: Mapping[str, object]) -> _Graph:
+        if index not in self._graphs:
+            parameters = list({id(p): p for name in names for p in self.blocks[name]}.values())
+            with evaluating(self.model, parameters):
+                loss = self._finite_loss(index, torch.enable_grad())
+                if not loss.requires_grad:  # every block unused: the Hessian is zero
+                    self._graphs[index] = _Graph({})
+                else:
+                    gradients = torch.autograd.grad(loss, parameters, create_graph=True, allow_unused=True)
+                    used = {id(p): g for p, g in zip(parameters, gradients, strict=True) if g is not None}
+                    self._graphs[index] = _Graph(used)
+            self._losses[index] = float(loss.detach())
+        return self._graphs[index]
+
+    def _finite_loss(self, index: int, grad_mode: contextlib.AbstractContextManager[None]) -> Tensor:
+        with grad_mode:
+            loss = self.loss_fn(self.model, to_device(self.batches[index], self.model))
+        if not isinstance(loss, Tensor) or loss.numel() != 1:
+            raise ValueError("loss_fn: it must return the mean loss of a batch as a scalar tensor")
+        if not torch.isfinite(loss):
+            raise ValueError(
+                f"model: the loss of micro-batch {index} is {loss.item()}; check the weights and the labels for "
+                "NaN and infinity"
+            )
+        return loss.reshape(())
+
+
+@dataclass
+class _Graph:
+    """First-order gradients of one micro-batch, by parameter identity, with the graph they came from."""
+
+    gradients: dict[int, Tensor]
+
+    def product(self, parameters: Sequence[nn.Parameter], vector: Tensor) -> Tensor:
+        outputs, directions = [], []
+        for parameter, part in zip(parameters, _split(vector, parameters), strict=True):
+            gradient = self.gradients.get(id(parameter))
+            # A gradient without a graph is constant in all parameters: its rows of the Hessian are zero.
+            if gradient is not None and gradient.requires_grad:
+                outputs.append(gradient)
+                directions.append(part)
+        if not outputs:
+            return torch.zeros_like(vector)
+        with requiring_gradients(parameters):
+            products = torch.autograd.grad(
+                outputs, list(parameters), grad_outputs=directions, retain_graph=True, allow_unused=True
+            )
+        return _flat(products, parameters).to(vector)
+
+
+def model_loss(model: nn.Module, batch: Batch) -> Tensor:
+    """``model(**batch).loss``, for the keys of `batch` that the model's forward names.
+
+    Raises:
+        ValueError: if the model returns no loss, or a label is out of range.
+    """
+    try:
+        output = model(**accepted_arguments(model, batch))
+    except IndexError as error:
+        raise ValueError(f"batches: a label or token id is out of the model's range ({error})") from error
+    loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
+    if not isinstance(loss, Tensor):
+        raise ValueError(
+            f"model: {type(model).__name__} returned no loss for a batch with the keys {sorted(batch)}; add "
+            "'labels' to the batches, use a model with a task head, or pass loss_fn"
+        )
+    return loss
+
+
+def accepted_arguments(model: nn.Module, batch: Batch) -> dict[str, object]:
+    """The entries of `batch` that ``model.forward`` names; all of them where it names none."""
+    parameters = inspect.signature(model.forward).parameters.values()
+    named = {p.name for p in parameters if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)}
+    return {k: v for k, v in batch.items() if not named or k in named}
+
+
+def to_device(batch: Batch, model: nn.Module) -> Batch:
+    """`batch` with its tensors on the device of the model's first parameter."""
+    device = next(model.parameters()).device
+    return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module, parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+    """Evaluation mode, gradients for `parameters` alone, twice differentiable attention; undone on the way out.
+
+    Raises:
+        ValueError: if an attention implementation has no second derivative (flash, flex).
+    """
+    for module in model.modules():
+        implementation = getattr(getattr(module, "config", None), "_attn_implementation", None)
+        if implementation not in _TWICE_DIFFERENTIABLE:
+            raise ValueError(
+                f"model: the attention implementation {implementation!r} has no second derivative; load the "
+                "model with attn_implementation='sdpa' or 'eager'"
+            )
+    training = [module for module in model.modules() if module.training]
+    wanted = {id(p) for p in parameters}
+    others = [p for p in model.parameters() if id(p) not in wanted]
+    try:
+        for module in training:
+            module.training = False
+        with (
+            requiring_gradients(others, required=False),
+            requiring_gradients(parameters),
+            torch.inference_mode(False),
+            torch.enable_grad(),
+            sdpa_kernel([SDPBackend.MATH]),
+            torch.random.fork_rng(),
+        ):
+            yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+@contextlib.contextmanager
+def requiring_gradients(parameters: Sequence[nn.Parameter], required: bool = True) -> Iterator[None]:
+    """`requires_grad` of `parameters` set to `required`, and back on the way out."""
+    changed = [p for p in parameters if p.requires_grad != required]
+    try:
+        for parameter in changed:
+            parameter.requires_grad_(required)
+        yield
+    finally:
+        for parameter in changed:
+            parameter.requires_grad_(not required)
+
+
+def _split(vector: Tensor, parameters: Sequence[nn.Parameter]) -> list[Tensor]:
+    parts = vector.split([p.numel() for p in parameters])
+    return [part.view_as(p).to(p) for part, p in zip(parts, parameters, strict=True)]
+
+
+def _flat(tensors: Sequence[Tensor | None], parameters: Sequence[nn.Parameter]) -> Tensor:
+    device = parameters[0].device
+    parts = [torch.zeros_like(p) if t is None else t for t, p in zip(tensors, parameters, strict=True)]
+    return torch.cat([part.detach().reshape(-1).to(device) for part in parts])

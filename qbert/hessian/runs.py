@@ -1,0 +1,160 @@
+"""The work of a spectrum measurement: run by run, block by block, each kept as soon as it is done.
+
+>>> work = Measurement(model, blocks, None, None, settings, saved=None)
+>>> work.run(0, subset, bar)
+>>> spectrum = assemble(blocks, work, settings)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from qbert.hessian.blocks import ParameterBlock
+from qbert.hessian.checkpoint import Checkpoint
+from qbert.hessian.eigen import Eigenpair
+from qbert.hessian.gauss_newton import NoModelOutputError, gauss_newton_top
+from qbert.hessian.operator import HessianOperator, LossFunction
+from qbert.hessian.parallel import gathered
+from qbert.hessian.samples import Batch, batch_size
+from qbert.hessian.solve import Solver, chunks, new_solver, solve
+from qbert.hessian.spectrum import HessianSpectrum
+
+_WARM_START_SAMPLES = 16
+
+
+class Measurement:
+    """Results so far, and what the next run starts from."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        blocks: Sequence[ParameterBlock],
+        loss_fn: LossFunction | None,
+        block_chunk: int | None,
+        settings: Mapping[str, Any],
+        saved: Checkpoint | None,
+    ):
+        self.model, self.blocks, self.loss_fn, self.settings, self.saved = model, blocks, loss_fn, settings, saved
+        self.chunks = chunks(blocks, block_chunk)
+        self.results: list[dict[str, tuple[Eigenpair, float]]] = []
+        self.measured = 0
+        self.warm: dict[str, Tensor] = saved.latest_vectors(block.name for block in blocks) if saved else {}
+
+    def run(self, run: int, subset: Callable[[int], list[Batch]], bar: Any) -> None:
+        """One subset: every block that the checkpoint does not hold already."""
+        done = {block.name: self.saved.get(run, block.name) if self.saved else None for block in self.blocks}
+        found = {name: record for name, record in done.items() if record is not None}
+        self.results.append(found)
+        if len(found) < len(self.blocks):
+            batches = subset(run)
+            for chunk in self.chunks:
+                todo = [block for block in chunk if block.name not in found]
+                if todo:
+                    self._chunk(run, batches, todo, bar)
+
+    def _chunk(self, run: int, batches: list[Batch], todo: Sequence[ParameterBlock], bar: Any) -> None:
+        parameters = {block.name: block.parameters for block in todo}
+        operator = HessianOperator(self.model, batches, parameters, loss_fn=self.loss_fn)
+        if self.settings["method"] == "ggn":
+            pairs = gauss_newton_top(
+                self.model, batches, parameters, loss_fn=self.loss_fn, tol=self.settings["tol"], count=bar.update
+            )
+            for name, pair in pairs.items():
+                self._keep(run, name, pair, operator.loss)
+            return
+        guesses = self._gauss_newton_guesses(batches, parameters)
+        solvers: dict[str, Solver] = {}
+        for block in todo:
+            guess = _combined(guesses.get(block.name), self.warm.get(block.name))
+            if self.settings["method"] == "power":  # as in the paper: each run starts at random
+                guess = None
+            solvers[block.name] = new_solver(block, [] if guess is None else [guess], run, self.settings)
+        for name, pair in solve(operator, solvers, bar.update):
+            self._keep(run, name, pair, operator.loss)
+            self.measured += 1
+            left = self.settings["runs"] * len(self.blocks) - sum(len(found) for found in self.results)
+            bar.total = bar.n + round(bar.n / self.measured * left)
+        operator.release()
+
+    def _keep(self, run: int, name: str, pair: Eigenpair, loss: float) -> None:
+        self.results[run][name] = pair, loss
+        self.warm[name] = pair.vector.cpu()
+        if self.saved is not None:
+            self.saved.put(run, name, pair, loss)
+
+    def _gauss_newton_guesses(
+        self, batches: Sequence[Batch], parameters: Mapping[str, Sequence[nn.Parameter]]
+    ) -> dict[str, Tensor]:
+        """Top Gauss-Newton direction of each block on a few samples; nothing where there are no logits."""
+        if self.settings["method"] != "lanczos" or self.settings["confidence"] is not None:
+            return {}
+        try:
+            few = _some_samples(batches, _WARM_START_SAMPLES)
+            pairs = gauss_newton_top(self.model, few, parameters, loss_fn=self.loss_fn, rows_per_sample=1)
+        except NoModelOutputError:
+            return {}
+        return {name: pair.vector for name, pair in pairs.items()}
+
+
+def _combined(guess: Tensor | None, previous: Tensor | None) -> Tensor | None:
+    """The Gauss-Newton `guess` [n], with the eigenvector of the run before added as far as the two agree.
+
+    They do where subsets are large; small subsets have top directions of their own.
+    """
+    if guess is None or previous is None:
+        return previous if guess is None else guess
+    previous = previous.to(guess)
+    return guess + torch.dot(guess, previous) * previous
+
+
+def assemble(blocks: Sequence[ParameterBlock], work: Measurement, settings: dict[str, Any]) -> HessianSpectrum:
+    """The spectrum of all `blocks`, from this process's results and those of the others."""
+    columns = ("value", "other_end", "residual", "error", "upper_bound", "products", "converged")
+    table = torch.zeros(len(work.results), len(blocks), len(columns) + 1, dtype=torch.float64)
+    for run, found in enumerate(work.results):
+        for index, block in enumerate(blocks):
+            if block.name in found:
+                pair, loss = found[block.name]
+                row = [*(float(getattr(pair, c)) for c in columns), loss]
+                table[run, index] = torch.tensor(row, dtype=torch.float64)
+    whole = gathered(table, blocks[0].parameters[0].device).numpy()
+    values = dict(zip((*columns, "loss"), np.moveaxis(whole, 2, 0).copy(), strict=True))
+    return HessianSpectrum(
+        names=[b.name for b in blocks],
+        members={b.name: list(b.members) for b in blocks},
+        parameters={b.name: b.size for b in blocks},
+        eigenvalues=values["value"],
+        other_end=values["other_end"],
+        residuals=values["residual"],
+        errors=values["error"],
+        upper_bounds=values["upper_bound"],
+        products=values["products"].astype(np.int64),
+        converged=values["converged"].astype(np.bool_),
+        losses=values["loss"][:, 0].copy(),
+        settings=settings,
+    )
+
+
+def _some_samples(batches: Sequence[Batch], count: int) -> list[Batch]:
+    """About `count` samples, spread evenly over `batches` (which are ordered by length)."""
+    total = sum(batch_size(batch) for batch in batches)
+    step = max(1, total // count)
+    chosen: list[Batch] = []
+    position = 0
+    for batch in batches:
+        size = batch_size(batch)
+        rows = torch.arange(-position % step, size, step)
+        position += size
+        if len(rows):
+            chosen.append(
+                {
+                    k: v[rows.to(v.device)] if isinstance(v, Tensor) and v.ndim > 0 and v.shape[0] == size else v
+                    for k, v in batch.items()
+                }
+            )
+    return chosen

@@ -1,0 +1,218 @@
+"""Top Hessian eigenvalues of every block over several data subsets, and the sensitivity that follows from them.
+
+Q-BERT (section 3.1): a layer is sensitive when its largest eigenvalues are large on average *or* spread widely over
+subsets of the data, ``Omega_i = |mean(lambda_i)| + std(lambda_i)``.
+
+    >>> spectrum = HessianSpectrum.load("spectrum.json")
+    >>> spectrum.ranking()[0]  # the most sensitive layer
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qbert.files import read_json, write_json
+
+FORMAT = "qbert.hessian_spectrum/1"
+_ARRAYS = ("eigenvalues", "other_end", "residuals", "errors", "upper_bounds", "products", "converged", "losses")
+
+
+@dataclass(frozen=True, eq=False)
+class HessianSpectrum:
+    """Eigenvalues of R runs (random data subsets) and L blocks.
+
+    Attributes:
+        names: [L] block names relative to the base model.
+        members: block name -> names of the quantizable tensors in it.
+        parameters: block name -> number of parameters.
+        eigenvalues: [R, L] float64, signed eigenvalue of largest magnitude.
+        other_end: [R, L] float64, extreme Ritz value at the opposite end of the spectrum (nan: not looked at).
+        residuals: [R, L] float64, ||H v - lambda v|| / |lambda|.
+        errors: [R, L] float64, bound on the relative error of `eigenvalues` that was held against the tolerance.
+        upper_bounds: [R, L] float64; with 99 % probability no eigenvalue of the block is larger in magnitude.
+        products: [R, L] int64, Hessian-vector products used.
+        converged: [R, L] bool, error bound within tolerance.
+        losses: [R] float64, mean loss of each subset.
+        settings: what was asked for (runs, fraction, granularity, method, tol, seed, samples, ...).
+    """
+
+    names: list[str]
+    members: dict[str, list[str]]
+    parameters: dict[str, int]
+    eigenvalues: NDArray[np.float64]
+    other_end: NDArray[np.float64]
+    residuals: NDArray[np.float64]
+    errors: NDArray[np.float64]
+    upper_bounds: NDArray[np.float64]
+    products: NDArray[np.int64]
+    converged: NDArray[np.bool_]
+    losses: NDArray[np.float64]
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def mean(self) -> NDArray[np.float64]:
+        """[L] mean eigenvalue over runs."""
+        return self.eigenvalues.mean(axis=0)
+
+    @property
+    def std(self) -> NDArray[np.float64]:
+        """[L] standard deviation over runs (population, as in the paper's code: 0 for one run)."""
+        return self.eigenvalues.std(axis=0)
+
+    @property
+    def sensitivity(self) -> NDArray[np.float64]:
+        """[L] Omega = |mean| + std (Q-BERT, section 3.1)."""
+        return _omega(self.eigenvalues)
+
+    def ranking(self) -> list[str]:
+        """Block names, most sensitive first; equals stay in model order."""
+        return [self.names[i] for i in np.argsort(-self.sensitivity, kind="stable")]
+
+    def confidence_interval(
+        self, level: float = 0.95, *, draws: int = 2000, seed: int = 0
+    ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Bootstrap interval of the sensitivity over runs (percentile method), ([L] low, [L] high).
+
+        Raises:
+            ValueError: with fewer than two runs, which have no spread to resample.
+        """
+        resampled = self._bootstrap(draws, seed)
+        tail = (1 - level) / 2
+        low, high = np.quantile(resampled, [tail, 1 - tail], axis=0)
+        return low, high
+
+    def indistinct(self, level: float = 0.95, *, draws: int = 2000, seed: int = 0) -> list[tuple[str, str]]:
+        """Neighbours in the ranking that the runs do not tell apart.
+
+        A pair is listed when the bootstrap interval of the difference of their sensitivities (same resampled runs
+        for both) holds zero.
+
+        Raises:
+            ValueError: with fewer than two runs.
+        """
+        resampled = self._bootstrap(draws, seed)
+        order = np.argsort(-self.sensitivity, kind="stable")
+        tail = (1 - level) / 2
+        pairs = []
+        for first, second in itertools.pairwise(order):
+            low, high = np.quantile(resampled[:, first] - resampled[:, second], [tail, 1 - tail])
+            if low <= 0 <= high:
+                pairs.append((self.names[first], self.names[second]))
+        return pairs
+
+    def _bootstrap(self, draws: int, seed: int) -> NDArray[np.float64]:
+        runs = len(self.eigenvalues)
+        if runs < 2:
+            raise ValueError(f"spectrum: {runs} run has no spread to resample; measure with runs=2 or more")
+        picks = np.random.default_rng(seed).integers(runs, size=(draws, runs))
+        return _omega(np.moveaxis(self.eigenvalues[picks], 1, 0))  # [draws, L]
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write as JSON (format tag inside), aside first and then renamed."""
+        content: dict[str, Any] = {"format": FORMAT, "names": self.names, "members": self.members}
+        content["parameters"] = self.parameters
+        for name in _ARRAYS:
+            content[name] = _json_array(getattr(self, name))
+        content["settings"] = self.settings
+        write_json(path, content)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> HessianSpectrum:
+        """Read what `save` wrote.
+
+        Raises:
+            ValueError: if the file is not a whole spectrum of a known format.
+        """
+        content = read_json(path)
+        if not isinstance(content, dict) or content.get("format") != FORMAT:
+            raise ValueError(f"path: {path} is not a saved HessianSpectrum ({FORMAT}); write one with spectrum.save")
+        try:
+            names = [str(name) for name in content["names"]]
+            arrays: dict[str, Any] = {name: np.array(content[name], dtype=_dtype(name)) for name in _ARRAYS}
+            spectrum = cls(
+                names=names,
+                members={name: list(content["members"][name]) for name in names},
+                parameters={name: int(content["parameters"][name]) for name in names},
+                settings=dict(content["settings"]),
+                **arrays,
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"path: {path} is a damaged spectrum file ({error!r}); measure it again") from error
+        shape = (len(spectrum.losses), len(names))
+        if any(getattr(spectrum, name).shape != shape for name in _ARRAYS if name != "losses"):
+            raise ValueError(f"path: {path} is a damaged spectrum file (arrays are not {shape}); measure it again")
+        return spectrum
+
+    def plot(self, path: str | os.PathLike[str]) -> None:
+        """Draw the spread of the eigenvalues per block into an image file (type by its suffix)."""
+        from qbert.hessian.spectrum_plot import plot_spectrum
+
+        plot_spectrum(self, path)
+
+    def __str__(self) -> str:
+        rank = {name: position for position, name in enumerate(self.ranking(), 1)}
+        width = max(len(name) for name in [*self.names, "block"])
+        lines = [f"{'block':<{width}}  {'mean':>11}  {'std':>10}  {'|mean|+std':>10}  {'rank':>4}"]
+        columns = zip(self.names, self.mean, self.std, self.sensitivity, strict=True)
+        for name, mean, std, omega in columns:
+            lines.append(f"{name:<{width}}  {mean:>11.4g}  {std:>10.4g}  {omega:>10.4g}  {rank[name]:>4}")
+        return "\n".join([*lines, *self.notes()])
+
+    def notes(self) -> list[str]:
+        """What a reader of the numbers should know, one sentence each."""
+        runs, blocks = self.eigenvalues.shape
+        notes = [
+            f"{runs} run(s), {self.products.mean():.1f} Hessian products per eigenvalue, "
+            f"mean loss {self.losses.mean():.4g}."
+        ]
+        negative = [name for name, column in zip(self.names, self.eigenvalues.T, strict=True) if (column < 0).any()]
+        if negative:
+            count = int((self.eigenvalues < 0).sum())
+            notes.append(
+                f"Warning: {count} of {runs * blocks} top eigenvalues are negative ({_listed(negative)}): the model is "
+                "not at a minimum of this loss."
+            )
+        if not self.converged.all():
+            missed = [name for name, column in zip(self.names, self.converged.T, strict=True) if not column.all()]
+            count = int((~self.converged).sum())
+            notes.append(
+                f"Warning: {count} of {runs * blocks} eigenvalues did not reach the tolerance ({_listed(missed)}); "
+                "raise max_products or tol."
+            )
+        if runs > 1 and (pairs := self.indistinct()):
+            notes.append(
+                f"{len(pairs)} of {blocks - 1} neighbours in the ranking are not told apart by {runs} runs at 95 %: "
+                + _listed([f"{a} / {b}" for a, b in pairs])
+                + "."
+            )
+        return notes
+
+
+def _omega(eigenvalues: NDArray[np.float64]) -> NDArray[np.float64]:
+    """|mean| + std over the first axis."""
+    return np.abs(eigenvalues.mean(axis=0)) + eigenvalues.std(axis=0)
+
+
+def _json_array(values: NDArray[Any]) -> list[Any]:
+    """Nested lists; JSON has no NaN and no infinity, so they become null and text."""
+    if values.dtype.kind != "f":
+        return values.tolist()
+    kept = values.astype(object)
+    kept[np.isnan(values)] = None
+    kept[np.isposinf(values)] = "inf"
+    return kept.tolist()
+
+
+def _dtype(name: str) -> type:
+    return {"products": np.int64, "converged": np.bool_}.get(name, np.float64)
+
+
+def _listed(names: Sequence[str], most: int = 4) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
