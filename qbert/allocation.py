@@ -1,0 +1,240 @@
+r"""From sensitivities to bits: by rank, as Q-BERT does, or exactly under a budget.
+
+Without a budget the blocks are ranked by their sensitivity, :math:`\Omega_i = |\mathrm{mean}(\lambda_i)| +
+\mathrm{std}(\lambda_i)`, and the upper half gets the larger of two bit widths (Shen et al. 2020, section 3.1; 2/3MP is
+``bits=(2, 3)``). With one, the total predicted damage
+
+.. math:: \sum_i \Omega_i \, \|W_i - Q_{b_i}(W_i)\|^2
+
+is minimised exactly over all allocations that keep it (Yao et al. 2021, HAWQ-V3, eq. 8, with the eigenvalue instead of
+the trace; Dong et al. 2020, HAWQ-V2).
+
+    >>> allocate_bits(spectrum, bits=(2, 3))
+    >>> allocate_bits(spectrum, bits=(2, 3, 4, 8), size_mb=12, model=model)
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from qbert.bits import BitsConfig
+from qbert.budgets import Latency, check_bounds, explain_infeasible, make_budgets
+from qbert.choices import (
+    Block,
+    Choice,
+    Fixed,
+    Measured,
+    best_rules,
+    check_widths,
+    covers,
+    fixed_value,
+    free_targets,
+    make_choices,
+    measured_blocks,
+)
+from qbert.knapsack import choose
+from qbert.perturbation import weight_errors
+from qbert.targets import base_model
+
+Damage = Mapping[str, Mapping[int, float]]
+
+
+def allocate_bits(
+    spectrum: Measured | Mapping[str, float],
+    bits: Sequence[int] = (2, 3),
+    *,
+    size_mb: float | None = None,
+    average_bits: float | None = None,
+    bit_operations: float | None = None,
+    max_latency: float | None = None,
+    latency: Latency | None = None,
+    model: nn.Module | None = None,
+    damage: Damage | None = None,
+    share: float | None = None,
+    fixed: Fixed | None = None,
+    tied: Iterable[Iterable[str]] = (),
+    embedding_bits: int = 8,
+    **settings: Any,
+) -> BitsConfig:
+    """Bits for every measured block.
+
+    Matrices in no measured block (such as ALBERT's embedding projection) get the largest of `bits`; embedding tables
+    get `embedding_bits`; pooler and heads stay in float unless `fixed` names them.
+
+    Args:
+        spectrum: a `HessianSpectrum` of any granularity, the result of `qbert.sensitivity`, or a mapping from module
+            name to sensitivity.
+        bits: the widths to choose from, out of 2, 3, 4, 8 and 16 or 32 (float).
+        size_mb: largest size of the whole model in MB of 10^6 bytes, everything that `model_size` counts.
+        average_bits: largest mean number of bits of the weights in the measured blocks.
+        bit_operations: largest sum of O I (weight bits) (activation bits) over the matrices, for one token.
+        max_latency: largest sum of the times in `latency`, in their unit.
+        latency: block or matrix name -> bits -> measured time; for `max_latency`.
+        model: the float model; needed for a budget, otherwise used to check the result early.
+        damage: block name -> bits -> predicted damage, instead of sensitivity times squared weight error; where
+            `spectrum` is a result of `qbert.sensitivity`, its own prediction is the default.
+        share: without a budget and with two widths: share of the blocks, from the most sensitive down, that get the
+            larger one. Default: one half (the middle one of an odd number included). More widths cut the ranking into
+            equal parts.
+        fixed: pattern -> bits, or a mapping of `TensorSpec` fields, for what is not to be decided.
+        tied: sets of block names that shall get equal bits; blocks that share a weight in `model` always do.
+        embedding_bits: bits of the embedding tables.
+        **settings: further defaults of the `BitsConfig` (``groups``, ``scheme``, ``range_method``, ...).
+
+    Returns:
+        A `BitsConfig` with one pattern a block, or one a matrix where no name stands for the block.
+
+    Raises:
+        ValueError: a budget that cannot be kept (the sentence names the smallest that can), a budget without `model`,
+            an impossible width or setting, a spectrum of another model.
+    """
+    widths = check_widths(bits)
+    bounds = {
+        "size_mb": size_mb,
+        "average_bits": average_bits,
+        "bit_operations": bit_operations,
+        "max_latency": max_latency,
+    }
+    check_bounds(**bounds)
+    limited = any(value is not None for value in bounds.values())
+    _check_arguments(widths, limited, model, share, max_latency, latency)
+    blocks = measured_blocks(spectrum, model)
+    choices = make_choices(blocks, fixed=fixed, tied=tied, model=model)
+
+    def write(picked: Sequence[int]) -> BitsConfig:
+        chosen = {b.name: widths[p] for c, p in zip(choices, picked, strict=True) for b in c.blocks}
+        return write_config(blocks, chosen, widths, fixed, model, embedding_bits, settings)
+
+    if not limited:
+        config = write(split_by_rank([c.sensitivity for c in choices], len(widths), share))
+        if model is not None:
+            config.resolve(model)
+        return config
+    assert model is not None
+    budgets = make_budgets(
+        blocks, choices, widths, model, write([0] * len(choices)), settings, latency=latency, **bounds
+    )
+    costs, room = [b.table for b in budgets], [b.room for b in budgets]
+    if choose([[0.0] * len(widths) for _ in choices], costs, room) is None:
+        raise ValueError(explain_infeasible(budgets, widths))
+    picked = choose(damage_table(spectrum, choices, widths, model, damage, settings), costs, room)
+    assert picked is not None
+    return write(picked)
+
+
+def damage_table(
+    spectrum: Measured | Mapping[str, float],
+    choices: Sequence[Choice],
+    widths: Sequence[int],
+    model: nn.Module,
+    damage: Damage | None,
+    settings: Mapping[str, Any],
+) -> list[list[float]]:
+    """Predicted damage of every choice at every width, [choices][widths].
+
+    Raises:
+        ValueError: if `damage` lacks a block or a width, or holds a number that is not finite.
+    """
+    own = getattr(spectrum, "damage", None)
+    if damage is None and callable(own):
+        damage = own()
+    if damage is not None:
+        for block in (b for c in choices for b in c.blocks):
+            for width in widths:
+                value = damage.get(block.name, {}).get(width, math.nan)
+                if not math.isfinite(value):
+                    raise ValueError(f"damage: it has no finite number for {block.name!r} at {width} bits; add one")
+        return [[math.fsum(damage[b.name][w] for b in c.blocks) for w in widths] for c in choices]
+    errors = weight_errors(model, widths, names=[m for c in choices for m in c.members], **settings)
+    targets = free_targets(model)
+    table = []
+    for choice in choices:
+        weights: set[int] = set()
+        row = [0.0] * len(widths)
+        for block in choice.blocks:
+            for member in block.members:
+                weight = targets[member].module.weight
+                assert isinstance(weight, Tensor)
+                if member in choice.members and id(weight) not in weights:
+                    weights.add(id(weight))
+                    row = [r + block.sensitivity * errors[member][w] for r, w in zip(row, widths, strict=True)]
+        table.append(row)
+    return table
+
+
+def split_by_rank(sensitivities: Sequence[float], widths: int, share: float | None = None) -> list[int]:
+    """Index of the width (ascending) of every block: monotone in the ranking, equal parts or `share` for two widths.
+
+    Blocks of equal sensitivity count in their order; parts that cannot be equal are larger at the sensitive end.
+    """
+    count = len(sensitivities)
+    order = sorted(range(count), key=lambda i: -sensitivities[i])
+    if share is not None:
+        high = math.ceil(share * count - 1e-9)
+        parts = [high, count - high]
+    else:
+        equal, extra = divmod(count, widths)
+        parts = [equal + (part < extra) for part in range(widths)]
+    picked = [0] * count
+    by_rank = [widths - 1 - part for part, size in enumerate(parts) for _ in range(size)]
+    for i, index in zip(order, by_rank, strict=True):
+        picked[i] = index
+    return picked
+
+
+def write_config(
+    blocks: Sequence[Block],
+    chosen: Mapping[str, int],
+    widths: Sequence[int],
+    fixed: Fixed | None,
+    model: nn.Module | None,
+    embedding_bits: int,
+    settings: Mapping[str, Any],
+) -> BitsConfig:
+    """The configuration that gives every block its chosen bits and every fixed matrix its fixed ones."""
+    prefix = base_model(model)[0] if model is not None else ""
+    rules: dict[str, int | Mapping[str, Any]] = {}
+    for block in blocks:
+        if block.name in chosen:
+            names = [block.name] if _stands_for(block, blocks) else block.members
+            rules.update(dict.fromkeys(names, chosen[block.name]))
+    rules.update(fixed or {})
+    rules.setdefault("*", max(widths))
+    for block in blocks:
+        for member in block.members:
+            wanted = fixed_value(member, fixed, prefix)
+            if wanted is None:
+                wanted = chosen[block.name]
+            if any(value != wanted for value in best_rules(member, rules, prefix)):
+                rules[member] = wanted
+    return BitsConfig(rules, embedding_bits=embedding_bits, **settings)
+
+
+def _stands_for(block: Block, blocks: Sequence[Block]) -> bool:
+    """Whether the block's name, as a pattern, matches its own matrices and nobody else's."""
+    others = [m for b in blocks if b is not block for m in b.members]
+    return all(covers(block.name, (m,)) for m in block.members) and not any(covers(block.name, (m,)) for m in others)
+
+
+def _check_arguments(
+    widths: Sequence[int],
+    limited: bool,
+    model: nn.Module | None,
+    share: float | None,
+    max_latency: float | None,
+    latency: Latency | None,
+) -> None:
+    if limited and model is None:
+        raise ValueError("model: a budget needs the float model to count its bytes; pass model=...")
+    if (max_latency is None) != (latency is None):
+        raise ValueError("latency and max_latency go together: a table of measured times, and the bound of their sum")
+    if share is None:
+        return
+    if limited or len(widths) != 2:
+        raise ValueError("share: it cuts a ranking into two bit widths; give two numbers in bits and no budget")
+    if not 0 <= share <= 1:
+        raise ValueError(f"share={share!r} is not a share of the blocks; use a number from 0 to 1")

@@ -1,0 +1,182 @@
+"""Measure how much each block of an encoder suffers at each bit width, by five predictions and in truth.
+
+>>> report = sensitivity(model, batches, bits=(2, 3, 4, 8))
+>>> print(report)
+
+The predictions and their sources are in `qbert.sensitivity_report`. Weights alone are quantized, activations and
+embeddings stay in float.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from qbert.bits import BitsConfig
+from qbert.choices import check_widths
+from qbert.hessian import HessianOperator, HessianSpectrum, estimate_trace, hessian_spectrum, parameter_blocks
+from qbert.hessian.operator import LossFunction
+from qbert.hessian.samples import Batch, as_samples, draw, micro_batches
+from qbert.loss_change import LossChanges
+from qbert.perturbation import quantized_weight, target_specs
+from qbert.sensitivity_report import TRUTH, Sensitivities
+from qbert.targets import Target, find_targets
+
+
+def sensitivity(
+    model: nn.Module,
+    batches: Any,
+    bits: Sequence[int] = (2, 3, 4, 8),
+    *,
+    granularity: str = "layer",
+    spectrum: HessianSpectrum | None = None,
+    runs: int = 5,
+    fraction: float = 0.1,
+    samples: int | None = 512,
+    probes: int = 18,
+    seed: int = 0,
+    loss_fn: LossFunction | None = None,
+    collate_fn: Callable[[list[Any]], Mapping[str, Any]] | None = None,
+    micro_batch_size: int | None = None,
+    progress: bool = True,
+    **settings: Any,
+) -> Sensitivities:
+    """Eigenvalue, trace, quadratic form and true loss change of every block at every bit width.
+
+    For L blocks and B widths: L B + `probes` L Hessian products and at most L B + 1 forward passes on `samples`
+    samples, besides the spectrum. The model is left as it was.
+
+    Args:
+        model: a float encoder with a task head (or any module together with `loss_fn`).
+        batches: labelled data: a DataLoader, a data set, or a list of dicts of tensors.
+        bits: widths out of 2, 3, 4, 8.
+        granularity: ``layer``, ``block`` or ``matrix``; that of `spectrum` if one is given.
+        spectrum: top eigenvalues measured before, on this model; measured here with `runs` and `fraction` where None.
+        samples: number of samples for trace, quadratic form and loss change, drawn by `seed`; all where None.
+        probes: Hessian products for the trace of a block (Hutch++), at least 4.
+        loss_fn: ``loss_fn(model, batch)`` -> mean loss; default ``model(**batch).loss``.
+        collate_fn: for a data set: makes a batch of a list of samples.
+        micro_batch_size: samples in a forward pass; bounds memory.
+        progress: show progress bars.
+        **settings: `BitsConfig` defaults of the quantizer (``groups``, ``scheme``, ``range_method``, ...).
+
+    Raises:
+        ValueError, TypeError: an argument that cannot be used, named with its value.
+    """
+    widths = check_widths(bits)
+    if widths[-1] > 8:
+        raise ValueError(f"bits={tuple(bits)!r}: 16 and 32 bits leave the weights as they are; use 2, 3, 4, 8")
+    if probes < 4 or (samples is not None and samples < 1):
+        raise ValueError(f"probes={probes!r}, samples={samples!r}: use at least 4 probes (for an error) and 1 sample")
+    if spectrum is not None:
+        granularity = str(spectrum.settings.get("granularity", granularity))
+    targets = {t.name: t for t in find_targets(model)}
+    blocks = {b.name: _distinct(b.members, targets) for b in parameter_blocks(model, granularity) if b.members}
+    if spectrum is not None and list(blocks) != [n for n in spectrum.names if spectrum.members[n]]:
+        raise ValueError("spectrum: its blocks are not those of the model; measure this model, or leave it out")
+    specs = {b: target_specs(model, b, **settings) for b in widths}
+    pad = getattr(getattr(model, "config", None), "pad_token_id", None)
+    data = as_samples(batches, collate_fn=collate_fn, pad_token_id=pad or 0)
+    share = 1.0 if samples is None else min(1.0, samples / len(data))
+    chosen = draw(len(data), fraction=share, seed=seed, run=0)
+    subset = micro_batches(data, chosen, micro_batch_size or data.default_batch_size, seed=seed)
+    if spectrum is None:
+        spectrum = hessian_spectrum(
+            model,
+            batches,
+            runs=runs,
+            fraction=fraction,
+            granularity=granularity,
+            seed=seed,
+            loss_fn=loss_fn,
+            collate_fn=collate_fn,
+            micro_batch_size=micro_batch_size,
+            progress=progress,
+        )
+    measured = _measure(model, subset, blocks, targets, specs, probes, seed, loss_fn, progress)
+    kept = [spectrum.names.index(name) for name in blocks]
+    return Sensitivities(
+        names=list(blocks),
+        members=blocks,
+        bits=widths,
+        omega=spectrum.sensitivity[kept],
+        eigenvalue=spectrum.mean[kept],
+        metric=TRUTH,
+        settings={
+            "granularity": granularity,
+            "spectrum": spectrum.settings,
+            "samples": len(chosen),
+            "probes": probes,
+            "seed": seed,
+            "quantizer": BitsConfig(4, **settings).to_dict(),
+        },
+        **measured,
+    )
+
+
+def _measure(
+    model: nn.Module,
+    subset: Sequence[Batch],
+    blocks: Mapping[str, Sequence[str]],
+    targets: Mapping[str, Target],
+    specs: Mapping[int, Mapping[str, Any]],
+    probes: int,
+    seed: int,
+    loss_fn: LossFunction | None,
+    progress: bool,
+) -> dict[str, Any]:
+    """All arrays but the eigenvalues, and the loss."""
+    shape = (len(blocks), len(specs))
+    found: dict[str, Any] = {n: np.zeros(shape) for n in ("weight_error", "curvature", "gradient", "loss_change")}
+    found |= {"trace": np.zeros(len(blocks)), "trace_error": np.full(len(blocks), np.inf)}
+    weights = {name: [_parameter(targets[m]) for m in members] for name, members in blocks.items()}
+    operator = HessianOperator(model, subset, weights, loss_fn=loss_fn)
+    total = len(blocks) * (probes + len(specs))
+    with tqdm(total=total, desc="sensitivity", unit="product", disable=not progress) as bar:
+        for i, (name, members) in enumerate(blocks.items()):
+
+            def product(vector: Tensor, name: str = name) -> Tensor:
+                bar.update()
+                return operator.product(name, vector)
+
+            size, dtype = operator.size(name), torch.promote_types(weights[name][0].dtype, torch.float32)
+            device = weights[name][0].device
+            trace = estimate_trace(product, size, probes=probes, seed=seed, dtype=dtype, device=device)
+            found["trace"][i], found["trace_error"][i] = trace.value / size, trace.error / size
+            slope = operator.gradient(name).double()
+            for j, by_path in enumerate(specs.values()):
+                moved = torch.cat([_change(targets[m], by_path[targets[m].path]) for m in members])
+                curved = product(moved)
+                found["weight_error"][i, j] = float(moved.double().square().sum())
+                found["curvature"][i, j] = float(moved.double() @ curved.double())
+                found["gradient"][i, j] = float(slope @ moved.double())
+    operator.release()
+    changes = LossChanges(model, subset, loss_fn=loss_fn)
+    with tqdm(total=len(blocks) * len(specs), desc="loss change", unit="pass", disable=not progress) as bar:
+        for i, members in enumerate(blocks.values()):
+            for j, by_path in enumerate(specs.values()):
+                quantized = {m: quantized_weight(targets[m], by_path[targets[m].path]) for m in members}
+                found["loss_change"][i, j] = changes.of(quantized)
+                bar.update()
+    return found | {"loss": changes.loss}
+
+
+def _distinct(members: Sequence[str], targets: Mapping[str, Target]) -> list[str]:
+    """The members without those that share the weight of an earlier one."""
+    return list({id(targets[m].module.weight): m for m in reversed(members)}.values())[::-1]
+
+
+def _change(target: Target, spec: Any) -> Tensor:
+    """dW of a matrix, flat."""
+    return (quantized_weight(target, spec) - _parameter(target).detach()).reshape(-1)
+
+
+def _parameter(target: Target) -> nn.Parameter:
+    weight = target.module.weight
+    assert isinstance(weight, nn.Parameter)
+    return weight
