@@ -1,0 +1,208 @@
+"""Rows to batches: tokenization once, padding a batch at a time, rows of like length together.
+
+    >>> data = prepare(task, tokenizer, "train", limit=512)
+    >>> batch = data.batches(16)[0]      # {"input_ids": [16, T], "attention_mask": [16, T], ..., "labels": [16]}
+
+``Prepared`` is a map-style ``torch.utils.data.Dataset`` of dicts, so a ``DataLoader`` or a ``transformers.Trainer``
+takes it too, with ``data.collate`` as the collator.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+from transformers import DataCollatorForTokenClassification, DataCollatorWithPadding
+
+from qbert.tasks.spans import SpanFeature, span_examples
+from qbert.tasks.task import Row, Task, subset
+
+Batch = dict[str, torch.Tensor]
+
+# Tokens kept by default: long enough that under 1 % of the rows are cut, short enough for attention to stay cheap.
+_MAX_LENGTH = {"reviews": 64, "sst2": 72, "cola": 64, "qqp": 128, "rte": 288, "squad": 384}
+_DEFAULT_MAX_LENGTH = 128
+DOC_STRIDE = 128
+
+
+@dataclass
+class Prepared(Dataset):
+    """Tokenized rows of one split.
+
+    Attributes:
+        examples: one dict of lists an example (for a span task: a window of a context), without padding.
+        rows: the rows they were made of; `row_of[i]` is the row of example i.
+        words: for token tasks, the word index of every labelled position of each example.
+        spans: for span tasks, where the tokens of each window stand in its context.
+    """
+
+    task: Task
+    rows: Sequence[Row]
+    examples: list[dict[str, Any]]
+    collate: Any
+    row_of: list[int]
+    words: list[list[int]] = field(default_factory=list)
+    spans: list[SpanFeature] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return self.examples[index]
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens of every example [N]; of a pair that is encoded apart, those of the longer sentence."""
+        inputs = (example["input_ids"] for example in self.examples)
+        return np.array([max(map(len, ids)) if self._paired else len(ids) for ids in inputs])
+
+    @property
+    def _paired(self) -> bool:
+        return isinstance(self.collate, PairCollator)
+
+    def batches(self, batch_size: int = 32, *, seed: int | None = 0) -> list[Batch]:
+        """All examples as padded batches, in an order drawn by `seed`; in the order of the rows for None."""
+        count = len(self)
+        order = np.arange(count) if seed is None else np.random.default_rng(seed).permutation(count)
+        return [
+            self.collate([self.examples[i] for i in order[at : at + batch_size]]) for at in range(0, count, batch_size)
+        ]
+
+    def by_length(self, batch_size: int) -> Iterator[tuple[list[int], Batch]]:
+        """(example indices, batch) over all examples, longest first: least padding, and memory peaks at once."""
+        order = np.argsort(-self.lengths, kind="stable").tolist()
+        for at in range(0, len(order), batch_size):
+            chosen = order[at : at + batch_size]
+            yield chosen, self.collate([self.examples[i] for i in chosen])
+
+
+def training_order(lengths: np.ndarray, batch_size: int, seed: int, epoch: int) -> list[list[int]]:
+    """The batches of one epoch as lists of example indices: shuffled, yet of like length inside a batch.
+
+    Shuffle, cut into pools of 32 batches, sort each pool by length, cut into batches, shuffle the batches. A function
+    of (seed, epoch) alone, so a resumed run sees what an uninterrupted one would have seen.
+    """
+    generator = np.random.default_rng([seed, epoch])
+    order = generator.permutation(len(lengths))
+    pool = batch_size * 32
+    batches = []
+    for at in range(0, len(order), pool):
+        members = order[at : at + pool]
+        members = members[np.argsort(lengths[members], kind="stable")]
+        batches += [members[i : i + batch_size].tolist() for i in range(0, len(members), batch_size)]
+    return [batches[i] for i in generator.permutation(len(batches))]
+
+
+def prepare(
+    task: Task,
+    tokenizer: Any,
+    split: str = "train",
+    *,
+    max_length: int | None = None,
+    limit: int | None = None,
+    seed: int = 0,
+    as_pairs: bool = False,
+    max_answer_length: int = 30,
+) -> Prepared:
+    """Tokenize a split.
+
+    Args:
+        task: what to tokenize; its first or both text fields, words, or question and context.
+        tokenizer: a transformers tokenizer; token and span tasks need a fast one.
+        split: "train", "validation", ...
+        max_length: longest input in tokens, longer ones are cut (contexts are windowed); by task where None.
+        limit: use at most this many rows, drawn by `seed`.
+        as_pairs: encode the two texts of a pair apart, for a sentence encoder: input_ids [B, 2, T].
+        max_answer_length: longest answer in tokens that decoding will consider (span tasks).
+
+    Raises:
+        ValueError: no such split, a limit below 1, a tokenizer that cannot serve the task, `as_pairs` on single texts.
+    """
+    rows = subset(task.rows(split), limit, seed)
+    max_length = resolve_max_length(task, tokenizer, max_length)
+    if as_pairs:
+        return _pairs(task, tokenizer, rows, max_length)
+    if task.kind in ("token", "span") and not getattr(tokenizer, "is_fast", False):
+        raise ValueError(f"task {task.name!r} needs a fast tokenizer (offsets), got {type(tokenizer).__name__}")
+    if task.kind == "token":
+        return _words(task, tokenizer, rows, max_length)
+    if task.kind == "span":
+        examples, spans = span_examples(
+            rows, tokenizer, max_length, min(DOC_STRIDE, max_length // 3), max_answer_length
+        )
+        collate = DataCollatorWithPadding(tokenizer)
+        return Prepared(task, rows, examples, collate, [span.row for span in spans], spans=spans)
+    encoded = tokenizer(*_texts(task, rows), truncation=True, max_length=max_length)
+    cast = float if task.kind == "regression" else int
+    examples = [
+        {key: values[i] for key, values in encoded.items()} | {"labels": cast(row["label"])}
+        for i, row in enumerate(rows)
+    ]
+    return Prepared(task, rows, examples, DataCollatorWithPadding(tokenizer), list(range(len(rows))))
+
+
+def resolve_max_length(task: Task, tokenizer: Any, max_length: int | None) -> int:
+    """The cut in tokens that `prepare` uses: the argument, or the task's default, within what the tokenizer allows."""
+    if max_length is not None and max_length < 8:
+        raise ValueError(f"max_length={max_length} leaves no room for text; use at least 8")
+    wanted = max_length or _MAX_LENGTH.get(task.name, 384 if task.kind == "span" else _DEFAULT_MAX_LENGTH)
+    return min(wanted, int(min(tokenizer.model_max_length, 1 << 20)))
+
+
+def _texts(task: Task, rows: Sequence[Row]) -> list[list[str]]:
+    return [[row[name] for row in rows] for name in task.text_fields]
+
+
+def _words(task: Task, tokenizer: Any, rows: Sequence[Row], max_length: int) -> Prepared:
+    """The first piece of a word carries its tag, the others -100 (Devlin et al. 2019, section 5.3)."""
+    index = {name: i for i, name in enumerate(task.label_names)}
+    encoded = tokenizer(
+        [row["tokens"] for row in rows], is_split_into_words=True, truncation=True, max_length=max_length
+    )
+    examples, words = [], []
+    for i, row in enumerate(rows):
+        labels, labelled, previous = [], [], None
+        for word in encoded.word_ids(i):
+            first = word is not None and word != previous
+            labels.append(index[row["tags"][word]] if first else -100)
+            if first:
+                labelled.append(word)
+            previous = word
+        examples.append({key: values[i] for key, values in encoded.items()} | {"labels": labels})
+        words.append(labelled)
+    collate = DataCollatorForTokenClassification(tokenizer)
+    return Prepared(task, rows, examples, collate, list(range(len(rows))), words=words)
+
+
+@dataclass
+class PairCollator:
+    """Pads pairs of sentences to [B, 2, T]; the leading dimension is the pair, so batches can be cut anywhere."""
+
+    tokenizer: Any
+
+    def __call__(self, examples: Sequence[dict[str, Any]]) -> Batch:
+        """Batch of examples {"input_ids": [first, second], ..., "labels": float}."""
+        keys = [key for key in examples[0] if key != "labels"]
+        flat = [{key: example[key][side] for key in keys} for example in examples for side in (0, 1)]
+        padded = DataCollatorWithPadding(self.tokenizer)(flat)
+        batch = {key: padded[key].view(len(examples), 2, -1) for key in keys}
+        batch["labels"] = torch.tensor([example["labels"] for example in examples])
+        return batch
+
+
+def _pairs(task: Task, tokenizer: Any, rows: Sequence[Row], max_length: int) -> Prepared:
+    if len(task.text_fields) != 2 or task.kind not in ("regression", "classification"):
+        raise ValueError(
+            f"task {task.name!r} has no pairs of sentences ({', '.join(task.text_fields)}); a sentence model needs "
+            "them, for instance stsb"
+        )
+    sides = [tokenizer(texts, truncation=True, max_length=max_length) for texts in _texts(task, rows)]
+    examples = [
+        {key: [side[key][i] for side in sides] for key in sides[0]} | {"labels": float(row["label"])}
+        for i, row in enumerate(rows)
+    ]
+    return Prepared(task, rows, examples, PairCollator(tokenizer), list(range(len(rows))))

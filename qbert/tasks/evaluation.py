@@ -1,0 +1,162 @@
+"""Official scores of a model on a task, and the raw outputs behind them.
+
+    >>> result = evaluate(model, task, tokenizer)
+    >>> result["accuracy"], result.primary, result.logits.shape
+    (92.1, 92.1, torch.Size([872, 2]))
+
+The outputs are kept so that fidelity to another model (agreement, KL divergence) needs no second pass.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from tqdm.auto import tqdm
+
+from qbert.tasks.encoding import Prepared, prepare
+from qbert.tasks.spans import decode_spans
+from qbert.tasks.task import Task
+
+_NEVER = -1e9  # logit of a padded position: its probability is exactly 0 in float32, and no infinity enters a KL
+
+
+class Evaluation(dict[str, float]):
+    """Official metrics by name (0 to 100), "loss" and "examples"; a plain dict, ready for JSON.
+
+    Attributes:
+        primary: value of the task's primary metric.
+        logits: float32 on the CPU, in the order of the rows. Classification [N, C]; regression [N]; token [M, C] over
+            all labelled words; span [2 F, T]: start rows of the F windows, then end rows, -1e9 where padded.
+        predictions: what was scored: classes [N], values [N], tag lists, or answer texts.
+    """
+
+    primary: float
+    logits: torch.Tensor
+    predictions: Any
+
+
+def evaluate(
+    model: nn.Module,
+    task: Task,
+    tokenizer: Any,
+    *,
+    split: str | None = None,
+    batch_size: int = 64,
+    max_length: int | None = None,
+    limit: int | None = None,
+    seed: int = 0,
+    device: str | torch.device | None = None,
+    progress: bool = True,
+) -> Evaluation:
+    """Score `model` on the held-out rows of `task`.
+
+    Args:
+        model: any model whose forward takes the batch as keywords and returns `.logits` (`start_logits` and
+            `end_logits` for spans); a `SentenceRegression` gets its pairs encoded apart.
+        split: one split; every held-out split where None, the further ones with their name appended
+            ("accuracy_mismatched").
+        limit: score at most this many rows a split, drawn by `seed`.
+        device: where to compute; where the model is when None. The model is put back into the mode it was in.
+
+    Raises:
+        ValueError: unknown split, or outputs that are not finite (names the split).
+    """
+    splits = [split] if split is not None else list(task.evaluation_splits)
+    result = Evaluation()
+    for i, name in enumerate(splits):
+        data = prepare(
+            task, tokenizer, name, max_length=max_length, limit=limit, seed=seed, as_pairs=wants_pairs(model)
+        )
+        scores = evaluate_prepared(model, data, batch_size=batch_size, device=device, progress=progress, label=name)
+        suffix = "" if i == 0 else "_" + name.removeprefix("validation_")
+        result.update({key + suffix: value for key, value in scores.items()})
+        if i == 0:
+            result.primary, result.logits, result.predictions = scores.primary, scores.logits, scores.predictions
+    return result
+
+
+def wants_pairs(model: nn.Module) -> bool:
+    """Whether the model encodes the two sentences of a pair apart."""
+    return bool(getattr(model, "encodes_pairs_apart", False))
+
+
+def evaluate_prepared(
+    model: nn.Module,
+    data: Prepared,
+    *,
+    batch_size: int = 64,
+    device: str | torch.device | None = None,
+    progress: bool = True,
+    label: str = "validation",
+) -> Evaluation:
+    """`evaluate` on rows that are tokenized already."""
+    if device is not None:
+        model.to(device)
+    place = next(model.parameters()).device
+    outputs: list[Any] = [None] * len(data)
+    total = 0.0
+    was_training = model.training
+    model.eval()
+    bar = tqdm(
+        total=len(data), desc=f"evaluating {data.task.name} {label}", unit="ex", disable=not progress, leave=False
+    )
+    try:
+        with torch.no_grad(), bar:
+            for chosen, batch in data.by_length(batch_size):
+                output = model(**{key: value.to(place) for key, value in batch.items()})
+                total += float(output.loss) * len(chosen)
+                for i, values in zip(chosen, _per_example(output, data), strict=True):
+                    outputs[i] = values
+                bar.update(len(chosen))
+    finally:
+        model.train(was_training)
+    logits, predictions, references = _decode(outputs, data)
+    if not bool(torch.isfinite(logits).all()):
+        raise ValueError(
+            f"the model's outputs on {label} of {data.task.name!r} are not finite; its weights are damaged"
+        )
+    result = Evaluation(data.task.score(predictions, references))
+    result.primary = result[data.task.primary_metric]
+    result["loss"] = total / len(data)
+    result["examples"] = float(len(data.rows))
+    result.logits, result.predictions = logits, predictions
+    return result
+
+
+def _per_example(output: Any, data: Prepared) -> list[torch.Tensor]:
+    if data.task.kind == "span":
+        return list(torch.stack([output.start_logits, output.end_logits], dim=1).float().cpu())  # [B, 2, T]
+    return list(output.logits.float().cpu())
+
+
+def _decode(outputs: list[Any], data: Prepared) -> tuple[torch.Tensor, Any, list[Any]]:
+    """(logits as `Evaluation.logits`, predictions, references) from the outputs of every example."""
+    task = data.task
+    if task.kind == "span":
+        longest = max(output.shape[1] for output in outputs)
+        padded = torch.full((2, len(outputs), longest), _NEVER)
+        for i, output in enumerate(outputs):
+            tokens = len(data.spans[i].offsets)
+            padded[:, i, :tokens] = output[:, :tokens]
+        answers = decode_spans(padded[0].numpy(), padded[1].numpy(), data.spans, data.rows)
+        return padded.flatten(0, 1), [best[0][0] for best in answers], [row["answers"]["text"] for row in data.rows]
+    if task.kind == "token":
+        kept, tags = [], []
+        for i, output in enumerate(outputs):
+            labelled = np.flatnonzero(np.array(data.examples[i]["labels"]) != -100)
+            chosen = output[torch.from_numpy(labelled)]  # [words, C]
+            kept.append(chosen)
+            guess = ["O"] * len(data.rows[i]["tokens"])  # words beyond the cut, or without a piece, hold no entity
+            for word, label in zip(data.words[i], chosen.argmax(-1).tolist(), strict=True):
+                guess[word] = task.label_names[label]
+            tags.append(guess)
+        return torch.cat(kept), tags, [row["tags"] for row in data.rows]
+    logits = torch.stack(outputs)
+    references = [row["label"] for row in data.rows]
+    if task.kind == "regression":
+        logits = logits.reshape(len(outputs))
+        return logits, logits.numpy(), references
+    return logits, logits.argmax(-1).numpy(), references

@@ -1,0 +1,138 @@
+"""A model with the right head for a task.
+
+    >>> model, tokenizer = build_model(task)                              # the embedded MiniLM with a new head
+    >>> model, tokenizer = build_model(task, "bert-base-uncased")
+
+Missing encoder weights are an error here, not a warning: transformers would go on with random ones.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+
+from qbert.tasks.embedded import embedded_encoder
+from qbert.tasks.quiet import quiet_libraries
+from qbert.tasks.task import Task
+
+_AUTO_CLASS = {
+    "classification": transformers.AutoModelForSequenceClassification,
+    "regression": transformers.AutoModelForSequenceClassification,
+    "token": transformers.AutoModelForTokenClassification,
+    "span": transformers.AutoModelForQuestionAnswering,
+}
+
+
+def build_model(task: Task, model_name_or_path: str | Path | None = None, *, seed: int = 0) -> tuple[Any, Any]:
+    """(model in eval mode, tokenizer) for `task`; a head that the checkpoint lacks is drawn by `seed`.
+
+    A checkpoint that was already tuned for the same labels in another order has the rows of its head put into the
+    task's order, so that class i means `task.label_names[i]` everywhere.
+
+    Args:
+        task: decides head, number of labels and label maps.
+        model_name_or_path: hub name or folder; the embedded MiniLM where None.
+
+    Raises:
+        ValueError: the checkpoint is damaged, lacks encoder weights, or has a head for other labels.
+        FileNotFoundError: no such model (or no package for the embedded one).
+    """
+    source = str(model_name_or_path or embedded_encoder())
+    config = load_quietly(transformers.AutoConfig, source)
+    own_names = _own_label_names(config)
+    order = _label_order(own_names, task, source)
+    config.num_labels = max(len(task.label_names), 1) if task.kind != "span" else 2
+    if task.label_names:
+        names = task.label_names if order is None else [task.label_names[i] for i in order]
+        config.id2label = dict(enumerate(names))
+        config.label2id = {name: i for i, name in enumerate(names)}
+    if task.kind in ("classification", "regression"):
+        config.problem_type = "single_label_classification" if task.kind == "classification" else "regression"
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model, report = load_quietly(_AUTO_CLASS[task.kind], source, config=config, output_loading_info=True)
+    _refuse_incomplete(model, report, source, task)
+    if order is not None:
+        _reorder_head(model, order, task)
+    return model.eval(), load_quietly(transformers.AutoTokenizer, source)
+
+
+def load_quietly(auto_class: Any, source: str, **arguments: Any) -> Any:
+    """``auto_class.from_pretrained`` without its load report and bars, its failures as one sentence.
+
+    Raises:
+        ValueError: the file is damaged or of another format.
+        FileNotFoundError: nothing of that name here, in the cache or on the hub.
+    """
+    from safetensors import SafetensorError
+
+    try:
+        with quiet_libraries():
+            return auto_class.from_pretrained(source, **arguments)
+    except SafetensorError as error:
+        raise ValueError(f"the weights of {source!r} are damaged ({error}); fetch or save them again") from error
+    except OSError as error:
+        if Path(source).is_dir():
+            raise ValueError(f"the folder {source!r} holds no loadable model: {_first_line(error)}") from error
+        raise FileNotFoundError(
+            f"model {source!r} is neither a folder nor a model that the hub gives ({_first_line(error)}); "
+            "check the name, or go online once to fetch it"
+        ) from error
+    except (RuntimeError, ValueError) as error:
+        raise ValueError(f"model {source!r} cannot be loaded: {_first_line(error)}") from error
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip()
+    return text.splitlines()[0][:200] if text else type(error).__name__
+
+
+def _own_label_names(config: Any) -> tuple[str, ...] | None:
+    """The names of the labels that a checkpoint was tuned for; None where it names none."""
+    names = getattr(config, "id2label", None) or {}
+    ordered = tuple(str(names[key]) for key in sorted(names, key=int))
+    return None if all(name.startswith("LABEL_") for name in ordered) else ordered
+
+
+def _label_order(own: tuple[str, ...] | None, task: Task, source: str) -> list[int] | None:
+    """For each output of the checkpoint's head the task's label; None where they agree or the head is new."""
+    if own is None or not task.label_names:
+        return None
+    wanted = [name.lower() for name in task.label_names]
+    given = [name.lower() for name in own]
+    if sorted(given) != sorted(wanted):
+        raise ValueError(
+            f"model {source!r} was tuned for the labels {', '.join(own)}, task {task.name!r} has "
+            f"{', '.join(task.label_names)}; name a base model, or one tuned for this task"
+        )
+    return None if given == wanted else [wanted.index(name) for name in given]
+
+
+def _refuse_incomplete(model: Any, report: dict[str, Any], source: str, task: Task) -> None:
+    prefix = model.base_model_prefix + "."
+    # the pooler belongs to the head: checkpoints of plain or masked-language encoders do not have one
+    lost = sorted(key for key in report["missing_keys"] if key.startswith(prefix) and ".pooler." not in key)
+    if lost:
+        raise ValueError(
+            f"model {source!r} lacks {len(lost)} encoder weights of {type(model).__name__} (first: {lost[0]}); "
+            "transformers would fill them with random numbers; name a complete checkpoint"
+        )
+    if report["mismatched_keys"] or report["error_msgs"]:
+        raise ValueError(
+            f"model {source!r} has a head of another shape than task {task.name!r} needs; name a base model"
+        )
+
+
+def _reorder_head(model: Any, order: list[int], task: Task) -> None:
+    head = [m for m in model.modules() if isinstance(m, nn.Linear) and m.out_features == len(order)][-1]
+    rows = torch.tensor([order.index(i) for i in range(len(order))])
+    with torch.no_grad():
+        head.weight.copy_(head.weight[rows])
+        if head.bias is not None:
+            head.bias.copy_(head.bias[rows])
+    model.config.id2label = dict(enumerate(task.label_names))
+    model.config.label2id = {name: i for i, name in enumerate(task.label_names)}

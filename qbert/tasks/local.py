@@ -1,0 +1,181 @@
+"""Rows from files: ``train.jsonl[.gz]`` and ``dev.jsonl[.gz]`` in a folder, or SQuAD's own JSON layout.
+
+One JSON object a line. The held-out file is called dev, validation or dev_matched; dev_mismatched (or
+validation_mismatched) becomes a second held-out split. A version or size may follow the name ("train-v1.1.json").
+
+    >>> read_splits(Path("data/sst2"), "classification", ("sentence",))["train"][0]
+    {'sentence': 'hide new secretions from the parental units ', 'label': 0}
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import re
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from qbert.tasks.task import Kind, Row
+
+_STEMS = {
+    "train": ("train",),
+    "validation": ("dev", "validation", "dev_matched", "validation_matched"),
+    "validation_mismatched": ("dev_mismatched", "validation_mismatched"),
+}
+_PAIRS = (
+    ("sentence1", "sentence2"),
+    ("premise", "hypothesis"),
+    ("question1", "question2"),
+    ("question", "sentence"),
+    ("text1", "text2"),
+)
+
+
+def find_folder(data_dir: Path, name: str) -> Path:
+    """`data_dir`/`name`, or `data_dir` itself where it holds the training file; FileNotFoundError names the choice."""
+    if not data_dir.is_dir():
+        raise FileNotFoundError(f"data_dir {str(data_dir)!r} is not a folder; name one that holds the task's files")
+    for folder in (data_dir / name, data_dir):
+        if _split_file(folder, "train") and _split_file(folder, "validation"):
+            return folder
+    offered = sorted(d.name for d in data_dir.iterdir() if d.is_dir() and _split_file(d, "train"))
+    raise FileNotFoundError(
+        f"data_dir {str(data_dir)!r} has no task {name!r} (no {name}/train.jsonl[.gz] with {name}/dev.jsonl[.gz]); "
+        + (f"it has: {', '.join(offered)}" if offered else "it has no task at all")
+    )
+
+
+def _split_file(folder: Path, split: str) -> Path | None:
+    files = sorted(folder.iterdir()) if folder.is_dir() else []
+    for stem in _STEMS[split]:
+        # a version or a size may follow: train-v1.1.json.gz, dev_mismatched_1000.jsonl.gz
+        pattern = re.compile(rf"{stem}([-_]v?\d.*)?\.jsonl?(\.gz)?")
+        for file in files:
+            if pattern.fullmatch(file.name):
+                return file
+    return None
+
+
+def read_lines(path: Path) -> Iterator[Any]:
+    """The JSON objects of a .jsonl or .jsonl.gz file; ValueError names file and line of the first that is none."""
+    try:
+        with _open(path) as file:
+            for number, line in enumerate(file, start=1):
+                if not line.strip():
+                    continue
+                try:
+                    row = json.loads(line)
+                except json.JSONDecodeError as error:
+                    raise ValueError(f"line {number} of {path} is not JSON ({error.msg}); mend it") from None
+                if not isinstance(row, dict):
+                    raise ValueError(f"line {number} of {path} is no JSON object; expected one {{...}} a line")
+                yield row
+    except (EOFError, gzip.BadGzipFile, zlib.error, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is damaged ({error}); fetch it again") from None
+
+
+def _open(path: Path) -> Any:
+    return gzip.open(path, "rt", encoding="utf-8") if path.name.endswith(".gz") else open(path, encoding="utf-8")
+
+
+def read_splits(
+    folder: Path, kind: Kind, text_fields: tuple[str, ...], tag_field: str = "ner_tags"
+) -> dict[str, list[Row]]:
+    """All splits of a folder, each row cut to the fields that the task needs (see `qbert.tasks.task`)."""
+    splits = {}
+    for split in _STEMS:
+        path = _split_file(folder, split)
+        if path is not None:
+            rows = _read_squad(path) if kind == "span" else _read_rows(path, kind, text_fields, tag_field)
+            if not rows:
+                raise ValueError(f"{path} is empty; expected one JSON object a line")
+            splits[split] = rows
+    return splits
+
+
+def _read_rows(path: Path, kind: Kind, text_fields: tuple[str, ...], tag_field: str) -> list[Row]:
+    label_field = tag_field if kind == "token" else "label"
+    rows = []
+    for i, raw in enumerate(read_lines(path)):
+        for field in (*text_fields, label_field):
+            if field not in raw:
+                raise ValueError(f"row {i} of {path} has no field {field!r}; it has {', '.join(raw)}")
+        row = {field: raw[field] for field in text_fields}
+        row["tags" if kind == "token" else "label"] = raw[label_field]
+        if text_fields == ("text",) and isinstance(raw.get("title"), str):  # AG News: the headline is part of the text
+            row["text"] = f"{raw['title']} {raw['text']}"
+        rows.append(row)
+    return rows
+
+
+def _read_squad(path: Path) -> list[Row]:
+    try:
+        with _open(path) as file:
+            articles = json.load(file)["data"]
+        return [
+            {
+                "id": question["id"],
+                "question": question["question"],
+                "context": paragraph["context"],
+                "answers": {
+                    "text": [answer["text"] for answer in question["answers"]],
+                    "answer_start": [answer["answer_start"] for answer in question["answers"]],
+                    "start_exact": [answer.get("start_exact", True) for answer in question["answers"]],
+                },
+            }
+            for article in articles
+            for paragraph in article["paragraphs"]
+            for question in paragraph["qas"]
+        ]
+    except (EOFError, gzip.BadGzipFile, zlib.error, json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is damaged ({error}); fetch it again") from None
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{path} is not in the SQuAD v1.1 layout (missing {error}); see its data sheet") from None
+
+
+def infer_layout(folder: Path) -> tuple[Kind, tuple[str, ...], str]:
+    """(kind, text fields, tag field) of an unknown folder, from its first training row."""
+    path = _split_file(folder, "train")
+    assert path is not None  # find_folder has seen it
+    if ".jsonl" not in path.name:
+        return "span", ("question", "context"), ""
+    first = next(read_lines(path), None)
+    if first is None:
+        raise ValueError(f"{path} is empty; expected one JSON object a line")
+    for tag_field in ("tags", "ner_tags"):
+        if "tokens" in first and tag_field in first:
+            return "token", ("tokens",), tag_field
+    if "label" in first:
+        kind: Kind = "regression" if isinstance(first["label"], float) else "classification"
+        for fields in (*_PAIRS, ("text",), ("sentence",)):
+            if all(field in first for field in fields):
+                return kind, fields, ""
+    raise ValueError(
+        f"{path} has the fields {', '.join(first)}; expected text (or sentence, or a pair such as sentence1 and "
+        "sentence2) with label, or tokens with tags"
+    )
+
+
+def infer_label_names(splits: Mapping[str, Sequence[Row]]) -> tuple[str, ...]:
+    """Class names from the labels of all splits: sorted names, or "0" ... up to the largest integer."""
+    labels = [row["label"] for rows in splits.values() for row in rows]
+    if all(isinstance(label, str) for label in labels):
+        return tuple(sorted(set(labels)))
+    largest = max((label for label in labels if isinstance(label, int)), default=-1)
+    if largest > 1000:
+        raise ValueError(f"labels go up to {largest}; for more than 1,000 classes or for ids give names or 0, 1, 2 ...")
+    return tuple(str(i) for i in range(largest + 1))
+
+
+def encode_labels(splits: Mapping[str, list[Row]], label_names: tuple[str, ...]) -> dict[str, list[Row]]:
+    """Label names replaced by their index; integer labels are left for the range check."""
+    index = {name: i for i, name in enumerate(label_names)}
+    return {
+        split: [
+            {**row, "label": index[row["label"]]} if isinstance(row["label"], str) and row["label"] in index else row
+            for row in rows
+        ]
+        for split, rows in splits.items()
+    }

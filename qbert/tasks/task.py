@@ -1,0 +1,165 @@
+"""A task: labelled rows, the names of its labels and its official metrics, wherever the rows came from.
+
+    >>> task = load_task("mrpc", data_dir="data")
+    >>> task.score(predicted_classes, [row["label"] for row in task.splits["validation"]])
+    {'accuracy': 86.3, 'f1': 90.2}
+
+Rows are plain dicts, one list a split:
+
+==================  ==========================================================================================
+kind                row
+==================  ==========================================================================================
+``classification``  one or two text fields, ``label``: int, an index into ``label_names``
+``regression``      one or two text fields, ``label``: float
+``token``           ``tokens``: list of words, ``tags``: list of tag names of the same length (BIO2 for entities)
+``span``            ``id``, ``question``, ``context``, ``answers``: {``text``, ``answer_start``, ``start_exact``}
+==================  ==========================================================================================
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import random
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+from qbert.tasks import metrics
+
+Row = dict[str, Any]
+Kind = Literal["classification", "regression", "token", "span"]
+
+
+@dataclass(frozen=True)
+class Task:
+    """Labelled data with its labels and metrics.
+
+    Attributes:
+        name: registry name ("sst2") or the name of the user's folder.
+        kind: what is predicted; decides head, loss and metric.
+        text_fields: the row fields that the tokenizer reads, one or two, in order.
+        label_names: classes or tags in the order of the head's outputs; empty for regression and span.
+        splits: rows by split: "train", "validation" and, for MNLI, "validation_mismatched".
+        metric_names: official metrics, in reporting order.
+        primary_metric: the one number to compare models by.
+        source: where the rows came from, in words.
+        label_range: smallest and largest label of a regression.
+    """
+
+    name: str
+    kind: Kind
+    text_fields: tuple[str, ...]
+    label_names: tuple[str, ...]
+    splits: Mapping[str, Sequence[Row]]
+    metric_names: tuple[str, ...]
+    primary_metric: str
+    source: str
+    label_range: tuple[float, float] | None = field(default=None)
+
+    @property
+    def evaluation_splits(self) -> tuple[str, ...]:
+        """Every held-out split, the main one first."""
+        return tuple(name for name in self.splits if name != "train")
+
+    def references(self, split: str = "validation") -> list[Any]:
+        """What `score` compares with: classes, floats, tag lists, or lists of accepted answer texts."""
+        rows = self.rows(split)
+        if self.kind == "token":
+            return [row["tags"] for row in rows]
+        if self.kind == "span":
+            return [row["answers"]["text"] for row in rows]
+        return [row["label"] for row in rows]
+
+    def rows(self, split: str) -> Sequence[Row]:
+        """The rows of one split; ValueError where there is no such split."""
+        if split not in self.splits:
+            raise ValueError(f"task {self.name!r} has no split {split!r}; it has {', '.join(self.splits)}")
+        return self.splits[split]
+
+    def score(self, predictions: Sequence[Any], references: Sequence[Any]) -> dict[str, float]:
+        """Official metrics, each 0 to 100 (correlations and Matthews -100 to 100), as GLUE and SQuAD print them.
+
+        Args:
+            predictions: classes [N] (or scores [N, C], then the largest counts), floats [N], tag lists, or texts.
+            references: what `references()` gives, in the same order.
+
+        Raises:
+            ValueError: nothing to score, or a different number of predictions and references.
+        """
+        if len(predictions) != len(references) or len(references) == 0:
+            raise ValueError(
+                f"score of {self.name!r} needs as many predictions as references and at least one of each, "
+                f"got {len(predictions)} and {len(references)}"
+            )
+        scorer: Callable[..., dict[str, float]] = {
+            "classification": metrics.classification_scores,
+            "regression": metrics.correlation_scores,
+            "token": metrics.entity_scores,
+            "span": metrics.squad_scores,
+        }[self.kind]
+        scores = scorer(predictions, references)
+        return {name: scores[name] for name in self.metric_names}
+
+    def subset(self, train: int | None = None, validation: int | None = None, seed: int = 0) -> Task:
+        """The same task on at most `train` and `validation` rows of each split, drawn by `seed` (see `subset`)."""
+        limits = {name: train if name == "train" else validation for name in self.splits}
+        cut = {name: subset(rows, limits[name], seed) for name, rows in self.splits.items()}
+        if all(len(cut[name]) == len(rows) for name, rows in self.splits.items()):
+            return self
+        counts = ", ".join(f"{len(rows):,} {name}" for name, rows in cut.items())
+        return replace(self, splits=cut, source=f"{self.source}; random subset: {counts}, seed {seed}")
+
+    def describe(self) -> str:
+        """One line that tells which data are used."""
+        counts = ", ".join(f"{len(rows):,} {name}" for name, rows in self.splits.items())
+        return f"{self.name} ({self.kind}, {'/'.join(self.metric_names)}): {counts} rows from {self.source}"
+
+    def fingerprint(self, split: str) -> str:
+        """SHA-256 of the rows of one split and of the label names: the same data give the same text anywhere."""
+        digest = hashlib.sha256(json.dumps([self.kind, self.text_fields, self.label_names]).encode())
+        for row in self.rows(split):
+            digest.update(json.dumps(row, sort_keys=True, ensure_ascii=True).encode())
+        return digest.hexdigest()
+
+
+def subset(rows: Sequence[Row], size: int | None, seed: int = 0) -> Sequence[Row]:
+    """At most `size` of the rows, drawn without replacement, in their original order; all of them for None.
+
+    The rows for a smaller `size` are contained in those for a larger one (same seed), so curves over the amount of
+    data are nested.
+    """
+    if size is None or size >= len(rows):
+        return rows
+    if size < 1:
+        raise ValueError(f"a subset needs at least one row, got size={size}")
+    order = random.Random(seed).sample(range(len(rows)), len(rows))
+    return [rows[i] for i in sorted(order[:size])]
+
+
+def seeded_split(rows: Sequence[Row], fraction: float, seed: int = 0) -> tuple[list[Row], list[Row]]:
+    """Cut rows into (kept, held out), `fraction` of every label held out, at least one row on either side.
+
+    Rows without a hashable ``label`` (tags, spans) count as one group.
+
+    Raises:
+        ValueError: `fraction` is not between 0 and 1, or there are fewer than two rows.
+    """
+    if not 0 < fraction < 1 or len(rows) < 2:
+        raise ValueError(
+            f"a split needs two rows and a fraction between 0 and 1, got {len(rows)} rows and fraction={fraction}"
+        )
+    groups: dict[Any, list[int]] = {}
+    for i, row in enumerate(rows):
+        label = row.get("label")
+        groups.setdefault(label if isinstance(label, int | str) else None, []).append(i)
+    generator = random.Random(seed)
+    held: set[int] = set()
+    for _, members in sorted(groups.items(), key=lambda item: str(item[0])):
+        held.update(generator.sample(members, math.floor(fraction * len(members) + 0.5)))
+    if not held:
+        held.add(generator.randrange(len(rows)))
+    elif len(held) == len(rows):
+        held.remove(min(held))
+    return [row for i, row in enumerate(rows) if i not in held], [rows[i] for i in sorted(held)]

@@ -1,0 +1,269 @@
+"""Fine-tuning of an encoder on a task: the float model that is then measured, quantized and distilled.
+
+    >>> tuned = fine_tune(load_task())          # the embedded MiniLM on the embedded corpus; cached
+    >>> tuned.scores["accuracy"], tuned.from_cache
+
+AdamW with linear warm-up and decay over batches of like length. Every run is cached under a key over weights, data,
+settings and versions, so the same call a second time only loads.
+
+Why not ``transformers.Trainer``: an interrupted run here continues at any step and ends in the very numbers of an
+uninterrupted one, since data order and dropout are functions of (seed, epoch, step) and not of a random state that
+has to be saved; the checkpoint is one safetensors file, written aside and renamed (the Trainer writes a folder in
+place, with pickles); and any single device can be named. For several GPUs use the Trainer, then pass its folder on as
+the model.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from tqdm.auto import tqdm
+
+import qbert
+from qbert.files import read_json, write_json
+from qbert.tasks.cache import cache_folder, run_key, weights_id
+from qbert.tasks.checkpoint import load_checkpoint, save_checkpoint
+from qbert.tasks.embedded import embedded_encoder, file_sha256
+from qbert.tasks.encoding import Prepared, prepare, resolve_max_length, training_order
+from qbert.tasks.evaluation import evaluate
+from qbert.tasks.heads import build_model, load_quietly
+from qbert.tasks.quiet import quiet_libraries
+from qbert.tasks.settings import TrainingSettings, default_settings
+from qbert.tasks.task import Task
+
+__all__ = ["FineTuned", "TrainingSettings", "fine_tune"]
+
+_FORMAT = 1  # of the cache; raised when the training below changes
+_SECONDS_BETWEEN_CHECKPOINTS = 60.0
+_EPOCH_EVALUATION_ROWS = 1000
+
+
+@dataclass
+class FineTuned:
+    """A model tuned on a task.
+
+    Attributes:
+        model: in eval mode, on the device it was trained on.
+        tokenizer: its tokenizer.
+        scores: official metrics on the held-out rows (0 to 100), loss and number of examples.
+        path: folder that ``from_pretrained`` reads.
+        settings: what it was trained with.
+        seconds: training time, the original one for a model from the cache.
+        from_cache: whether it was only loaded.
+    """
+
+    model: Any
+    tokenizer: Any
+    scores: dict[str, float]
+    path: Path
+    settings: TrainingSettings
+    seconds: float
+    from_cache: bool
+
+
+def fine_tune(
+    task: Task,
+    model_name_or_path: str | Path | None = None,
+    *,
+    device: str | torch.device = "cpu",
+    cache_dir: str | Path | None = None,
+    resume: bool = True,
+    progress: bool = True,
+    **settings: Any,
+) -> FineTuned:
+    """Tune an encoder on the training rows of `task`, or load the result of the same run from the cache.
+
+    Args:
+        model_name_or_path: hub name or folder; the embedded MiniLM where None.
+        device: where to train; on CUDA devices that have bfloat16 the forward pass uses it.
+        cache_dir: instead of ``$QBERT_CACHE`` or the platform's cache folder.
+        resume: continue an interrupted run of the same key at its last checkpoint (at most a minute old); False
+            starts it anew.
+        progress: bars on standard error with loss, remaining time and the held-out score after each epoch.
+        settings: fields of `TrainingSettings`; what is not given (or None) comes by task and model width.
+
+    Raises:
+        ValueError: impossible setting, damaged model or cache entry, a loss that is not finite (names the step).
+        PermissionError: the cache folder cannot be written.
+        FileNotFoundError: no such model.
+    """
+    source = str(model_name_or_path or embedded_encoder())
+    config = load_quietly(transformers.AutoConfig, source)
+    chosen = default_settings(task, int(getattr(config, "hidden_size", 768)), **settings)
+    device = torch.device(device)
+    entry = cache_folder(cache_dir) / f"{task.name}-{_key(task, source, chosen, device)}"
+    if (entry / "training.json").is_file():
+        return _load_entry(entry, task, chosen, device)
+    model, tokenizer = build_model(task, source, seed=chosen.seed)
+    checkpoint = entry.with_name(entry.name + ".part.safetensors")
+    if not resume:
+        checkpoint.unlink(missing_ok=True)
+    seconds = _train(model.to(device), task, tokenizer, chosen, checkpoint, progress)
+    result = evaluate(model, task, tokenizer, max_length=chosen.max_length, progress=progress)
+    record = {
+        "task": task.describe(),
+        "model": source,
+        "settings": asdict(chosen),
+        "scores": dict(result),
+        "seconds": round(seconds, 1),
+        "versions": _versions(),
+    }
+    _save_entry(entry, model, tokenizer, record)
+    checkpoint.unlink(missing_ok=True)
+    return FineTuned(model, tokenizer, dict(result), entry, chosen, seconds, from_cache=False)
+
+
+def _versions() -> dict[str, str]:
+    return {"qbert": qbert.__version__, "torch": torch.__version__, "transformers": transformers.__version__}
+
+
+def _key(task: Task, source: str, settings: TrainingSettings, device: torch.device) -> str:
+    held_out = {split: task.fingerprint(split) for split in task.splits}
+    return run_key(
+        {
+            "format": _FORMAT,
+            "model": weights_id(source),
+            "data": held_out,
+            "settings": asdict(settings),
+            "device": device.type,
+            "versions": _versions(),
+        }
+    )
+
+
+def _train(
+    model: Any, task: Task, tokenizer: Any, settings: TrainingSettings, checkpoint: Path, progress: bool
+) -> float:
+    """Train in place; returns the seconds spent, those before an interruption included."""
+    data = prepare(
+        task,
+        tokenizer,
+        "train",
+        max_length=resolve_max_length(task, tokenizer, settings.max_length),
+        limit=settings.train_limit,
+        seed=settings.seed,
+    )
+    steps_per_epoch = -(-len(data) // settings.batch_size)
+    total = steps_per_epoch * settings.epochs
+    optimizer = _optimizer(model, settings)
+    done, before = load_checkpoint(checkpoint, model, optimizer)
+    started = saved = time.monotonic()
+    device = next(model.parameters()).device
+    half = device.type == "cuda" and torch.cuda.is_bf16_supported()
+    bar = tqdm(total=total, initial=done, desc=f"fine-tuning {task.name}", unit="step", disable=not progress)
+    smooth: float | None = None
+    whole = True  # False only while the optimizer is changing the weights
+    model.train()
+    try:
+        with bar, torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            for step, epoch, batch in _steps(data, settings, done):
+                torch.manual_seed((settings.seed << 32) + step)  # dropout of this step, whatever ran before it
+                with torch.autocast(device.type, torch.bfloat16, enabled=half):
+                    loss = model(**{key: value.to(device) for key, value in batch.items()}).loss
+                value = loss.item()
+                if not math.isfinite(value):
+                    raise ValueError(
+                        f"the loss became {value} at step {step} of {total} on {task.name!r}; lower learning_rate "
+                        f"({settings.learning_rate:g}) or check the model's weights"
+                    )
+                loss.backward()
+                nn.utils.clip_grad_norm_(model.parameters(), settings.clip)
+                whole = False
+                for group in optimizer.param_groups:
+                    group["lr"] = settings.learning_rate * _rate(step, total, settings.warmup)
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+                done, whole = step + 1, True
+                smooth = value if smooth is None else 0.95 * smooth + 0.05 * value
+                bar.set_postfix(epoch=f"{epoch + 1}/{settings.epochs}", loss=f"{smooth:.3f}", refresh=False)
+                bar.update()
+                now = time.monotonic()
+                if done == total or now - saved > _SECONDS_BETWEEN_CHECKPOINTS:  # the final evaluation may be long
+                    save_checkpoint(checkpoint, model, optimizer, done, before + now - started)
+                    saved = now
+                if progress and done % steps_per_epoch == 0 and done < total:
+                    _report_epoch(model, task, tokenizer, settings, epoch)
+    except KeyboardInterrupt:
+        if whole and done:
+            save_checkpoint(checkpoint, model, optimizer, done, before + time.monotonic() - started)
+        raise
+    model.eval()
+    return before + time.monotonic() - started
+
+
+def _steps(data: Prepared, settings: TrainingSettings, done: int) -> Iterator[tuple[int, int, dict[str, torch.Tensor]]]:
+    """(step, epoch, batch) from step `done` on."""
+    step = 0
+    for epoch in range(settings.epochs):
+        for chosen in training_order(data.lengths, settings.batch_size, settings.seed, epoch):
+            if step >= done:
+                yield step, epoch, data.collate([data[i] for i in chosen])
+            step += 1
+
+
+def _rate(step: int, total: int, warmup: float) -> float:
+    """Share of the peak learning rate at a step: up to 1 over the warm-up, then down to 0 at `total`, linearly."""
+    rising = int(warmup * total)
+    return (step + 1) / rising if step < rising else (total - step) / max(total - rising, 1)
+
+
+def _optimizer(model: nn.Module, settings: TrainingSettings) -> torch.optim.AdamW:
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    groups = [
+        {"params": [p for p in trained if p.dim() > 1], "weight_decay": settings.weight_decay},
+        {"params": [p for p in trained if p.dim() <= 1], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=settings.learning_rate)
+
+
+def _report_epoch(model: nn.Module, task: Task, tokenizer: Any, settings: TrainingSettings, epoch: int) -> None:
+    """Print the held-out score between epochs; at most 1,000 rows, so that it stays a small part of the time."""
+    scores = evaluate(
+        model,
+        task,
+        tokenizer,
+        split="validation",
+        max_length=settings.max_length,
+        limit=_EPOCH_EVALUATION_ROWS,
+        progress=False,
+    )
+    text = ", ".join(f"{name} {scores[name]:.1f}" for name in task.metric_names)
+    tqdm.write(f"epoch {epoch + 1}/{settings.epochs}: {text} on {int(scores['examples'])} held-out rows")
+
+
+def _save_entry(entry: Path, model: Any, tokenizer: Any, record: dict[str, Any]) -> None:
+    aside = Path(tempfile.mkdtemp(prefix=f".{entry.name}.", dir=entry.parent))
+    try:
+        with quiet_libraries():
+            model.save_pretrained(aside)
+        tokenizer.save_pretrained(aside)
+        write_json(aside / "training.json", record | {"sha256": file_sha256(aside / "model.safetensors")})
+        if entry.exists():
+            shutil.rmtree(entry)  # left by a run that was the same but is not readable, or finished meanwhile
+        os.replace(aside, entry)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _load_entry(entry: Path, task: Task, settings: TrainingSettings, device: torch.device) -> FineTuned:
+    mend = f"delete the folder {entry} to train again"
+    try:
+        record = read_json(entry / "training.json")
+        intact = record["sha256"] == file_sha256(entry / "model.safetensors")
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"the cached model cannot be read ({error}); {mend}") from error
+    if not intact:
+        raise ValueError(f"the cached weights were changed or are damaged; {mend}")
+    model, tokenizer = build_model(task, entry)
+    return FineTuned(model.to(device), tokenizer, record["scores"], entry, settings, record["seconds"], from_cache=True)
