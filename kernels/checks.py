@@ -1,0 +1,199 @@
+"""Argument checks of the operators: one sentence naming the argument, what it was and what it should be.
+
+They look at dtypes, shapes and devices only, never at values, so that they hold while a graph is traced as well.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from qbert.kernels import formats
+
+ACTIVATIONS = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def check_dtype(name: str, tensor: Tensor, *allowed: torch.dtype) -> None:
+    """Raises TypeError unless `tensor` has one of the allowed dtypes."""
+    if tensor.dtype not in allowed:
+        wanted = " or ".join(str(d).removeprefix("torch.") for d in allowed)
+        raise TypeError(f"{name} must be {wanted}, got {str(tensor.dtype).removeprefix('torch.')}; convert it first.")
+
+
+def check_shape(name: str, tensor: Tensor | None, *shape: int | str) -> None:
+    """Raises ValueError unless `tensor` (None passes) has this shape; a string stands for any size."""
+    if tensor is None:
+        return
+    fits = tensor.dim() == len(shape) and all(
+        isinstance(want, str) or got == want for got, want in zip(tensor.shape, shape, strict=True)
+    )
+    if not fits:
+        raise ValueError(f"{name} must have shape [{', '.join(map(str, shape))}], got {list(tensor.shape)}.")
+
+
+def check_same_device(**tensors: Tensor | None) -> None:
+    """Raises ValueError unless all tensors that are given are on one device."""
+    devices = {name: t.device for name, t in tensors.items() if t is not None}
+    if len(set(devices.values())) > 1:
+        raise ValueError(
+            f"all tensors must be on one device, got {', '.join(f'{n} on {d}' for n, d in devices.items())}."
+        )
+
+
+def check_grid(packed: Tensor, scale: Tensor, zero: Tensor, row_group: Tensor | None, bits: int, columns: int) -> None:
+    """A packed weight [O, columns] and its scale, zero [G, K] and row_group [O]."""
+    formats.check_packed(packed, bits, columns)
+    rows = packed.shape[0]
+    if scale.dim() != 2 or scale.shape != zero.shape:
+        raise ValueError(
+            f"scale and zero must both be [groups, input groups], got {list(scale.shape)} and {list(zero.shape)}."
+        )
+    if scale.shape[1] < 1 or columns % scale.shape[1]:
+        raise ValueError(f"scale has {scale.shape[1]} input groups, which do not divide {columns} columns.")
+    check_shape("row_group", row_group, rows)
+    if row_group is None and scale.shape[0] not in (1, rows):
+        raise ValueError(f"row_group is needed to spread {scale.shape[0]} groups over {rows} rows.")
+
+
+def check_linear(
+    x: Tensor,
+    packed: Tensor,
+    scale: Tensor,
+    zero: Tensor,
+    row_group: Tensor | None,
+    bias: Tensor | None,
+    bits: int,
+    activation_bits: int,
+) -> None:
+    """The arguments of `dispatch.linear`."""
+    check_dtype("x", x, *ACTIVATIONS)
+    if x.dim() < 1:
+        raise ValueError("x must have at least one dimension, the input features.")
+    if activation_bits not in (0, 8):
+        raise ValueError(f"activation_bits must be 8 or None, got {activation_bits}.")
+    check_same_device(x=x, packed=packed, scale=scale, zero=zero, row_group=row_group, bias=bias)
+    check_grid(packed, scale, zero, row_group, bits, x.shape[-1])
+    check_shape("bias", bias, packed.shape[0])
+
+
+def check_embedding(
+    ids: Tensor, packed: Tensor, scale: Tensor, zero: Tensor, row_group: Tensor | None, bits: int, features: int
+) -> None:
+    """The arguments of `dispatch.embedding`."""
+    check_dtype("ids", ids, torch.int32, torch.int64)
+    check_same_device(ids=ids, packed=packed, scale=scale, zero=zero, row_group=row_group)
+    check_grid(packed, scale, zero, row_group, bits, features)
+
+
+def check_activations(xq: Tensor, x_scale: Tensor, row_sum: Tensor | None) -> None:
+    """int8 activations [T, I], their scale [T] or [1], their row sums [T]."""
+    check_dtype("xq", xq, torch.int8)
+    check_shape("xq", xq, "tokens", "in")
+    check_dtype("x_scale", x_scale, torch.float32)
+    if x_scale.shape not in ((1,), (xq.shape[0],)):
+        raise ValueError(f"x_scale must have shape [1] or [{xq.shape[0]}], got {list(x_scale.shape)}.")
+    check_shape("row_sum", row_sum, xq.shape[0])
+    if row_sum is not None:
+        check_dtype("row_sum", row_sum, torch.int32)
+
+
+def check_rows(name: str, x: Tensor) -> None:
+    """Activations [T, I] in a floating dtype."""
+    check_dtype(name, x, *ACTIVATIONS)
+    check_shape(name, x, "tokens", "in")
+
+
+def check_matmul_a8(
+    xq: Tensor,
+    x_scale: Tensor,
+    row_sum: Tensor | None,
+    packed: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    bits: int,
+    out_dtype: torch.dtype,
+    out_scale: float,
+) -> None:
+    """The arguments of `operators.matmul_a8`."""
+    check_activations(xq, x_scale, row_sum)
+    formats.check_packed(packed, bits, xq.shape[1])
+    rows = packed.shape[0]
+    check_dtype("scale", scale, torch.float32)
+    check_shape("scale", scale, rows)
+    check_shape("zero", zero, rows)
+    check_shape("bias", bias, rows)
+    check_shape("residual", residual, xq.shape[0], rows)
+    check_same_device(xq=xq, x_scale=x_scale, row_sum=row_sum, packed=packed, scale=scale, zero=zero, bias=bias)
+    if zero is not None:
+        check_dtype("zero", zero, torch.float32, torch.int32)
+        if row_sum is None:
+            raise ValueError("row_sum must be given with zero: quantize_rows returns it.")
+    if out_dtype not in (*ACTIVATIONS, torch.int8):
+        raise TypeError(f"out_dtype must be float32, float16, bfloat16 or int8, got {out_dtype}.")
+    if (out_dtype == torch.int8) != (out_scale > 0):
+        raise ValueError(f"out_scale must be positive for int8 output and left out for others, got {out_scale}.")
+
+
+def check_matmul_a8_mixed(
+    xq: Tensor,
+    x_scale: Tensor,
+    row_sum: Tensor | None,
+    packed: list[Tensor],
+    bits: list[int],
+    scale: Tensor,
+    zero: Tensor | None,
+    bias: Tensor | None,
+    out_dtype: torch.dtype,
+) -> None:
+    """The arguments of `operators.matmul_a8_mixed`."""
+    if len(packed) != 3 or len(bits) != 3:
+        raise ValueError(f"packed and bits must hold three weights, got {len(packed)} and {len(bits)}.")
+    check_activations(xq, x_scale, row_sum)
+    for index, (weight, width) in enumerate(zip(packed, bits, strict=True)):
+        formats.check_packed(weight, width, xq.shape[1])
+        if weight.shape[0] != packed[0].shape[0]:
+            raise ValueError(f"packed[{index}] has {weight.shape[0]} rows, packed[0] has {packed[0].shape[0]}.")
+    for name, tensor in (("scale", scale), ("zero", zero), ("bias", bias)):
+        check_shape(name, tensor, 3 * packed[0].shape[0])
+    if zero is not None and row_sum is None:
+        raise ValueError("row_sum must be given with zero: quantize_rows returns it.")
+    if out_dtype not in ACTIVATIONS:
+        raise TypeError(f"out_dtype must be float32, float16 or bfloat16, got {out_dtype}.")
+    check_same_device(xq=xq, x_scale=x_scale, row_sum=row_sum, query=packed[0], key=packed[1], value=packed[2])
+    check_same_device(xq=xq, scale=scale, zero=zero, bias=bias)
+
+
+def check_matmul_a16(
+    x: Tensor, packed: Tensor, scale: Tensor, zero: Tensor | None, bias: Tensor | None, bits: int
+) -> None:
+    """The arguments of `operators.matmul_a16`."""
+    check_rows("x", x)
+    formats.check_packed(packed, bits, x.shape[1])
+    for name, tensor in (("scale", scale), ("zero", zero), ("bias", bias)):
+        check_shape(name, tensor, packed.shape[0])
+    check_same_device(x=x, packed=packed, scale=scale, zero=zero, bias=bias)
+
+
+def check_layernorm(x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor) -> None:
+    """The arguments of `operators.layernorm_quantize`."""
+    check_rows("x", x)
+    check_shape("residual", residual, *x.shape)
+    check_shape("weight", weight, x.shape[1])
+    check_shape("bias", bias, x.shape[1])
+    check_same_device(x=x, residual=residual, weight=weight, bias=bias)
+
+
+def check_attention(query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor) -> None:
+    """The arguments of `operators.attention`."""
+    check_dtype("query", query, *ACTIVATIONS)
+    check_shape("query", query, "tokens", "heads", "head_dim")
+    for name, tensor in (("key", key), ("value", value)):
+        check_shape(name, tensor, *query.shape)
+        check_dtype(name, tensor, query.dtype)
+    check_dtype("cu_seqlens", cu_seqlens, torch.int32)
+    check_shape("cu_seqlens", cu_seqlens, "sequences + 1")
+    check_same_device(query=query, key=key, value=value, cu_seqlens=cu_seqlens)
+    if any(t.stride(2) != 1 for t in (query, key, value)):
+        raise ValueError("query, key and value must have unit stride over head_dim; call .contiguous().")

@@ -1,0 +1,161 @@
+"""int8 matrix product on a CPU through torch's own operators: fbgemm first, oneDNN where fbgemm is not built in.
+
+Both multiply unsigned 8-bit activations by signed 8-bit weights. Without the VNNI instructions they do it with
+``vpmaddubsw``, which adds two neighbouring products a0 * w0 + a1 * w1 in 16 bits **and saturates at 32767**: with
+a = 255 and w = 127 a sum that should be 4,129,024 comes out as 32,640. torch's own remedy is `reduce_range`, one bit
+less for every activation. Here nothing is given away: a pair of weights of one sign cannot saturate while
+|w0 + w1| <= 128 (255 * 128 = 32,640), which holds for all weights of 7 bits and fewer; `Int8Gemm` finds the pairs of
+wider weights for which it does not, takes the excess out of the larger one, and adds the product with these few
+excess values back, from a sparse matrix. The result is the exact integer sum on every CPU. Whether the CPU at hand
+saturates is not looked up but tried, once (`saturates`).
+
+    gemm = Int8Gemm(codes, scale, zero)           # int8 [O, I], float32 [O], int32 [O]
+    y = gemm(x_unit, step)                        # sum_i round(x_unit[t, i] / step) (codes - zero) * step * scale
+"""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_PAIR_LIMIT = 128  # largest |w0 + w1| whose product with activations up to 255 stays below 2^15
+_CHUNK = 128  # tokens whose sparse product is added at once
+_ACTIVATION_ZERO = 128  # signed activation codes -127..127 travel as unsigned 1..255
+
+
+def _fbgemm_prepack(codes: Tensor, scale: Tensor, zero: Tensor) -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # quantized tensors are announced as deprecated; `available_engine` moves on
+        weight = torch._make_per_channel_quantized_tensor(codes, scale.double(), zero.long(), 0)
+    previous = torch.backends.quantized.engine
+    torch.backends.quantized.engine = "fbgemm"
+    try:
+        return torch.ops.quantized.linear_prepack(weight, None)
+    finally:
+        torch.backends.quantized.engine = previous
+
+
+def _fbgemm(x: Tensor, step: float, zero: int, weight: Any) -> Tensor:
+    return torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32(x, step, zero, weight)
+
+
+def _onednn_prepack(codes: Tensor) -> Tensor:
+    return torch.ops.onednn.qlinear_prepack(codes, None)
+
+
+def _onednn(x: Tensor, step: float, zero: int, weight: Tensor, scale: Tensor, no_zero: Tensor) -> Tensor:
+    unsigned = (x * (1.0 / step)).round_().add_(zero).clamp_(0, 255).to(torch.uint8)
+    return torch.ops.onednn.qlinear_pointwise(
+        unsigned, step, zero, weight, scale, no_zero, None, 1.0, 0, torch.float32, "none", [], ""
+    )
+
+
+@functools.cache
+def available_engine() -> str:
+    """Which int8 operators this build of torch has and this CPU runs: "fbgemm", "onednn" or "none"; tried once."""
+    codes = torch.ones(16, 16, dtype=torch.int8)
+    ones = torch.ones(16)
+    for engine in ("fbgemm", "onednn"):
+        try:
+            got = Int8Gemm(codes, ones, torch.zeros(16, dtype=torch.int32), engine=engine)(torch.ones(2, 16), 1.0)
+        except (RuntimeError, AttributeError, NotImplementedError):
+            continue
+        if bool((got == 16).all()):
+            return engine
+    return "none"
+
+
+@functools.cache
+def saturates(engine: str) -> bool:
+    """True where `engine` adds products of neighbours in 16 bits on this CPU and so can saturate; tried once."""
+    codes = torch.full((64, 256), 127, dtype=torch.int8)
+    gemm = Int8Gemm(codes, torch.ones(64), torch.zeros(64, dtype=torch.int32), engine=engine, split_excess=False)
+    return bool((gemm(torch.full((32, 256), 127.0), 1.0) != 127 * 127 * 256).any())
+
+
+def split_excess(codes: Tensor) -> tuple[Tensor, Tensor]:
+    """Integer codes [O, I] as safe + excess (int8, int16): in `safe` no pair of neighbours can saturate a 16-bit sum.
+
+    Pairs are columns (0, 1), (2, 3), ... A pair of opposite signs cannot saturate: its products never add up.
+    Codes may exceed int8; what does not fit is excess too.
+    """
+    wide = codes.to(torch.int16)
+    safe = torch.nn.functional.pad(wide.clamp(-128, 127), (0, wide.shape[1] % 2))
+    pairs = safe.reshape(codes.shape[0], -1, 2)
+    same_sign = (pairs[..., 0] >= 0) == (pairs[..., 1] >= 0)
+    total = pairs.sum(dim=2, dtype=torch.int16)
+    over = torch.where(same_sign, total - total.clamp(-_PAIR_LIMIT, _PAIR_LIMIT), torch.zeros_like(total))
+    larger = pairs.abs().argmax(dim=2, keepdim=True)
+    safe = pairs.scatter_add(2, larger, -over[..., None]).reshape(safe.shape)[:, : codes.shape[1]]
+    return safe.to(torch.int8), wide - safe
+
+
+class Int8Gemm:
+    """y[t, o] = step * scale[o] * sum_i round(x[t, i] / step) * (codes[o, i] - zero[o]), the sum in exact integers.
+
+    codes int8 [O, I] (int16 where excess is split off), scale float32 [O], zero int32 [O] (all zero unless the engine
+    is fbgemm, see `takes_zero`). x is float32 [T, I] with |x / step| <= 127, or 0 to 255 after adding `offset`.
+    """
+
+    def __init__(
+        self, codes: Tensor, scale: Tensor, zero: Tensor, *, engine: str | None = None, split_excess: bool | None = None
+    ) -> None:
+        self.engine = available_engine() if engine is None else engine
+        if self.engine not in ("fbgemm", "onednn"):
+            raise RuntimeError("this build of torch has no int8 matrix product for this CPU.")
+        if not self.takes_zero(self.engine) and bool((zero != 0).any()):
+            raise ValueError("oneDNN takes symmetric weights only: fold the zero points into the codes.")
+        self._excess: Tensor | None = None
+        if split_excess is None:
+            split_excess = int(codes.to(torch.int16).abs().max()) > _PAIR_LIMIT // 2 and saturates(self.engine)
+        if split_excess:
+            codes, excess = _split(codes)
+            if bool((excess != 0).any()):
+                self._excess = _sparse(excess.float() * scale[:, None])
+        self._scale = scale
+        self._no_zero = torch.zeros(codes.shape[0], dtype=torch.int32)
+        self._weight: Any = (
+            _fbgemm_prepack(codes, scale, zero) if self.engine == "fbgemm" else _onednn_prepack(codes.contiguous())
+        )
+
+    @property
+    def has_excess(self) -> bool:
+        """Whether a sparse product is added; x must then be finite."""
+        return self._excess is not None
+
+    @staticmethod
+    def takes_zero(engine: str) -> bool:
+        """Whether `engine` subtracts a zero point per weight row by itself, at no cost."""
+        return engine == "fbgemm"
+
+    def __call__(self, x: Tensor, step: float, offset: int = _ACTIVATION_ZERO) -> Tensor:
+        """x float32 [..., I] to float32 [..., O]; `offset` is the unsigned code of 0, 128 for symmetric activations."""
+        if self.engine == "fbgemm":
+            y = _fbgemm(x, step, offset, self._weight)
+        else:
+            y = _onednn(x.flatten(0, -2), step, offset, self._weight, self._scale, self._no_zero)
+            y = y.unflatten(0, x.shape[:-1])
+        if self._excess is not None:
+            _add_excess(self._excess, y.flatten(0, -2), x.flatten(0, -2), step, offset)
+        return y
+
+
+def _add_excess(excess: Tensor, y: Tensor, x: Tensor, step: float, offset: int) -> None:
+    """y += step * (activation codes) excess^T, a few tokens at a time so that the copies stay in the cache."""
+    for start in range(0, x.shape[0], _CHUNK):
+        codes = (x[start : start + _CHUNK] * (1.0 / step)).round_().clamp_(-offset, 255 - offset)
+        product = torch.mm(excess, codes.T.contiguous())  # [O, tokens]: the layout that sparse products are fast in
+        y[start : start + _CHUNK].add_(product.T, alpha=step)
+
+
+_split = split_excess
+
+
+def _sparse(matrix: Tensor) -> Tensor:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch calls its CSR tensors a beta feature
+        return matrix.to_sparse_csr()

@@ -1,0 +1,134 @@
+"""Self-attention over a packed batch of sequences of different lengths: no padding, softmax in one pass, int8 out.
+
+    out[t, h] = sum_u softmax_u(query[t, h] . key[u, h] * scale) value[u, h],   u in the sequence of t
+
+One program a (block of queries, head, sequence); keys and values are walked in blocks with a running maximum and
+sum (online softmax, arXiv 2205.14135, algorithm 1), products in fp16 with float32 sums. query, key and value may be
+slices of one fused [T, 3 H D] tensor. The output is fp16/bf16, or int8 with a static scale for the next product.
+
+    out = attention(query, key, value, cu_seqlens, longest, scale=head_dim**-0.5)        # [T, H, D]
+"""
+
+# mypy: allow-untyped-defs
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from qbert.kernels.gpu.quantize_rows import round_to_int8
+
+MAX_HEAD_DIM = 128
+
+
+@triton.jit
+def attention_kernel(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    out_ptr,
+    starts_ptr,
+    scale,
+    inv_out_scale,
+    stride_q,
+    stride_k,
+    stride_v,
+    head_q,
+    head_k,
+    head_v,
+    stride_out,
+    D,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    QUANTIZE: tl.constexpr,
+):
+    """Grid (blocks of queries of the longest sequence, heads, sequences)."""
+    head = tl.program_id(1)
+    start = tl.load(starts_ptr + tl.program_id(2)).to(tl.int64)
+    length = (tl.load(starts_ptr + tl.program_id(2) + 1).to(tl.int64) - start).to(tl.int32)
+    first = tl.program_id(0) * BLOCK_Q
+    if first < length:
+        rows = first + tl.arange(0, BLOCK_Q)
+        d = tl.arange(0, BLOCK_D)
+        keys = tl.arange(0, BLOCK_K)
+        q_at = q_ptr + start * stride_q + head * head_q + rows[:, None].to(tl.int64) * stride_q + d[None, :]
+        q = tl.load(q_at, mask=(rows[:, None] < length) & (d[None, :] < D), other=0.0)
+        k_at = k_ptr + start * stride_k + head * head_k + keys[:, None].to(tl.int64) * stride_k + d[None, :]
+        v_at = v_ptr + start * stride_v + head * head_v + keys[:, None].to(tl.int64) * stride_v + d[None, :]
+        peak = tl.full((BLOCK_Q,), float("-inf"), dtype=tl.float32)
+        total = tl.zeros((BLOCK_Q,), dtype=tl.float32)
+        acc = tl.zeros((BLOCK_Q, BLOCK_D), dtype=tl.float32)
+        for done in range(0, length, BLOCK_K):
+            inside = (done + keys[:, None] < length) & (d[None, :] < D)
+            k = tl.load(k_at, mask=inside, other=0.0)
+            v = tl.load(v_at, mask=inside, other=0.0)
+            k_at += BLOCK_K * stride_k
+            v_at += BLOCK_K * stride_v
+            # exp2 is the hardware's exponential: the scores are scaled by log2(e).
+            scores = tl.dot(q, k.T) * (scale * 1.4426950408889634)
+            scores = tl.where(done + keys[None, :] < length, scores, float("-inf"))
+            new_peak = tl.maximum(peak, tl.max(scores, axis=1))
+            weights = tl.exp2(scores - new_peak[:, None])
+            fade = tl.exp2(peak - new_peak)
+            total = total * fade + tl.sum(weights, axis=1)
+            acc = tl.dot(weights.to(v.dtype), v, acc * fade[:, None])
+            peak = new_peak
+        out = acc / total[:, None]
+        at = out_ptr + (start + rows[:, None]) * stride_out + head * D + d[None, :]
+        stored = (rows[:, None] < length) & (d[None, :] < D)
+        if QUANTIZE:
+            out = round_to_int8(tl.minimum(tl.maximum(out * inv_out_scale, -128.0), 127.0))
+            tl.store(at, out, mask=stored)
+        else:
+            tl.store(at, out.to(out_ptr.dtype.element_ty), mask=stored)
+
+
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens: Tensor,
+    longest: int,
+    scale: float,
+    out_scale: float | None = None,
+) -> Tensor:
+    """Launches `attention_kernel`: query, key, value [T, H, D], unit stride over D -> [T, H, D].
+
+    cu_seqlens int32 [S + 1]: sequence s is the tokens cu_seqlens[s] to cu_seqlens[s + 1]. `longest` bounds the
+    sequence lengths. With `out_scale` the result is int8. D up to 128.
+    """
+    tokens, heads, head_dim = query.shape
+    if head_dim > MAX_HEAD_DIM:
+        raise ValueError(f"attention takes head dimensions up to {MAX_HEAD_DIM}, got {head_dim}.")
+    dtype = query.dtype if out_scale is None else torch.int8
+    out = torch.empty((tokens, heads, head_dim), dtype=dtype, device=query.device)
+    sequences = cu_seqlens.numel() - 1
+    if tokens and sequences > 0:
+        block_q = 64 if longest > 32 else 16
+        attention_kernel[(triton.cdiv(longest, block_q), heads, sequences)](
+            query,
+            key,
+            value,
+            out,
+            cu_seqlens,
+            scale,
+            0.0 if out_scale is None else 1.0 / out_scale,
+            query.stride(0),
+            key.stride(0),
+            value.stride(0),
+            query.stride(1),
+            key.stride(1),
+            value.stride(1),
+            out.stride(0),
+            head_dim,
+            BLOCK_Q=block_q,
+            BLOCK_K=64 if longest > 32 else 32,
+            BLOCK_D=max(16, triton.next_power_of_2(head_dim)),
+            QUANTIZE=out_scale is not None,
+            num_warps=4,
+            num_stages=2,
+        )
+    return out

@@ -1,0 +1,157 @@
+"""Compiles a Triton kernel for a GPU that is not there, and reads from the machine code what it will cost.
+
+    report = compile_report(kernel, {"x_ptr": "*i8", "K": "i32"}, {"BK": 128}, target="sm_90", num_warps=4)
+    report.registers, report.spills, report.shared, report.count("wgmma"), report.sass["PRMT"]
+
+Registers and spills are ptxas's own figures; instruction counts are of the SASS that nvdisasm prints; both tools come
+with Triton. Shared memory is Triton's figure: compiling does not check it against the chip, `fits` does.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import re
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia import compiler as nvidia
+from triton.compiler import ASTSource
+
+TARGETS = {"sm_80": 80, "sm_90": 90}
+_ARCHITECTURE = {"sm_80": "sm_80", "sm_90": "sm_90a"}
+_SHARED_LIMIT = {"sm_80": 163 * 1024, "sm_90": 227 * 1024}
+_REGISTER_FILE = 65536
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """What one compiled kernel costs: registers a thread, bytes spilled, bytes of shared memory, instructions.
+
+    `warnings` are ptxas's of serialized warpgroup products (C75xx), `hazards` what `early_writes` finds.
+    """
+
+    target: str
+    registers: int
+    spills: int
+    shared: int
+    warps: int
+    sass: collections.Counter[str]
+    ptx: str
+    warnings: tuple[str, ...]
+    hazards: tuple[str, ...]
+
+    def count(self, instruction: str) -> int:
+        """How often a PTX instruction whose name starts with `instruction` occurs."""
+        return len(re.findall(rf"^\s*(?:@!?%p\d+ )?{re.escape(instruction)}", self.ptx, re.M))
+
+    @property
+    def int8_products(self) -> int:
+        """Tensor-core instructions on int8 operands with int32 sums."""
+        return len(re.findall(r"(?:wgmma\.mma_async|mma\.sync)[\w.:]*\.s32\.s8\.s8", self.ptx))
+
+    @property
+    def register_operands(self) -> int:
+        """Warpgroup products whose left operand comes from registers, not from shared memory."""
+        return len(re.findall(r"wgmma\.mma_async[^;]*?\},\s*\{", self.ptx, re.S))
+
+    @property
+    def fits(self) -> bool:
+        """Whether the target has the shared memory."""
+        return self.shared <= _SHARED_LIMIT[self.target]
+
+    @property
+    def programs_per_processor(self) -> int:
+        """How many programs run on one processor at a time, by registers and shared memory."""
+        by_registers = _REGISTER_FILE // (-(-self.registers // 8) * 8 * 32 * self.warps)
+        return min(by_registers, _SHARED_LIMIT[self.target] // max(self.shared, 1), 64 // self.warps)
+
+
+def compile_report(
+    kernel: Any,
+    types: dict[str, str],
+    constants: dict[str, Any],
+    *,
+    target: str,
+    aligned: tuple[str, ...] = (),
+    **options: Any,
+) -> Report:
+    """Compiles `kernel` for "sm_80" or "sm_90" and reads the result.
+
+    `types` gives a Triton type ("*i8", "i32", "fp32") for every argument that is not in `constants`. Pointers, strides
+    and the integers in `aligned` are taken to be multiples of 16, as Triton finds out at a launch for encoder sizes.
+    `options` are num_warps, num_stages, maxnreg.
+    Raises ValueError for an unknown target, RuntimeError with ptxas's message where it refuses.
+    """
+    if target not in TARGETS:
+        raise ValueError(f"target must be one of {sorted(TARGETS)}, got {target!r}.")
+    names = kernel.arg_names
+    signature = {name: types.get(name, "constexpr") for name in names}
+    multiples = [n for n, type_ in types.items() if type_.startswith("*") or n.startswith("stride") or n in aligned]
+    attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in multiples}
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
+    compiled = triton.compile(source, target=GPUTarget("cuda", TARGETS[target], 32), options=options)
+    ptx = compiled.asm["ptx"]
+    messages, sass = _assemble(ptx, target)
+    used = re.search(r"Used (\d+) registers", messages)
+    spilled = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", messages)
+    if used is None or spilled is None:
+        raise RuntimeError(f"ptxas did not report registers and spills: {messages[-400:]}")
+    operations = re.findall(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\d+\s+)?([A-Z0-9]+)", sass, re.M)
+    return Report(
+        target=target,
+        registers=int(used[1]),
+        spills=int(spilled[1]) + int(spilled[2]),
+        shared=compiled.metadata.shared,
+        warps=options.get("num_warps", 4),
+        sass=collections.Counter(operations),
+        ptx=ptx,
+        warnings=tuple(re.findall(r"\(C75\d\d\)[^\n]*|C75\d\d[^\n]*", messages)),
+        hazards=early_writes(sass),
+    )
+
+
+_WIDTHS = {".64": 2, ".WIDE": 2, ".128": 4, ".M88.4": 4}
+
+
+def early_writes(sass: str) -> tuple[str, ...]:
+    """Instructions that overwrite a warpgroup product's register operand before the wait for that product.
+
+    ptxas has been seen to emit such code (triton-lang/triton pull request 11781): the asynchronous product may then
+    read the new value. A scan in program order: it finds the pattern, it does not prove its absence across branches.
+    """
+    operands: set[int] = set()
+    found = []
+    for line in re.findall(r"^\s*/\*[0-9a-f]{4,}\*/\s+([^;]*);", sass, re.M):
+        text = re.sub(r"^@!?U?P\d+\s+", "", line)
+        product = re.match(r"[IHQ]GMMA\S*\s+R\d+,\s*R(\d+),\s*gdesc", text)
+        if product:
+            operands.update(range(int(product[1]), int(product[1]) + 4))
+        elif text.startswith("WARPGROUP.DEPBAR"):
+            operands.clear()
+        else:
+            write = re.match(r"([A-Z0-9_.]+)\s+(?:U?P\d+,\s*)?R(\d+)\b", text)
+            if write and not re.match(r"(ST|RED|BAR|LDGSTS|UTMA|[IHQ]GMMA)", write[1]):
+                width = next((w for suffix, w in _WIDTHS.items() if suffix in write[1]), 1)
+                if operands.intersection(range(int(write[2]), int(write[2]) + width)):
+                    found.append(text)
+    return tuple(found)
+
+
+def _assemble(ptx: str, target: str) -> tuple[str, str]:
+    """ptxas's messages and the SASS of its output."""
+    ptxas = nvidia.get_ptxas(TARGETS[target]).path
+    nvdisasm = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "nvdisasm"
+    with tempfile.TemporaryDirectory() as folder:
+        source, binary = Path(folder, "kernel.ptx"), Path(folder, "kernel.cubin")
+        source.write_text(ptx)
+        command = [ptxas, "-v", f"-arch={_ARCHITECTURE[target]}", str(source), "-o", str(binary)]
+        run = subprocess.run(command, capture_output=True, text=True)
+        if run.returncode:
+            raise RuntimeError(f"ptxas refuses the kernel: {run.stderr[-400:]}")
+        sass = subprocess.run([str(nvdisasm), "-c", str(binary)], capture_output=True, text=True, check=True).stdout
+    return run.stderr, sass

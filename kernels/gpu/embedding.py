@@ -1,0 +1,216 @@
+"""Rows of packed embedding tables: gathered, unpacked and dequantized; or summed, normalized and quantized at once.
+
+Tables stay packed in memory (2, 3, 4 or 8 bits): a token reads I * b / 8 bytes of its own row. `embed_layernorm`
+adds up to three tables (word, position, type), each of its own bits, applies LayerNorm and writes what the first
+layer's products read: y, its int8 codes, scale and row sum.
+
+    h = embedding(ids, table)                                  # [T] -> [T, I]
+    y, yq, y_scale, row_sum = embed_layernorm([(ids, words), (positions, places)], weight, bias, eps)
+"""
+
+# mypy: allow-untyped-defs
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from qbert.kernels import formats
+from qbert.kernels.gpu.layernorm_quant import MAX_COLUMNS, normalize_row, store_quantized
+
+
+class Table(NamedTuple):
+    """A packed table: uint8 [V, row bytes], scale and zero float32 [G, K], row_group int32 [V] or None (G = V or 1)."""
+
+    packed: Tensor
+    scale: Tensor
+    zero: Tensor
+    row_group: Tensor | None
+    bits: int
+    features: int
+
+
+@triton.jit
+def load_codes(row_ptr, k, inside, width, TAIL: tl.constexpr, BITS: tl.constexpr):
+    """Codes, as float32, of columns k of the packed row at `row_ptr` (layout: `qbert.kernels.formats`)."""
+    base = (k // 256) * (32 * BITS)
+    within = k % 256
+    if BITS == 8:
+        return tl.load(row_ptr + base + within, mask=inside, other=0).to(tl.int8, bitcast=True).to(tl.float32)
+    else:
+        F: tl.constexpr = 8 if BITS == 3 else 8 // BITS
+        E = tl.where(k < width // 256 * 256, 256 // F, TAIL // F) if TAIL > 0 else 256 // F
+        field = within // E
+        j = within % E
+        if BITS == 3:
+            high = tl.load(row_ptr + base + (field // 4) * E + j, mask=inside, other=0).to(tl.int32)
+            low = tl.load(row_ptr + base + 2 * E + j, mask=inside, other=0).to(tl.int32)
+            code = ((high >> (2 * (field % 4))) & 3) * 2 + ((low >> field) & 1)
+        else:
+            byte = tl.load(row_ptr + base + j, mask=inside, other=0).to(tl.int32)
+            code = (byte >> (BITS * field)) & ((1 << BITS) - 1)
+        return ((code ^ (1 << (BITS - 1))) - (1 << (BITS - 1))).to(tl.float32)
+
+
+@triton.jit
+def load_row(
+    ids_ptr,
+    packed_ptr,
+    scale_ptr,
+    zero_ptr,
+    group_ptr,
+    token,
+    column,
+    inside,
+    width,
+    input_group,
+    input_groups,
+    stride,
+    TAIL: tl.constexpr,
+    BITS: tl.constexpr,
+    GROUPS: tl.constexpr,
+):
+    """Dequantized row of the table that token `token` asks for, float32 [BLOCK]."""
+    row = tl.load(ids_ptr + token).to(tl.int64)
+    code = load_codes(packed_ptr + row * stride, column, inside, width, TAIL, BITS)
+    if GROUPS == "table":
+        group = tl.load(group_ptr + row).to(tl.int64)
+    elif GROUPS == "one":
+        group = row * 0
+    else:
+        group = row
+    at = group * input_groups + column // input_group
+    scale = tl.load(scale_ptr + at, mask=inside, other=0.0)
+    zero = tl.load(zero_ptr + at, mask=inside, other=0.0)
+    return tl.where(inside, (code - zero) * scale, 0.0)
+
+
+@triton.jit
+def embedding_kernel(
+    ids_ptr,
+    packed_ptr,
+    scale_ptr,
+    zero_ptr,
+    group_ptr,
+    y_ptr,
+    width,
+    input_group,
+    input_groups,
+    stride,
+    TAIL: tl.constexpr,
+    BITS: tl.constexpr,
+    GROUPS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Grid (T,)."""
+    token = tl.program_id(0)
+    column = tl.arange(0, BLOCK)
+    inside = column < width
+    y = load_row(
+        ids_ptr, packed_ptr, scale_ptr, zero_ptr, group_ptr, token, column, inside, width, input_group, input_groups,
+        stride, TAIL, BITS, GROUPS,
+    )  # fmt: skip
+    tl.store(y_ptr + token.to(tl.int64) * width + column, y.to(y_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def embed_layernorm_kernel(
+    ids0, packed0, scale0, zero0, group0, input_group0, input_groups0, stride0,
+    ids1, packed1, scale1, zero1, group1, input_group1, input_groups1, stride1,
+    ids2, packed2, scale2, zero2, group2, input_group2, input_groups2, stride2,
+    weight_ptr, bias_ptr, y_ptr, q_ptr, scale_ptr, row_sum_ptr, width, eps,
+    TAIL0: tl.constexpr, BITS0: tl.constexpr, GROUPS0: tl.constexpr,
+    TAIL1: tl.constexpr, BITS1: tl.constexpr, GROUPS1: tl.constexpr,
+    TAIL2: tl.constexpr, BITS2: tl.constexpr, GROUPS2: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Grid (T,). A table of 0 bits is absent."""
+    token = tl.program_id(0)
+    column = tl.arange(0, BLOCK)
+    inside = column < width
+    h = load_row(
+        ids0, packed0, scale0, zero0, group0, token, column, inside, width, input_group0, input_groups0, stride0,
+        TAIL0, BITS0, GROUPS0,
+    )  # fmt: skip
+    if BITS1 > 0:
+        h += load_row(
+            ids1, packed1, scale1, zero1, group1, token, column, inside, width, input_group1, input_groups1, stride1,
+            TAIL1, BITS1, GROUPS1,
+        )  # fmt: skip
+    if BITS2 > 0:
+        h += load_row(
+            ids2, packed2, scale2, zero2, group2, token, column, inside, width, input_group2, input_groups2, stride2,
+            TAIL2, BITS2, GROUPS2,
+        )  # fmt: skip
+    y = normalize_row(h, weight_ptr, bias_ptr, width, eps, column, inside)
+    stored = y.to(y_ptr.dtype.element_ty)
+    tl.store(y_ptr + token.to(tl.int64) * width + column, stored, mask=inside)
+    store_quantized(stored.to(tl.float32), token, column, inside, width, q_ptr, scale_ptr, row_sum_ptr, 0.0, False)
+
+
+def embedding(ids: Tensor, table: Table, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Launches `embedding_kernel`: ids [T] (int32 or int64, inside the table) -> [T, I] in `dtype`."""
+    y = torch.empty((ids.numel(), table.features), dtype=dtype, device=ids.device)
+    if y.numel():
+        constants = _constants(table)
+        embedding_kernel[(ids.numel(),)](
+            ids,
+            table.packed,
+            table.scale,
+            table.zero,
+            table.row_group,
+            y,
+            table.features,
+            table.features // table.scale.shape[1],
+            table.scale.shape[1],
+            table.packed.stride(0),
+            TAIL=constants[0],
+            BITS=constants[1],
+            GROUPS=constants[2],
+            BLOCK=triton.next_power_of_2(table.features),
+        )
+    return y
+
+
+def embed_layernorm(
+    tables: list[tuple[Tensor, Table]], weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype = torch.float16
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """LayerNorm of the sum of one to three tables' rows: (y [T, I], its int8 codes, their scale [T], row sums [T]).
+
+    `tables` holds (ids [T], table); all tables have the same number of features, at most 16,384.
+    """
+    if not 1 <= len(tables) <= 3:
+        raise ValueError(f"tables must hold one to three tables, got {len(tables)}.")
+    ids, first = tables[0]
+    tokens, columns = ids.numel(), first.features
+    if columns > MAX_COLUMNS:
+        raise ValueError(f"embed_layernorm keeps a row in registers: at most {MAX_COLUMNS} features, got {columns}.")
+    y = torch.empty((tokens, columns), dtype=dtype, device=ids.device)
+    codes = torch.empty((tokens, columns), dtype=torch.int8, device=ids.device)
+    scale = torch.empty(tokens, dtype=torch.float32, device=ids.device)
+    row_sum = torch.empty(tokens, dtype=torch.int32, device=ids.device)
+    if tokens == 0:
+        return y, codes, scale, row_sum
+    arguments: list[object] = []
+    constants: list[object] = []
+    for index in range(3):
+        present = index < len(tables)
+        its_ids, table = tables[index] if present else tables[0]
+        groups = table.scale.shape[1]
+        arguments += [its_ids, *table[:4], columns // groups, groups, table.packed.stride(0)]
+        constants += _constants(table) if present else (0, 0, "one")
+    embed_layernorm_kernel[(tokens,)](
+        *arguments, weight, bias, y, codes, scale, row_sum, columns, eps, *constants, triton.next_power_of_2(columns)
+    )
+    return y, codes, scale, row_sum
+
+
+def _constants(table: Table) -> tuple[int, int, str]:
+    """Codes in the last block, bits, and where a row's group number comes from."""
+    tail = formats.packed_row_nbytes(table.features % 256, table.bits) * 8 // table.bits
+    groups = "table" if table.row_group is not None else "one" if table.scale.shape[0] == 1 else "row"
+    return tail, table.bits, groups

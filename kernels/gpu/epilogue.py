@@ -1,0 +1,100 @@
+"""What happens to an integer product before it is stored: scale, zero, bias, GELU, residual, int8 again.
+
+    y = act((acc / 2^(8 - b) - zero[o] row_sum[t]) scale[o] x_scale[t] + bias[o]) + residual[t, o]
+
+acc is [O, T], the transpose of what is stored, because weights are the left operand (`matmul_a8`).
+"""
+
+# mypy: allow-untyped-defs
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def gelu(y):
+    """Exact GELU, float32."""
+    return y * 0.5 * (1.0 + tl.erf(y * 0.7071067811865476))
+
+
+@triton.jit
+def to_int8(y, inv_scale):
+    """clamp(round-half-even(y * inv_scale), -128, 127), int8."""
+    y = tl.minimum(tl.maximum(y * inv_scale, -128.0), 127.0)
+    # Adding and subtracting 1.5 * 2^23 rounds to the nearest even integer, in the adder itself.
+    return ((y + 12582912.0) - 12582912.0).to(tl.int8)
+
+
+@triton.jit
+def start_value(zero_ptr, row_sum_ptr, rm, rn, M, N, BM: tl.constexpr, BN: tl.constexpr, ZERO: tl.constexpr):
+    """First value of acc [BN, BM]: 0, or the whole zero-point term, -zero 2^(8 - BITS) row_sum, in exact integers.
+
+    Done here and not in the epilogue because there a second vector over tokens costs 32 more registers a thread, and
+    with them the second program on a processor.
+    """
+    if ZERO == "int32":
+        zero = tl.load(zero_ptr + rn, mask=rn < N, other=0)
+        row_sum = tl.load(row_sum_ptr + rm, mask=rm < M, other=0)
+        return -(zero[:, None] * row_sum[None, :])
+    else:
+        return tl.zeros((BN, BM), dtype=tl.int32)
+
+
+@triton.jit
+def epilogue(
+    acc,
+    y_ptr,
+    x_scale_ptr,
+    scale_ptr,
+    zero_ptr,
+    row_sum_ptr,
+    bias_ptr,
+    residual_ptr,
+    out_sum_ptr,
+    inv_out_scale,
+    rm,
+    rn,
+    M,
+    N,
+    stride_y,
+    stride_r,
+    BITS: tl.constexpr,
+    X_SCALE_PER_TOKEN: tl.constexpr,
+    ZERO: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    GELU: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
+    OUT: tl.constexpr,
+    OUT_SUM: tl.constexpr,
+):
+    """From acc = 2^(8 - BITS) * integer product [BN, BM] to the stored output."""
+    inside = (rn[:, None] < N) & (rm[None, :] < M)
+    y_ptrs = y_ptr + rm[None, :].to(tl.int64) * stride_y + rn[:, None]
+    if OUT == "int32":
+        tl.store(y_ptrs, acc >> (8 - BITS), mask=inside)
+    else:
+        y = acc.to(tl.float32) * (1.0 / (1 << (8 - BITS)))
+        if ZERO == "float":
+            zero = tl.load(zero_ptr + rn, mask=rn < N, other=0.0)
+            row_sum = tl.load(row_sum_ptr + rm, mask=rm < M, other=0).to(tl.float32)
+            y -= zero[:, None] * row_sum[None, :]
+        y *= tl.load(scale_ptr + rn, mask=rn < N, other=0.0)[:, None]
+        if X_SCALE_PER_TOKEN:
+            y *= tl.load(x_scale_ptr + rm, mask=rm < M, other=0.0)[None, :]
+        else:
+            y *= tl.load(x_scale_ptr)
+        if HAS_BIAS:
+            y += tl.load(bias_ptr + rn, mask=rn < N, other=0.0)[:, None]
+        if GELU:
+            y = gelu(y)
+        if HAS_RESIDUAL:
+            r_ptrs = residual_ptr + rm[None, :].to(tl.int64) * stride_r + rn[:, None]
+            y += tl.load(r_ptrs, mask=inside, other=0.0).to(tl.float32)
+        if OUT == "int8":
+            q = to_int8(y, inv_out_scale)
+            tl.store(y_ptrs, q, mask=inside)
+            if OUT_SUM:
+                total = tl.sum(tl.where(inside, q.to(tl.int32), 0), axis=0)
+                tl.atomic_add(out_sum_ptr + rm, total, mask=rm < M, sem="relaxed")
+        else:
+            tl.store(y_ptrs, y.to(y_ptr.dtype.element_ty), mask=inside)

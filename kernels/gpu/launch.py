@@ -1,0 +1,45 @@
+"""What the launchers of the matrix kernels share: block tails, workspaces of split products, compile options."""
+
+from __future__ import annotations
+
+import torch
+import triton
+from torch import Tensor
+
+from qbert.kernels import formats
+from qbert.kernels.gpu.tiles import Tile
+
+
+def tail_of(columns: int, bits: int) -> tuple[int, int]:
+    """Codes in the last, shorter block of a row, as stored and as a kernel rounds them up to powers of two."""
+    fields = 8 if bits == 3 else 8 // bits
+    tail = formats.packed_row_nbytes(columns % 256, bits) * 8 // bits
+    return (tail, fields * max(32 // fields, triton.next_power_of_2(tail // fields))) if tail else (0, 0)
+
+
+def device_name(x: Tensor) -> str:
+    """Key of the measured tiles: the GPU's name."""
+    return torch.cuda.get_device_name(x.device) if x.is_cuda else "interpreter"
+
+
+def registers_option(tile: Tile, x: Tensor) -> dict[str, int]:
+    """The tile's cap on registers as a compile option, where it is known to cause no spills."""
+    capped = tile.registers is not None and x.is_cuda and torch.cuda.get_device_capability(x.device)[0] >= 9
+    return {"maxnreg": tile.registers} if capped and tile.registers is not None else {}
+
+
+_arrived: dict[tuple[torch.device, int], Tensor] = {}
+
+
+def split_workspace(device: torch.device, tiles: int, tile: Tile, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Parts of a split product (BN x BM a part, and BM more for sums), and arrival counters int32 [tiles].
+
+    Every launch leaves the counters at zero for the next one on its stream; each stream has its own.
+    """
+    parts = torch.empty(tiles * tile.split * tile.bm * (tile.bn + 1), dtype=dtype, device=device)
+    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+    arrived = _arrived.get((device, stream))
+    if arrived is None or arrived.numel() < tiles:
+        arrived = torch.zeros(max(tiles, 4096), dtype=torch.int32, device=device)
+        _arrived[device, stream] = arrived
+    return parts, arrived

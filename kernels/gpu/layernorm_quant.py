@@ -1,0 +1,121 @@
+"""Residual addition, LayerNorm and int8 quantization in one pass: what stands between two matrix products of a layer.
+
+    y = (h - mean(h)) / sqrt(var(h) + eps) * weight + bias,   h = x + residual
+
+y is written in the input's type (the next residual), with its int8 codes, scale and row sum (`quantize_rows`) or, with
+a static scale, its codes and row sum alone. One program a token, the row in registers, float32 throughout.
+
+    y, yq, y_scale, row_sum = layernorm_quantize(x, residual, weight, bias, eps)
+"""
+
+# mypy: allow-untyped-defs
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from qbert.kernels.gpu.quantize_rows import quantize_values, round_to_int8
+
+MAX_COLUMNS = 16384
+
+
+@triton.jit
+def normalize_row(h, weight_ptr, bias_ptr, width, eps, column, inside):
+    """LayerNorm of one row h (float32 [BLOCK], zero outside), zero outside."""
+    mean = tl.sum(h, axis=0) / width
+    centered = tl.where(inside, h - mean, 0.0)
+    variance = tl.sum(centered * centered, axis=0) / width
+    weight = tl.load(weight_ptr + column, mask=inside, other=0.0).to(tl.float32)
+    bias = tl.load(bias_ptr + column, mask=inside, other=0.0).to(tl.float32)
+    return centered * tl.div_rn(1.0, tl.sqrt_rn(variance + eps)) * weight + bias
+
+
+@triton.jit
+def store_quantized(y, row, column, inside, width, q_ptr, scale_ptr, row_sum_ptr, inv_scale, STATIC: tl.constexpr):
+    """Codes, row sum and (unless static) scale of one row y, float32 [BLOCK]."""
+    if STATIC:
+        q = round_to_int8(tl.minimum(tl.maximum(y * inv_scale, -128.0), 127.0))
+    else:
+        q, scale = quantize_values(y, tl.max(tl.abs(y), axis=0))
+        tl.store(scale_ptr + row, scale)
+    tl.store(q_ptr + row.to(tl.int64) * width + column, q, mask=inside)
+    tl.store(row_sum_ptr + row, tl.sum(q.to(tl.int32), axis=0))
+
+
+@triton.jit
+def layernorm_quantize_kernel(
+    x_ptr,
+    residual_ptr,
+    weight_ptr,
+    bias_ptr,
+    y_ptr,
+    q_ptr,
+    scale_ptr,
+    row_sum_ptr,
+    width,
+    eps,
+    inv_scale,
+    stride_x,
+    stride_r,
+    HAS_RESIDUAL: tl.constexpr,
+    STATIC: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Grid (T,)."""
+    row = tl.program_id(0)
+    column = tl.arange(0, BLOCK)
+    inside = column < width
+    h = tl.load(x_ptr + row.to(tl.int64) * stride_x + column, mask=inside, other=0.0).to(tl.float32)
+    if HAS_RESIDUAL:
+        h += tl.load(residual_ptr + row.to(tl.int64) * stride_r + column, mask=inside, other=0.0).to(tl.float32)
+    y = normalize_row(h, weight_ptr, bias_ptr, width, eps, column, inside)
+    # The codes are those of the stored, rounded y: what the residual path sees is what the product sees.
+    stored = y.to(y_ptr.dtype.element_ty)
+    tl.store(y_ptr + row.to(tl.int64) * width + column, stored, mask=inside)
+    store_quantized(stored.to(tl.float32), row, column, inside, width, q_ptr, scale_ptr, row_sum_ptr, inv_scale, STATIC)
+
+
+def layernorm_quantize(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    static_scale: float | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Launches `layernorm_quantize_kernel`: x, residual [T, I] -> (y [T, I], int8 [T, I], float32 [T], int32 [T]).
+
+    With `static_scale` the third result is filled with it. At most 16,384 columns.
+    """
+    tokens, columns = x.shape
+    if columns > MAX_COLUMNS:
+        raise ValueError(f"layernorm_quantize keeps a row in registers: at most {MAX_COLUMNS} columns, got {columns}.")
+    y = torch.empty((tokens, columns), dtype=x.dtype, device=x.device)
+    codes = torch.empty((tokens, columns), dtype=torch.int8, device=x.device)
+    scale = torch.full((tokens,), static_scale or 0.0, dtype=torch.float32, device=x.device)
+    row_sum = torch.empty(tokens, dtype=torch.int32, device=x.device)
+    if tokens:
+        block = triton.next_power_of_2(columns)
+        layernorm_quantize_kernel[(tokens,)](
+            x,
+            residual,
+            weight,
+            bias,
+            y,
+            codes,
+            scale,
+            row_sum,
+            columns,
+            eps,
+            0.0 if static_scale is None else 1.0 / static_scale,
+            x.stride(0),
+            0 if residual is None else residual.stride(0),
+            HAS_RESIDUAL=residual is not None,
+            STATIC=static_scale is not None,
+            BLOCK=block,
+            num_warps=4 if block <= 2048 else 8,
+        )
+    return y, codes, scale, row_sum

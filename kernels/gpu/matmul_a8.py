@@ -1,0 +1,267 @@
+"""y = x W^T with int8 activations and 2-, 3-, 4- or 8-bit weights on int8 tensor cores; the sum is an exact int32.
+
+    y[t, o] = act((acc - zero[o] row_sum[t]) scale[o] x_scale[t] + bias[o]) + residual[t, o]
+
+Weights are the LEFT operand of the tensor-core product, acc [O, T] = W x^T: their unpacked bytes go from registers
+straight into it (register-A wgmma on sm_90) and never back to shared memory. Per-row scale and zero live in the
+epilogue, as in QServe's per-channel kernel (arXiv 2405.04532, section 5.2.1), so Q-BERT's row groups cost nothing.
+
+Epilogues: bias; GELU; static requantization to int8, with row sums for the next product; residual; or the bare int32.
+With few tokens the columns are split over SPLIT programs a tile; each writes its int32 part, and the one that arrives
+last adds the parts (integers: any order gives the same) and runs the epilogue.
+
+    y = matmul_a8(xq, x_scale, packed, scale, bits=4, zero=zero, row_sum=row_sum, bias=bias, out_dtype=torch.float16)
+"""
+
+# mypy: allow-untyped-defs
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from qbert.kernels.gpu.epilogue import epilogue, start_value
+from qbert.kernels.gpu.launch import device_name, registers_option, split_workspace, tail_of
+from qbert.kernels.gpu.tiles import Tile, choose_tile
+from qbert.kernels.gpu.unpack import load_weight_tile, tile_columns
+
+
+@triton.jit
+def accumulate(
+    x_ptr,
+    w_ptr,
+    rows_x,
+    rows_w,
+    K,
+    stride_x,
+    stride_w,
+    first,
+    last,
+    acc,
+    BITS: tl.constexpr,
+    BK: tl.constexpr,
+    TAIL: tl.constexpr,
+    TAIL_PAD: tl.constexpr,
+    WITH_TAIL,
+    ASM: tl.constexpr,
+):
+    """acc [BN, BM] += W x^T over the 256-column blocks' tiles first..last - 1, and the shorter last block."""
+    F: tl.constexpr = 8 if BITS == 3 else 8 // BITS
+    P: tl.constexpr = BK // F
+    TILES: tl.constexpr = 256 // BK
+    x_rows = x_ptr + rows_x[:, None].to(tl.int64) * stride_x
+    w_rows = w_ptr + rows_w[:, None].to(tl.int64) * stride_w
+    columns = tile_columns(256, P, F)
+    for i in range(first, last):
+        start = (i % TILES) * P
+        x = tl.load(x_rows + ((i // TILES) * 256 + start + columns)[None, :])
+        w = load_weight_tile(w_rows + (i // TILES) * (32 * BITS), start, BITS, 256, P, False, ASM)
+        acc = tl.dot(w, x.T, acc, out_dtype=tl.int32)
+    if TAIL > 0:  # noqa: SIM102  the outer condition is decided when the kernel is compiled
+        if WITH_TAIL:
+            PT: tl.constexpr = TAIL_PAD // F
+            PADDED: tl.constexpr = TAIL_PAD != TAIL
+            c = tile_columns(TAIL, PT, F)
+            whole = K // 256 * 256
+            inside = (whole + c < K) & ((tl.arange(0, TAIL_PAD) % PT) < TAIL // F)
+            x = tl.load(x_rows + (whole + c)[None, :], mask=inside[None, :], other=0)
+            w = load_weight_tile(w_rows + (whole // 8) * BITS, 0, BITS, TAIL, PT, PADDED, ASM)
+            acc = tl.dot(w, x.T, acc, out_dtype=tl.int32)
+    return acc
+
+
+@triton.jit
+def matmul_a8_kernel(
+    x_ptr,
+    w_ptr,
+    y_ptr,
+    x_scale_ptr,
+    scale_ptr,
+    zero_ptr,
+    row_sum_ptr,
+    bias_ptr,
+    residual_ptr,
+    out_sum_ptr,
+    parts_ptr,
+    arrived_ptr,
+    inv_out_scale,
+    M,
+    N,
+    K,
+    stride_x,
+    stride_w,
+    stride_y,
+    stride_r,
+    BITS: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    SPLIT: tl.constexpr,
+    TAIL: tl.constexpr,
+    TAIL_PAD: tl.constexpr,
+    ASM: tl.constexpr,
+    X_SCALE_PER_TOKEN: tl.constexpr,
+    ZERO: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    GELU: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
+    OUT: tl.constexpr,
+    OUT_SUM: tl.constexpr,
+):
+    """Grid (tiles of O * tiles of T, SPLIT); neighbours share the tokens' tile, which then stays in the L2 cache."""
+    n_tiles = tl.cdiv(N, BN)
+    tile = tl.program_id(0)
+    rn = (tile % n_tiles) * BN + tl.arange(0, BN)
+    rm = (tile // n_tiles) * BM + tl.arange(0, BM)
+    # Rows beyond the matrix repeat the last one: no mask in the loop, and the surplus is not stored.
+    rows_w = tl.minimum(rn, N - 1)
+    rows_x = tl.minimum(rm, M - 1)
+    steps = K // 256 * (256 // BK)
+    if SPLIT == 1:
+        acc = start_value(zero_ptr, row_sum_ptr, rm, rn, M, N, BM, BN, ZERO)
+        acc = accumulate(
+            x_ptr, w_ptr, rows_x, rows_w, K, stride_x, stride_w, 0, steps, acc, BITS, BK, TAIL, TAIL_PAD, True, ASM
+        )
+        last_to_arrive = True
+    else:
+        part = tl.program_id(1)
+        per_part = tl.cdiv(steps, SPLIT)
+        first = part * per_part
+        last = tl.minimum(first + per_part, steps)
+        acc = tl.zeros((BN, BM), dtype=tl.int32)
+        acc = accumulate(
+            x_ptr,
+            w_ptr,
+            rows_x,
+            rows_w,
+            K,
+            stride_x,
+            stride_w,
+            first,
+            last,
+            acc,
+            BITS,
+            BK,
+            TAIL,
+            TAIL_PAD,
+            part == SPLIT - 1,
+            ASM,
+        )
+        inner = tl.arange(0, BN)[:, None] * BM + tl.arange(0, BM)[None, :]
+        parts = parts_ptr + tile.to(tl.int64) * (SPLIT * BN * BM) + inner
+        tl.store(parts + part * (BN * BM), acc)
+        tl.debug_barrier()
+        last_to_arrive = tl.atomic_add(arrived_ptr + tile, 1, sem="acq_rel") == SPLIT - 1
+        if last_to_arrive:
+            acc = start_value(zero_ptr, row_sum_ptr, rm, rn, M, N, BM, BN, ZERO)
+            for other in range(0, SPLIT):
+                acc += tl.load(parts + other * (BN * BM), cache_modifier=".cg")
+            tl.store(arrived_ptr + tile, 0)
+    if last_to_arrive:
+        epilogue(
+            acc,
+            y_ptr,
+            x_scale_ptr,
+            scale_ptr,
+            zero_ptr,
+            row_sum_ptr,
+            bias_ptr,
+            residual_ptr,
+            out_sum_ptr,
+            inv_out_scale,
+            rm,
+            rn,
+            M,
+            N,
+            stride_y,
+            stride_r,
+            BITS,
+            X_SCALE_PER_TOKEN,
+            ZERO,
+            HAS_BIAS,
+            GELU,
+            HAS_RESIDUAL,
+            OUT,
+            OUT_SUM,
+        )
+
+
+def matmul_a8(
+    xq: Tensor,
+    x_scale: Tensor,
+    packed: Tensor,
+    scale: Tensor,
+    *,
+    bits: int,
+    zero: Tensor | None = None,
+    row_sum: Tensor | None = None,
+    bias: Tensor | None = None,
+    gelu: bool = False,
+    residual: Tensor | None = None,
+    out_dtype: torch.dtype = torch.float16,
+    out_scale: float | None = None,
+    out_row_sum: Tensor | None = None,
+    tile: Tile | None = None,
+    asm: bool = True,
+) -> Tensor:
+    """Launches `matmul_a8_kernel`: xq int8 [T, I], packed uint8 [O, row bytes] -> y [T, O].
+
+    x_scale float32 [T] or [1]; scale, bias float32 [O]; residual [T, O]. zero [O] (None = 0) is either int32, holding
+    zero * 2^(8 - bits) where that is an integer (exact, and faster), or float32; it needs row_sum int32 [T].
+    out_dtype int8 requantizes with the static `out_scale` and, where `out_row_sum` (int32 [T], zeroed) is given, adds
+    every row's sum to it; int32 returns the bare integer product, zero term included.
+    The caller has checked shapes and devices (`qbert.kernels.dispatch`).
+    """
+    tokens, columns = xq.shape
+    rows = packed.shape[0]
+    y = torch.empty((tokens, rows), dtype=out_dtype, device=xq.device)
+    if tokens == 0 or rows == 0:
+        return y
+    if tile is None:
+        tile = choose_tile("matmul_a8", tokens, rows, columns, bits, device_name(xq))
+    tail, tail_pad = tail_of(columns, bits)
+    tiles = triton.cdiv(rows, tile.bn) * triton.cdiv(tokens, tile.bm)
+    parts, arrived = split_workspace(xq.device, tiles, tile, torch.int32) if tile.split > 1 else (y, y)
+    matmul_a8_kernel[(tiles, tile.split)](
+        xq,
+        packed.view(torch.int8),
+        y,
+        x_scale,
+        scale,
+        zero,
+        row_sum,
+        bias,
+        residual,
+        out_row_sum,
+        parts,
+        arrived,
+        0.0 if out_scale is None else 1.0 / out_scale,
+        tokens,
+        rows,
+        columns,
+        xq.stride(0),
+        packed.stride(0),
+        y.stride(0),
+        0 if residual is None else residual.stride(0),
+        BITS=bits,
+        BM=tile.bm,
+        BN=tile.bn,
+        BK=tile.bk,
+        SPLIT=tile.split,
+        TAIL=tail,
+        TAIL_PAD=tail_pad,
+        ASM=asm,
+        X_SCALE_PER_TOKEN=x_scale.numel() > 1,
+        ZERO="none" if zero is None else "int32" if zero.dtype == torch.int32 else "float",
+        HAS_BIAS=bias is not None,
+        GELU=gelu,
+        HAS_RESIDUAL=residual is not None,
+        OUT={torch.int32: "int32", torch.int8: "int8"}.get(out_dtype, "float"),
+        OUT_SUM=out_row_sum is not None,
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+        **registers_option(tile, xq),
+    )
+    return y

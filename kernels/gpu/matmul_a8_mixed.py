@@ -1,0 +1,142 @@
+"""Query, key and value in one launch although each has its own bits: `matmul_a8` over three weights of one height.
+
+Q-BERT's allocation may give the three projections of a layer different bits. A program belongs to one of them (a scalar
+branch over three inlined loops) and writes its slice of the fused output [T, 3 O]:
+
+    y[t, s O + o] = (acc_s[o, t] - zero[s, o] row_sum[t]) scale[s, o] x_scale[t] + bias[s, o],   s = query, key, value
+
+Weights of equal bits are one packed matrix (rows are packed one by one, so they concatenate) and need no more than
+`matmul_a8`.
+
+    y = matmul_a8_mixed(xq, x_scale, (query, key, value), (2, 3, 2), scale, zero=zero, row_sum=row_sum, bias=bias)
+"""
+
+# mypy: allow-untyped-defs
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from qbert.kernels.gpu.epilogue import epilogue
+from qbert.kernels.gpu.launch import device_name, tail_of
+from qbert.kernels.gpu.matmul_a8 import accumulate
+from qbert.kernels.gpu.tiles import Tile, choose_tile
+
+
+@triton.jit
+def _product(
+    x_ptr, w_ptr, rows_x, rows_w, K, stride_x, stride_w, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    BITS: tl.constexpr, TAIL: tl.constexpr, TAIL_PAD: tl.constexpr, ASM: tl.constexpr,
+):  # fmt: skip
+    """Exact integer product [BN, BM] of one weight's rows."""
+    steps = K // 256 * (256 // BK)
+    acc = tl.zeros((BN, BM), dtype=tl.int32)
+    acc = accumulate(
+        x_ptr, w_ptr, rows_x, rows_w, K, stride_x, stride_w, 0, steps, acc, BITS, BK, TAIL, TAIL_PAD, True, ASM
+    )
+    return acc >> (8 - BITS)
+
+
+@triton.jit
+def matmul_a8_mixed_kernel(
+    x_ptr, query_ptr, key_ptr, value_ptr, y_ptr, x_scale_ptr, scale_ptr, zero_ptr, row_sum_ptr, bias_ptr,
+    M, N, K, stride_x, stride_query, stride_key, stride_value, stride_y,
+    BITS_QUERY: tl.constexpr, TAIL_QUERY: tl.constexpr, PAD_QUERY: tl.constexpr,
+    BITS_KEY: tl.constexpr, TAIL_KEY: tl.constexpr, PAD_KEY: tl.constexpr,
+    BITS_VALUE: tl.constexpr, TAIL_VALUE: tl.constexpr, PAD_VALUE: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, ASM: tl.constexpr,
+    X_SCALE_PER_TOKEN: tl.constexpr, ZERO: tl.constexpr, HAS_BIAS: tl.constexpr,
+):  # fmt: skip
+    """Grid (3 * tiles of O * tiles of T)."""
+    n_tiles = tl.cdiv(N, BN)
+    tile = tl.program_id(0)
+    segment = (tile // n_tiles) % 3
+    rn = (tile % n_tiles) * BN + tl.arange(0, BN)
+    rm = (tile // (3 * n_tiles)) * BM + tl.arange(0, BM)
+    rows_w = tl.minimum(rn, N - 1)
+    rows_x = tl.minimum(rm, M - 1)
+    if segment == 0:
+        acc = _product(
+            x_ptr, query_ptr, rows_x, rows_w, K, stride_x, stride_query, BM, BN, BK, BITS_QUERY, TAIL_QUERY, PAD_QUERY,
+            ASM,
+        )  # fmt: skip
+    elif segment == 1:
+        acc = _product(
+            x_ptr, key_ptr, rows_x, rows_w, K, stride_x, stride_key, BM, BN, BK, BITS_KEY, TAIL_KEY, PAD_KEY, ASM
+        )
+    else:
+        acc = _product(
+            x_ptr, value_ptr, rows_x, rows_w, K, stride_x, stride_value, BM, BN, BK, BITS_VALUE, TAIL_VALUE, PAD_VALUE,
+            ASM,
+        )  # fmt: skip
+    first = segment * N
+    if ZERO == "int32":
+        zero = tl.load(zero_ptr + first + rn, mask=rn < N, other=0)
+        acc -= zero[:, None] * tl.load(row_sum_ptr + rm, mask=rm < M, other=0)[None, :]
+    epilogue(
+        acc, y_ptr + first, x_scale_ptr, scale_ptr + first, zero_ptr + first if ZERO == "float" else zero_ptr,
+        row_sum_ptr, bias_ptr + first if HAS_BIAS else bias_ptr, None, None, 0.0, rm, rn, M, N, stride_y, 0,
+        8, X_SCALE_PER_TOKEN, ZERO, HAS_BIAS, False, False, "float", False,
+    )  # fmt: skip
+
+
+def matmul_a8_mixed(
+    xq: Tensor,
+    x_scale: Tensor,
+    packed: tuple[Tensor, Tensor, Tensor],
+    bits: tuple[int, int, int],
+    scale: Tensor,
+    *,
+    zero: Tensor | None = None,
+    row_sum: Tensor | None = None,
+    bias: Tensor | None = None,
+    out_dtype: torch.dtype = torch.float16,
+    tile: Tile | None = None,
+    asm: bool = True,
+) -> Tensor:
+    """Launches `matmul_a8_mixed_kernel`: xq int8 [T, I], three packed weights [O, row bytes] -> y [T, 3 O].
+
+    scale, bias float32 [3 O]; zero [3 O], int32 where zeros are integers (not scaled, unlike in `matmul_a8`, because
+    the bits differ) or float32; row_sum int32 [T], needed with zero; x_scale float32 [T] or [1].
+    """
+    tokens, columns = xq.shape
+    rows = packed[0].shape[0]
+    y = torch.empty((tokens, 3 * rows), dtype=out_dtype, device=xq.device)
+    if tokens == 0 or rows == 0:
+        return y
+    if tile is None:
+        tile = choose_tile("matmul_a8_mixed", tokens, rows, columns, max(bits), device_name(xq))
+    constants: list[int] = []
+    for width in bits:
+        constants += [width, *tail_of(columns, width)]
+    grid = (3 * triton.cdiv(rows, tile.bn) * triton.cdiv(tokens, tile.bm),)
+    matmul_a8_mixed_kernel[grid](
+        xq,
+        *(p.view(torch.int8) for p in packed),
+        y,
+        x_scale,
+        scale,
+        zero,
+        row_sum,
+        bias,
+        tokens,
+        rows,
+        columns,
+        xq.stride(0),
+        *(p.stride(0) for p in packed),
+        y.stride(0),
+        *constants,
+        BM=tile.bm,
+        BN=tile.bn,
+        BK=tile.bk,
+        ASM=asm,
+        X_SCALE_PER_TOKEN=x_scale.numel() > 1,
+        ZERO="none" if zero is None else "int32" if zero.dtype == torch.int32 else "float",
+        HAS_BIAS=bias is not None,
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+    )
+    return y

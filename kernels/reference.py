@@ -1,0 +1,168 @@
+"""What every kernel must compute, in plain torch: slow, obvious, and the twin that the fast paths are compared with.
+
+The grid of a weight matrix is ``W[o, i] = scale[o, k] * (q[o, i] - zero[o, k])`` with integer codes q, any real zero,
+and k the input group of column i (one group, K = 1, is the usual case). Activations are quantized per token (row),
+symmetrically: ``x[t, i] ~ x_scale[t] * xq[t, i]``, xq in [-127, 127], or with one static scale. Then
+
+    y[t, o] = x_scale[t] * scale[o] * (sum_i xq[t, i] q[o, i] - zero[o] * sum_i xq[t, i]) + bias[o]
+
+in which both sums are integers: only the epilogue is real arithmetic (the per-channel form of QServe,
+arXiv 2405.04532, section 5.2.1, eq. 8-13; Q-BERT's row groups, arXiv 1909.05840, section 3.3, are rows that share a
+scale and cost nothing here).
+
+Sums run in int64 and epilogues in float64 unless a function says otherwise. Nothing here is meant to be fast.
+
+    xq, x_scale, row_sum = quantize_rows(x)
+    y = matmul_a8(xq, x_scale, codes, scale, zero, bias)
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+A8_MAX = 127  # symmetric int8: -128 is not used, so that negation is exact
+
+
+def expand_groups(table: Tensor, row_group: Tensor | None, rows: int) -> Tensor:
+    """Spreads per-group values [G, K] over rows: [O, K], row o taking `table[row_group[o]]`.
+
+    `row_group` None stands for one group a row (G = O) or one for all (G = 1).
+    Raises ValueError where shapes or group numbers do not fit.
+    """
+    if table.dim() != 2:
+        raise ValueError(f"group table must have shape [groups, input groups], got {tuple(table.shape)}.")
+    if row_group is None:
+        if table.shape[0] not in (1, rows):
+            raise ValueError(f"row_group is needed to spread {table.shape[0]} groups over {rows} rows.")
+        return table.expand(rows, table.shape[1])
+    if row_group.shape != (rows,):
+        raise ValueError(f"row_group must have shape [{rows}], got {tuple(row_group.shape)}.")
+    if rows and not 0 <= int(row_group.min()) <= int(row_group.max()) < table.shape[0]:
+        raise ValueError(f"row_group must hold group numbers 0 to {table.shape[0] - 1}.")
+    return table[row_group.long()]
+
+
+def dequantize(codes: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+    """Real weights [O, I] of codes [O, I] and scale, zero [O, K]; K must divide I. In the dtype of `scale`."""
+    rows, columns = codes.shape
+    groups = scale.shape[1]
+    if scale.shape != zero.shape or scale.shape[0] != rows:
+        raise ValueError(
+            f"scale and zero must both be [{rows}, input groups], got {list(scale.shape)}, {list(zero.shape)}."
+        )
+    if groups < 1 or columns % groups:
+        raise ValueError(f"{groups} input groups do not divide {columns} columns.")
+    grouped = codes.reshape(rows, groups, columns // groups).to(scale.dtype)
+    return ((grouped - zero[:, :, None]) * scale[:, :, None]).reshape(rows, columns)
+
+
+def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Symmetric int8 per token: x [T, I] to codes int8 [T, I], scale [T] (dtype of x) and row sums int32 [T].
+
+    scale = max |x| / 127, codes = round-half-even(x / scale). A row of zeros gets scale 0 and codes 0.
+    """
+    scale = x.abs().amax(dim=1) / A8_MAX if x.shape[1] else x.new_zeros(x.shape[0])
+    safe = torch.where(scale > 0, scale, torch.ones_like(scale))
+    codes = torch.round(x / safe[:, None]).clamp(-A8_MAX, A8_MAX).to(torch.int8)
+    return codes, scale, codes.sum(dim=1, dtype=torch.int32)
+
+
+def requantize(y: Tensor, scale: float, zero: int = 0) -> Tensor:
+    """Static int8 codes of real values: clamp(round-half-even(y / scale) + zero, -128, 127)."""
+    return (torch.round(y / scale) + zero).clamp(-128, 127).to(torch.int8)
+
+
+def fake_quantize(x: Tensor, static_scale: float = 0.0, static_zero: int = 0) -> Tensor:
+    """x [T, I] rounded to its int8 codes and back, per token (`static_scale` 0) or with a static scale."""
+    if static_scale > 0:
+        codes = requantize(x.float(), static_scale, static_zero).float()
+        return ((codes - static_zero) * static_scale).to(x.dtype)
+    codes, scale, _ = quantize_rows(x.float())
+    return (codes * scale[:, None]).to(x.dtype)
+
+
+def gelu(y: Tensor) -> Tensor:
+    """GELU with the exact error function, BERT's activation: y * Phi(y)."""
+    return y * 0.5 * (1.0 + torch.erf(y / math.sqrt(2.0)))
+
+
+def accumulate(xq: Tensor, codes: Tensor) -> Tensor:
+    """Exact integer products [T, O] (int64) of activation codes [T, I] and weight codes [O, I]."""
+    return xq.to(torch.int64) @ codes.to(torch.int64).T
+
+
+def matmul_a8(
+    xq: Tensor,
+    x_scale: Tensor,
+    codes: Tensor,
+    scale: Tensor,
+    zero: Tensor,
+    bias: Tensor | None = None,
+    *,
+    activation: str = "none",
+    residual: Tensor | None = None,
+) -> Tensor:
+    """y [T, O] in float64 from int8 activations and low-bit weights, with the kernels' epilogues.
+
+    xq int8 [T, I], x_scale [T] or [1], codes [O, I], scale and zero [O, K], bias [O], residual [T, O];
+    `activation` is "none" or "gelu", applied after the bias and before the residual.
+    """
+    columns, groups = codes.shape[1], scale.shape[1]
+    width = columns // groups
+    y = torch.zeros(xq.shape[0], codes.shape[0], dtype=torch.float64)
+    for k in range(groups):
+        part = slice(k * width, (k + 1) * width)
+        acc = accumulate(xq[:, part], codes[:, part]).double()
+        row_sum = xq[:, part].sum(dim=1, dtype=torch.int64).double()
+        y += (acc - row_sum[:, None] * zero[:, k].double()) * scale[:, k].double()
+    y *= x_scale.double()[:, None]
+    if bias is not None:
+        y += bias.double()
+    if activation == "gelu":
+        y = gelu(y)
+    elif activation != "none":
+        raise ValueError(f"activation must be 'none' or 'gelu', got {activation!r}.")
+    return y if residual is None else y + residual.double()
+
+
+def matmul_a16(x: Tensor, codes: Tensor, scale: Tensor, zero: Tensor, bias: Tensor | None = None) -> Tensor:
+    """y [T, O] in float64 from real activations x [T, I] and low-bit weights."""
+    y = x.double() @ dequantize(codes, scale.double(), zero.double()).T
+    return y if bias is None else y + bias.double()
+
+
+def linear_a8(x: Tensor, codes: Tensor, scale: Tensor, zero: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Quantizes x [T, I] per token, then `matmul_a8`: the whole of a packed linear layer, float64 [T, O]."""
+    xq, x_scale, _ = quantize_rows(x)
+    return matmul_a8(xq, x_scale, codes, scale, zero, bias)
+
+
+def layernorm_quantize(
+    x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """LayerNorm(x + residual) [T, I] in float64, and its `quantize_rows`: (y, codes, scale, row sums)."""
+    hidden = x.double() if residual is None else x.double() + residual.double()
+    y = torch.nn.functional.layer_norm(hidden, (x.shape[1],), weight.double(), bias.double(), eps)
+    return (y, *quantize_rows(y))
+
+
+def embedding(ids: Tensor, codes: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+    """Dequantized rows [..., I] of an embedding table: codes [V, I], scale and zero [V, K]."""
+    return dequantize(codes[ids.reshape(-1)], scale[ids.reshape(-1)], zero[ids.reshape(-1)]).reshape(
+        *ids.shape, codes.shape[1]
+    )
+
+
+def attention(query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, scale: float) -> Tensor:
+    """Self-attention inside each sequence of a packed batch, float64 [T, heads, D].
+
+    query, key, value [T, heads, D]; sequence s is the tokens cu_seqlens[s] to cu_seqlens[s + 1].
+    """
+    out = torch.zeros(query.shape, dtype=torch.float64)
+    for start, end in zip(cu_seqlens[:-1].tolist(), cu_seqlens[1:].tolist(), strict=True):
+        q, k, v = (t[start:end].double().transpose(0, 1) for t in (query, key, value))  # [heads, tokens, D]
+        out[start:end] = (torch.softmax(q @ k.transpose(1, 2) * scale, dim=-1) @ v).transpose(0, 1)
+    return out

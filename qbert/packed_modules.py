@@ -1,0 +1,271 @@
+r"""The deployed layers: `PackedLinear` and `PackedEmbedding` keep low-bit codes and compute with their exact values.
+
+A packed tensor holds the codes q in the byte layout of `qbert.kernels.formats`, and for every group of rows and input
+columns a float32 scale s and, where the grid needs one, a zero point z; its weights are
+
+.. math:: \hat w = s\,(q - z).
+
+Which rows form a group follows from the numbers of rows, groups and heads and is not stored. Scales stay float32 when
+the model is moved to another dtype, so that no move changes a weight by more than its own rounding.
+
+    >>> packed.encoder.layer[0].output.dense.quantized_weight()    # [O, I]
+
+Reference: Shen et al. 2020, sections 3.1 and 3.3 (the grid and its groups).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from qbert.bits import TensorSpec
+from qbert.kernels import formats
+from qbert.kernels.cpu import CpuLinear
+from qbert.modules import WeightQuantizer
+from qbert.packed_layout import PackedLayout, row_group_of
+from qbert.quantizers.activations import ActivationQuantizer
+from qbert.quantizers.grid import code_range, fake_quantize
+
+_MIDRISE_ZERO = -0.5
+_SMALL_TABLE = 2**20
+
+
+class PackedTensor(nn.Module):
+    """The packed weight [O, I] of a layer, or a reference to the one of another layer that it is tied to.
+
+    Args:
+        rows, columns: O and I of the weight ([V, D] of a table).
+        layout: bits, groups and zero points.
+        source: the packed layer whose weight this one shares; ``None`` owns its weight.
+
+    Attributes:
+        codes: uint8 [O, bytes of a row], as `qbert.kernels.formats.pack` lays them out.
+        scale: float32 [G, K], K = 1 unless the input is grouped too.
+        zero: [G, K] int8, or float32 if the zero points were learned; ``None`` if the scheme fixes them.
+        dtype: dtype of the layer's output and of `quantized_weight`.
+    """
+
+    codes: Tensor | None
+    scale: Tensor | None
+    zero: Tensor | None
+
+    def __init__(self, rows: int, columns: int, layout: PackedLayout, source: PackedTensor | None = None) -> None:
+        super().__init__()
+        self.rows, self.columns, self.layout = rows, columns, layout
+        self.dtype = torch.get_default_dtype()
+        # A tuple hides the module from the tree: a tied tensor is saved and moved once, by its owner.
+        self._source = () if source is None else (source,)
+        size = (layout.groups, layout.input_groups)
+        owner = source is None
+        self.register_buffer(
+            "codes",
+            torch.zeros(rows, formats.packed_row_nbytes(columns, layout.bits), dtype=torch.uint8) if owner else None,
+        )
+        self.register_buffer("scale", torch.ones(size, dtype=torch.float32) if owner else None)
+        zero_dtype = {"none": None, "int8": torch.int8, "float32": torch.float32}[layout.zero]
+        self.register_buffer("zero", torch.zeros(size, dtype=zero_dtype) if owner and zero_dtype else None)
+        self.training = False
+
+    @property
+    def owner(self) -> PackedTensor:
+        """The layer that holds the codes: this one, or the one it is tied to."""
+        return self._source[0].owner if self._source else self
+
+    @property
+    def spec(self) -> TensorSpec:
+        """Bits, groups, scheme and activation quantization of the layer."""
+        return self.layout.spec
+
+    @property
+    def weight(self) -> Tensor:
+        """Alias of `quantized_weight`, for code that reads the weight without calling the layer."""
+        return self.quantized_weight()
+
+    @torch.no_grad()
+    def quantized_weight(self) -> Tensor:
+        """The dequantized weight [O, I] that the layer computes with, in the layer's dtype."""
+        return self._dequantize(None, self.dtype)
+
+    @torch.no_grad()
+    def int_codes(self) -> Tensor:
+        """int8 codes [O, I]."""
+        assert self.owner.codes is not None
+        return formats.unpack(self.owner.codes, self.layout.bits, self.columns)
+
+    def row_grids(self, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Float32 scale and zero [N, K] of the rows with indices `rows` [N], or of all rows."""
+        owner = self.owner
+        assert owner.scale is not None
+        if rows is None:
+            rows = torch.arange(self.rows, device=owner.scale.device)
+        group = row_group_of(rows, self.rows, self.layout.groups, self.layout.heads)
+        scale = owner.scale[group]
+        if owner.zero is not None:
+            return scale, owner.zero[group].float()
+        return scale, torch.full_like(scale, _MIDRISE_ZERO if self.layout.spec.scheme == "midrise" else 0.0)
+
+    def prepare(self) -> None:
+        """Make what a subclass needs to be fast on a CPU."""
+        raise NotImplementedError
+
+    def _dequantize(self, rows: Tensor | None, dtype: torch.dtype) -> Tensor:
+        """Weights [N, I] of the rows `rows` [N] (all rows if ``None``); only those rows are unpacked."""
+        packed = self.owner.codes
+        assert packed is not None
+        if rows is not None:
+            packed = F.embedding(rows, packed)
+        scale, zero = self.row_grids(rows)
+        # Unpacked with its padding, since the check of the padding would stop torch.compile.
+        whole = packed.shape[1] * 8 // self.layout.bits
+        codes = formats.unpack(packed, self.layout.bits, whole)[:, : self.columns]
+        work = torch.promote_types(dtype, torch.float32)
+        grid = codes.unflatten(1, (self.layout.input_groups, -1)).to(work)  # [N, K, I/K]
+        return (scale.to(work).unsqueeze(-1) * (grid - zero.to(work).unsqueeze(-1))).flatten(1).to(dtype)
+
+    def _refuse_training(self) -> None:
+        if self.training:
+            raise RuntimeError(
+                "a packed model cannot be trained: its weights are integers; call .eval(), or train what "
+                "qbert.unpack(model) returns and pack it again"
+            )
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedTensor:
+        before = {name: buffer for name, buffer in self._buffers.items() if buffer is not None}
+        home = self.owner.codes
+        assert home is not None
+        dtype = fn(torch.empty(0, dtype=self.dtype, device=home.device)).dtype
+        super()._apply(fn, recurse)
+        self.dtype = dtype if dtype.is_floating_point else self.dtype
+        for name, buffer in before.items():
+            moved = self._buffers[name]
+            if moved is not None and moved.dtype != buffer.dtype:
+                self._buffers[name] = buffer.to(moved.device)
+        return self
+
+    def _fill(self, quantizer: WeightQuantizer, weight: Tensor) -> None:
+        """Take codes and grids from a trained layer."""
+        self.dtype = weight.dtype
+        if self._source:
+            return
+        self.codes = formats.pack(quantizer.codes(weight), self.layout.bits)
+        # Through the weight's dtype, because that is the scale which a half-precision model computes with.
+        self.scale = quantizer.scale.detach().to(weight.dtype).float().contiguous().clone()
+        if self.zero is not None:
+            self.zero = quantizer.zero.detach().to(weight.dtype).to(self.zero.dtype).contiguous()
+
+    def _quantizer(self) -> WeightQuantizer:
+        """The trainable grids of this tensor."""
+        assert self.owner.scale is not None
+        device = self.owner.scale.device
+        rows = torch.arange(self.rows, device=device)
+        group = row_group_of(rows, self.rows, self.layout.groups, self.layout.heads)
+        quantizer = WeightQuantizer(group, self.layout.input_groups, self.layout.spec).to(device)
+        first = torch.searchsorted(group, torch.arange(self.layout.groups, device=device))
+        scale, zero = self.row_grids(first)
+        with torch.no_grad():
+            quantizer.scale.copy_(scale)
+            quantizer.zero.copy_(zero)
+        return quantizer
+
+    def extra_repr(self) -> str:
+        """Shown in the module tree."""
+        tied = ", tied" if self._source else ""
+        activation = f", input {self.spec.activation_range}" if self.spec.activation_bits else ""
+        return f"{self.rows}x{self.columns}, {self.layout}{activation}{tied}"
+
+
+class PackedLinear(PackedTensor):
+    """A linear map [O, I] with packed weight; the input is quantized as in training.
+
+    ``input_scale`` and ``input_zero`` (float32 scalars) exist if activations have a static range.
+    """
+
+    input_scale: Tensor | None
+    input_zero: Tensor | None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool,
+        layout: PackedLayout,
+        source: PackedTensor | None = None,
+    ) -> None:
+        super().__init__(out_features, in_features, layout, source)
+        self.in_features, self.out_features = in_features, out_features
+        self.bias = nn.Parameter(torch.zeros(out_features)) if bias else None
+        static = layout.spec.activation_bits is not None and layout.spec.activation_range == "static"
+        self.register_buffer("input_scale", torch.ones((), dtype=torch.float32) if static else None)
+        self.register_buffer("input_zero", torch.zeros((), dtype=torch.float32) if static else None)
+        dynamic = layout.spec.activation_bits is not None and not static
+        self.activation_quantizer = ActivationQuantizer(8, "dynamic") if dynamic else None
+        self._fast: CpuLinear | None = None
+
+    def prepare(self) -> None:
+        """Make the int8 operand for `qbert.kernels.cpu`, which every later call on the CPU uses."""
+        self._fast = self.cpu_linear()
+
+    def cpu_linear(self) -> CpuLinear:
+        """This layer, bias and activation quantization included, as an int8 product of `qbert.kernels.cpu`."""
+        scale, zero = self.row_grids()
+        rows = torch.arange(self.rows)
+        bits = self.layout.bits
+        return CpuLinear.prepare(self.int_codes(), scale, zero, rows, self.bias, bits, **self.activation_arguments())
+
+    def activation_arguments(self) -> dict[str, Any]:
+        """How the input is quantized, as the arguments of `CpuLinear.prepare`."""
+        arguments: dict[str, Any] = {"activation_bits": self.spec.activation_bits}
+        if self.input_scale is not None and self.input_zero is not None:
+            arguments |= {"activation_scale": float(self.input_scale), "activation_zero": int(self.input_zero)}
+        return arguments
+
+    def forward(self, input: Tensor) -> Tensor:
+        """[..., I] -> [..., O]. Raises RuntimeError in training mode."""
+        self._refuse_training()
+        if self._fast is not None and input.device.type == "cpu" and not torch.compiler.is_compiling():
+            differentiable = input.requires_grad and torch.is_grad_enabled()
+            if not differentiable and input.dtype != torch.float64:
+                return self._fast(input)
+        return F.linear(self.quantize_input(input), self._dequantize(None, input.dtype), self.bias)
+
+    def quantize_input(self, x: Tensor) -> Tensor:
+        """Quantized and dequantized input [..., I], or `x` itself if activations stay in float."""
+        if self.activation_quantizer is not None:
+            return self.activation_quantizer(x)  # type: ignore[no-any-return]
+        if self.input_scale is None or self.input_zero is None:
+            return x
+        return fake_quantize(x, self.input_scale.to(x.dtype), self.input_zero.to(x.dtype), *code_range(8))
+
+
+class PackedEmbedding(PackedTensor):
+    """A lookup table [V, D] with packed rows; only the rows that are looked up are unpacked."""
+
+    def __init__(
+        self,
+        num_embeddings: int,
+        embedding_dim: int,
+        padding_idx: int | None,
+        layout: PackedLayout,
+        source: PackedTensor | None = None,
+    ) -> None:
+        super().__init__(num_embeddings, embedding_dim, layout, source)
+        self.num_embeddings, self.embedding_dim, self.padding_idx = num_embeddings, embedding_dim, padding_idx
+        self._float_table: Tensor | None = None
+
+    def prepare(self) -> None:
+        """Keep the float values of a table of at most 2^20 values, whose rows take longer to unpack than to read."""
+        if self.rows * self.columns <= _SMALL_TABLE:
+            self._float_table = self._dequantize(None, torch.float32)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Token ids [...] -> rows [..., D]. Raises RuntimeError in training mode, IndexError for unknown ids."""
+        self._refuse_training()
+        if input.numel() == 0:
+            return torch.empty(*input.shape, self.embedding_dim, dtype=self.dtype, device=input.device)
+        if self._float_table is not None and input.device.type == "cpu" and self.dtype == torch.float32:
+            return F.embedding(input, self._float_table)
+        return self._dequantize(input.reshape(-1), self.dtype).reshape(*input.shape, self.embedding_dim)
