@@ -1,0 +1,153 @@
+"""What is refused or warned of before a distillation begins: pairs that cannot learn from each other.
+
+>>> check_pair(teacher, student)
+>>> check_teacher_is_trained(teacher, batches)
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import warnings
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qbert.distill.objective import accepted_inputs
+from qbert.targets import base_model
+
+_STANDARD_ERRORS = 3.0
+
+
+def check_pair(teacher: nn.Module, student: nn.Module) -> None:
+    """Refuse models whose outputs or inputs do not mean the same.
+
+    Raises:
+        ValueError: the same object twice, a student without trainable parameters, another number or order of labels,
+            another vocabulary.
+    """
+    if teacher is student:
+        raise ValueError(
+            "teacher and student are the same object; quantize a copy (quantize_model does unless inplace=True)"
+        )
+    if not any(parameter.requires_grad for parameter in student.parameters()):
+        raise ValueError("no parameter of the student can be trained; call student.requires_grad_(True)")
+    ours, theirs = getattr(student, "config", None), getattr(teacher, "config", None)
+    if ours is None or theirs is None:
+        return
+    if ours.num_labels != theirs.num_labels:
+        raise ValueError(
+            f"the student has {ours.num_labels} labels and the teacher {theirs.num_labels}; give both the task's labels"
+        )
+    names = [_label_names(config) for config in (ours, theirs)]
+    if None not in names and names[0] != names[1]:
+        raise ValueError(
+            f"the student's labels are {names[0]} and the teacher's {names[1]}; put the rows of one head into the "
+            "order of the other (qbert.tasks.build_model does)"
+        )
+    sizes = [_vocabulary(model) for model in (student, teacher)]
+    if None not in sizes and sizes[0] != sizes[1]:
+        raise ValueError(
+            f"the student reads a vocabulary of {sizes[0]} tokens and the teacher one of {sizes[1]}, so the same ids "
+            "mean other words; use models that share a tokenizer"
+        )
+
+
+def check_tokenizers(teacher_tokenizer: Any, student_tokenizer: Any) -> None:
+    """Refuse two tokenizers that give the same text different ids.
+
+    Raises:
+        ValueError: naming a token and its two ids.
+    """
+    theirs, ours = teacher_tokenizer.get_vocab(), student_tokenizer.get_vocab()
+    for token in ours.keys() | theirs.keys():
+        if ours.get(token) != theirs.get(token):
+            raise ValueError(
+                f"teacher and student have different vocabularies: token {token!r} is {theirs.get(token)} for the "
+                f"teacher and {ours.get(token)} for the student; use models that share a tokenizer"
+            )
+
+
+def check_checkpointing(model: nn.Module, arguments: Any) -> None:
+    """Refuse reentrant gradient checkpointing, which silently cuts recorded features off the graph.
+
+    Raises:
+        ValueError: if `arguments` (TrainingArguments) or the model itself ask for it.
+    """
+    asked = [
+        kwargs
+        for name in ("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs")
+        if isinstance(kwargs := getattr(arguments, name, None), dict)
+    ]
+    functions = [getattr(module, "_gradient_checkpointing_func", None) for module in model.modules()]
+    asked += [function.keywords for function in functions if isinstance(function, functools.partial)]
+    if any(kwargs.get("use_reentrant", False) for kwargs in asked):
+        raise ValueError(
+            "reentrant gradient checkpointing gives recorded features no gradient, so their losses would train "
+            "nothing; set activation_checkpointing_kwargs={'use_reentrant': False}"
+        )
+
+
+@torch.no_grad()
+def check_teacher_is_trained(teacher: nn.Module, batches: Iterable[dict[str, Any]]) -> bool:
+    """Warn if the teacher knows no more about the labels than chance does: it was probably never fine-tuned.
+
+    A classifier's accuracy must exceed the share of its most frequent label by three standard errors, and a
+    regression's correlation three standard errors of 0. Other heads, and batches without labels, are not judged.
+
+    Args:
+        batches: labelled batches, a few hundred rows in all.
+
+    Returns:
+        False if it warned.
+    """
+    outputs: list[Tensor] = []
+    labels: list[Tensor] = []
+    device = next(teacher.parameters()).device
+    for batch in batches:
+        target = batch.get("labels")
+        if not isinstance(target, Tensor) or target.dim() != 1:
+            return True
+        inputs = {k: v.to(device) for k, v in batch.items() if isinstance(v, Tensor) and k != "labels"}
+        logits = getattr(teacher(**accepted_inputs(teacher, inputs)), "logits", None)
+        if logits is None or logits.dim() > 2:
+            return True
+        outputs.append(logits.float().cpu())
+        labels.append(target.cpu())
+    if not outputs:
+        return True
+    known, chance, what = _knowledge(torch.cat(outputs), torch.cat(labels))
+    if known > chance:
+        return True
+    warnings.warn(
+        f"the teacher is at chance on {len(torch.cat(labels))} rows ({what}); it looks as if it was never fine-tuned "
+        "on this task, and a student cannot learn from it",
+        stacklevel=2,
+    )
+    return False
+
+
+def _knowledge(outputs: Tensor, labels: Tensor) -> tuple[float, float, str]:
+    """(score, the score that chance may reach, both in words)."""
+    rows = len(labels)
+    if labels.is_floating_point() or outputs.dim() == 1 or outputs.shape[-1] == 1:
+        stacked = torch.stack([outputs.reshape(rows), labels.float()])
+        correlation = float(torch.corrcoef(stacked)[0, 1]) if rows > 1 else math.nan
+        correlation = 0.0 if math.isnan(correlation) else correlation
+        return correlation, _STANDARD_ERRORS / math.sqrt(rows), f"correlation {correlation:.2f}"
+    accuracy = float((outputs.argmax(-1) == labels).float().mean())
+    share = float(torch.bincount(labels).max()) / rows
+    margin = _STANDARD_ERRORS * math.sqrt(max(share * (1 - share), 1e-4) / rows)
+    return accuracy, min(share + margin, 0.999), f"accuracy {accuracy:.2f}, most frequent label {share:.2f}"
+
+
+def _label_names(config: Any) -> list[str] | None:
+    names = [config.id2label[i] for i in sorted(config.id2label)]
+    return None if names == [f"LABEL_{i}" for i in range(len(names))] else names
+
+
+def _vocabulary(model: nn.Module) -> int | None:
+    _, base = base_model(model)
+    return getattr(getattr(base, "config", None), "vocab_size", None)

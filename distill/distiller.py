@@ -1,0 +1,339 @@
+"""`Distiller`: a `transformers.Trainer` whose loss is a recipe.
+
+    >>> Distiller(
+    ...     teacher=model,
+    ...     student=qbert.quantize_model(model, 3),
+    ...     recipe=recipes.qbert_kd(),
+    ...     args=TrainingArguments("out", num_train_epochs=1),
+    ...     train_dataset=rows,
+    ...     processing_class=tokenizer,
+    ... ).train()
+
+Callbacks, ``resume_from_checkpoint``, ``report_to``, ``accelerate launch`` and gradient accumulation are the Trainer's.
+The student is trained in place; `save_student` and the student's own methods never see projections or the teacher.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import json
+import math
+import os
+import shutil
+import warnings
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
+from torch.utils.data import DataLoader, Subset
+from transformers import (
+    DataCollatorWithPadding,
+    PreTrainedModel,
+    ProgressCallback,
+    Trainer,
+    TrainingArguments,
+    default_data_collator,
+)
+from transformers.utils.generic import find_labels
+
+from qbert.distill.callbacks import InterruptCallback, StageCallback, TermsProgress
+from qbert.distill.checkpoint import TEACHER, WEIGHTS, last_good_checkpoint, load_weights, save_weights
+from qbert.distill.checks import check_checkpointing, check_pair, check_teacher_is_trained, check_tokenizers
+from qbert.distill.cost import estimate_cost
+from qbert.distill.curves import save_curves
+from qbert.distill.objective import Distillation, forward_arguments
+from qbert.distill.recipe import Recipe
+from qbert.distill.step_sizes import (
+    StepSizeCallback,
+    begin_training,
+    end_training,
+    quantized_matrices,
+    step_groups,
+)
+
+_TEACHER_CHECK_ROWS = 256
+
+
+class Distiller(Trainer):
+    """Trains a student to act like its teacher.
+
+    Args:
+        teacher: a fine-tuned model; put in evaluation mode and never changed.
+        student: the model to train: quantized (`qbert.quantize_model`), smaller, or both.
+        recipe: what the loss is made of (`qbert.distill.recipes`).
+        args: `TrainingArguments`; the recipe's own where None, in the folder ``distilled``.
+        train_dataset: rows that the collator understands; labels are only needed by recipes that use them.
+        processing_class: the tokenizer.
+        teacher_processing_class: the teacher's tokenizer, to compare vocabularies; optional.
+        check_teacher: warn before the training if the teacher is at chance on the training labels.
+        **kwargs: further arguments of `Trainer` (eval_dataset, data_collator, compute_metrics, callbacks, ...).
+
+    Raises:
+        ValueError: models that do not fit each other, a match that does not fit the models, reentrant checkpointing.
+        TypeError: a recipe of another type.
+    """
+
+    # Each term is a mean over its own batch, so the sum over accumulated batches must still be divided by their
+    # number. Trainer guesses the opposite from the **kwargs of BERT's forward, and multiplies the loss instead.
+    loss_is_scaled_for_ga = False
+
+    def __init__(
+        self,
+        teacher: nn.Module,
+        student: nn.Module,
+        recipe: Recipe,
+        args: TrainingArguments | None = None,
+        train_dataset: Any = None,
+        *,
+        processing_class: Any = None,
+        teacher_processing_class: Any = None,
+        check_teacher: bool = True,
+        **kwargs: Any,
+    ) -> None:
+        if not isinstance(recipe, Recipe):
+            raise TypeError(f"recipe: expected a Recipe such as recipes.qbert_kd(), got {type(recipe).__name__}")
+        if train_dataset is None:
+            raise ValueError("train_dataset is missing; give the rows to distill on")
+        check_pair(teacher, student)
+        if processing_class is not None and teacher_processing_class is not None:
+            check_tokenizers(teacher_processing_class, processing_class)
+        args = args if args is not None else TrainingArguments("distilled", **recipe.arguments)
+        check_checkpointing(student, args)
+        if args.n_gpu > 1:
+            warnings.warn(f"one of {args.n_gpu} GPUs is used; start with `accelerate launch` to use all", stacklevel=2)
+            args._n_gpu = 1
+        self.recipe = recipe
+        self.folder = Path(args.output_dir or "distilled")
+        self.rows: Any = train_dataset
+        self.teacher = teacher
+        self.student = student
+        self._columns = {*forward_arguments(student), *forward_arguments(teacher), "label", "label_ids", "labels"}
+        collator: Any = kwargs.pop("data_collator", None)
+        if collator is None:
+            padding = processing_class is not None
+            collator = DataCollatorWithPadding(processing_class) if padding else default_data_collator
+        example = collator(self._first_rows(train_dataset, 2))
+        student.to(args.device)
+        self.distillation = Distillation(student, teacher, recipe, dict(example))
+        super().__init__(
+            model=self.distillation,
+            args=args,
+            data_collator=collator,
+            train_dataset=train_dataset,
+            processing_class=processing_class,
+            **kwargs,
+        )
+        self.label_names = find_labels(type(student)) if args.label_names is None else args.label_names
+        self._signature_columns = sorted({*self._columns, *self.label_names})  # type: ignore[assignment]
+        self._term_sums: dict[str, Tensor] = {}
+        self._term_counts: dict[str, int] = {}
+        self._check_teacher = check_teacher
+        self._interrupt = InterruptCallback()
+        for callback in (StageCallback(self), StepSizeCallback(self), self._interrupt):
+            self.add_callback(callback)
+        if not args.disable_tqdm:
+            self.remove_callback(ProgressCallback)
+            self.add_callback(TermsProgress(self))
+        begin_training(student, recipe)
+
+    def train(
+        self,
+        resume_from_checkpoint: str | bool | None = None,
+        trial: Any = None,
+        ignore_keys_for_eval: list[str] | None = None,
+    ) -> Any:
+        """Train, from the start or from a checkpoint (True: the latest whole one in the output folder).
+
+        Raises:
+            FloatingPointError: a loss term or the gradient is not finite; names it, the step and the last checkpoint.
+            KeyboardInterrupt: after Ctrl-C, when the checkpoint is written; names it.
+            ValueError: nothing to resume from.
+        """
+        if resume_from_checkpoint is True:
+            found = last_good_checkpoint(self.folder)
+            if found is None:
+                raise ValueError(f"there is no whole checkpoint in {str(self.folder)!r} to resume from")
+            resume_from_checkpoint = str(found)
+        check_checkpointing(self.student, self.args)
+        if self._check_teacher and self.distillation.recipe.stages[0].uses_teacher:
+            check_teacher_is_trained(self.distillation.teacher, self._labelled_batches())
+        try:
+            result = super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+        finally:
+            self._interrupt.restore()
+            self.student.eval()
+            end_training(self.student)
+        if self.args.should_save:
+            save_curves(self.state.log_history, self.folder)
+        if self._interrupt.interrupted:
+            raise KeyboardInterrupt(f"stopped at step {self.state.global_step}; {self._last_checkpoint()}")
+        return result
+
+    def enter_stage(self, index: int) -> None:
+        """Go over to stage `index` of the recipe; nothing happens if it is the present one."""
+        stage = self.recipe.stages[index]
+        entered = getattr(self, "_entered", -1)
+        if index == entered:
+            return
+        if stage.teacher == "previous" and index > 0:
+            self.distillation.set_teacher(copy.deepcopy(self.student))
+        elif stage.teacher == "given":
+            self.distillation.set_teacher(self.teacher)
+        if stage.bits is not None:
+            self._change_bits(stage.bits)
+        self.distillation.stage_index = index
+        self._entered = index
+
+    def estimate(self, steps: int = 3) -> dict[str, float]:
+        """Seconds a step on this machine, measured on the first batches; weights and random state stay as they are.
+
+        Returns:
+            ``seconds_per_step``, ``steps`` of the whole training, ``seconds`` of the whole training.
+        """
+        return estimate_cost(self, steps)
+
+    def save_student(self, folder: str | os.PathLike[str]) -> None:
+        """Write the student alone, as the student's own ``save_pretrained`` does, and the tokenizer."""
+        cast(PreTrainedModel, self.student).save_pretrained(folder)
+        if self.processing_class is not None:
+            self.processing_class.save_pretrained(folder)
+
+    # ---- what Trainer calls ----
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """The recipe's loss in training; the student's own loss in evaluation."""
+        outputs = model(**inputs)
+        loss = outputs["loss"]
+        if "terms" in outputs:
+            self._note_terms(outputs["terms"], loss)
+        return (loss, outputs) if return_outputs else loss
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """AdamW with a group of its own for each matrix's step sizes: their rate is relative to their size."""
+        if self.optimizer is not None:
+            return self.optimizer
+        groups = step_groups(self.student, self.recipe)
+        for group in groups:
+            group["params"][0].requires_grad_(False)  # so that the Trainer's own groups leave them out
+        optimizer = super().create_optimizer(model)
+        for group in groups:
+            group["params"][0].requires_grad_(True)
+            optimizer.add_param_group(group)
+        return optimizer
+
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
+        """The recipe's schedule; another ``lr_scheduler_type`` than linear holds for recipes of one stage only."""
+        if self.lr_scheduler is not None:
+            return self.lr_scheduler
+        optimizer = optimizer or self.optimizer
+        assert optimizer is not None  # the Trainer makes it first
+        if str(self.args.lr_scheduler_type) not in ("linear", "SchedulerType.LINEAR"):
+            if len(self.recipe.stages) > 1:
+                raise ValueError(
+                    f"lr_scheduler_type={str(self.args.lr_scheduler_type)!r} does not fit a recipe of "
+                    f"{len(self.recipe.stages)} stages, which has a schedule of its own; leave it at 'linear'"
+                )
+            return super().create_scheduler(num_training_steps, optimizer)
+        warmup = self.args.get_warmup_steps(num_training_steps)
+        self.recipe.boundaries(num_training_steps)  # refuse stages without a step now
+        self.lr_scheduler = LambdaLR(optimizer, lambda step: self.recipe.rate_at(step, num_training_steps, warmup))
+        self._created_lr_scheduler = True
+        return self.lr_scheduler
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add the mean of each loss term since the last log."""
+        if "loss" in logs:
+            logs = logs | {f"loss_{n}": float(s) / self._term_counts[n] for n, s in self._term_sums.items()}
+            self._term_sums.clear()
+            self._term_counts.clear()
+        super().log(logs, start_time)
+
+    def _clip_grad_norm(self, model: nn.Module) -> Any:
+        norm = super()._clip_grad_norm(model)
+        # With a gradient scaler (fp16) overflow is part of the method, and the step is skipped.
+        if norm is not None and getattr(self.accelerator, "scaler", None) is None and not bool(torch.isfinite(norm)):
+            raise FloatingPointError(self._diverged("the gradient", float(norm)))
+        return norm
+
+    def _note_terms(self, terms: Tensor, loss: Tensor) -> None:
+        names = [match.term for match in self.distillation.stage.matches]
+        if not bool(torch.isfinite(terms).all() & torch.isfinite(loss)):
+            values = dict(zip([*names, "sum"], [*terms.tolist(), float(loss.detach())], strict=True))
+            name = next(n for n, v in values.items() if not math.isfinite(v))
+            raise FloatingPointError(self._diverged(f"loss term {name!r}", values[name]))
+        for name, value in zip(names, terms, strict=True):
+            self._term_sums[name] = self._term_sums.get(name, torch.zeros_like(value)) + value
+            self._term_counts[name] = self._term_counts.get(name, 0) + 1
+
+    def _diverged(self, what: str, value: float) -> str:
+        rate = f"lower learning_rate ({self.args.learning_rate:g}) or check the data"
+        return f"{what} became {value} at step {self.state.global_step + 1}; {rate}; {self._last_checkpoint()}"
+
+    def _last_checkpoint(self) -> str:
+        found = last_good_checkpoint(self.folder)
+        return f"the last good checkpoint is {found}" if found else "there is no checkpoint yet"
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        folder = Path(output_dir or self.folder)
+        if not self.args.should_save:
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        save_weights(self.distillation, folder / WEIGHTS)
+        if self.distillation.teacher is not self.teacher:
+            save_weights(self.distillation.teacher, folder / TEACHER)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        try:
+            super()._save_checkpoint(model, trial)
+        except (OSError, RuntimeError, SafetensorError) as error:
+            broken = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
+            shutil.rmtree(broken, ignore_errors=True)
+            raise OSError(
+                f"checkpoint {broken} could not be written ({error}); make room and resume; {self._last_checkpoint()}"
+            ) from error
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        folder = Path(resume_from_checkpoint)
+        try:
+            state = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{folder} is no checkpoint of a training ({error}); name another one") from error
+        # The weights were saved at the end of the step before, in that step's stage.
+        last = self.recipe.stage_at(max(state["global_step"] - 1, 0), state["max_steps"])
+        for index in range(last + 1):
+            self.enter_stage(index)
+        if (folder / TEACHER).is_file():
+            load_weights(self.distillation.teacher, folder / TEACHER)
+        load_weights(self.distillation, folder / WEIGHTS)
+
+    def _load_best_model(self) -> None:
+        if self.state.best_model_checkpoint is not None:
+            load_weights(self.distillation, Path(self.state.best_model_checkpoint) / WEIGHTS)
+
+    # ---- helpers ----
+
+    def _change_bits(self, bits: int) -> None:
+        # 8-bit embeddings and activations stay as they are; only matrices go down.
+        for module in quantized_matrices(self.student):
+            module.weight_quantizer.change_bits(bits, module.weight.detach())
+            module.spec = module.weight_quantizer.spec
+
+    def _first_rows(self, dataset: Any, count: int) -> list[Any]:
+        rows = (
+            [dataset[i] for i in range(count)] if hasattr(dataset, "__getitem__") else itertools.islice(dataset, count)
+        )
+        return [{k: v for k, v in row.items() if k in self._columns} for row in rows]
+
+    def _labelled_batches(self) -> list[Any]:
+        if not hasattr(self.rows, "__len__"):
+            return []
+        rows = range(0, len(self.rows), max(len(self.rows) // _TEACHER_CHECK_ROWS, 1))
+        subset: Any = Subset(self.rows, list(rows)[:_TEACHER_CHECK_ROWS])
+        collate = self._get_collator_with_removed_columns(self.data_collator)
+        return list(DataLoader(subset, 64, collate_fn=collate))

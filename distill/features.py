@@ -1,0 +1,194 @@
+"""What a student can be matched on, and how it is recorded without changing a model.
+
+========================  =========================================================================================
+feature                   tensors, one a layer
+========================  =========================================================================================
+``hidden``                hidden states [B, T, D]; number 0 is the embedding output
+``embeddings``            the embedding output alone
+``cls``                   the first token of each hidden state [B, D]
+``scores``                attention scores before the softmax Q K^T / sqrt(d), [B, H, T, T]
+``relations.query``       Q Q^T / sqrt(d) over `heads` relation heads; also ``.key`` and ``.value`` (MiniLMv2)
+``module:PATH``           the output of any module, one entry a call
+``logits``                the model's outputs: [B, C], [B, T, C] or [2, B, T] (start and end of a span)
+========================  =========================================================================================
+
+Scores and relations are built from hooks on the query, key and value maps, so both models keep their fast attention
+(SDPA gives no scores, and asking transformers for them gives probabilities or ``None``). Hooks append in the order of
+the calls, so a layer that is applied several times (ALBERT) counts as several.
+
+    >>> with Recorder(model, {"hidden", "scores"}) as recorder:
+    ...     output = model(**batch, **recorder.arguments)
+    >>> recorder.features("scores", output)[0].shape
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Iterable
+from types import TracebackType
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from qbert.targets import base_model, linear_role
+
+_RELATIONS = {"relations.query": "query", "relations.key": "key", "relations.value": "value"}
+_STATES = frozenset({"hidden", "embeddings", "cls"})
+FEATURES = (*sorted(_STATES), "scores", *_RELATIONS, "logits", "labels")
+
+
+def check_feature(name: str) -> str:
+    """`name` if it is a feature.
+
+    Raises:
+        ValueError: for another name, with the choices.
+    """
+    if name not in FEATURES and not (name.startswith("module:") and len(name) > len("module:")):
+        raise ValueError(f"feature {name!r} is not known; use one of {', '.join(FEATURES)}, or 'module:PATH'")
+    return name
+
+
+class Recorder:
+    """Records features of one forward pass.
+
+    Args:
+        model: what will be called inside the ``with`` block.
+        features: names from the table above.
+        relation_heads: number H of heads of the relations; the model's own attention heads for None.
+
+    Raises:
+        ValueError: if the model cannot give a feature, naming it.
+    """
+
+    def __init__(self, model: nn.Module, features: Iterable[str], *, relation_heads: int | None = None) -> None:
+        self.model = model
+        self.wanted = {check_feature(name) for name in features}
+        self.relation_heads = relation_heads
+        self._calls: dict[str, list[Tensor]] = {}
+        self._sources = self._find_sources()
+        self._handles: list[Any] = []
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """Extra keyword arguments for the model's forward."""
+        return {"output_hidden_states": True} if self.wanted & _STATES else {}
+
+    def features(self, name: str, output: Any) -> list[Tensor]:
+        """The tensors of one feature, after the forward pass that gave `output`."""
+        if name == "logits":
+            return [model_logits(output)]
+        if name in _STATES:
+            states = getattr(output, "hidden_states", None)
+            if states is None:
+                raise ValueError(f"{type(self.model).__name__} returns no hidden states; match 'module:PATH' instead")
+            if name == "hidden":
+                return list(states)
+            return [states[0]] if name == "embeddings" else [state[:, 0] for state in states]
+        if name == "scores":
+            heads = self._heads()
+            pairs = zip(self._calls["query"], self._calls["key"], strict=True)
+            return [dot_scores(query, key, heads) for query, key in pairs]
+        if name in _RELATIONS:
+            heads = self.relation_heads or self._heads()
+            return [dot_scores(x, x, heads) for x in self._calls[_RELATIONS[name]]]
+        calls = self._calls[name]
+        if not calls:
+            raise ValueError(f"feature {name!r}: the module was not called in the forward pass of the model")
+        return calls
+
+    def __enter__(self) -> Recorder:
+        self._calls = {key: [] for key in self._sources}
+        for key, modules in self._sources.items():
+            for module in modules:
+                self._handles.append(module.register_forward_hook(self._hook(key)))
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def _hook(self, key: str) -> Any:
+        def record(module: nn.Module, args: Any, output: Any) -> None:
+            value = output
+            while not isinstance(value, Tensor):
+                value = value[0]
+            self._calls[key].append(value)
+
+        return record
+
+    def _find_sources(self) -> dict[str, list[nn.Module]]:
+        """Modules to listen to, by the key their outputs are stored under."""
+        parameters = inspect.signature(self.model.forward).parameters
+        if self.wanted & _STATES and not (
+            "output_hidden_states" in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+        ):
+            raise ValueError(f"{type(self.model).__name__} returns no hidden states; match 'module:PATH' instead")
+        roles = {_RELATIONS[name] for name in self.wanted & _RELATIONS.keys()}
+        if "scores" in self.wanted:
+            roles |= {"query", "key"}
+        sources: dict[str, list[nn.Module]] = {role: self._projections(role) for role in sorted(roles)}
+        for name in self.wanted:
+            if name.startswith("module:"):
+                sources[name] = [self._module(name.removeprefix("module:"))]
+        return sources
+
+    def _projections(self, role: str) -> list[nn.Module]:
+        _, base = base_model(self.model)
+        named = [(n, m) for n, m in base.named_modules() if isinstance(m, nn.Linear)]
+        # DeBERTa's pos_query_proj has the query role too, but projects positions.
+        found: list[nn.Module] = [m for n, m in named if linear_role(n) == role and not re.search(r"\bpos_", n)]
+        config = getattr(base, "config", None)
+        relative = bool(getattr(config, "relative_attention", False)) or hasattr(config, "rope_parameters")
+        if not found or (relative and "scores" in self.wanted):
+            raise ValueError(
+                f"the attention of {type(self.model).__name__} does not compute its scores from separate query and "
+                "key maps alone, so feature 'scores' or 'relations' cannot be recorded; match 'hidden' or 'logits'"
+            )
+        return found
+
+    def _module(self, path: str) -> nn.Module:
+        prefix, _ = base_model(self.model)
+        modules = dict(self.model.named_modules())
+        for candidate in (path, f"{prefix}.{path}" if prefix else path):
+            if candidate in modules:
+                return modules[candidate]
+        raise ValueError(f"feature 'module:{path}': {type(self.model).__name__} has no module of that name")
+
+    def _heads(self) -> int:
+        config = getattr(base_model(self.model)[1], "config", None)
+        heads = getattr(config, "num_attention_heads", None) or getattr(config, "n_heads", None)
+        if not heads:
+            raise ValueError(f"{type(self.model).__name__} does not say its number of attention heads in its config")
+        return cast(int, heads)
+
+
+def dot_scores(query: Tensor, key: Tensor, heads: int) -> Tensor:
+    """Scaled dot products Q K^T / sqrt(d) of [B, T, H * d] projections, as [B, H, T, T].
+
+    Raises:
+        ValueError: if `heads` does not divide the width.
+    """
+    width = query.shape[-1]
+    if width % heads:
+        raise ValueError(f"{heads} heads do not divide a width of {width}; choose another number of relation heads")
+    query, key = (x.unflatten(-1, (heads, width // heads)).transpose(1, 2) for x in (query, key))  # [B, H, T, d]
+    return torch.matmul(query, key.transpose(-1, -2)) * (width // heads) ** -0.5
+
+
+def model_logits(output: Any) -> Tensor:
+    """The outputs of a head: ``.logits``, or start and end logits stacked to [2, B, T].
+
+    Raises:
+        ValueError: if the output has neither.
+    """
+    if getattr(output, "start_logits", None) is not None:
+        return torch.stack([output.start_logits, output.end_logits])
+    logits = getattr(output, "logits", None)
+    if logits is None:
+        raise ValueError(f"{type(output).__name__} has neither logits nor start_logits; give the models a task head")
+    return cast(Tensor, logits)

@@ -1,0 +1,161 @@
+r"""Losses between a student's and a teacher's features, as means over what is not padding.
+
+Every loss takes (student, teacher, mask) and returns a scalar. With a mask m over tokens,
+
+.. math:: \overline{x} = \frac{\sum_{b,t} m_{bt}\, x_{bt}}{\sum_{b,t} m_{bt}},
+
+so the same batch padded further has the same loss. A plain mean over padded tensors instead shrinks with the padding
+(by 20x for nine tokens padded to 128), which silently reweighs the terms of a sum.
+
+References: Hinton et al. 2015 (soft targets); Jiao et al. 2020, TinyBERT, eq. 7-10 (hidden states, attention scores);
+Sun et al. 2019, patient distillation, eq. 7 (normalised CLS); Wang et al. 2021, MiniLMv2, section 3.1 (relations);
+Sanh et al. 2019, DistilBERT (cosine).
+
+    >>> hidden_mse(student_states, teacher_states, attention_mask)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Loss = Callable[..., Tensor]
+
+_SMALLEST = 1e-12
+
+
+def masked_mean(values: Tensor, mask: Tensor | None) -> Tensor:
+    """Mean of `values` [..., *rest] where `mask` [...] is true; over everything for None.
+
+    Args:
+        values: float [B, T, ...] (or any shape that begins with the mask's).
+        mask: bool or 0/1 [B, T]; the trailing dimensions of `values` are averaged plainly.
+
+    Returns:
+        A scalar; 0 where the mask is empty.
+    """
+    if mask is None:
+        return values.mean()
+    per_position = values.flatten(mask.dim()).mean(-1) if values.dim() > mask.dim() else values
+    keep = mask.to(torch.bool)
+    # `where` rather than a product: padded positions may hold infinities, and 0 * inf is NaN.
+    total = torch.where(keep, per_position, per_position.new_zeros(())).sum()
+    return total / keep.sum().clamp_min(1)
+
+
+def pair_mask(mask: Tensor) -> Tensor:
+    """[B, T] tokens -> bool [B, T, T]: pairs of a query and a key that are both real."""
+    keep = mask.to(torch.bool)
+    return keep.unsqueeze(2) & keep.unsqueeze(1)
+
+
+def soft_cross_entropy(
+    student: Tensor, teacher: Tensor, mask: Tensor | None = None, *, temperature: float = 1.0
+) -> Tensor:
+    r"""Cross-entropy to the teacher's softened classes, :math:`-T^2 \sum_c p_c \log q_c`, summed over classes.
+
+    Args:
+        student, teacher: logits [B, C], or [B, T, C] with a mask over tokens.
+        mask: [B] or [B, T]; None for all.
+        temperature: T; the factor T^2 keeps the size of the gradient (Hinton et al. 2015, section 2.1).
+    """
+    target = F.softmax(teacher.float() / temperature, -1)
+    log_student = F.log_softmax(student.float() / temperature, -1)
+    return masked_mean(-(target * log_student).sum(-1), mask) * temperature**2
+
+
+def kl_divergence(student: Tensor, teacher: Tensor, mask: Tensor | None = None, *, temperature: float = 1.0) -> Tensor:
+    """`soft_cross_entropy` less the teacher's entropy: the same gradient, and 0 where the two agree."""
+    log_target = F.log_softmax(teacher.float() / temperature, -1)
+    log_student = F.log_softmax(student.float() / temperature, -1)
+    divergence = (log_target.exp() * (log_target - log_student)).sum(-1)
+    return masked_mean(divergence, mask) * temperature**2
+
+
+def hidden_mse(student: Tensor, teacher: Tensor, mask: Tensor | None = None, *, normalized: bool = False) -> Tensor:
+    """Mean squared error of hidden states [B, T, D] over real tokens.
+
+    Args:
+        normalized: divide by the teacher's mean square, so that 1 means "as far away as 0 is" whatever the layer's
+            scale, and one weight suits every layer and model.
+    """
+    error = masked_mean((student - teacher).square(), mask)
+    return error / masked_mean(teacher.square(), mask).clamp_min(_SMALLEST) if normalized else error
+
+
+def score_mse(student: Tensor, teacher: Tensor, mask: Tensor, *, normalized: bool = False) -> Tensor:
+    """Mean squared error of attention scores before the softmax, [B, H, T, T], over real (query, key) pairs.
+
+    A softmax does not see a constant added to a row, and neither does the normalised loss: it compares each row
+    after its mean over real keys is taken away.
+    """
+    pairs = pair_mask(mask)
+    if not normalized:
+        return masked_mean((student - teacher).square().mean(1), pairs)
+    centred_student, centred_teacher = (_centre_rows(x, pairs) for x in (student, teacher))
+    scale = masked_mean(centred_teacher.square().mean(1), pairs).clamp_min(_SMALLEST)
+    return masked_mean((centred_student - centred_teacher).square().mean(1), pairs) / scale
+
+
+def attention_kl(student: Tensor, teacher: Tensor, mask: Tensor) -> Tensor:
+    """KL divergence of attention distributions from scores [B, H, T, T]: mean over heads and real queries.
+
+    Also the loss of MiniLMv2's relations, whose scores are Q Q^T, K K^T or V V^T over the square root of the width.
+    """
+    keys = mask.to(torch.bool)[:, None, None, :]
+    lowest = torch.finfo(torch.float32).min
+    log_student = F.log_softmax(student.float().masked_fill(~keys, lowest), -1)
+    log_teacher = F.log_softmax(teacher.float().masked_fill(~keys, lowest), -1)
+    difference = (log_teacher - log_student).masked_fill(~keys, 0.0)
+    return masked_mean((log_teacher.exp() * difference).sum(-1).mean(1), mask)
+
+
+def cosine_distance(student: Tensor, teacher: Tensor, mask: Tensor | None = None) -> Tensor:
+    """1 - cos of the angle between states [B, T, D], mean over real tokens."""
+    return masked_mean(1 - F.cosine_similarity(student, teacher, dim=-1), mask)
+
+
+def normalized_mse(student: Tensor, teacher: Tensor, mask: Tensor | None = None) -> Tensor:
+    r"""Squared distance of unit vectors, :math:`\| s/\|s\| - t/\|t\| \|^2`, of states [B, D] or [B, T, D]."""
+    difference = F.normalize(student, dim=-1) - F.normalize(teacher, dim=-1)
+    return masked_mean(difference.square().sum(-1), mask)
+
+
+def mse(student: Tensor, teacher: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Mean squared error of outputs: a regression's values [B] or [B, 1], or logits [B, C] (Ba and Caruana 2014)."""
+    return masked_mean((student - teacher).float().square(), mask)
+
+
+def span_cross_entropy(student: Tensor, teacher: Tensor, mask: Tensor, *, temperature: float = 1.0) -> Tensor:
+    """Soft cross-entropy of start and end positions, [2, B, T] logits, over real tokens; the mean of the two.
+
+    The classes are the positions of the example itself, so padding must not be among them.
+    """
+    keep = mask.to(torch.bool)
+    lowest = torch.finfo(torch.float32).min
+    target = F.softmax(teacher.float().masked_fill(~keep, lowest) / temperature, -1)
+    log_student = F.log_softmax(student.float().masked_fill(~keep, lowest) / temperature, -1)
+    return -(target * log_student.masked_fill(~keep, 0.0)).sum(-1).mean() * temperature**2
+
+
+def _centre_rows(scores: Tensor, pairs: Tensor) -> Tensor:
+    keep = pairs.unsqueeze(1)
+    kept = scores.masked_fill(~keep, 0.0)
+    mean = kept.sum(-1, keepdim=True) / keep.sum(-1, keepdim=True).clamp_min(1)
+    return scores - mean
+
+
+LOSSES: dict[str, Loss] = {
+    "soft_ce": soft_cross_entropy,
+    "kl": kl_divergence,
+    "mse": mse,
+    "hidden_mse": hidden_mse,
+    "score_mse": score_mse,
+    "attention_kl": attention_kl,
+    "cosine": cosine_distance,
+    "normalized_mse": normalized_mse,
+    "span_ce": span_cross_entropy,
+}

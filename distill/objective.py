@@ -1,0 +1,272 @@
+"""Student, teacher and the loss between them as one module, whose forward pass gives the loss and each of its terms.
+
+`Distillation` is what the optimizer, the data-parallel wrapper and the checkpoints see: the student and, beside it,
+`DistillationHeads` with all that is trained or counted only for the sake of the loss (projections, automatic
+weights). The teacher is *not* a submodule, so it is never switched to training mode, optimized or saved.
+
+    >>> Distillation(student, teacher, recipe, example_batch)(**batch)["loss"]
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from qbert.distill.features import Recorder
+from qbert.distill.losses import LOSSES, kl_divergence, mse, soft_cross_entropy, span_cross_entropy
+from qbert.distill.mapping import Pairs, layer_pairs, state_pairs
+from qbert.distill.recipe import Match, Recipe, Stage
+
+AUTO_WEIGHT_STEPS = 100
+
+# Losses over classes say nothing about a single value; a regression's outputs are compared by squares instead.
+_OF_CLASSES = (soft_cross_entropy, kl_divergence)
+
+
+class DistillationHeads(nn.Module):
+    """What the loss needs and the exported student must not have.
+
+    Attributes:
+        projections: one linear map a pair ("STAGE.TERM.STUDENT"), or one a term ("STAGE.TERM") where shared.
+        auto_sum, auto_count: sum and number of the values seen of each term with automatic weight, by recipe order.
+    """
+
+    auto_sum: Tensor
+    auto_count: Tensor
+
+    def __init__(self, terms: int) -> None:
+        super().__init__()
+        self.projections = nn.ModuleDict()
+        self.register_buffer("auto_sum", torch.zeros(terms))
+        self.register_buffer("auto_count", torch.zeros(terms))
+
+
+class Distillation(nn.Module):
+    """The student under training.
+
+    Args:
+        student: the model to train.
+        teacher: the model to learn from.
+        recipe: stages and their matches.
+        example: a small batch as the collator makes it. It is run once through both models, so that a match that
+            cannot work is refused before training, and projections get their widths.
+
+    Raises:
+        ValueError: a layer that does not exist, widths that differ without a projection, features of another shape.
+    """
+
+    teacher: nn.Module
+
+    def __init__(self, student: nn.Module, teacher: nn.Module, recipe: Recipe, example: dict[str, Any]) -> None:
+        super().__init__()
+        self.student = student
+        self.recipe = recipe
+        self.stage_index = 0
+        self.heads = DistillationHeads(len(recipe.terms))
+        self.set_teacher(teacher)
+        self._pairs: dict[tuple[int, str], Pairs] = {}
+        self._prepare(example)
+
+    @property
+    def stage(self) -> Stage:
+        """The stage whose loss is computed now."""
+        return self.recipe.stages[self.stage_index]
+
+    def set_teacher(self, teacher: nn.Module) -> None:
+        """Learn from `teacher`, which is put in evaluation mode and only ever run without gradients."""
+        # Past nn.Module's bookkeeping: as a submodule it would be trained, moved to train() and saved. Its parameters
+        # keep their requires_grad, because students are copies of it.
+        object.__setattr__(self, "teacher", teacher.eval())
+
+    def train(self, mode: bool = True) -> Distillation:
+        """Training mode of the student; without dropout where the recipe says so. The teacher stays as it is."""
+        super().train(mode)
+        if mode and not self.recipe.dropout:
+            for module in self.student.modules():
+                if isinstance(module, nn.Dropout):
+                    module.eval()
+        return self
+
+    def activation_checkpointing_enable(self, **arguments: Any) -> None:
+        """Recompute the student's activations in the backward pass (the Trainer asks for it)."""
+        cast(Any, self.student).activation_checkpointing_enable(**arguments)
+
+    def forward(self, **inputs: Any) -> Any:
+        """In training mode {"loss": scalar, "terms": [number of terms]}; in evaluation mode the student's output."""
+        if not self.training:
+            return self.student(**inputs)
+        inputs.pop("num_items_in_batch", None)
+        return self.losses(inputs)
+
+    def losses(self, inputs: dict[str, Any]) -> dict[str, Tensor]:
+        """The weighted sum and the unweighted terms of the present stage for one batch."""
+        stage = self.stage
+        labels = inputs.get("labels")
+        student_inputs = inputs if stage.uses_labels else _without_labels(inputs)
+        recorded = self._run(self.student, student_inputs, stage)
+        target = None
+        if stage.uses_teacher:
+            with torch.no_grad():
+                target = self._run(self.teacher, _without_labels(inputs), stage)
+        mask = token_mask(inputs)
+        total: Tensor | None = None
+        terms: list[Tensor] = []
+        for match in stage.matches:
+            value = self._term(match, recorded, target, mask, labels)
+            weight = self._weight(match, value)
+            total = value * weight if total is None else total + value * weight
+            terms.append(value.detach().float())
+        assert total is not None  # a stage has at least one match
+        return {"loss": total, "terms": torch.stack(terms)}
+
+    def _run(self, model: nn.Module, inputs: dict[str, Any], stage: Stage) -> tuple[Recorder, Any]:
+        wanted = {match.feature for match in stage.matches} - {"labels"}
+        heads = {m.options["heads"] for m in stage.matches if "heads" in m.options}
+        with Recorder(model, wanted, relation_heads=max(heads) if heads else None) as recorder:
+            return recorder, model(**accepted_inputs(model, inputs), **recorder.arguments)
+
+    def _term(self, match: Match, recorded: Any, target: Any, mask: Tensor, labels: Tensor | None) -> Tensor:
+        recorder, output = recorded
+        if match.feature == "labels":
+            if getattr(output, "loss", None) is None:
+                raise ValueError("a term needs labels, but the batch has none; drop it or give labelled data")
+            return output.loss
+        student = recorder.features(match.feature, output)
+        teacher = [x.to(student[0].dtype) for x in target[0].features(match.feature, target[1])]
+        if match.feature == "logits":
+            span = getattr(output, "start_logits", None) is not None
+            return _logits_loss(match, student[0], teacher[0], mask, labels, span)
+        pairs = self._pairs.get((self.stage_index, match.term))
+        if pairs is None:
+            pairs = self._pair(match, student, teacher)
+            self._pairs[self.stage_index, match.term] = pairs
+        values = [self._pair_loss(match, s, student[s], teacher[t], mask) for s, t in pairs]
+        if torch.is_grad_enabled() and not values[0].requires_grad:
+            raise ValueError(
+                f"term {match.term!r} has no gradient: the feature was recorded inside reentrant gradient "
+                "checkpointing; set activation_checkpointing_kwargs={'use_reentrant': False}"
+            )
+        return torch.stack(values).mean()
+
+    def _pair(self, match: Match, student: list[Tensor], teacher: list[Tensor]) -> Pairs:
+        counts = {"students": len(student), "teachers": len(teacher)}
+        try:
+            if match.feature in ("hidden", "cls"):
+                embedding = match.embedding and match.feature == "hidden"
+                fewer = {key: count - 1 for key, count in counts.items()}
+                return state_pairs(match.layers, embedding=embedding, **fewer)
+            return layer_pairs(match.layers, **counts)
+        except ValueError as error:
+            raise ValueError(f"term {match.term!r}: {error}") from error
+
+    def _pair_loss(self, match: Match, index: int, student: Tensor, teacher: Tensor, mask: Tensor) -> Tensor:
+        if match.projection is not None:
+            student = self.heads.projections[self._projection_key(match, index)](student)
+        options = {key: value for key, value in match.options.items() if key != "heads"}
+        name = match.loss_name()
+        loss = LOSSES[name] if isinstance(name, str) else name
+        assert loss is not None  # only logits and labels leave it open
+        return loss(student, teacher, None if student.dim() == 2 else mask, **options)
+
+    def _projection_key(self, match: Match, index: int) -> str:
+        key = f"{self.stage_index}-{match.term}"
+        return key if match.projection == "shared" else f"{key}-{index}"
+
+    def _weight(self, match: Match, value: Tensor) -> float | Tensor:
+        if match.weight != "auto":
+            return match.weight
+        index = self.recipe.terms.index(match.term)
+        if self.training and torch.is_grad_enabled() and self.heads.auto_count[index] < AUTO_WEIGHT_STEPS:
+            self.heads.auto_sum[index] += value.detach().float()
+            self.heads.auto_count[index] += 1
+        mean = self.heads.auto_sum[index] / self.heads.auto_count[index].clamp_min(1)
+        return 1.0 / mean.clamp_min(1e-12) if self.heads.auto_count[index] > 0 else 1.0
+
+    @torch.no_grad()
+    def _prepare(self, example: dict[str, Any]) -> None:
+        """Run one batch through every stage: refuse what cannot work, make the projections."""
+        was_training = self.student.training
+        self.student.eval()
+        device = next(self.student.parameters()).device
+        self.teacher.to(device)
+        inputs = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in example.items()}
+        try:
+            for index, stage in enumerate(self.recipe.stages):
+                self.stage_index = index
+                recorded = self._run(self.student, _without_labels(inputs), stage)
+                target = self._run(self.teacher, _without_labels(inputs), stage) if stage.uses_teacher else None
+                for match in stage.matches:
+                    if match.feature not in ("labels", "logits") and target is not None:
+                        student = recorded[0].features(match.feature, recorded[1])
+                        teacher = target[0].features(match.feature, target[1])
+                        self._check_widths(match, student, teacher, device)
+                self.losses(inputs if stage.uses_labels else _without_labels(inputs))
+        finally:
+            self.stage_index = 0
+            self.student.train(was_training)
+
+    def _check_widths(self, match: Match, student: list[Tensor], teacher: list[Tensor], device: torch.device) -> None:
+        for s, t in self._pair(match, student, teacher):
+            ours, theirs = student[s].shape, teacher[t].shape
+            if match.projection is None:
+                if ours != theirs and match.feature not in ("relations.query", "relations.key", "relations.value"):
+                    raise ValueError(
+                        f"term {match.term!r}: the student's feature has shape {list(ours)} and the teacher's "
+                        f"{list(theirs)}; give the match projection='linear' or match another feature"
+                    )
+                continue
+            key = self._projection_key(match, s)
+            if key not in self.heads.projections:
+                linear = nn.Linear(ours[-1], theirs[-1])
+                nn.init.orthogonal_(linear.weight)
+                nn.init.zeros_(linear.bias)
+                self.heads.projections[key] = linear.to(device)
+
+
+def token_mask(inputs: dict[str, Any]) -> Tensor:
+    """bool [B, T]: the attention mask, or all true where there is none."""
+    mask = inputs.get("attention_mask")
+    if mask is not None:
+        return mask.bool()
+    first = next(v for v in inputs.values() if isinstance(v, Tensor))
+    return torch.ones(first.shape[:2], dtype=torch.bool, device=first.device)
+
+
+def accepted_inputs(model: nn.Module, inputs: dict[str, Any]) -> dict[str, Any]:
+    """The inputs that the model's forward names (DistilBERT has no token types); all if it names none."""
+    names = forward_arguments(model)
+    return {k: v for k, v in inputs.items() if k in names} if names else inputs
+
+
+def forward_arguments(model: nn.Module) -> list[str]:
+    """Names of the keyword arguments of the model's forward, without the catch-all ones."""
+    parameters = inspect.signature(model.forward).parameters.values()
+    return [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+
+
+def _without_labels(inputs: dict[str, Any]) -> dict[str, Any]:
+    return {k: v for k, v in inputs.items() if k not in ("labels", "start_positions", "end_positions")}
+
+
+def _logits_loss(
+    match: Match, student: Tensor, teacher: Tensor, mask: Tensor, labels: Tensor | None, span: bool
+) -> Tensor:
+    """Loss of the outputs, by the kind of head: span, token, regression or classification."""
+    if student.shape != teacher.shape:
+        raise ValueError(
+            f"term {match.term!r}: the student's outputs have shape {list(student.shape)} and the teacher's "
+            f"{list(teacher.shape)}; give both the same labels"
+        )
+    options = dict(match.options)
+    chosen = LOSSES[match.loss] if isinstance(match.loss, str) else match.loss
+    if span:
+        return (chosen or span_cross_entropy)(student, teacher, mask, **options)
+    if student.dim() == 3:
+        keep = mask if labels is None else labels != -100
+        return (chosen or soft_cross_entropy)(student, teacher, keep, **options)
+    if student.dim() == 1 or student.shape[-1] == 1:
+        return mse(student, teacher) if chosen is None or chosen in _OF_CLASSES else chosen(student, teacher)
+    return (chosen or soft_cross_entropy)(student, teacher, None, **options)

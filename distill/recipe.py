@@ -1,0 +1,210 @@
+"""A distillation run as data: which features are matched, with which loss and weight, in which stages.
+
+    >>> Recipe(
+    ...     name="mine",
+    ...     source="this file",
+    ...     stages=(
+    ...         Stage("intermediate", share=0.7, matches=(Match("hidden", "hidden_mse"), Match("scores", "score_mse"))),
+    ...         Stage("prediction", share=0.3, matches=(Match("logits", options={"temperature": 2.0}),)),
+    ...     ),
+    ... )
+
+Nothing here touches a model; `Distiller` reads it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from qbert.bits import BitsConfig
+from qbert.distill.features import check_feature
+from qbert.distill.losses import LOSSES, Loss
+from qbert.distill.mapping import LAYER_MAPS, LayerMap
+
+StepTraining = Literal["fixed", "refit", "learned"]
+ActivationTraining = Literal["fixed", "average", "learned"]
+
+_DEFAULT_LOSS = {"hidden": "hidden_mse", "embeddings": "hidden_mse", "scores": "score_mse", "cls": "normalized_mse"}
+
+
+@dataclass(frozen=True)
+class Match:
+    """One term of the loss.
+
+    Attributes:
+        feature: see `qbert.distill.features`; ``labels`` is the task's own loss on the data's labels.
+        loss: a name from `qbert.distill.losses.LOSSES`, or a callable (student, teacher, mask) -> scalar. Where None,
+            the feature's usual one; for ``logits`` by the head: soft cross-entropy, mean squared error for a
+            regression, soft cross-entropy over positions for a span.
+        weight: factor of the term; ``auto`` divides the term by its mean over the first 100 steps.
+        layers: a named layer map or explicit pairs (see `qbert.distill.mapping`).
+        embedding: whether a named map also pairs the embedding outputs (``hidden`` only).
+        projection: ``linear`` (one map a pair), ``shared`` (one for all pairs), or None: student and teacher widths
+            must then agree. On the student's side.
+        options: further arguments of the loss, such as ``{"temperature": 2.0}``.
+        name: what the term is called in logs; the feature's name where empty.
+    """
+
+    feature: str
+    loss: str | Loss | None = None
+    weight: float | Literal["auto"] = 1.0
+    layers: LayerMap = "uniform"
+    embedding: bool = True
+    projection: Literal["linear", "shared"] | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+    name: str = ""
+
+    def __post_init__(self) -> None:
+        check_feature(self.feature)
+        if isinstance(self.loss, str) and self.loss not in LOSSES:
+            raise ValueError(f"loss {self.loss!r} is not known; use one of {', '.join(LOSSES)}, or a callable")
+        if self.weight != "auto" and (not isinstance(self.weight, int | float) or not self.weight > 0):
+            raise ValueError(f"weight={self.weight!r} of {self.term} is not possible; use a positive number or 'auto'")
+        if isinstance(self.layers, str) and self.layers not in LAYER_MAPS:
+            raise ValueError(f"layer map {self.layers!r} is not known; use one of {', '.join(LAYER_MAPS)} or pairs")
+        if self.projection not in (None, "linear", "shared"):
+            raise ValueError(f"projection={self.projection!r} is not possible; use 'linear', 'shared' or None")
+
+    @property
+    def term(self) -> str:
+        """Name of the term in logs."""
+        return self.name or self.feature.removeprefix("module:").replace(".", "_")
+
+    def loss_name(self) -> str | Loss | None:
+        """The loss to use; None where the head decides."""
+        if self.loss is not None or self.feature in ("logits", "labels"):
+            return self.loss
+        return "attention_kl" if self.feature.startswith("relations.") else _DEFAULT_LOSS.get(self.feature, "mse")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A part of the training with its own loss.
+
+    Attributes:
+        name: for logs.
+        matches: the terms of the loss.
+        share: part of all steps, relative to the other stages.
+        rate: factor of the learning rate in this stage.
+        schedule: ``linear`` (warm-up, then down to 0 at the end of the stage) or ``constant`` (after the warm-up).
+        bits: quantize the student's matrices to this many bits when the stage begins (2, 3, 4 or 8); None leaves them.
+        teacher: ``given``, or ``previous``: the student as it was at the end of the stage before.
+    """
+
+    name: str
+    matches: tuple[Match, ...]
+    share: float = 1.0
+    rate: float = 1.0
+    schedule: Literal["linear", "constant"] = "linear"
+    bits: int | None = None
+    teacher: Literal["given", "previous"] = "given"
+
+    def __post_init__(self) -> None:
+        if not self.matches:
+            raise ValueError(f"stage {self.name!r} has no matches; give at least one")
+        terms = [match.term for match in self.matches]
+        twice = next((term for term in terms if terms.count(term) > 1), None)
+        if twice is not None:
+            raise ValueError(f"stage {self.name!r} has two terms called {twice!r}; give one of them another name")
+        if not self.share > 0 or not self.rate > 0:
+            raise ValueError(f"stage {self.name!r}: share={self.share} and rate={self.rate} must be positive")
+        if self.bits not in (None, 2, 3, 4, 8):
+            raise ValueError(f"stage {self.name!r}: bits={self.bits!r} is not possible; use 2, 3, 4 or 8")
+
+    @property
+    def uses_labels(self) -> bool:
+        """Whether a term needs the data's labels."""
+        return any(match.feature == "labels" for match in self.matches)
+
+    @property
+    def uses_teacher(self) -> bool:
+        """Whether a term needs the teacher's outputs."""
+        return any(match.feature != "labels" for match in self.matches)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A published (or our own) way of distilling.
+
+    Attributes:
+        name, source: what it is called and where it is from.
+        stages: in order.
+        steps: what happens to the quantizers' step sizes: ``fixed`` (as found at the start), ``refit`` (least
+            squares for the present codes, every `refit_every` steps) or ``learned`` (LSQ).
+        activations: what happens to static activation ranges: ``fixed`` (as calibrated), ``average`` (they follow a
+            moving average of the batches) or ``learned`` (LSQ). Dynamic ranges have nothing to train.
+        step_rate: learning rate of learned steps, relative to their own size.
+        refit_every: steps between two refits.
+        freeze_at: part of the training after which step sizes stay as they are.
+        dropout: whether the student trains with its dropout.
+        quantization: settings of `BitsConfig` that the recipe was made for, by number of bits ("2"), or for all ("*").
+        arguments: `TrainingArguments` the recipe was made with (learning_rate, num_train_epochs, ...).
+    """
+
+    name: str
+    source: str
+    stages: tuple[Stage, ...]
+    steps: StepTraining = "learned"
+    activations: ActivationTraining = "fixed"
+    step_rate: float = 1e-3
+    refit_every: int = 10
+    freeze_at: float = 0.9
+    dropout: bool = True
+    quantization: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not self.stages:
+            raise ValueError(f"recipe {self.name!r} has no stages; give at least one")
+        if self.steps not in ("fixed", "refit", "learned"):
+            raise ValueError(f"steps={self.steps!r} is not possible; use 'fixed', 'refit' or 'learned'")
+        if self.activations not in ("fixed", "average", "learned"):
+            raise ValueError(f"activations={self.activations!r} is not possible; use 'fixed', 'average' or 'learned'")
+        if not 0 < self.freeze_at <= 1:
+            raise ValueError(f"freeze_at={self.freeze_at!r} is not a part of the training; use a number in (0, 1]")
+        if self.refit_every < 1 or not self.step_rate > 0:
+            raise ValueError(f"refit_every={self.refit_every} and step_rate={self.step_rate} must be positive")
+
+    def bits_config(self, bits: int) -> BitsConfig:
+        """The quantizers that the recipe was made for, at this number of bits."""
+        return BitsConfig(bits, **{**self.quantization.get("*", {}), **self.quantization.get(str(bits), {})})
+
+    @property
+    def terms(self) -> list[str]:
+        """Every term's name, in order of appearance."""
+        return list(dict.fromkeys(match.term for stage in self.stages for match in stage.matches))
+
+    def boundaries(self, total: int) -> list[int]:
+        """First step of each stage and, last, `total`.
+
+        Raises:
+            ValueError: if a stage would have no step.
+        """
+        whole = sum(stage.share for stage in self.stages)
+        ends, done = [0], 0.0
+        for stage in self.stages:
+            done += stage.share
+            ends.append(round(total * done / whole))
+        for stage, begin, end in zip(self.stages, ends, ends[1:], strict=False):
+            if begin == end:
+                raise ValueError(f"stage {stage.name!r} has no step among {total}; train for longer")
+        return ends
+
+    def stage_at(self, step: int, total: int) -> int:
+        """Index of the stage that step number `step` (from 0) of `total` belongs to."""
+        ends = self.boundaries(total)
+        return next((i for i, end in enumerate(ends[1:]) if step < end), len(self.stages) - 1)
+
+    def rate_at(self, step: int, total: int, warmup: int) -> float:
+        """Factor of the learning rate at a step: warm-up in the first stage, then each stage's own schedule."""
+        index = self.stage_at(step, total)
+        stage = self.stages[index]
+        begin, end = self.boundaries(total)[index : index + 2]
+        if step < warmup:
+            return stage.rate * (step + 1) / warmup
+        if stage.schedule == "constant":
+            return stage.rate
+        begin = max(begin, warmup)
+        return stage.rate * max(end - step, 0) / max(end - begin, 1)

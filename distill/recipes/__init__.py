@@ -1,0 +1,28 @@
+"""Published ways of distilling, one short file each; every name is a function that returns a `Recipe`.
+
+>>> from qbert.distill import recipes
+>>> recipes.ternarybert()
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from qbert.distill.recipe import Recipe
+from qbert.distill.recipes.distilbert import distilbert
+from qbert.distill.recipes.pkd import pkd
+from qbert.distill.recipes.qat import qat
+from qbert.distill.recipes.qbert_kd import qbert_kd
+from qbert.distill.recipes.ternarybert import ternarybert
+from qbert.distill.recipes.tinybert import tinybert
+
+RECIPES: dict[str, Callable[[], Recipe]] = {
+    "distilbert": distilbert,
+    "pkd": pkd,
+    "qat": qat,
+    "qbert_kd": qbert_kd,
+    "ternarybert": ternarybert,
+    "tinybert": tinybert,
+}
+
+__all__ = ["RECIPES", "distilbert", "pkd", "qat", "qbert_kd", "ternarybert", "tinybert"]
