@@ -1,0 +1,244 @@
+"""Speed, error and file size of encoders on a CPU: torch, torch's dynamic int8, ONNX Runtime, and packed models.
+
+Every engine runs the same shapes in turn, round after round, so that a busy machine slows all alike; the smallest CPU
+time of the calling thread counts. The error is the relative error of the last hidden state over the tokens of real
+sentences, against torch in float32. Engines that are not installed are left out, and said to be.
+
+    python experiments/bench_inference.py --data-dir DIR --task stsb
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import importlib.util
+import os
+import tempfile
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import provenance, run_script
+from torch import Tensor, nn
+
+import qbert
+from qbert.files import write_whole
+from qbert.tasks.embedded import embedded_encoder, read_reviews
+
+# Variables that keep torch's libraries from using all of the processor's vector instructions.
+_INSTRUCTION_LIMITS = (
+    "ATEN_CPU_CAPABILITY",
+    "FBGEMM_ENABLE_INSTRUCTIONS",
+    "ONEDNN_MAX_CPU_ISA",
+    "MKL_ENABLE_INSTRUCTIONS",
+)
+SHAPES = ("1x16", "1x128", "8x32", "32x64")
+Engine = Callable[[Tensor, Tensor], Tensor]
+
+
+def main() -> None:
+    """Parse the command line, measure, write the table."""
+    arguments = parse_arguments()
+    warnings.filterwarnings("ignore")
+    torch.set_num_threads(arguments.threads)
+    from transformers import AutoModel, AutoTokenizer
+
+    source = arguments.model or str(embedded_encoder())
+    model = AutoModel.from_pretrained(source).eval()
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    texts = sentences(arguments)
+    batch = tokenizer(texts, padding=True, truncation=True, max_length=128, return_tensors="pt")
+    with tempfile.TemporaryDirectory() as folder:
+        engines, sizes, missing = build_engines(model, arguments, Path(folder))
+        errors = relative_errors(engines, batch["input_ids"], batch["attention_mask"])
+        times = {shape: measure(engines, shape, arguments.seconds) for shape in arguments.shapes}
+        times["real"] = measure_batch(engines, batch["input_ids"], batch["attention_mask"], arguments.seconds)
+    limits = [f"{name}={os.environ[name]}" for name in _INSTRUCTION_LIMITS if name in os.environ]
+    made_by = provenance() + (f", with {' '.join(limits)}" if limits else "")
+    page = render(times, errors, sizes, missing, f"{len(texts)} sentences of {arguments.data}", batch, made_by)
+    print(page)
+    write_whole(arguments.output, lambda aside: aside.write_text(page, encoding="utf-8"))
+
+
+def parse_arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--model", help="hub name or local folder; default: the embedded MiniLM-L6")
+    parser.add_argument(
+        "--task", default="reviews", help="where sentences come from: reviews or stsb; default: reviews"
+    )
+    parser.add_argument("--data-dir", help="folder with TASK/dev.jsonl.gz, for a task other than reviews")
+    parser.add_argument("--bits", type=int, nargs="+", default=[8, 4], help="weight bits; default: 8 4")
+    parser.add_argument("--shapes", nargs="+", default=list(SHAPES), help="batch x length; default: %(default)s")
+    parser.add_argument("--sentences", type=int, default=64, help="real sentences for the error; default: 64")
+    parser.add_argument("--seconds", type=float, default=3.0, help="seconds a shape and engine; default: 3")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads; default: 1")
+    parser.add_argument("--torch-only", action="store_true", help="leave ONNX Runtime out")
+    parser.add_argument("--output", default="outputs/inference_cpu.md", help="table; default: %(default)s")
+    return parser.parse_args()
+
+
+def sentences(arguments: argparse.Namespace) -> list[str]:
+    """Real sentences, spread over the data; sets ``arguments.data`` to their name."""
+    if arguments.task == "reviews":
+        arguments.data = "the embedded reviews"
+        texts = [row["text"] for row in read_reviews()["validation"]]
+    else:
+        import gzip
+        import json
+
+        if not arguments.data_dir:
+            raise ValueError(f"--task {arguments.task} needs --data-dir; or use --task reviews")
+        arguments.data = arguments.task
+        with gzip.open(Path(arguments.data_dir) / arguments.task / "dev.jsonl.gz", "rt", encoding="utf-8") as lines:
+            rows = [json.loads(line) for line in lines]
+        key = next(k for k, v in rows[0].items() if isinstance(v, str))
+        texts = [row[key] for row in rows]
+    return texts[:: max(len(texts) // arguments.sentences, 1)][: arguments.sentences]
+
+
+def build_engines(
+    model: nn.Module, arguments: argparse.Namespace, folder: Path
+) -> tuple[dict[str, Engine], dict[str, float], list[str]]:
+    """Engines by name, their file sizes in MB where they have a file, and what is missing."""
+    engines: dict[str, Engine] = {"torch fp32": as_engine(model)}
+    sizes: dict[str, float] = {
+        "torch fp32": sum(t.numel() * t.element_size() for t in model.state_dict().values()) / 1e6
+    }
+    dynamic = torch.ao.quantization.quantize_dynamic(copy.deepcopy(model), {nn.Linear}, dtype=torch.qint8)
+    engines["torch dynamic int8"] = as_engine(dynamic)
+    missing = []
+    if arguments.torch_only:
+        missing.append("ONNX Runtime (left out on request)")
+    elif all(importlib.util.find_spec(name) for name in ("onnx", "onnxruntime")):
+        found, found_sizes = onnx_engines(model, folder, arguments.threads)
+        engines |= found
+        sizes |= found_sizes
+    else:
+        missing.append("ONNX Runtime (not installed: pip install onnx onnxruntime)")
+    for bits in arguments.bits:
+        packed = qbert.pack(qbert.quantize_model(model, bits))
+        packed.save_pretrained(folder / str(bits))  # type: ignore[operator]
+        sizes[f"qbert {bits}-bit"] = (folder / str(bits) / "model.safetensors").stat().st_size / 1e6
+        engines[f"qbert {bits}-bit"] = as_engine(qbert.optimize_for_inference(packed))
+    return engines, sizes, missing
+
+
+def as_engine(model: nn.Module) -> Engine:
+    """A torch model as a function of ids and mask."""
+
+    def run(ids: Tensor, mask: Tensor) -> Tensor:
+        with torch.inference_mode():
+            return model(input_ids=ids, attention_mask=mask)[0]  # type: ignore[no-any-return]
+
+    return run
+
+
+def onnx_engines(model: nn.Module, folder: Path, threads: int) -> tuple[dict[str, Engine], dict[str, float]]:
+    """ONNX Runtime in float and with its own dynamic int8 quantization, weights per channel."""
+    from onnxruntime import InferenceSession, SessionOptions
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    class LastHidden(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = model
+
+        def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
+            return self.model(input_ids=ids, attention_mask=mask)[0]  # type: ignore[no-any-return]
+
+    ids = torch.randint(5, 1000, (2, 9))
+    mask = torch.ones_like(ids)
+    mask[1, 6:] = 0
+    axes = {name: {0: "batch", 1: "length"} for name in ("ids", "mask", "out")}
+    plain, small = str(folder / "fp32.onnx"), str(folder / "int8.onnx")
+    torch.onnx.export(
+        LastHidden().eval(),
+        (ids, mask),
+        plain,
+        input_names=["ids", "mask"],
+        output_names=["out"],
+        dynamic_axes=axes,
+        opset_version=18,
+        dynamo=False,
+    )
+    quantize_dynamic(plain, small, weight_type=QuantType.QInt8, per_channel=True)
+    options = SessionOptions()
+    options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
+    engines: dict[str, Engine] = {}
+    sizes = {}
+    for name, path in (("ONNX Runtime fp32", plain), ("ONNX Runtime dynamic int8", small)):
+        session: Any = InferenceSession(path, options, providers=["CPUExecutionProvider"])
+
+        def run(ids: Tensor, mask: Tensor, session: Any = session) -> Tensor:
+            return torch.from_numpy(session.run(None, {"ids": ids.numpy(), "mask": mask.numpy()})[0])
+
+        engines[name], sizes[name] = run, Path(path).stat().st_size / 1e6
+    return engines, sizes
+
+
+def relative_errors(engines: dict[str, Engine], ids: Tensor, mask: Tensor) -> dict[str, float]:
+    """Relative error of the last hidden state over real tokens, against the first engine."""
+    keep = mask.bool()
+    outputs = {name: run(ids, mask)[keep] for name, run in engines.items()}
+    exact = next(iter(outputs.values()))
+    return {name: float((y - exact).norm() / exact.norm()) for name, y in outputs.items()}
+
+
+def measure(engines: dict[str, Engine], shape: str, seconds: float) -> dict[str, float]:
+    """Milliseconds of a full batch of random tokens."""
+    batch, length = (int(n) for n in shape.split("x"))
+    ids = torch.randint(1000, 20000, (batch, length), generator=torch.Generator().manual_seed(0))
+    return measure_batch(engines, ids, torch.ones_like(ids), seconds)
+
+
+def measure_batch(engines: dict[str, Engine], ids: Tensor, mask: Tensor, seconds: float) -> dict[str, float]:
+    """Smallest CPU milliseconds of the calling thread for one batch, engines in turn."""
+    best = {name: float("inf") for name in engines}
+    clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
+    end = time.perf_counter() + seconds * len(engines)
+    while time.perf_counter() < end or min(best.values()) == float("inf"):
+        for name, run in engines.items():
+            start = clock()
+            run(ids, mask)
+            best[name] = min(best[name], (clock() - start) * 1e3)
+    return best
+
+
+def render(
+    times: dict[str, dict[str, float]],
+    errors: dict[str, float],
+    sizes: dict[str, float],
+    missing: list[str],
+    data: str,
+    batch: Any,
+    made_by: str,
+) -> str:
+    """The results page in Markdown."""
+    real = batch["attention_mask"]
+    columns = [s if s != "real" else f"real {real.shape[0]}x{real.shape[1]}" for s in times]
+    lines = [
+        "# Inference on a CPU",
+        "",
+        made_by,
+        "",
+        f"Times as fast as torch fp32 (milliseconds), batch x length. The last shape is {data}, padded to the longest: "
+        f"{100 * float(real.float().mean()):.0f} % of its tokens are real. Error: of the last hidden state on those "
+        "sentences, relative to torch fp32.",
+        "",
+        "| engine | " + " | ".join(columns) + " | error | file MB |",
+        "|---|" + "---|" * (len(times) + 2),
+    ]
+    for name, error in errors.items():
+        speeds = [f"{t['torch fp32'] / t[name]:.2f} ({t[name]:.1f})" for t in times.values()]
+        size = f"{sizes[name]:.1f}" if name in sizes else "-"
+        lines.append(f"| {name} | " + " | ".join(speeds) + f" | {error:.3f} | {size} |")
+    lines += ["", *(f"Not measured: {m}." for m in missing)]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,110 @@
+"""What every experiment does alike: arguments for model and data, early refusals, one clear sentence for an error.
+
+Exit codes: 0 done, 2 something in the request cannot work (one sentence on standard error), 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import os
+import platform
+import sys
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+
+import qbert
+
+
+def add_task_arguments(parser: argparse.ArgumentParser) -> None:
+    """``--model --task --data-dir --device --threads --seed --output-dir``, with their help."""
+    group = parser.add_argument_group("model and data")
+    group.add_argument("--model", help="hub name or local folder; default: the embedded MiniLM-L6")
+    group.add_argument(
+        "--task", default="reviews", help="embedded corpus (reviews) or sst2, mrpc, stsb, ...; default: reviews"
+    )
+    group.add_argument(
+        "--data-dir", help="folder with one sub-folder of jsonl(.gz) files a task; default: the hub, by name"
+    )
+    group.add_argument("--device", default="cpu", help="torch device, such as cpu or cuda; default: cpu")
+    group.add_argument("--threads", type=positive, help="CPU threads; default: torch's own choice")
+    group.add_argument("--seed", type=int, default=0, help="seed of everything random; default: 0")
+    group.add_argument("--output-dir", help="where results are written; default: outputs/<script>-<task>")
+
+
+def positive(text: str) -> int:
+    """A whole number of at least 1, for argparse."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not possible; use a whole number of at least 1")
+    return value
+
+
+def prepare_run(arguments: argparse.Namespace, script: str) -> Path:
+    """Set threads, check the device, and make sure that results can be written, before any work.
+
+    Returns:
+        The output folder.
+
+    Raises:
+        ValueError: no such device; PermissionError or NotADirectoryError: the folder cannot be written.
+    """
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    try:
+        torch.empty(0, device=arguments.device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(
+            f"--device {arguments.device} is not usable here ({str(error).splitlines()[0]}); use cpu"
+        ) from error
+    folder = Path(arguments.output_dir or Path("outputs") / f"{script}-{arguments.task}")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / f".write-test-{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise PermissionError(
+            f"--output-dir {folder} cannot be written ({error.strerror}); name another folder"
+        ) from error
+    return folder
+
+
+def run_script(main: Callable[[], None], resume_hint: str = "") -> None:
+    """Run `main`; turn what the user can mend into one sentence, and an interrupt into a hint how to go on."""
+    try:
+        main()
+    except KeyboardInterrupt:
+        print(f"\ninterrupted; {resume_hint or 'run the same command again'}", file=sys.stderr)
+        sys.exit(130)
+    except (ValueError, TypeError, OSError, ArithmeticError) as error:
+        if os.environ.get("QBERT_TRACEBACK"):
+            raise
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
+
+
+def provenance() -> str:
+    """One line for a results page: the command, the machine and the versions that made it."""
+    versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "numpy"))
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else _processor()
+    command = " ".join(["python", *(a if " " not in a else f"'{a}'" for a in sys.argv)])
+    return (
+        f"`{command}` - {device}, {torch.get_num_threads()} thread(s), Python {platform.python_version()}, {versions}, "
+        f"qbert {qbert.__version__}, {datetime.date.today()}"
+    )
+
+
+def _processor() -> str:
+    """Processor name with the widest vector instructions that torch uses."""
+    name = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        names = [
+            line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")
+        ]
+        name = names[0] if names else name
+    return f"{name} ({torch.backends.cpu.get_cpu_capability()})"

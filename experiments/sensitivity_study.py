@@ -1,0 +1,270 @@
+"""Which measure of sensitivity is right? Rank correlations with the truth, and the score each measure leads to.
+
+    python experiments/sensitivity_study.py
+    python experiments/sensitivity_study.py --data-dir DATA --tasks sst2 cola mnli wnut17
+
+For every encoder layer (or half layer, or matrix) and bit width, `qbert.sensitivity` puts Q-BERT's |mean| + std of the
+top Hessian eigenvalue beside trace, quadratic form, Taylor expansion, plain weight error, and the true change of the
+loss. Each measure then decides who gets the larger of two bit widths, by rank (the paper's rule) and by exact
+minimisation of its predicted damage at the same size; the quantized models are scored on held-out data, beside all
+other allocations of that size (or a random sample of them). Writes study.md, study.json, study-<task>.png and
+sensitivity-<task>.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from allocation_compare import Scores, compare, refuse_foreign
+from common import add_task_arguments, positive, prepare_run, provenance, run_script
+
+
+def parse_arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_task_arguments(parser)
+    parser.add_argument("--tasks", nargs="+", help="several tasks, one after the other; default: that of --task")
+    parser.add_argument("--epochs", type=positive, help="passes over the training data; default: by task")
+    parser.add_argument("--train-limit", type=positive, help="tune on at most this many rows")
+    parser.add_argument("--eval-limit", type=positive, help="score on at most this many held-out rows")
+    parser.add_argument("--granularity", default="layer", choices=("layer", "block", "matrix"), help="default: layer")
+    parser.add_argument("--bits", type=int, nargs="+", default=[2, 3, 4, 8], help="widths to measure; default: 2 3 4 8")
+    parser.add_argument(
+        "--pairs",
+        nargs="+",
+        default=["2/4", "3/4"],
+        help="pairs of widths to allocate, half of the blocks each; default: 2/4 3/4",
+    )
+    parser.add_argument("--samples", type=positive, default=256, help="training rows to measure on; default: 256")
+    parser.add_argument("--runs", type=positive, default=5, help="random subsets for the eigenvalues; default: 5")
+    parser.add_argument("--run-rows", type=positive, default=64, help="rows in such a subset; default: 64")
+    parser.add_argument("--probes", type=positive, default=18, help="Hessian products for a trace; default: 18")
+    parser.add_argument("--groups", type=positive, help="row groups a matrix; default: 128")
+    parser.add_argument("--resume", action="store_true", help="take over what an interrupted run has finished")
+    parser.add_argument(
+        "--allocations",
+        type=positive,
+        default=20,
+        help="score all allocations of a size, or this many random ones; default: 20",
+    )
+    return parser.parse_args()
+
+
+def parse_pairs(texts: list[str], measured: list[int]) -> list[tuple[int, int]]:
+    """``["2/4"]`` -> ``[(2, 4)]``.
+
+    Raises:
+        ValueError: not two different widths, or one that --bits does not measure.
+    """
+    pairs = []
+    for text in texts:
+        parts = text.split("/")
+        if len(parts) != 2 or not all(p.isdigit() for p in parts) or int(parts[0]) >= int(parts[1]):
+            raise ValueError(f"--pairs {text} is not a pair of bit widths; write the smaller one first, such as 2/4")
+        low, high = int(parts[0]), int(parts[1])
+        missing = [b for b in (low, high) if b not in measured]
+        if missing:
+            raise ValueError(f"--pairs {text} needs {missing[0]} bits, which --bits does not measure; add it there")
+        pairs.append((low, high))
+    return pairs
+
+
+def load(task: Any, arguments: argparse.Namespace) -> tuple[Any, Any]:
+    """(fine-tuned model, tokenizer)."""
+    from qbert.tasks import fine_tune
+
+    tuned = fine_tune(
+        task,
+        arguments.model,
+        device=arguments.device,
+        epochs=arguments.epochs,
+        train_limit=arguments.train_limit,
+        seed=arguments.seed,
+    )
+    scores = ", ".join(f"{metric} {tuned.scores[metric]:.2f}" for metric in task.metric_names)
+    print(f"{task.describe()}\nfine-tuned model: {scores} on held-out data")
+    return tuned.model.eval(), tuned.tokenizer
+
+
+def what_was_asked(arguments: argparse.Namespace, task: Any, model: Any) -> dict[str, Any]:
+    """All that the numbers depend on, to tell whether files of an earlier run may be gone on from."""
+    from qbert.hessian.checkpoint import model_fingerprint
+
+    names = ["granularity", "bits", "samples", "runs", "run_rows", "probes", "groups", "seed"]
+    names += ["train_limit", "eval_limit"]
+    rows = {split: task.fingerprint(split) for split in task.splits}
+    return {"weights": model_fingerprint(model), "rows": rows} | {name: getattr(arguments, name) for name in names}
+
+
+def measure(
+    task: Any,
+    model: Any,
+    tokenizer: Any,
+    arguments: argparse.Namespace,
+    settings: dict[str, Any],
+    folder: Path,
+    asked: dict[str, Any],
+) -> Any:
+    """`Sensitivities` of the model, the finished parts of an interrupted run taken over."""
+    from qbert.hessian import hessian_spectrum
+    from qbert.sensitivities import sensitivity
+    from qbert.sensitivity_report import Sensitivities
+    from qbert.tasks import prepare
+
+    done = folder / f"sensitivity-{task.name}.json"
+    if arguments.resume and done.exists():
+        report = Sensitivities.load(done)
+        refuse_foreign(done, report.settings.get("asked"), asked)
+        return report
+    data = prepare(task, tokenizer, "train", limit=arguments.train_limit, seed=arguments.seed)
+    spectrum = hessian_spectrum(
+        model,
+        data,
+        granularity=arguments.granularity,
+        collate_fn=data.collate,
+        runs=arguments.runs,
+        fraction=min(1.0, arguments.run_rows / len(data)),
+        tol=1e-2,
+        seed=arguments.seed,
+        checkpoint=folder / f"spectrum-{task.name}.partial",
+        resume=arguments.resume,
+    )
+    spectrum.save(folder / f"spectrum-{task.name}.json")
+    report = sensitivity(
+        model,
+        data,
+        bits=arguments.bits,
+        spectrum=spectrum,
+        collate_fn=data.collate,
+        samples=arguments.samples,
+        probes=arguments.probes,
+        seed=arguments.seed,
+        **settings,
+    )
+    report.settings["asked"] = asked
+    report.save(done)
+    return report
+
+
+def section(report: Any, scores: Scores, comparisons: list[dict[str, Any]], task: Any) -> str:
+    """Markdown of one task."""
+    from qbert.report import markdown_table
+
+    loss, score = scores.float
+    found = report.rank_correlations()
+    header = ["rank correlation (tau / rho) with the true loss change", *(f"{b} bits" for b in report.bits)]
+    rows = [[m, *(f"{c.kendall:+.2f} / {c.spearman:+.2f}" for c in by.values())] for m, by in found.items()]
+    parts = [
+        f"{len(report.names)} blocks ({report.settings['granularity']}), {report.settings['samples']} training rows, "
+        f"training loss {report.loss:.4f}; float model on held-out data: loss {loss:.4f}, {task.primary_metric} "
+        f"{score:.2f}.",
+        "",
+        markdown_table(header, rows),
+    ]
+    for entry in comparisons:
+        losses = sorted(other for other, _ in entry["others"])
+        kind = "all" if entry["all"] else "random"
+        others = f"{len(losses)} {kind} allocations of {'/'.join(map(str, entry['pair']))} bits"
+        parts += [
+            "",
+            f"At {entry['average']:.2f} bits a weight; {others} have losses {losses[0]:.4f} to {losses[-1]:.4f}, "
+            f"median {losses[len(losses) // 2]:.4f}:",
+            "",
+            markdown_table(
+                ["measure", "rule", "bits of the blocks", "loss", task.primary_metric, "others that do better"],
+                [
+                    (
+                        p["metric"],
+                        p["rule"],
+                        "".join(map(str, p["bits"])),
+                        f"{p['loss']:.4f}",
+                        f"{p['score']:.2f}",
+                        f"{100 * p['better']:.0f} %",
+                    )
+                    for p in entry["picks"]
+                ],
+            ),
+        ]
+    return "\n".join(parts)
+
+
+def plot(report: Any, comparisons: list[dict[str, Any]], title: str, path: Path) -> None:
+    """Left: rank correlations by measure and width. Right: held-out loss of every measure's allocation."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    from qbert.files import write_whole
+    from qbert.sensitivity_report import METRICS
+
+    figure = Figure(figsize=(6 + 4.5 * len(comparisons), 4.8), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(1, 1 + len(comparisons))
+    found = report.rank_correlations()
+    width = 0.8 / len(report.bits)
+    for i, bits in enumerate(report.bits):
+        heights = [by[bits].kendall for by in found.values()]
+        axes[0].bar([x + (i - (len(report.bits) - 1) / 2) * width for x in range(len(found))], heights, width)
+    axes[0].legend([f"{b} bits" for b in report.bits], fontsize="small")
+    axes[0].set_xticks(range(len(found)), list(found), rotation=40, ha="right")
+    axes[0].set_ylabel("Kendall's tau with the true loss change")
+    axes[0].axhline(0, color="0.6", linewidth=0.8)
+    axes[0].set_title(title)
+    for axis, entry in zip(axes[1:], comparisons, strict=True):
+        losses = [loss for loss, _ in entry["others"]]
+        for loss in losses:
+            axis.axhline(loss, color="0.85", linewidth=0.8, zorder=0)
+        for marker, rule in zip("oxs", dict.fromkeys(p["rule"] for p in entry["picks"]), strict=False):
+            chosen = [p for p in entry["picks"] if p["rule"] == rule]
+            axis.plot([METRICS.index(p["metric"]) for p in chosen], [p["loss"] for p in chosen], marker, label=rule)
+        axis.set_xticks(range(len(METRICS)), METRICS, rotation=40, ha="right")
+        axis.set_ylabel("held-out loss (grey: other allocations)")
+        axis.set_title(f"{entry['average']:.2f} bits a weight")
+        axis.legend(fontsize="small")
+    write_whole(path, lambda aside: figure.savefig(aside, dpi=150))
+
+
+def main() -> None:
+    """Measure, correlate, allocate, score, report; one task after the other."""
+    arguments = parse_arguments()
+    pairs = parse_pairs(arguments.pairs, arguments.bits)
+    folder = prepare_run(arguments, "sensitivity_study")
+    from qbert.choices import check_widths
+    from qbert.files import write_json, write_whole
+    from qbert.perturbation import target_specs
+    from qbert.tasks import build_model, load_task
+
+    check_widths(arguments.bits)
+    if arguments.probes < 4:
+        raise ValueError(f"--probes {arguments.probes} gives no error of the trace; use at least 4")
+    settings = {"groups": arguments.groups} if arguments.groups else {}
+    names = arguments.tasks or [arguments.task]
+    tasks = [load_task(name, data_dir=arguments.data_dir) for name in names]
+    target_specs(build_model(tasks[0], arguments.model)[0], 4, **settings)  # refuses groups that do not fit
+    page = ["# Which measure of sensitivity is right?", "", provenance()]
+    results: dict[str, Any] = {}
+    for task in tasks:
+        model, tokenizer = load(task, arguments)
+        asked = what_was_asked(arguments, task, model)
+        report = measure(task, model, tokenizer, arguments, settings, folder, asked)
+        print(report)
+        kept = folder / f"scores-{task.name}.json"
+        scores = Scores(model, task, tokenizer, report, settings, arguments.eval_limit, kept, asked, arguments.resume)
+        comparisons = [
+            compare(report, model, scores, pair, settings, most=arguments.allocations, seed=arguments.seed)
+            for pair in pairs
+        ]
+        text = section(report, scores, comparisons, task)
+        print("\n" + text)
+        page += ["", f"## {task.name}", "", task.describe(), "", text]
+        results[task.name] = {"task": task.describe(), "float": scores.float, "comparisons": comparisons}
+        plot(report, comparisons, f"{task.name}: agreement with the truth", folder / f"study-{task.name}.png")
+        write_json(folder / "study.json", results)
+        write_whole(folder / "study.md", partial(Path.write_text, data="\n".join(page) + "\n", encoding="utf-8"))
+    print(f"\nwritten to {folder}: " + ", ".join(sorted(p.name for p in folder.iterdir() if p.name[0] != ".")))
+
+
+if __name__ == "__main__":
+    run_script(main, "add --resume to go on from there")
