@@ -1,0 +1,62 @@
+"""Tiny, randomly initialised encoders of every supported family."""
+
+from typing import Any
+
+import torch
+import transformers as tf
+
+_SMALL = {
+    "hidden_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 96,
+    "vocab_size": 100,
+    "pad_token_id": 0,
+}
+
+_CONFIGS: dict[str, tuple[Any, dict[str, Any]]] = {
+    "bert": (tf.BertConfig, {}),
+    "roberta": (tf.RobertaConfig, {"pad_token_id": 1}),
+    "distilbert": (
+        tf.DistilBertConfig,
+        {"dim": 48, "n_layers": 2, "n_heads": 4, "hidden_dim": 96, "vocab_size": 100, "pad_token_id": 0},
+    ),
+    "albert": (tf.AlbertConfig, {"embedding_size": 24}),
+    "mobilebert": (tf.MobileBertConfig, {"embedding_size": 24, "intra_bottleneck_size": 24}),
+    "electra": (tf.ElectraConfig, {"embedding_size": 24}),
+    "deberta-v2": (
+        tf.DebertaV2Config,
+        {"relative_attention": True, "pos_att_type": ["p2c", "c2p"], "position_biased_input": False},
+    ),
+    "modernbert": (
+        tf.ModernBertConfig,
+        {"cls_token_id": 1, "sep_token_id": 2, "bos_token_id": 1, "eos_token_id": 2},
+    ),
+    "mpnet": (tf.MPNetConfig, {"pad_token_id": 1}),
+    "vit": (tf.ViTConfig, {"image_size": 32, "patch_size": 16}),
+}
+
+FAMILIES = tuple(_CONFIGS)
+
+
+def build(family: str, **overrides: Any) -> Any:
+    """A two-layer classifier of `family`, in training mode as transformers builds it."""
+    config_class, settings = _CONFIGS[family]
+    if family == "distilbert":
+        values = {**settings, **overrides}
+    elif family == "vit":
+        values = {**{k: v for k, v in _SMALL.items() if k not in ("vocab_size", "pad_token_id")}, **settings}
+    else:
+        values = {**_SMALL, **settings, **overrides}
+    auto = tf.AutoModelForImageClassification if family == "vit" else tf.AutoModelForSequenceClassification
+    return auto.from_config(config_class(**values))
+
+
+def inputs_for(family: str, batch: int = 2, length: int = 9) -> dict[str, torch.Tensor]:
+    """A batch that the model of `family` accepts; the last row is padded."""
+    if family == "vit":
+        return {"pixel_values": torch.randn(batch, 3, 32, 32)}
+    ids = torch.randint(5, 100, (batch, length))
+    mask = torch.ones_like(ids)
+    mask[-1, length // 2 :] = 0
+    return {"input_ids": ids, "attention_mask": mask}

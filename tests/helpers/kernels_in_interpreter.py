@@ -1,0 +1,309 @@
+"""Every Triton kernel in Triton's interpreter, on a CPU, against integer references: exactly equal where exact.
+
+Run by `test_kernels_interpreted.py` in a process of its own, with TRITON_INTERPRET=1: the interpreter must be chosen
+before a kernel is imported.
+"""
+
+import interpreted_asm  # noqa: F401  the interpreter cannot run inline assembly by itself
+import pytest
+import torch
+
+from qbert.kernels import formats, reference
+from qbert.kernels.gpu.attention import attention
+from qbert.kernels.gpu.embedding import Table, embed_layernorm, embedding
+from qbert.kernels.gpu.layernorm_quant import layernorm_quantize
+from qbert.kernels.gpu.linear import GpuLinear
+from qbert.kernels.gpu.matmul_a8 import matmul_a8
+from qbert.kernels.gpu.matmul_a8_mixed import matmul_a8_mixed
+from qbert.kernels.gpu.matmul_a16 import matmul_a16
+from qbert.kernels.gpu.quantize_rows import quantize_rows
+from qbert.kernels.gpu.tiles import Tile
+
+
+def problem(tokens, rows, columns, bits, adversarial=False):
+    low, high = formats.code_range(bits)
+    codes = torch.randint(low, high + 1, (rows, columns), dtype=torch.int8)
+    xq = torch.randint(-127, 128, (tokens, columns), dtype=torch.int8)
+    if adversarial:  # extreme codes of one sign, alone and alternating, against extreme activations
+        codes[0::4], codes[1::4], codes[2::4] = low, high, -1
+        xq[0::3], xq[1::3] = -128, 127
+        xq[2::3, ::2], xq[2::3, 1::2] = -128, 127
+    return codes, xq, formats.pack(codes, bits)
+
+
+SHAPES = [  # tokens, rows, columns
+    (37, 70, 256),
+    (5, 64, 768),
+    (20, 33, 384),  # one block of 256, a last one of 128
+    (17, 40, 312),  # a last block of 56: no power of two
+    (3, 16, 40),  # nothing but a last block
+    (1, 1, 3),
+]
+
+
+@pytest.mark.parametrize("asm", [True, False])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_integer_product_is_exact(shape, bits, asm):
+    codes, xq, packed = problem(*shape, bits, adversarial=True)
+    expected = reference.accumulate(xq, codes)
+    for tile in (Tile(16, 64, 256), Tile(32, 32, 128)):
+        y = matmul_a8(xq, torch.ones(1), packed, torch.ones(1), bits=bits, out_dtype=torch.int32, tile=tile, asm=asm)
+        assert torch.equal(y.long(), expected)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_split_columns_give_the_same_and_leave_the_counters_at_zero(bits):
+    codes, xq, packed = problem(21, 50, 768 + 128, bits)
+    zero = torch.randint(-50, 50, (50,), dtype=torch.int32)
+    expected = reference.accumulate(xq, codes) * 2 ** (8 - bits) - zero * xq.sum(1, keepdim=True)
+    for split in (1, 2, 3):
+        for _ in range(2):
+            y = matmul_a8(
+                xq,
+                torch.ones(1),
+                packed,
+                torch.ones(1),
+                bits=bits,
+                zero=zero,
+                row_sum=xq.sum(1, dtype=torch.int32),
+                out_dtype=torch.int32,
+                tile=Tile(16, 32, 256, split=split),
+            )
+            assert torch.equal(y.long(), expected >> (8 - bits))
+
+
+def float_parts(rows, tokens):
+    return torch.rand(rows) * 0.01 + 0.01, torch.rand(tokens) * 0.1, torch.randn(rows), torch.randn(tokens, rows)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("zero_kind", ["none", "int32", "float"])
+@pytest.mark.parametrize("split", [1, 2])
+def test_epilogues_equal_the_reference(bits, zero_kind, split):
+    tokens, rows, columns = 19, 37, 512
+    codes, xq, packed = problem(tokens, rows, columns, bits)
+    scale, x_scale, bias, residual = float_parts(rows, tokens)
+    zero = {
+        "none": torch.zeros(rows),
+        "int32": torch.randint(-9, 9, (rows,)) / (2.0 if bits < 8 else 1.0),
+        "float": torch.randn(rows),
+    }[zero_kind]
+    as_given = {"none": None, "int32": (zero * 2 ** (8 - bits)).int(), "float": zero}[zero_kind]
+    row_sum = xq.sum(1, dtype=torch.int32)
+    tile = Tile(16, 32, 256, split=split)
+
+    def run(x_scale=x_scale, **options):
+        return matmul_a8(xq, x_scale, packed, scale, bits=bits, zero=as_given, row_sum=row_sum, tile=tile, **options)
+
+    def expected(x_scale=x_scale, **options):
+        return reference.matmul_a8(xq, x_scale, codes, scale[:, None], zero[:, None], **options)
+
+    close = {"rtol": 2e-6, "atol": 2e-4}
+    assert_close = torch.testing.assert_close
+    assert_close(run(out_dtype=torch.float32).double(), expected(), **close)
+    assert_close(run(x_scale[:1], out_dtype=torch.float32).double(), expected(x_scale[:1].expand(tokens)), **close)
+    assert_close(
+        run(bias=bias, gelu=True, out_dtype=torch.float32).double(), expected(bias=bias, activation="gelu"), **close
+    )
+    assert_close(
+        run(bias=bias, residual=residual, out_dtype=torch.float32).double(),
+        expected(bias=bias, residual=residual),
+        **close,
+    )
+    half = residual.half()
+    assert_close(run(bias=bias, residual=half).double(), expected(bias=bias, residual=half), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("bits", [2, 4])
+@pytest.mark.parametrize("gelu", [False, True])
+def test_requantized_output_and_its_row_sums(bits, gelu):
+    tokens, rows, columns = 19, 70, 256
+    codes, xq, packed = problem(tokens, rows, columns, bits)
+    scale, x_scale, bias, _ = float_parts(rows, tokens)
+    real = reference.matmul_a8(
+        xq, x_scale, codes, scale[:, None], torch.zeros(rows, 1), bias, activation="gelu" if gelu else "none"
+    )
+    out_scale = float(real.abs().max()) / 100
+    sums = torch.zeros(tokens, dtype=torch.int32)
+    y = matmul_a8(
+        xq,
+        x_scale,
+        packed,
+        scale,
+        bits=bits,
+        bias=bias,
+        gelu=gelu,
+        out_dtype=torch.int8,
+        out_scale=out_scale,
+        out_row_sum=sums,
+        tile=Tile(16, 32, 256),
+    )
+    expected = reference.requantize(real, out_scale)
+    assert int((y.int() - expected.int()).abs().max()) <= 1  # a tie may fall either way
+    assert float((y != expected).float().mean()) < 1e-3
+    assert torch.equal(sums, y.sum(1, dtype=torch.int32))
+    saturated = matmul_a8(
+        xq, x_scale * 1e6, packed, scale, bits=bits, out_dtype=torch.int8, out_scale=out_scale, tile=Tile(16, 32, 256)
+    )
+    assert int(saturated.min()) == -128 and int(saturated.max()) == 127
+
+
+@pytest.mark.parametrize("asm", [True, False])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("columns", [512, 384, 312, 3])
+def test_fp16_product(columns, bits, asm):
+    codes, _, packed = problem(9, 40, columns, bits)
+    x = torch.full((9, columns + 300), float("nan"), dtype=torch.float16)[:, :columns]  # nothing beyond it may be read
+    x.copy_(torch.randn(9, columns))
+    scale, zero, bias = torch.rand(40) * 0.01 + 0.01, torch.randn(40), torch.randn(40)
+    expected = reference.matmul_a16(x, codes, scale[:, None], zero[:, None], bias)
+    for split in (1, 2):
+        y = matmul_a16(x, packed, scale, bits=bits, zero=zero, bias=bias, tile=Tile(16, 32, 128, split=split), asm=asm)
+        torch.testing.assert_close(y.double(), expected, rtol=1e-3, atol=1e-3)
+    unit = torch.eye(columns, dtype=torch.float16)[:40]  # every code comes out as itself: exact
+    y = matmul_a16(unit, packed, torch.ones(40), bits=bits, tile=Tile(16, 32, 256), asm=asm)
+    assert torch.equal(y.T.double(), codes[:, : y.shape[0]].double())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("columns", [384, 1, 5000])
+def test_row_quantization_is_exact(columns, dtype):
+    x = (torch.randn(7, columns) * torch.logspace(-3, 3, 7)[:, None]).to(dtype)
+    x[3] = 0
+    got = quantize_rows(x)
+    expected = reference.quantize_rows(x.float())
+    for one, other in zip(got, expected, strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("static", [None, 0.03])
+@pytest.mark.parametrize("with_residual", [True, False])
+@pytest.mark.parametrize("columns", [384, 768, 100])
+def test_layernorm_quantize(columns, with_residual, static):
+    x, weight, bias = torch.randn(6, columns), torch.randn(columns), torch.randn(columns)
+    residual = torch.randn(6, columns) if with_residual else None
+    expected = reference.layernorm_quantize(x, residual, weight, bias, 1e-12)[0]
+    y, codes, scale, row_sum = layernorm_quantize(x, residual, weight, bias, 1e-12, static)
+    torch.testing.assert_close(y.double(), expected, rtol=1e-5, atol=1e-5)
+    wanted, wanted_scale, _ = reference.quantize_rows(y)
+    if static is not None:
+        wanted, wanted_scale = reference.requantize(y, static), torch.full((6,), static)
+    assert int((codes.int() - wanted.int()).abs().max()) <= (0 if static is None else 1)
+    assert torch.equal(scale, wanted_scale)
+    assert torch.equal(row_sum, codes.sum(1, dtype=torch.int32))
+
+
+def make_table(vocabulary, features, bits, groups, input_groups=1):
+    codes, _, packed = problem(1, vocabulary, features, bits)
+    row_group = (
+        None if groups in (1, vocabulary) else torch.arange(vocabulary, dtype=torch.int32) * groups // vocabulary
+    )
+    scale, zero = torch.rand(groups, input_groups) * 0.1, torch.randn(groups, input_groups)
+    full = [reference.expand_groups(t, row_group, vocabulary) for t in (scale, zero)]
+    return Table(packed, scale, zero, row_group, bits, features), reference.dequantize(codes, *full)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize(("features", "input_groups"), [(384, 3), (312, 1), (256, 2)])
+@pytest.mark.parametrize("groups", [1, 4, 23])
+def test_embedding_rows_are_exact(bits, features, input_groups, groups):
+    table, dense = make_table(23, features, bits, groups, input_groups)
+    ids = torch.tensor([0, 22, 7, 7])
+    assert torch.equal(embedding(ids, table), dense[ids])
+    assert torch.equal(embedding(ids.int(), table, torch.float16), dense[ids].half())
+
+
+@pytest.mark.parametrize("tables", [1, 2, 3])
+def test_embeddings_summed_normalized_and_quantized(tables):
+    made = [make_table(v, 384, b, g) for v, b, g in [(50, 4, 5), (20, 8, 20), (2, 3, 1)][:tables]]
+    ids = [torch.randint(0, t.packed.shape[0], (11,)) for t, _ in made]
+    weight, bias = torch.randn(384), torch.randn(384)
+    total = sum(dense[i] for i, (_, dense) in zip(ids, made, strict=True))
+    expected = reference.layernorm_quantize(total, None, weight, bias, 1e-12)[0]
+    pairs = [(i, t) for i, (t, _) in zip(ids, made, strict=True)]
+    y, codes, scale, row_sum = embed_layernorm(pairs, weight, bias, 1e-12, torch.float32)
+    torch.testing.assert_close(y.double(), expected, rtol=1e-4, atol=1e-5)
+    for got, wanted in zip((codes, scale, row_sum), reference.quantize_rows(y), strict=True):
+        assert torch.equal(got, wanted)
+
+
+@pytest.mark.parametrize("head_dim", [32, 64, 24])
+@pytest.mark.parametrize("lengths", [[5], [1, 70, 33], [128, 0, 3]])
+def test_attention_over_sequences_of_different_lengths(lengths, head_dim):
+    starts = torch.tensor([0, *lengths]).cumsum(0).int()
+    fused = torch.randn(sum(lengths), 3, 2, head_dim).half()
+    query, key, value = fused.unbind(1)
+    expected = reference.attention(query, key, value, starts, head_dim**-0.5)
+    got = attention(query, key, value, starts, max(lengths), head_dim**-0.5)
+    torch.testing.assert_close(got.double(), expected, rtol=2e-3, atol=2e-3)
+    codes = attention(query, key, value, starts, max(lengths), head_dim**-0.5, out_scale=0.02)
+    assert int((codes.int() - reference.requantize(expected, 0.02).int()).abs().max()) <= 1
+
+
+def test_empty_batches():
+    _, _, packed = problem(1, 8, 256, 4)
+    none = torch.zeros(0, 256)
+    assert matmul_a8(none.to(torch.int8), torch.ones(0), packed, torch.ones(8), bits=4).shape == (0, 8)
+    assert matmul_a16(none.half(), packed, torch.ones(8), bits=4).shape == (0, 8)
+    assert [t.shape[0] for t in quantize_rows(none)] == [0, 0, 0]
+    assert layernorm_quantize(none, None, torch.ones(256), torch.ones(256), 1e-5)[1].shape == (0, 256)
+
+
+@pytest.mark.parametrize("bits", [3, 8])
+@pytest.mark.parametrize("zero_kind", ["integer", "half", "real"])
+@pytest.mark.parametrize("activation", ["dynamic", "static", "none"])
+@pytest.mark.parametrize("input_groups", [1, 2])
+def test_a_whole_linear_layer(bits, zero_kind, activation, input_groups):
+    rows, columns, groups = 24, 256, 4
+    codes, _, packed = problem(1, rows, columns, bits)
+    row_group = torch.arange(rows) * groups // rows
+    scale = torch.rand(groups, input_groups) * 0.01 + 0.01
+    zero = {
+        "integer": torch.randint(-4, 4, scale.shape).float(),
+        "half": torch.full_like(scale, -0.5),
+        "real": torch.randn(scale.shape),
+    }[zero_kind]
+    bias = torch.randn(rows)
+    spread = [reference.expand_groups(t, row_group, rows) for t in (scale, zero)]
+    x = torch.randn(3, 5, columns)
+    step, offset = 0.03125, -7
+    settings = {"dynamic": (8, 0.0, 0), "static": (8, step, offset), "none": (0, 0.0, 0)}[activation]
+    layer = GpuLinear(packed, columns, scale, zero, row_group, bias, bits, *settings)
+    for dtype, tolerance in ((torch.float32, 2e-5), (torch.float16, 2e-3)):
+        flat = x.to(dtype).float().reshape(15, columns)
+        seen = flat if activation == "none" else reference.fake_quantize(flat, *settings[1:])
+        expected = reference.matmul_a16(seen, codes, *spread, bias).reshape(3, 5, rows)
+        y = layer.forward(x.to(dtype), packed)
+        assert y.dtype == dtype
+        assert float((y.double() - expected).abs().max()) < tolerance * float(expected.abs().max() + 1)
+
+
+@pytest.mark.parametrize("bits", [(2, 3, 2), (8, 4, 3), (4, 4, 4)])
+@pytest.mark.parametrize("zero_kind", ["none", "int32", "float"])
+@pytest.mark.parametrize("columns", [384, 256])
+def test_query_key_and_value_of_different_bits(bits, zero_kind, columns):
+    tokens, rows = 21, 40
+    made = [problem(1, rows, columns, b) for b in bits]
+    codes = torch.cat([codes for codes, _, _ in made])
+    xq = problem(tokens, 1, columns, 8)[1]
+    scale, x_scale, bias, _ = float_parts(3 * rows, tokens)
+    zero = {
+        "none": torch.zeros(3 * rows),
+        "int32": torch.randint(-9, 9, (3 * rows,)).float(),
+        "float": torch.randn(3 * rows),
+    }[zero_kind]
+    y = matmul_a8_mixed(
+        xq,
+        x_scale,
+        tuple(packed for _, _, packed in made),
+        bits,
+        scale,
+        zero={"none": None, "int32": zero.int(), "float": zero}[zero_kind],
+        row_sum=xq.sum(1, dtype=torch.int32),
+        bias=bias,
+        out_dtype=torch.float32,
+        tile=Tile(16, 32, 256),
+    )
+    expected = reference.matmul_a8(xq, x_scale, codes, scale[:, None], zero[:, None], bias)
+    torch.testing.assert_close(y.double(), expected, rtol=2e-6, atol=2e-4)

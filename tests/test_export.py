@@ -1,0 +1,80 @@
+"""`export_onnx`: ONNX Runtime computes what the packed model does, from weights in as few bits."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from encoders import build, inputs_for
+from transformers import AutoModel
+
+import qbert
+
+onnx = pytest.importorskip("onnx")
+ort = pytest.importorskip("onnxruntime")
+
+CONFIGS = {
+    "2": qbert.BitsConfig(2, activation_bits=None),
+    "2 midrise": qbert.BitsConfig(2, scheme="midrise", activation_bits=None),
+    "3 symmetric": qbert.BitsConfig(3, scheme="symmetric", activation_bits=None),
+    "4, input groups of 16": qbert.BitsConfig(4, input_group_size=16, activation_bits=None),
+    "4, input groups of 12": qbert.BitsConfig(4, input_group_size=12, activation_bits=None),
+    "8, tables 4": qbert.BitsConfig(8, embedding_bits=4, activation_bits=None),
+}
+
+
+def run(path: Path, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    options = ort.SessionOptions()
+    options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
+    session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    return torch.from_numpy(session.run(None, {k: v.numpy() for k, v in batch.items()})[0])
+
+
+def expected(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    with torch.no_grad():
+        return model(**batch)[0]
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+def test_onnx_runtime_gives_our_outputs(config: qbert.BitsConfig, tmp_path: Path) -> None:
+    packed = qbert.pack(qbert.quantize_model(AutoModel.from_config(build("bert").config), config))
+    qbert.export_onnx(packed, tmp_path / "model.onnx")
+    for shape in ((1, 4), (3, 11)):
+        batch = inputs_for("bert", *shape)
+        keep = batch["attention_mask"].bool()
+        assert torch.allclose(run(tmp_path / "model.onnx", batch)[keep], expected(packed, batch)[keep], atol=2e-5)
+
+
+@pytest.mark.parametrize("static", [False, True], ids=["dynamic", "static"])
+def test_activations_are_quantized_or_left_alone(static: bool, tmp_path: Path) -> None:
+    model, batch = build("bert").eval(), inputs_for("bert")
+    packed = qbert.pack(qbert.quantize_model(model, 4, calibration_data=[batch] if static else None))
+    qbert.export_onnx(packed, tmp_path / "as_trained.onnx")
+    assert torch.allclose(run(tmp_path / "as_trained.onnx", batch), expected(packed, batch), atol=1e-3)
+    qbert.export_onnx(packed, tmp_path / "float.onnx", quantize_activations=False)
+    plain = qbert.pack(qbert.quantize_model(model, qbert.BitsConfig(4, activation_bits=None)))
+    assert torch.allclose(run(tmp_path / "float.onnx", batch), expected(plain, batch), atol=2e-5)
+
+
+def test_weights_are_stored_in_few_bits(tmp_path: Path) -> None:
+    config = build("bert", hidden_size=128, intermediate_size=512, vocab_size=50).config
+    model = AutoModel.from_config(config)
+    sizes = {}
+    for bits in (2, 4, 8):
+        packed = qbert.pack(qbert.quantize_model(model, bits))
+        qbert.export_onnx(packed, tmp_path / "model.onnx")
+        sizes[bits] = (tmp_path / "model.onnx").stat().st_size
+        kinds = [node.op_type for node in onnx.load(tmp_path / "model.onnx").graph.node]
+        assert kinds.count("MatMulNBits") == (0 if bits == 8 else 12)
+        assert kinds.count("DequantizeLinear") == (12 if bits == 8 else 0)
+    weights = 2 * (4 * 128 * 128 + 2 * 128 * 512)
+    assert sizes[8] - sizes[4] > 0.8 * weights / 2 and sizes[4] - sizes[2] > 0.8 * weights / 4
+
+
+def test_what_cannot_be_exported_is_said(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"call qbert\.pack first"):
+        qbert.export_onnx(build("bert"), tmp_path / "model.onnx")
+    packed = qbert.pack(qbert.quantize_model(build("bert"), 4))
+    with pytest.raises(ValueError, match="not on the CPU"):
+        qbert.export_onnx(packed.to("meta"), tmp_path / "model.onnx")
+    assert not list(tmp_path.iterdir())

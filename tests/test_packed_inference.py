@@ -1,0 +1,176 @@
+"""`optimize_for_inference`: the fast path computes what the packed layers do, for every family, mask and request."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from encoders import FAMILIES, build, inputs_for
+from torch import nn
+from transformers import AutoModel
+
+import qbert
+from qbert import inference
+from qbert.inference import FusedEncoder, FusedLayer, optimize_for_inference
+from qbert.packed import PackedEmbedding, PackedLinear, pack
+
+FUSED = ("bert", "roberta", "electra")
+# With float activations nothing is rounded, and the fast path must agree with the slow one to float precision.
+EXACT = {"activation_bits": None}
+
+
+def hidden(model: Any, batch: dict[str, torch.Tensor], **kwargs: Any) -> torch.Tensor:
+    with torch.no_grad():
+        return model(**batch, **kwargs)[0]
+
+
+def encoder(family: str, **settings: Any) -> Any:
+    model = AutoModel.from_config(build(family).config).eval()
+    for norm in (m for m in model.modules() if isinstance(m, nn.LayerNorm)):
+        nn.init.normal_(norm.weight, 1, 0.3)
+        if norm.bias is not None:
+            nn.init.normal_(norm.bias, 0, 0.3)
+    bits = {"encoder.layer.0": 3, "*": 4} if family in FUSED else 4
+    return pack(qbert.quantize_model(model, qbert.BitsConfig(bits, **settings)))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_gives_the_outputs_of_the_packed_model(family: str) -> None:
+    batch = inputs_for(family)
+    keep = batch["attention_mask"].bool() if "attention_mask" in batch else slice(None)
+    exact = encoder(family, **EXACT)
+    fast = optimize_for_inference(exact)
+    assert isinstance(getattr(getattr(fast, "encoder", None), "forward", None), FusedEncoder) == (family in FUSED)
+    assert torch.allclose(hidden(fast, batch)[keep], hidden(exact, batch)[keep], rtol=1e-4, atol=1e-5)
+    packed = encoder(family)
+    expected = hidden(packed, batch)[keep]
+    error = (hidden(optimize_for_inference(packed), batch)[keep] - expected).norm() / expected.norm()
+    assert error < 0.02
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("scheme", ["asymmetric", "symmetric", "midrise"])
+@pytest.mark.parametrize("static", [False, True], ids=["dynamic", "static"])
+def test_every_layer_rounds_to_the_same_codes(bits: int, scheme: str, static: bool) -> None:
+    data = [{"input": torch.randn(50, 48)}] if static else None
+    student = qbert.quantize_model(
+        nn.Sequential(nn.Linear(48, 24)), qbert.BitsConfig(bits, scheme=scheme), calibration_data=data
+    )
+    slow = pack(student)[0]
+    assert isinstance(slow, PackedLinear)
+    x = torch.randn(200, 48) * torch.logspace(-2, 2, 200)[:, None]
+    expected = slow(x)
+    slow.prepare()
+    got = slow(x)
+    # A value in a million lies so close to the border of two codes that float rounding decides which it takes.
+    error = (got - expected).abs() / expected.abs().amax(1, keepdim=True).clamp_min(1e-4)
+    assert (error.amax(1) <= 1e-5).float().mean() > 0.99 and error.max() < 0.05
+
+
+def masks(length: int) -> dict[str, torch.Tensor]:
+    right = torch.ones(5, length, dtype=torch.long)
+    for row, used in enumerate((length, 3, length - 2, 1, 7)):
+        right[row, used:] = 0
+    return {"right": right, "left": right.flip(1), "holes": (torch.arange(5 * length).view(5, length) % 3 > 0).long()}
+
+
+@pytest.mark.parametrize("kind", ["right", "left", "holes"])
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("chunk", [8, 10**6])
+def test_padding_changes_nothing(kind: str, attention: str, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(inference, "_CHUNK_TOKENS", chunk)
+    packed = encoder("bert", **EXACT)
+    packed.set_attn_implementation(attention)
+    fast = optimize_for_inference(packed)
+    mask = masks(9)[kind]
+    batch = {"input_ids": torch.randint(5, 100, mask.shape), "attention_mask": mask}
+    got, expected = hidden(fast, batch), hidden(packed, batch)
+    keep = mask.bool()
+    assert torch.allclose(got[keep], expected[keep], rtol=1e-4, atol=1e-5)
+    if kind == "right":
+        assert (got[~keep] == 0).all()
+        alone = hidden(fast, {"input_ids": batch["input_ids"][1:2, :3]})
+        assert torch.allclose(got[1, :3], alone[0], rtol=1e-4, atol=1e-5)
+
+
+def test_no_mask_and_many_sequences_run_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    packed = encoder("bert", **EXACT)
+    fast = optimize_for_inference(packed)
+    sizes: list[int] = []
+    original = FusedLayer.__call__
+
+    def counting(self: FusedLayer, x: torch.Tensor, batch: int, mask: torch.Tensor | None) -> torch.Tensor:
+        sizes.append(len(x))
+        return original(self, x, batch, mask)
+
+    monkeypatch.setattr(FusedLayer, "__call__", counting)
+    monkeypatch.setattr(inference, "_CHUNK_TOKENS", 20)
+    torch_threads = torch.get_num_threads()
+    batch = {"input_ids": torch.randint(5, 100, (11 * torch_threads, 6))}
+    assert torch.allclose(hidden(fast, batch), hidden(packed, batch), rtol=1e-4, atol=1e-5)
+    assert len(sizes) > 2 and max(sizes) <= 20 * torch_threads and sum(sizes) == 2 * batch["input_ids"].numel()
+
+
+def test_requests_that_the_fast_path_does_not_serve_get_the_slow_one() -> None:
+    packed, batch = encoder("bert"), inputs_for("bert")
+    packed.set_attn_implementation("eager")
+    fast = optimize_for_inference(packed)
+    with torch.no_grad():
+        got = fast(**batch, output_hidden_states=True, output_attentions=True)
+        expected = packed(**batch, output_hidden_states=True, output_attentions=True)
+    assert len(got.hidden_states) == 3 and len(got.attentions) == 2
+    for a, b in zip(got.hidden_states + got.attentions, expected.hidden_states + expected.attentions, strict=True):
+        assert torch.equal(a, b)
+    embeds = torch.randn(1, 4, 48, requires_grad=True)
+    fast(inputs_embeds=embeds)[0].sum().backward()
+    assert embeds.grad is not None and embeds.grad.abs().max() > 0
+    fast.train()
+    with pytest.raises(RuntimeError, match="cannot be trained"):
+        fast(**batch)
+
+
+def test_a_head_can_be_trained_on_the_outputs() -> None:
+    fast = optimize_for_inference(encoder("bert"))
+    for parameter in fast.parameters():
+        parameter.requires_grad_(False)
+    head = nn.Linear(48, 2)
+    head(fast(**inputs_for("bert"))[0]).sum().backward()
+    assert head.weight.grad is not None
+
+
+def test_the_optimized_model_is_a_copy_that_can_be_saved_and_moved(tmp_path: Path) -> None:
+    packed, batch = encoder("bert"), inputs_for("bert")
+    fast = optimize_for_inference(packed)
+    assert not isinstance(packed.encoder.forward, FusedEncoder)
+    assert optimize_for_inference(packed, inplace=True) is packed and isinstance(packed.encoder.forward, FusedEncoder)
+    fast.save_pretrained(tmp_path)
+    loaded = qbert.load(tmp_path)
+    assert loaded.state_dict().keys() == fast.state_dict().keys()
+    expected = hidden(fast, batch)
+    compiled = torch.compile(fast, backend="aot_eager", fullgraph=True)
+    assert (hidden(compiled, batch) - hidden(loaded, batch))[batch["attention_mask"].bool()].abs().max() < 1e-5
+    fast.to(torch.bfloat16)
+    half = hidden(fast, batch)
+    assert half.dtype == torch.bfloat16 and (half.float() - expected).abs().max() < 0.3
+
+
+def test_what_cannot_be_optimized_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    with pytest.raises(ValueError, match=r"call qbert\.pack first"):
+        optimize_for_inference(build("bert"))
+    with pytest.raises(ValueError, match="meta"):
+        optimize_for_inference(encoder("bert").to("meta"))
+    with caplog.at_level(logging.INFO, logger="qbert.inference"):
+        optimize_for_inference(encoder("mobilebert"))
+        some = qbert.quantize_model(AutoModel.from_config(build("bert").config), {"encoder.layer.0": 4})
+        optimize_for_inference(pack(some))
+    assert "not fused" in caplog.text and "in float" in caplog.text
+
+
+def test_small_tables_are_read_in_float_with_the_same_values() -> None:
+    packed = encoder("bert")
+    fast = optimize_for_inference(packed)
+    table, slow = fast.embeddings.word_embeddings, packed.embeddings.word_embeddings
+    assert isinstance(table, PackedEmbedding) and table._float_table is not None
+    ids = torch.randint(0, 100, (3, 4))
+    assert torch.equal(table(ids), slow(ids))
