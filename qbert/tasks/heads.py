@@ -27,7 +27,9 @@ _AUTO_CLASS = {
 }
 
 
-def build_model(task: Task, model_name_or_path: str | Path | None = None, *, seed: int = 0) -> tuple[Any, Any]:
+def build_model(
+    task: Task, model_name_or_path: str | Path | None = None, *, seed: int = 0, tuned: bool = False
+) -> tuple[Any, Any]:
     """(model in eval mode, tokenizer) for `task`; a head that the checkpoint lacks is drawn by `seed`.
 
     A checkpoint that was already tuned for the same labels in another order has the rows of its head put into the
@@ -36,9 +38,11 @@ def build_model(task: Task, model_name_or_path: str | Path | None = None, *, see
     Args:
         task: decides head, number of labels and label maps.
         model_name_or_path: hub name or folder; the embedded MiniLM where None.
+        tuned: the model is to be used as it is, so a head that the checkpoint lacks is refused.
 
     Raises:
-        ValueError: the checkpoint is damaged, lacks encoder weights, or has a head for other labels.
+        ValueError: the checkpoint is damaged, lacks encoder weights (or, if `tuned`, the head), or has a head for other
+            labels.
         FileNotFoundError: no such model (or no package for the embedded one).
     """
     source = str(model_name_or_path or embedded_encoder())
@@ -56,6 +60,11 @@ def build_model(task: Task, model_name_or_path: str | Path | None = None, *, see
         torch.manual_seed(seed)
         model, report = load_quietly(_AUTO_CLASS[task.kind], source, config=config, output_loading_info=True)
     _refuse_incomplete(model, report, source, task)
+    if tuned and report["missing_keys"]:
+        raise ValueError(
+            f"model {source!r} has no head tuned for task {task.name!r} (missing: {min(report['missing_keys'])}); "
+            "name a fine-tuned checkpoint, or have it fine-tuned"
+        )
     if order is not None:
         _reorder_head(model, order, task)
     return model.eval(), load_quietly(transformers.AutoTokenizer, source)

@@ -29,6 +29,8 @@ class TrainingSettings:
         max_length: longest input in tokens; by task where None.
         train_limit: rows to train on, drawn by `seed`; all where None.
         seed: of new head, data order and dropout.
+        bf16: matrix products in bfloat16 (autocast) on a CPU that computes it natively; CUDA devices that have it
+            always use it.
     """
 
     epochs: int = 3
@@ -40,6 +42,7 @@ class TrainingSettings:
     max_length: int | None = None
     train_limit: int | None = None
     seed: int = 0
+    bf16: bool = False
 
     def __post_init__(self) -> None:
         for name, lowest in (("epochs", 1), ("batch_size", 1), ("train_limit", 1), ("seed", 0)):
