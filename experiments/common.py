@@ -6,13 +6,15 @@ Exit codes: 0 done, 2 something in the request cannot work (one sentence on stan
 from __future__ import annotations
 
 import argparse
+import contextlib
 import datetime
 import os
 import platform
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -35,6 +37,32 @@ def add_task_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--output-dir", help="where results are written; default: outputs/<script>-<task>")
 
 
+def add_tuning_arguments(parser: argparse.ArgumentParser) -> None:
+    """``--epochs --train-limit --eval-limit``, with their help."""
+    group = parser.add_argument_group("fine-tuning")
+    group.add_argument("--epochs", type=positive, help="passes over the training data; default: by task")
+    group.add_argument("--train-limit", type=positive, help="tune on at most this many rows")
+    group.add_argument("--eval-limit", type=positive, help="score on at most this many held-out rows")
+
+
+def fine_tuned(task: Any, arguments: argparse.Namespace) -> Any:
+    """The `FineTuned` encoder of the arguments, from the cache if it is there; says how and how good it is."""
+    from qbert.tasks import fine_tune
+
+    tuned = fine_tune(
+        task,
+        arguments.model,
+        device=arguments.device,
+        epochs=arguments.epochs,
+        train_limit=arguments.train_limit,
+        seed=arguments.seed,
+    )
+    how = "from the cache" if tuned.from_cache else f"in {tuned.seconds:.0f} s"
+    scores = ", ".join(f"{name} {tuned.scores[name]:.2f}" for name in task.metric_names)
+    print(f"model  {arguments.model or 'the embedded MiniLM-L6'}, fine-tuned ({how}): {scores} on held-out data")
+    return tuned
+
+
 def positive(text: str) -> int:
     """A whole number of at least 1, for argparse."""
     value = int(text)
@@ -54,12 +82,7 @@ def prepare_run(arguments: argparse.Namespace, script: str) -> Path:
     """
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
-    try:
-        torch.empty(0, device=arguments.device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(
-            f"--device {arguments.device} is not usable here ({str(error).splitlines()[0]}); use cpu"
-        ) from error
+    _check_device(arguments.device)
     folder = Path(arguments.output_dir or Path("outputs") / f"{script}-{arguments.task}")
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -71,6 +94,49 @@ def prepare_run(arguments: argparse.Namespace, script: str) -> Path:
             f"--output-dir {folder} cannot be written ({error.strerror}); name another folder"
         ) from error
     return folder
+
+
+@contextlib.contextmanager
+def process_group(arguments: argparse.Namespace) -> Iterator[int]:
+    """Inside, the processes that torchrun started are joined (gloo on CPUs, nccl on GPUs); gives this one's rank.
+
+    Each process of a machine takes a GPU of its own. Those after the first print nothing. Without torchrun nothing is
+    set up, and the rank is 0. At the end all wait for each other and leave the group: a process that ends while
+    others still talk to it takes them down.
+    """
+    if "LOCAL_RANK" not in os.environ:
+        yield 0
+        return
+    import torch.distributed as dist
+
+    on_gpu = torch.device(arguments.device).type == "cuda"
+    if on_gpu:
+        arguments.device = f"cuda:{os.environ['LOCAL_RANK']}"
+        _check_device(arguments.device)
+        torch.cuda.set_device(arguments.device)
+    # Long, since the others wait while the first one fine-tunes.
+    dist.init_process_group("nccl" if on_gpu else "gloo", timeout=datetime.timedelta(days=2))
+    try:
+        with contextlib.ExitStack() as stack:
+            if dist.get_rank() > 0:
+                stack.enter_context(contextlib.redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
+            yield dist.get_rank()
+            dist.barrier()
+    finally:
+        dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def first_rank_first(rank: int) -> Iterator[None]:
+    """The first process runs the body while the others wait; then they do, and find in the cache what it made."""
+    import torch.distributed as dist
+
+    joined = dist.is_available() and dist.is_initialized()
+    if joined and rank > 0:
+        dist.barrier()
+    yield
+    if joined and rank == 0:
+        dist.barrier()
 
 
 def run_script(main: Callable[[], None], resume_hint: str = "") -> None:
@@ -96,6 +162,13 @@ def provenance() -> str:
         f"`{command}` - {device}, {torch.get_num_threads()} thread(s), Python {platform.python_version()}, {versions}, "
         f"qbert {qbert.__version__}, {datetime.date.today()}"
     )
+
+
+def _check_device(device: str) -> None:
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {device} is not usable here ({str(error).splitlines()[0]}); use cpu") from error
 
 
 def _processor() -> str:

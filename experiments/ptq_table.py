@@ -14,7 +14,15 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from common import add_task_arguments, positive, prepare_run, provenance, run_script
+from common import (
+    add_task_arguments,
+    add_tuning_arguments,
+    fine_tuned,
+    positive,
+    prepare_run,
+    provenance,
+    run_script,
+)
 
 _BITS = (8, 4, 3, 2)
 _METHODS: dict[str, dict[str, Any]] = {
@@ -30,9 +38,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_task_arguments(parser)
     parser.add_argument("--tasks", nargs="+", help="several tasks, one after the other; default: that of --task")
-    parser.add_argument("--epochs", type=positive, help="passes over the training data; default: by task")
-    parser.add_argument("--train-limit", type=positive, help="tune on at most this many rows")
-    parser.add_argument("--eval-limit", type=positive, help="score on at most this many rows")
+    add_tuning_arguments(parser)
     parser.add_argument(
         "--groups", type=positive, nargs="+", default=list(_GROUPS), help="group counts of the ablation"
     )
@@ -42,15 +48,13 @@ def parse_arguments() -> argparse.Namespace:
 
 def load(name: str, arguments: argparse.Namespace) -> tuple[Any, Any, Any]:
     """(task, float model, tokenizer)."""
-    from qbert.tasks import build_sentence_model, fine_tune, load_task
+    from qbert.tasks import build_sentence_model, load_task
 
     task = load_task(name, data_dir=arguments.data_dir)
     if task.kind == "regression":
         model, tokenizer = build_sentence_model(arguments.model)
         return task, model.to(arguments.device).eval(), tokenizer
-    tuned = fine_tune(
-        task, arguments.model, device=arguments.device, epochs=arguments.epochs, train_limit=arguments.train_limit
-    )
+    tuned = fine_tuned(task, arguments)
     return task, tuned.model, tuned.tokenizer
 
 

@@ -7,8 +7,8 @@ For every encoder layer (or half layer, or matrix) and bit width, `qbert.sensiti
 top Hessian eigenvalue beside trace, quadratic form, Taylor expansion, plain weight error, and the true change of the
 loss. Each measure then decides who gets the larger of two bit widths, by rank (the paper's rule) and by exact
 minimisation of its predicted damage at the same size; the quantized models are scored on held-out data, beside all
-other allocations of that size (or a random sample of them). Writes study.md, study.json, study-<task>.png and
-sensitivity-<task>.json.
+other allocations of that size (or a random sample of them). Writes study.md, study.json, study.png, study-<task>.png
+and sensitivity-<task>.json.
 """
 
 from __future__ import annotations
@@ -19,7 +19,16 @@ from pathlib import Path
 from typing import Any
 
 from allocation_compare import Scores, compare, refuse_foreign
-from common import add_task_arguments, positive, prepare_run, provenance, run_script
+from common import (
+    add_task_arguments,
+    add_tuning_arguments,
+    fine_tuned,
+    positive,
+    prepare_run,
+    provenance,
+    run_script,
+)
+from study_report import Studied, plot, plot_summary, section, summary
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -27,9 +36,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_task_arguments(parser)
     parser.add_argument("--tasks", nargs="+", help="several tasks, one after the other; default: that of --task")
-    parser.add_argument("--epochs", type=positive, help="passes over the training data; default: by task")
-    parser.add_argument("--train-limit", type=positive, help="tune on at most this many rows")
-    parser.add_argument("--eval-limit", type=positive, help="score on at most this many held-out rows")
+    add_tuning_arguments(parser)
     parser.add_argument("--granularity", default="layer", choices=("layer", "block", "matrix"), help="default: layer")
     parser.add_argument("--bits", type=int, nargs="+", default=[2, 3, 4, 8], help="widths to measure; default: 2 3 4 8")
     parser.add_argument(
@@ -70,23 +77,6 @@ def parse_pairs(texts: list[str], measured: list[int]) -> list[tuple[int, int]]:
             raise ValueError(f"--pairs {text} needs {missing[0]} bits, which --bits does not measure; add it there")
         pairs.append((low, high))
     return pairs
-
-
-def load(task: Any, arguments: argparse.Namespace) -> tuple[Any, Any]:
-    """(fine-tuned model, tokenizer)."""
-    from qbert.tasks import fine_tune
-
-    tuned = fine_tune(
-        task,
-        arguments.model,
-        device=arguments.device,
-        epochs=arguments.epochs,
-        train_limit=arguments.train_limit,
-        seed=arguments.seed,
-    )
-    scores = ", ".join(f"{metric} {tuned.scores[metric]:.2f}" for metric in task.metric_names)
-    print(f"{task.describe()}\nfine-tuned model: {scores} on held-out data")
-    return tuned.model.eval(), tuned.tokenizer
 
 
 def what_was_asked(arguments: argparse.Namespace, task: Any, model: Any) -> dict[str, Any]:
@@ -149,83 +139,6 @@ def measure(
     return report
 
 
-def section(report: Any, scores: Scores, comparisons: list[dict[str, Any]], task: Any) -> str:
-    """Markdown of one task."""
-    from qbert.report import markdown_table
-
-    loss, score = scores.float
-    found = report.rank_correlations()
-    header = ["rank correlation (tau / rho) with the true loss change", *(f"{b} bits" for b in report.bits)]
-    rows = [[m, *(f"{c.kendall:+.2f} / {c.spearman:+.2f}" for c in by.values())] for m, by in found.items()]
-    parts = [
-        f"{len(report.names)} blocks ({report.settings['granularity']}), {report.settings['samples']} training rows, "
-        f"training loss {report.loss:.4f}; float model on held-out data: loss {loss:.4f}, {task.primary_metric} "
-        f"{score:.2f}.",
-        "",
-        markdown_table(header, rows),
-    ]
-    for entry in comparisons:
-        losses = sorted(other for other, _ in entry["others"])
-        kind = "all" if entry["all"] else "random"
-        others = f"{len(losses)} {kind} allocations of {'/'.join(map(str, entry['pair']))} bits"
-        parts += [
-            "",
-            f"At {entry['average']:.2f} bits a weight; {others} have losses {losses[0]:.4f} to {losses[-1]:.4f}, "
-            f"median {losses[len(losses) // 2]:.4f}:",
-            "",
-            markdown_table(
-                ["measure", "rule", "bits of the blocks", "loss", task.primary_metric, "others that do better"],
-                [
-                    (
-                        p["metric"],
-                        p["rule"],
-                        "".join(map(str, p["bits"])),
-                        f"{p['loss']:.4f}",
-                        f"{p['score']:.2f}",
-                        f"{100 * p['better']:.0f} %",
-                    )
-                    for p in entry["picks"]
-                ],
-            ),
-        ]
-    return "\n".join(parts)
-
-
-def plot(report: Any, comparisons: list[dict[str, Any]], title: str, path: Path) -> None:
-    """Left: rank correlations by measure and width. Right: held-out loss of every measure's allocation."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    from qbert.files import write_whole
-    from qbert.sensitivity_report import METRICS
-
-    figure = Figure(figsize=(6 + 4.5 * len(comparisons), 4.8), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots(1, 1 + len(comparisons))
-    found = report.rank_correlations()
-    width = 0.8 / len(report.bits)
-    for i, bits in enumerate(report.bits):
-        heights = [by[bits].kendall for by in found.values()]
-        axes[0].bar([x + (i - (len(report.bits) - 1) / 2) * width for x in range(len(found))], heights, width)
-    axes[0].legend([f"{b} bits" for b in report.bits], fontsize="small")
-    axes[0].set_xticks(range(len(found)), list(found), rotation=40, ha="right")
-    axes[0].set_ylabel("Kendall's tau with the true loss change")
-    axes[0].axhline(0, color="0.6", linewidth=0.8)
-    axes[0].set_title(title)
-    for axis, entry in zip(axes[1:], comparisons, strict=True):
-        losses = [loss for loss, _ in entry["others"]]
-        for loss in losses:
-            axis.axhline(loss, color="0.85", linewidth=0.8, zorder=0)
-        for marker, rule in zip("oxs", dict.fromkeys(p["rule"] for p in entry["picks"]), strict=False):
-            chosen = [p for p in entry["picks"] if p["rule"] == rule]
-            axis.plot([METRICS.index(p["metric"]) for p in chosen], [p["loss"] for p in chosen], marker, label=rule)
-        axis.set_xticks(range(len(METRICS)), METRICS, rotation=40, ha="right")
-        axis.set_ylabel("held-out loss (grey: other allocations)")
-        axis.set_title(f"{entry['average']:.2f} bits a weight")
-        axis.legend(fontsize="small")
-    write_whole(path, lambda aside: figure.savefig(aside, dpi=150))
-
-
 def main() -> None:
     """Measure, correlate, allocate, score, report; one task after the other."""
     arguments = parse_arguments()
@@ -243,10 +156,13 @@ def main() -> None:
     names = arguments.tasks or [arguments.task]
     tasks = [load_task(name, data_dir=arguments.data_dir) for name in names]
     target_specs(build_model(tasks[0], arguments.model)[0], 4, **settings)  # refuses groups that do not fit
-    page = ["# Which measure of sensitivity is right?", "", provenance()]
+    page: list[str] = []
+    studied: Studied = {}
     results: dict[str, Any] = {}
     for task in tasks:
-        model, tokenizer = load(task, arguments)
+        print(task.describe())
+        tuned = fine_tuned(task, arguments)
+        model, tokenizer = tuned.model.eval(), tuned.tokenizer
         asked = what_was_asked(arguments, task, model)
         report = measure(task, model, tokenizer, arguments, settings, folder, asked)
         print(report)
@@ -259,10 +175,13 @@ def main() -> None:
         text = section(report, scores, comparisons, task)
         print("\n" + text)
         page += ["", f"## {task.name}", "", task.describe(), "", text]
+        studied[task.name] = report, comparisons
         results[task.name] = {"task": task.describe(), "float": scores.float, "comparisons": comparisons}
         plot(report, comparisons, f"{task.name}: agreement with the truth", folder / f"study-{task.name}.png")
         write_json(folder / "study.json", results)
-        write_whole(folder / "study.md", partial(Path.write_text, data="\n".join(page) + "\n", encoding="utf-8"))
+        plot_summary(studied, folder / "study.png")
+        whole = ["# Which measure of sensitivity is right?", "", provenance(), "", summary(studied), *page]
+        write_whole(folder / "study.md", partial(Path.write_text, data="\n".join(whole) + "\n", encoding="utf-8"))
     print(f"\nwritten to {folder}: " + ", ".join(sorted(p.name for p in folder.iterdir() if p.name[0] != ".")))
 
 

@@ -52,6 +52,7 @@ def test_study_writes_what_it_promises(world: Path, granularity: str) -> None:
     assert {
         "study.md",
         "study.json",
+        "study.png",
         "study-sst2.png",
         "sensitivity-sst2.json",
         "spectrum-sst2.json",
@@ -82,6 +83,8 @@ def test_study_writes_what_it_promises(world: Path, granularity: str) -> None:
     page = (out / "study.md").read_text()
     correlation = report.rank_correlations()["trace"][4]
     assert f"{correlation.kendall:+.2f} / {correlation.spearman:+.2f}" in page
+    mean = sum(found.kendall for found in report.rank_correlations()["curvature"].values()) / len(report.bits)
+    assert f"| curvature | {mean:+.2f} | {mean:+.2f} |" in page  # one task: its own mean is that of all
 
 
 @pytest.mark.parametrize(
