@@ -2,6 +2,7 @@
 
     python experiments/hessian_spectrum.py
     python experiments/hessian_spectrum.py --task sst2 --data-dir DATA --runs 10
+    torchrun --nproc_per_node=2 experiments/hessian_spectrum.py --task sst2 --data-dir DATA
 
 1. fine-tunes the encoder on the task (cached; ``--no-fine-tune`` takes a sentence encoder as it is, for stsb);
 2. measures the top Hessian eigenvalue of every encoder layer over several random subsets of the training data;
@@ -9,7 +10,9 @@
 4. quantizes after training at several widths and prints score and size.
 
 Writes spectrum.json, bits.json, ptq.json, spectrum.png and landscape.png. Under five minutes on two CPU cores with no
-argument. Reference: Shen et al. 2020, Q-BERT, sections 3.1-3.3, figures 1 and 2.
+argument. Under torchrun the processes share the blocks (gloo on CPUs, nccl with ``--device cuda``): the first one
+fine-tunes, prints and writes, and the numbers are those of one process. Reference: Shen et al. 2020, Q-BERT, sections
+3.1-3.3, figures 1 and 2.
 """
 
 from __future__ import annotations
@@ -20,7 +23,16 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from common import add_task_arguments, positive, prepare_run, run_script
+from common import (
+    add_task_arguments,
+    add_tuning_arguments,
+    fine_tuned,
+    first_rank_first,
+    positive,
+    prepare_run,
+    process_group,
+    run_script,
+)
 
 _DEFAULT_SAMPLES = 32
 
@@ -29,11 +41,8 @@ def parse_arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_task_arguments(parser)
-    tuning = parser.add_argument_group("fine-tuning")
-    tuning.add_argument("--no-fine-tune", action="store_true", help="measure the model as it is (a tuned one, or stsb)")
-    tuning.add_argument("--epochs", type=positive, help="passes over the training data; default: by task")
-    tuning.add_argument("--train-limit", type=positive, help="tune on at most this many rows")
-    tuning.add_argument("--eval-limit", type=positive, help="score on at most this many rows")
+    add_tuning_arguments(parser)
+    parser.add_argument("--no-fine-tune", action="store_true", help="measure the model as it is (a tuned one, or stsb)")
     hessian = parser.add_argument_group("Hessian")
     hessian.add_argument("--runs", type=positive, default=10, help="random data subsets; default: 10, as in the paper")
     hessian.add_argument(
@@ -44,6 +53,15 @@ def parse_arguments() -> argparse.Namespace:
     hessian.add_argument("--granularity", default="layer", choices=("layer", "block", "matrix"), help="default: layer")
     hessian.add_argument("--method", default="lanczos", choices=("lanczos", "power", "ggn"), help="default: lanczos")
     hessian.add_argument("--tol", type=float, default=1e-2, help="relative error of an eigenvalue; default: 0.01")
+    hessian.add_argument(
+        "--bound",
+        default="residual",
+        choices=("residual", "gap"),
+        help="how the error is bounded: always true, or for a third fewer products; default: residual",
+    )
+    hessian.add_argument(
+        "--confidence", type=float, help="prove with this probability, such as 0.99, that nothing larger was missed"
+    )
     hessian.add_argument("--resume", action="store_true", help="go on after an interrupt, to the same numbers")
     hessian.add_argument("--no-landscape", action="store_true", help="skip the loss surfaces")
     bits = parser.add_argument_group("bits")
@@ -60,7 +78,7 @@ def load(arguments: argparse.Namespace) -> tuple[Any, Any, Any]:
 
     Everything asked for is tried on the untuned model first, so that a bad request fails before minutes of work.
     """
-    from qbert.tasks import build_model, build_sentence_model, fine_tune, load_task
+    from qbert.tasks import build_model, build_sentence_model, load_task
 
     task = load_task(arguments.task, data_dir=arguments.data_dir)
     print(f"data   {task.describe()}")
@@ -74,17 +92,7 @@ def load(arguments: argparse.Namespace) -> tuple[Any, Any, Any]:
     if arguments.no_fine_tune:
         print(f"model  {arguments.model or 'the embedded MiniLM-L6'}, as it is")
         return task, model.to(arguments.device).eval(), tokenizer
-    tuned = fine_tune(
-        task,
-        arguments.model,
-        device=arguments.device,
-        epochs=arguments.epochs,
-        train_limit=arguments.train_limit,
-        seed=arguments.seed,
-    )
-    how = "from the cache" if tuned.from_cache else f"in {tuned.seconds:.0f} s"
-    scores = ", ".join(f"{name} {tuned.scores[name]:.2f}" for name in task.metric_names)
-    print(f"model  {arguments.model or 'the embedded MiniLM-L6'}, fine-tuned ({how}): {scores} on held-out data")
+    tuned = fine_tuned(task, arguments)
     return task, tuned.model.eval(), tuned.tokenizer
 
 
@@ -102,6 +110,30 @@ def check_request(arguments: argparse.Namespace, model: Any) -> None:
     settings = {"groups": arguments.groups} if arguments.groups else {}
     equal = {name: 1.0 for name, _ in encoder_layers(model)}
     qbert.allocate_bits(equal, bits=tuple(arguments.bits), size_mb=arguments.size_mb, model=model, **settings)
+
+
+def measure(task: Any, model: Any, tokenizer: Any, arguments: argparse.Namespace, folder: Path) -> tuple[Any, Any]:
+    """(training examples, `HessianSpectrum` of the model on random subsets of them)."""
+    import qbert
+    from qbert.tasks import prepare
+    from qbert.tasks.evaluation import wants_pairs
+
+    data = prepare(task, tokenizer, "train", as_pairs=wants_pairs(model))
+    fraction = min(0.1, _DEFAULT_SAMPLES / len(data)) if arguments.fraction is None else arguments.fraction
+    print(
+        f"\nTop Hessian eigenvalue of every {arguments.granularity}, {arguments.runs} random subsets of "
+        f"{max(1, round(fraction * len(data)))} of {len(data)} training examples:"
+    )
+    names = ("runs", "granularity", "method", "tol", "bound", "confidence", "seed", "resume")
+    spectrum = qbert.hessian_spectrum(
+        model,
+        data,
+        collate_fn=data.collate,
+        fraction=fraction,
+        checkpoint=folder / "spectrum.partial",
+        **{name: getattr(arguments, name) for name in names},
+    )
+    return data, spectrum
 
 
 def bits_configs(arguments: argparse.Namespace, spectrum: Any, model: Any) -> dict[str, Any]:
@@ -122,33 +154,17 @@ def bits_configs(arguments: argparse.Namespace, spectrum: Any, model: Any) -> di
 def main() -> None:
     """Fine-tune, measure, allocate, quantize, report."""
     arguments = parse_arguments()
-    folder = prepare_run(arguments, "hessian_spectrum")
-    import qbert
+    with process_group(arguments) as rank:
+        folder = prepare_run(arguments, "hessian_spectrum")
+        with first_rank_first(rank):
+            task, model, tokenizer = load(arguments)
+        data, spectrum = measure(task, model, tokenizer, arguments, folder)
+    if rank > 0:
+        return
     from qbert.files import write_json
     from qbert.report import ptq_report, ptq_table, text_table
-    from qbert.tasks import evaluate, prepare
-    from qbert.tasks.evaluation import wants_pairs
+    from qbert.tasks import evaluate
 
-    task, model, tokenizer = load(arguments)
-    data = prepare(task, tokenizer, "train", as_pairs=wants_pairs(model))
-    fraction = min(0.1, _DEFAULT_SAMPLES / len(data)) if arguments.fraction is None else arguments.fraction
-    print(
-        f"\nTop Hessian eigenvalue of every {arguments.granularity}, {arguments.runs} random subsets of "
-        f"{max(1, round(fraction * len(data)))} of {len(data)} training examples:"
-    )
-    spectrum = qbert.hessian_spectrum(
-        model,
-        data,
-        collate_fn=data.collate,
-        runs=arguments.runs,
-        fraction=fraction,
-        granularity=arguments.granularity,
-        method=arguments.method,
-        tol=arguments.tol,
-        seed=arguments.seed,
-        checkpoint=folder / "spectrum.partial",
-        resume=arguments.resume,
-    )
     spectrum.save(folder / "spectrum.json")
     shutil.rmtree(folder / "spectrum.partial", ignore_errors=True)
     spectrum.plot(folder / "spectrum.png")

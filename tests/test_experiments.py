@@ -58,6 +58,23 @@ def test_spectrum_script_writes_what_it_promises(world: Path) -> None:
     assert set(json.loads((world / "first" / "bits.json").read_text())["bits"].values()) == {2, 3}
 
 
+def test_two_processes_give_the_numbers_of_one_and_tell_them_once(world: Path) -> None:
+    settings = ("--runs", "2", "--fraction", "0.2", "--no-landscape", "--bound", "gap", "--confidence", "0.9")
+    one = run(world, *settings, "--output-dir", str(world / "one"))
+    assert one.returncode == 0, one.stderr
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    arguments = [*torchrun, *command(world, *settings, "--output-dir", str(world / "two"))[1:]]
+    fresh = {**environment(world), "QBERT_CACHE": str(world / "fresh")}  # so that the first process has to fine-tune
+    two = subprocess.run(arguments, capture_output=True, text=True, env=fresh, timeout=300)
+    assert two.returncode == 0, two.stderr
+    first, second = ((world / name / "spectrum.json").read_bytes() for name in ("one", "two"))
+    assert first == second and json.loads(first)["settings"]["bound"] == "gap"
+    assert {p.name for p in (world / "one").iterdir()} == {p.name for p in (world / "two").iterdir()}
+    for line in ("|mean|+std", "written to", "fine-tuned (in"):
+        assert two.stdout.count(line) == 1
+    assert len(list((world / "fresh").iterdir())) == 1
+
+
 def test_interrupt_and_resume_give_the_same_numbers(world: Path) -> None:
     settings = ("--runs", "12", "--fraction", "0.3", "--tol", "1e-4", "--no-landscape")
     whole = run(world, *settings, "--output-dir", str(world / "whole"))

@@ -456,6 +456,25 @@ def test_a_sentence_transformer_with_a_loss_of_its_own() -> Any:
     assert spectrum.names == LAYERS and spectrum.converged.all()
 
 
+DIFFERENT_WEIGHTS = """
+import sys
+import torch.distributed as dist
+
+sys.path[:0] = [{helpers!r}, {tests!r}]
+from test_hessian_spectrum import measure, tiny_bert
+
+dist.init_process_group("gloo")
+try:
+    measure(tiny_bert(seed=dist.get_rank()))
+except ValueError as error:
+    assert str(error) == "model: the weights differ between the 2 processes; load the same one in each"
+else:
+    raise AssertionError("mixed the spectra of two models")
+finally:
+    dist.destroy_process_group()
+"""
+
+
 TWO_RANKS = """
 import sys
 import torch
@@ -473,14 +492,22 @@ dist.destroy_process_group()
 """
 
 
-def test_two_processes_give_the_numbers_of_one(tmp_path: Any) -> None:
-    tests = Path(__file__).parent
-    path, script = tmp_path / "spectrum.json", tmp_path / "two_ranks.py"
-    values = {"helpers": str(tests / "helpers"), "tests": str(tests), "folder": str(tmp_path / "c"), "path": str(path)}
-    script.write_text(TWO_RANKS.format(**values))
+def run_two_ranks(code: str, where: Path, **values: str) -> None:
+    tests, script = Path(__file__).parent, where / "two_ranks.py"
+    script.write_text(code.format(helpers=str(tests / "helpers"), tests=str(tests), **values))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(tests.parent)}
-    subprocess.run(command, check=True, env=environment, timeout=300, capture_output=True)
+    done = subprocess.run(command, env=environment, timeout=300, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_processes_with_different_weights_are_refused(tmp_path: Any) -> None:
+    run_two_ranks(DIFFERENT_WEIGHTS, tmp_path)
+
+
+def test_two_processes_give_the_numbers_of_one(tmp_path: Any) -> None:
+    path = tmp_path / "spectrum.json"
+    run_two_ranks(TWO_RANKS, tmp_path, folder=str(tmp_path / "c"), path=str(path))
     found, expected = HessianSpectrum.load(path), measure(granularity="block")
     for field in ("eigenvalues", "other_end", "residuals", "upper_bounds", "products", "converged", "losses"):
         assert np.array_equal(getattr(found, field), getattr(expected, field)), field

@@ -137,9 +137,13 @@ class Checkpoint:
                 ) from error
         return vectors
 
-    def finish(self) -> None:
-        """Drop the vectors, which only a further run would need; the results stay."""
-        for name, state in self._blocks.items():
+    def finish(self, names: Iterable[str]) -> None:
+        """Drop the vectors of the blocks `names`, which only a further run would need; the results stay.
+
+        Each process names its own blocks: of those of others it knows what it read at the start, not what they wrote.
+        """
+        for name in names:
+            state = self._blocks.get(name, {"vector": None})
             file, state["vector"] = state["vector"], None
             if file is not None:
                 write_json(self.folder / f"{hashlib.sha256(name.encode()).hexdigest()[:16]}.json", state)

@@ -19,7 +19,7 @@ from qbert.hessian.checkpoint import Checkpoint, model_fingerprint
 from qbert.hessian.eigen import check_limits
 from qbert.hessian.krylov import BOUNDS
 from qbert.hessian.operator import LossFunction
-from qbert.hessian.parallel import own_share, rank_and_world, wait_for_all
+from qbert.hessian.parallel import check_same, own_share, rank_and_world, wait_for_all
 from qbert.hessian.runs import Measurement, assemble
 from qbert.hessian.samples import Batch, as_samples, draw, fingerprint, micro_batches
 from qbert.hessian.solve import METHODS
@@ -104,6 +104,7 @@ def hessian_spectrum(
         if not resume and rank_and_world()[0] == 0:
             saved.clear()
         wait_for_all()
+    check_same(lambda: model_fingerprint(model), "model: the weights differ")
     mine = own_share(blocks)
     work = Measurement(model, mine, loss_fn, block_chunk, settings, saved)
     unit, total = (
@@ -115,7 +116,7 @@ def hessian_spectrum(
             work.run(run, subset, bar)
     spectrum = assemble(blocks, work, settings)
     if saved is not None:
-        saved.finish()
+        saved.finish(block.name for block in mine)
     return spectrum
 
 

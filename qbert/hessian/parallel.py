@@ -8,7 +8,7 @@ process. Only the finished table travels.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 import torch
@@ -35,6 +35,21 @@ def wait_for_all() -> None:
     """Return when every process has come here."""
     if rank_and_world()[1] > 1:
         dist.barrier()
+
+
+def check_same(describe: Callable[[], str], what: str) -> None:
+    """Refuse to share work between processes whose descriptions differ; nothing is asked of a single one.
+
+    Raises:
+        ValueError: in every process.
+    """
+    world = rank_and_world()[1]
+    if world == 1:
+        return
+    found: list[str | None] = [None] * world
+    dist.all_gather_object(found, describe())
+    if len(set(found)) > 1:
+        raise ValueError(f"{what} between the {world} processes; load the same one in each")
 
 
 def gathered(table: Tensor, device: torch.device) -> Tensor:
