@@ -1,7 +1,9 @@
 """The comparison script: what it refuses, and that it does what it says, on the embedded encoder and corpus."""
 
+import importlib
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -29,15 +31,27 @@ def run(*arguments: str, cache: Path | None = None) -> subprocess.CompletedProce
         (["--recipe", "magic"], "--recipe magic is not known; use one of distilbert"),
         (["--bits-config", "nowhere.json"], "--bits-config nowhere.json is no file"),
         (["--epochs", "-1"], "--epochs -1 is not possible"),
+        (["--seeds", "3", "3"], "--seeds 3 3 names a seed twice"),
+        (["--no-fine-tune"], "--no-fine-tune needs --model"),
         (["--learning-rate", "7"], "--learning-rate 7 is not possible"),
         (["--device", "gpu9"], "--device gpu9 is not usable here"),
         (["--task", "nothing", "--data-dir", "."], "nothing"),
     ],
 )
-def test_bad_requests_end_in_one_sentence(arguments: list[str], message: str, tmp_path: Path) -> None:
-    done = run(*arguments, "--output-dir", str(tmp_path))
+def test_bad_requests_are_refused_before_any_work(
+    arguments: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(SCRIPT.parent))
+    monkeypatch.setattr("sys.argv", [SCRIPT.name, *arguments, "--output-dir", str(tmp_path)])
+    with pytest.raises((ValueError, FileNotFoundError), match=re.escape(message)):
+        importlib.import_module("qat_distill").main()
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_bad_request_ends_in_one_sentence(tmp_path: Path) -> None:
+    done = run("--bits", "5", "--output-dir", str(tmp_path))
     assert done.returncode == 2
-    assert message in done.stderr and "Traceback" not in done.stderr
+    assert "bits=5 is not possible" in done.stderr and "Traceback" not in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
 
 
@@ -50,12 +64,55 @@ def test_the_comparison_from_end_to_end(tmp_path: Path) -> None:
     for word in ("teacher's accuracy", "training will take about", "KD-QAT", "loaded again it scores"):
         assert word in done.stdout
     results = json.loads((tmp_path / "results.json").read_text())
-    assert set(results) == {"PTQ", "QAT", "KD-QAT"}
+    assert set(results["rows"]) == {"PTQ", "QAT", "KD-QAT"} and results["widths"] == "3"
     assert (tmp_path / "curves.png").stat().st_size > 5000 and "| teacher |" in (tmp_path / "qat.md").read_text()
+    results["rows"].pop("KD-QAT")  # as if stopped before the last row was written; its checkpoint is there
+    (tmp_path / "results.json").write_text(json.dumps(results))
     again = run(*shared, "--output-dir", str(tmp_path), "--resume", cache=tmp_path / "cache")
     assert again.returncode == 0, again.stderr[-2000:]
+    assert "KD-QAT, seed 0, from" in again.stdout and "QAT, seed 0\n" not in again.stdout
     repeated = json.loads((tmp_path / "results.json").read_text())
-    assert repeated["KD-QAT"][0]["score"] == results["KD-QAT"][0]["score"]
+    assert {"PTQ", "QAT", "KD-QAT"} == set(repeated["rows"])
+    assert f"KD-QAT: {repeated['rows']['KD-QAT'][0]['score']:.2f}" in done.stdout
+    foreign = run(*shared, "--epochs", "2", "--output-dir", str(tmp_path), "--resume", cache=tmp_path / "cache")
+    assert foreign.returncode == 2 and "was made with another epochs" in foreign.stderr
+
+
+def _result(task: str, widths: str, scores: dict[str, list[float]]) -> dict[str, Any]:
+    def row(score: float, seed: int) -> dict[str, float]:
+        return {
+            "seed": seed,
+            "score": score,
+            "retention": score / 0.9,
+            "agreement": 95,
+            "divergence": 0.1,
+            "seconds": 9,
+        }
+
+    rows = {name: [row(s, i) for i, s in enumerate(values)] for name, values in scores.items()}
+    del rows["PTQ"][0]["seed"]
+    return {"task": task, "widths": widths, "metric": "accuracy", "teacher": 90.0, "rows": rows, "float MB": 90.0,
+            "packed MB": 15.5, "data": "rows", "budget": "steps", "made by": "a command"}  # fmt: skip
+
+
+def test_results_are_put_together(tmp_path: Path) -> None:
+    table = Path(__file__).parents[1] / "experiments" / "qat_table.py"
+    scores = {"PTQ": [80.0], "QAT": [85.0, 87.0], "KD-QAT": [88.0, 89.0]}
+    scores_mixed = {"PTQ": [85.0], "QAT": [87.0, 87.0], "KD-QAT": [89.0, 90.0]}
+    files = [tmp_path / "a.json", tmp_path / "b.json"]
+    files[0].write_text(json.dumps(_result("sst2", "2", scores)))
+    files[1].write_text(json.dumps(_result("sst2", "2/3 mixed", scores_mixed)))
+    command = [sys.executable, str(table), *map(str, files), "--report", str(tmp_path / "page.md")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    page = (tmp_path / "page.md").read_text()
+    mixed, two = (line for line in page.splitlines() if line.startswith("| sst2"))
+    # The differences 3 and 2 have mean 2.5 and a standard error of 0.5; the post-training row has no seed of its own.
+    assert "2/3 mixed" in mixed and "+2.50 ± 0.50" in mixed and "+2.50 ± 0.50" in two and "+8.50 ± 0.50" in two
+    assert (tmp_path / "page.png").stat().st_size > 5000
+    files[0].write_text('{"rows": 1}')
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 2 and "is no results file of qat_distill.py" in done.stderr
 
 
 def test_fidelity_of_equal_and_of_opposite_models() -> None:

@@ -1,0 +1,157 @@
+"""Put results of ``qat_distill.py`` together: one table, the paired gains of distillation, one picture.
+
+    python experiments/qat_table.py outputs/qat-*/results.json --report experiments/results/qat.md
+
+Mean and standard deviation are over seeds. A gain is the mean over seeds of the difference between two methods of the
+same seed (same data order), with its standard error.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+from common import run_script
+from qat_comparison import METHODS
+
+_COLUMNS = (("score", 2, ""), ("retention", 1, " %"), ("agreement", 1, " %"), ("divergence", 4, ""))
+_SUMMARY = ("task", "bits", "teacher", "PTQ", "QAT", "KD-QAT", "KD retention", "KD - QAT", "KD - PTQ", "MB")
+
+
+def spread(values: list[float], digits: int) -> str:
+    """Mean, and standard deviation where there are several values."""
+    text = f"{fmean(values):.{digits}f}"
+    return f"{text} ± {stdev(values):.{digits}f}" if len(values) > 1 else text
+
+
+def paired(rows: dict[str, list[dict[str, float]]], better: str, than: str, key: str = "score") -> str:
+    """Mean difference of a column between two methods, seed by seed, and its standard error; empty where one lacks."""
+    if not rows.get(better) or not rows.get(than):
+        return ""
+    base = {row.get("seed"): row[key] for row in rows[than]}
+    # Post-training quantization has no seed: one row for all.
+    known = [(row[key], base.get(row["seed"], base.get(None))) for row in rows[better]]
+    differences = [ours - theirs for ours, theirs in known if theirs is not None]
+    if not differences:
+        return ""
+    error = f" ± {stdev(differences) / len(differences) ** 0.5:.2f}" if len(differences) > 1 else ""
+    return f"{fmean(differences):+.2f}{error}"
+
+
+def comparison_table(contents: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    """(header, lines): teacher and every method of each result, mean and spread over the seeds."""
+    names = list(dict.fromkeys(f"{c['task']} {c['metric']}" for c in contents))
+    header = ["" if len(names) == 1 else "method", names[0] if len(names) == 1 else "score"]
+    header += ["retention", "agreement", "divergence", "MB", "seconds", "seeds"]
+    lines = []
+    for content in contents:
+        lines.append(
+            ["teacher", f"{content['teacher']:.2f}", "100 %", "100 %", "0", f"{content['float MB']:.1f}", "", ""]
+        )
+        for name in ("PTQ", *METHODS.values()):
+            rows = content["rows"].get(name)
+            if not rows:
+                continue
+            size = content["float MB"] if name == METHODS["float"] else content.get("packed MB")
+            cells = [spread([r[key] for r in rows], digits) + unit for key, digits, unit in _COLUMNS]
+            seconds = f"{fmean(r['seconds'] for r in rows):.0f}"
+            lines.append(
+                [name, *cells, f"{size:.1f}" if size else "", seconds, "" if name == "PTQ" else str(len(rows))]
+            )
+    return header, lines
+
+
+def summary_table(contents: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    """(header, lines): one line a result."""
+    lines = []
+    for content in contents:
+        rows = content["rows"]
+        scores = [
+            spread([r["score"] for r in rows[name]], 2) if rows.get(name) else "" for name in ("PTQ", "QAT", "KD-QAT")
+        ]
+        retention = spread([r["retention"] for r in rows["KD-QAT"]], 1) + " %" if rows.get("KD-QAT") else ""
+        size = f"{content['packed MB']:.1f}" if "packed MB" in content else ""
+        task = f"{content['task']} ({content['metric']})"
+        gains = [paired(rows, "KD-QAT", "QAT"), paired(rows, "KD-QAT", "PTQ")]
+        lines.append([task, content["widths"], f"{content['teacher']:.2f}", *scores, retention, *gains, size])
+    return list(_SUMMARY), lines
+
+
+def plot(contents: list[dict[str, Any]], path: Path) -> None:
+    """Retention by bits, one panel a task, one line a method, bars for the spread over seeds."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    from qbert.files import write_whole
+
+    tasks = list(dict.fromkeys(c["task"] for c in contents))
+    figure, axes = plt.subplots(1, len(tasks), figsize=(3.4 * len(tasks), 3.2), squeeze=False, layout="constrained")
+    for axis, task in zip(axes[0], tasks, strict=True):
+        chosen = sorted((c for c in contents if c["task"] == task), key=lambda c: _order(c["widths"]))
+        widths = [c["widths"] for c in chosen]
+        for shift, name in zip((-0.08, 0.0, 0.08), ("PTQ", "QAT", "KD-QAT"), strict=True):
+            values = [[r["retention"] for r in c["rows"].get(name, [])] for c in chosen]
+            x = [i + shift for i, v in enumerate(values) if v]
+            y = [fmean(v) for v in values if v]
+            error = [stdev(v) if len(v) > 1 else 0.0 for v in values if v]
+            axis.errorbar(x, y, yerr=error, marker="o", capsize=3, label=name)
+        axis.axhline(100, color="gray", linewidth=0.8, linestyle="--")
+        axis.set_xticks(range(len(widths)), [w.replace(" mixed", "") for w in widths])
+        axis.set_title(task)
+        axis.set_xlabel("bits")
+    axes[0][0].set_ylabel("% of the teacher's score")
+    axes[0][0].legend(frameon=False)
+    write_whole(path, lambda aside: figure.savefig(aside, dpi=130))
+    plt.close(figure)
+
+
+def _order(widths: str) -> float:
+    values = [int(w) for w in widths.removesuffix(" mixed").split("/")]
+    return sum(values) / len(values)
+
+
+def report_text(contents: list[dict[str, Any]]) -> str:
+    """The page: the summary, then every result with its budget and command."""
+    from qbert.report import markdown_table
+
+    parts = [
+        "# KD-aware QAT\n",
+        __doc__.split("\n\n")[2].strip() + "\n" if __doc__ else "",
+        markdown_table(*summary_table(contents)),
+    ]
+    for content in contents:
+        parts.append(
+            f"\n## {content['task']}, {content['widths']} bits\n\n{markdown_table(*comparison_table([content]))}"
+        )
+        parts.append(f"\n{content['data']}. Students: {content['budget']}. {content['made by']}")
+    return "\n".join(parts) + "\n"
+
+
+def main() -> None:
+    """Read results and write the page and its picture."""
+    from qbert.files import read_json, write_whole
+    from qbert.report import text_table
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("results", nargs="+", help="results.json files of qat_distill.py")
+    parser.add_argument("--report", default="qat.md", help="Markdown file to write, a .png beside it; default: qat.md")
+    arguments = parser.parse_args()
+    contents = [read_json(path) for path in arguments.results]
+    for path, content in zip(arguments.results, contents, strict=True):
+        if not isinstance(content, dict) or not {"rows", "task", "teacher", "widths"} <= set(content):
+            raise ValueError(f"{path} is no results file of qat_distill.py; name its results.json")
+    contents.sort(key=lambda c: (c["task"], -_order(c["widths"])))
+    print(text_table(*summary_table(contents)))
+    target = Path(arguments.report)
+    text = report_text(contents)
+    write_whole(target, lambda aside: aside.write_text(text, encoding="utf-8"))
+    plot(contents, target.with_suffix(".png"))
+    print(f"\nwritten: {target}, {target.with_suffix('.png')}")
+
+
+if __name__ == "__main__":
+    run_script(main)
