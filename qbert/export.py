@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from qbert.files import write_whole
-from qbert.hub import replace_everywhere
+from qbert.modules import replace_everywhere
 from qbert.packed_modules import PackedEmbedding, PackedLinear, PackedTensor
 from qbert.quantizers.activations import token_scale
 

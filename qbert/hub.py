@@ -27,6 +27,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from qbert.hub_files import Saver, check_digest
 from qbert.hub_records import FORMAT_VERSION, METHOD, describe, read_layout
 from qbert.hub_trainable import RECORD, load_trainable
+from qbert.modules import replace_everywhere
 from qbert.packed_layout import PackedLayout
 from qbert.packed_modules import PackedEmbedding, PackedLinear, PackedTensor
 from qbert.targets import base_model
@@ -186,14 +187,6 @@ def _float_twin(layer: PackedTensor, dtype: torch.dtype) -> nn.Module:
         twin.bias = layer.bias  # type: ignore[assignment]
     twin.weight = nn.Parameter(layer.quantized_weight().to(dtype))
     return twin.eval()
-
-
-def replace_everywhere(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
-    """Put `new` in every place of `model` that holds `old` (a shared layer has several)."""
-    for parent in list(model.modules()):
-        for name, child in parent._modules.items():
-            if child is old:
-                parent._modules[name] = new
 
 
 def _pack_tied_heads(model: nn.Module) -> None:

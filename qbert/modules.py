@@ -181,3 +181,11 @@ class QuantEmbedding(nn.Embedding):
     def quantized_weight(self) -> Tensor:
         """The dequantized table [V, D]."""
         return cast(Tensor, self.weight_quantizer(self.weight))
+
+
+def replace_everywhere(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
+    """Put `new` in every place of `model` that holds `old` (a shared layer has several)."""
+    for parent in list(model.modules()):
+        for name, child in parent._modules.items():
+            if child is old:
+                parent._modules[name] = new

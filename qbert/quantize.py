@@ -19,7 +19,7 @@ from torch import nn
 
 from qbert.bits import BitsConfig, TensorSpec
 from qbert.calibration import calibrate_activations, check_batches
-from qbert.modules import QuantEmbedding, QuantLinear, WeightQuantizer
+from qbert.modules import QuantEmbedding, QuantLinear, WeightQuantizer, replace_everywhere
 from qbert.quantizers.activations import ActivationQuantizer
 from qbert.quantizers.groups import group_layout
 from qbert.targets import Target, find_targets
@@ -95,7 +95,7 @@ def _convert(model: nn.Module, target: Target, spec: TensorSpec) -> None:
             activation = ActivationQuantizer(spec.activation_bits, spec.activation_range or "dynamic")
             activation.to(module.weight.device)  # type: ignore[arg-type]
         converted = QuantLinear.from_float(module, quantizer, activation)  # type: ignore[arg-type]
-    _replace_everywhere(model, module, converted)
+    replace_everywhere(model, module, converted)
 
 
 def _convert_tied(model: nn.Module) -> None:
@@ -104,14 +104,7 @@ def _convert_tied(model: nn.Module) -> None:
     for module in list(model.modules()):
         if type(module) is nn.Linear and id(module.weight) in tables:
             quantizer = tables[id(module.weight)].weight_quantizer
-            _replace_everywhere(model, module, QuantLinear.from_float(module, quantizer, None))
-
-
-def _replace_everywhere(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
-    for parent in list(model.modules()):
-        for name, child in parent._modules.items():
-            if child is old:
-                parent._modules[name] = new
+            replace_everywhere(model, module, QuantLinear.from_float(module, quantizer, None))
 
 
 def _check_weights(targets: Mapping[str, Target], specs: Mapping[str, TensorSpec]) -> None:
