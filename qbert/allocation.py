@@ -153,16 +153,14 @@ def damage_table(
     targets = free_targets(model)
     table = []
     for choice in choices:
-        weights: set[int] = set()
-        row = [0.0] * len(widths)
+        weights: dict[int, tuple[float, str]] = {}  # a weight in several blocks is as sensitive as the most sensitive
         for block in choice.blocks:
-            for member in block.members:
+            for member in (m for m in block.members if m in choice.members):
                 weight = targets[member].module.weight
                 assert isinstance(weight, Tensor)
-                if member in choice.members and id(weight) not in weights:
-                    weights.add(id(weight))
-                    row = [r + block.sensitivity * errors[member][w] for r, w in zip(row, widths, strict=True)]
-        table.append(row)
+                known, _ = weights.get(id(weight), (block.sensitivity, member))
+                weights[id(weight)] = max(known, block.sensitivity), member
+        table.append([math.fsum(omega * errors[member][w] for omega, member in weights.values()) for w in widths])
     return table
 
 

@@ -75,6 +75,8 @@ def sensitivity(
         raise ValueError(f"probes={probes!r}, samples={samples!r}: use at least 4 probes (for an error) and 1 sample")
     if spectrum is not None:
         granularity = str(spectrum.settings.get("granularity", granularity))
+    if granularity == "group":
+        raise ValueError("granularity: 'group' is finer than what gets bits of its own; use layer, block or matrix")
     targets = {t.name: t for t in find_targets(model)}
     blocks = {b.name: _distinct(b.members, targets) for b in parameter_blocks(model, granularity) if b.members}
     if spectrum is not None and list(blocks) != [n for n in spectrum.names if spectrum.members[n]]:

@@ -1,4 +1,4 @@
-"""Parameter blocks of an encoder whose Hessians are looked at: layers, their two halves, or single matrices.
+"""Parameter blocks of an encoder whose Hessians are looked at: layers, their halves, single matrices, groups of rows.
 
 >>> [block.name for block in parameter_blocks(model, "layer")]
 ['encoder.layer.0', 'encoder.layer.1', ...]
@@ -9,11 +9,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 
+from qbert.hessian.parts import Part, Rows
+from qbert.quantizers.groups import row_groups
 from qbert.targets import Target, encoder_layers, find_targets
 
-GRANULARITIES = ("layer", "block", "matrix")
+GRANULARITIES = ("layer", "block", "matrix", "group")
 _ATTENTION_ROLES = frozenset({"query", "key", "value", "qkv", "attention_output"})
 
 
@@ -23,12 +26,13 @@ class ParameterBlock:
 
     Attributes:
         name: dotted name relative to the base model.
-        parameters: the block's parameters, biases and normalization included where they belong to it.
+        parameters: the block's parameters, biases and normalization included where they belong to it; `Rows` of a
+            weight for a group.
         members: names of the quantizable tensors (`Target.name`) that it covers.
     """
 
     name: str
-    parameters: list[nn.Parameter]
+    parameters: list[Part]
     members: list[str]
 
     @property
@@ -43,7 +47,9 @@ def parameter_blocks(model: nn.Module, granularity: str = "layer") -> list[Param
     Args:
         model: an encoder, with or without a task head.
         granularity: ``layer``: all parameters of an encoder layer (as in Q-BERT's code); ``block``: its attention
-            part and the rest (feed-forward part); ``matrix``: the weight of every quantizable matrix by itself.
+            part and the rest (feed-forward part); ``matrix``: the weight of every quantizable matrix by itself;
+            ``group``: its rows, cut into as many groups of neighbours as the encoder has heads (Q-BERT, section 3.3):
+            for query, key and value the rows of a head each. They are called ``<matrix>.rows.<first>-<last>``.
 
     Raises:
         ValueError: unknown granularity, or a model without encoder layers.
@@ -53,6 +59,9 @@ def parameter_blocks(model: nn.Module, granularity: str = "layer") -> list[Param
     targets = [t for t in find_targets(model) if t.layer is not None and isinstance(t.module, nn.Linear)]
     if granularity == "matrix":
         blocks = [ParameterBlock(t.name, [_weight(t)], [t.name]) for t in targets]
+    elif granularity == "group":
+        heads = max((t.heads or 1 for t in targets), default=1)
+        blocks = [block for t in targets for block in _groups_of_rows(t, t.heads or heads)]
     else:
         blocks = []
         for index, (name, layer) in enumerate(encoder_layers(model)):
@@ -79,6 +88,16 @@ def find_block(model: nn.Module, name: str, granularity: str = "layer") -> Param
     raise ValueError(f"name: {name!r} is no {granularity} of the model; use one of {known[0]} ... {known[-1]}")
 
 
+def _groups_of_rows(target: Target, groups: int) -> list[ParameterBlock]:
+    """The rows of a matrix in runs of nearly equal length."""
+    weight = _weight(target)
+    sizes = torch.bincount(row_groups(len(weight), groups, target.heads)).tolist()
+    starts = [sum(sizes[:i]) for i in range(len(sizes))]
+    groups_of_rows = [Rows(weight, start, start + size) for start, size in zip(starts, sizes, strict=True)]
+    name = target.name
+    return [ParameterBlock(f"{name}.rows.{g.start}-{g.stop - 1}", [g], [name]) for g in groups_of_rows]
+
+
 def _split_layer(name: str, layer: nn.Module, members: Sequence[Target]) -> list[ParameterBlock]:
     """Attention part and feed-forward part; everything that is not attention counts to the latter."""
     attention = [t for t in members if t.role in _ATTENTION_ROLES]
@@ -91,7 +110,7 @@ def _split_layer(name: str, layer: nn.Module, members: Sequence[Target]) -> list
         modules: list[nn.Module] = [layer.get_submodule(stem[len(name) + 1 :])]
     else:
         modules = [t.module for t in attention]
-    first = list({id(p): p for m in modules for p in m.parameters()}.values())
+    first: list[Part] = [*{id(p): p for m in modules for p in m.parameters()}.values()]
     taken = {id(p) for p in first}
     second = [p for p in _distinct(layer) if id(p) not in taken]
     return [
@@ -110,7 +129,7 @@ def _common_stem(names: Sequence[str]) -> str:
     return ".".join(common if len(common) < min(map(len, parts)) else common[:-1])
 
 
-def _distinct(module: nn.Module) -> list[nn.Parameter]:
+def _distinct(module: nn.Module) -> list[Part]:
     return list(module.parameters())
 
 

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from qbert.files import read_json, write_json, write_whole
 from qbert.hessian.eigen import Eigenpair
 
-FORMAT = "qbert.hessian_checkpoint/2"
+FORMAT = "qbert.hessian_checkpoint/3"
 _SCALARS = [field.name for field in fields(Eigenpair) if field.name != "vector"]
 _NO_VECTOR = torch.empty(0)
 

@@ -29,6 +29,8 @@ class Eigenpair:
         upper_bound: with 99 % probability over the start vector no eigenvalue is larger in magnitude.
         other_end: extreme Ritz value at the opposite end of the spectrum, not necessarily converged.
         other_end_residual: absolute residual of `other_end`.
+        gap: distance from `value` to the rest of the spectrum, as far as the other Ritz values tell it (their residuals
+            taken off; may be negative); nan where nothing is known of them.
         products: number of operator products used.
         converged: error <= tol, and nothing seen of the spectrum can be larger in magnitude.
     """
@@ -40,6 +42,7 @@ class Eigenpair:
     upper_bound: float
     other_end: float
     other_end_residual: float
+    gap: float
     products: int
     converged: bool
 
@@ -93,6 +96,7 @@ class PowerIteration:
             upper_bound=math.inf,
             other_end=math.nan,
             other_end_residual=math.nan,
+            gap=math.nan,
             products=self.products,
             converged=residual <= self.tol,
         )
@@ -173,6 +177,12 @@ def relative(error: float, value: float) -> float:
     if error == 0:
         return 0.0
     return float(error / abs(value)) if value else math.inf
+
+
+def error_bound(value: float, residual: float, gap: float = math.nan) -> float:
+    """Bound on the relative error of a Rayleigh quotient: the residual, or with a known gap residual^2 / gap."""
+    error = relative(residual, value)
+    return min(error, relative(residual**2 / gap, value)) if gap > residual else error
 
 
 def check_limits(tol: float, max_products: int) -> None:

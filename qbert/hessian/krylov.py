@@ -5,8 +5,8 @@ H is projected on the Krylov space of a start vector; a Ritz pair (theta, y) of 
 
 * ``bound="residual"``: some eigenvalue lies within r of theta. Always true.
 * ``bound="gap"``: within ``r^2 / gap``, if the rest of the spectrum keeps the distance `gap` that the other Ritz
-  values tell (Kato 1949; Parlett 1998, section 11.7). Saves about a third of the products; a cluster of eigenvalues
-  that is not resolved yet is taken for one.
+  values and their reach tell (Kato 1949; Parlett 1998, section 11.7). Saves about a third of the products; a cluster
+  of eigenvalues that is not resolved yet may be taken for one.
 * ``confidence``: proof that nothing larger was overlooked. For an eigenvector x the start vector v has the component
   ``|<x, v>| >= sigma eps`` with probability ``1 - sqrt(2/pi) eps``, whatever is added to its Gaussian part of
   deviation sigma in each direction. With the characteristic polynomial p of T, ``||p(H) v|| = beta_0 ... beta_k``,
@@ -34,7 +34,7 @@ from numpy.typing import NDArray
 from scipy.linalg import eigh
 from torch import Tensor
 
-from qbert.hessian.eigen import Eigenpair, check_limits, check_product, relative, start_vector
+from qbert.hessian.eigen import Eigenpair, check_limits, check_product, error_bound, relative, start_vector
 
 BOUNDS = ("residual", "gap")
 Array = NDArray[np.float64]
@@ -167,17 +167,17 @@ class Lanczos:
         self._update_upper_bounds(values)
         if complete:
             self._upper = dict.fromkeys(self._upper, abs(top) + residual)
-        error = relative(residual, top)
+        error, gap = relative(residual, top), math.nan
+        reach = max(1.0, _RIVAL_PRODUCTS / self.products) * residuals[1:]
         if len(values) > 1:
-            gap = float(np.min(np.abs(values[1:] - top) - residuals[1:]))
-            if gap > residual and (self.bound == "gap" or self.confidence):
-                error = min(error, relative(residual**2 / gap, top))
+            gap = float(np.min(np.abs(values[1:] - top) - reach))
+            if self.bound == "gap" or self.confidence:
+                error = error_bound(top, residual, gap)
         if self.confidence:
             error = max(error, relative(self._upper[self.confidence] - abs(top), top))
             rivals = False
         else:
-            reach = np.abs(values[1:]) + max(1.0, _RIVAL_PRODUCTS / self.products) * residuals[1:]
-            rivals = len(values) > 1 and bool(np.max(reach) > abs(top) * (1 + self.tol))
+            rivals = len(values) > 1 and bool(np.max(np.abs(values[1:]) + reach) > abs(top) * (1 + self.tol))
         converged = error <= self.tol and (complete or (self.products >= self.min_products and not rivals))
         # What is not symmetric about the operator stays in the residual, however many products follow.
         hopeless = self.products >= _HOPELESS_PRODUCTS and relative(self._top_rounding, top) > self.tol
@@ -195,6 +195,7 @@ class Lanczos:
             upper_bound=max(self._upper[_REPORTED_CONFIDENCE], abs(top)),
             other_end=float(values[other]),
             other_end_residual=float(residuals[other]),
+            gap=gap,
             products=self.products,
             converged=converged,
         )

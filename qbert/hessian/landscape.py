@@ -24,6 +24,7 @@ from qbert.files import write_whole
 from qbert.hessian.blocks import find_block
 from qbert.hessian.eigen import top_eigenpairs
 from qbert.hessian.operator import HessianOperator, LossFunction
+from qbert.hessian.parts import Part
 from qbert.hessian.samples import random_subset
 
 _RADIUS_SHARE = 0.01
@@ -75,7 +76,7 @@ def loss_landscape(
         model: the trained model.
         batches: labelled data, as for `hessian_spectrum`.
         name: a block of `granularity`, such as ``encoder.layer.0``.
-        granularity: ``layer``, ``block`` or ``matrix``.
+        granularity: ``layer``, ``block``, ``matrix`` or ``group``.
         steps: odd number of grid points along either axis.
         radius: largest distance along an axis; default 1 % of the norm of the block's weights.
         samples: number of samples, drawn by `seed`; None: all.
@@ -132,7 +133,7 @@ def mean_loss(operator: HessianOperator) -> float:
 
 
 @contextlib.contextmanager
-def displaced(parameters: Sequence[nn.Parameter]) -> Iterator[Callable[[Tensor], None]]:
+def displaced(parameters: Sequence[Part]) -> Iterator[Callable[[Tensor], None]]:
     """Gives ``move(offset [n])``, which sets the weights to where they were plus `offset`; restored bit by bit."""
     originals = [p.detach().clone() for p in parameters]
 
@@ -140,14 +141,14 @@ def displaced(parameters: Sequence[nn.Parameter]) -> Iterator[Callable[[Tensor],
         parts = offset.split([p.numel() for p in parameters])
         with torch.no_grad():
             for parameter, original, part in zip(parameters, originals, parts, strict=True):
-                parameter.copy_(original + part.view_as(original).to(original))
+                parameter.detach().copy_(original + part.view_as(original).to(original))
 
     try:
         yield move
     finally:
         with torch.no_grad():
             for parameter, original in zip(parameters, originals, strict=True):
-                parameter.copy_(original)
+                parameter.detach().copy_(original)
 
 
 def plot_landscapes(

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from qbert.hessian.memory import free_bytes, saved_tensor_bytes
+from qbert.hessian.parts import Part, cut, distinct_parameters, whole
 from qbert.hessian.samples import Batch, loss_weight
 
 LossFunction = Callable[[nn.Module, Batch], Tensor]
@@ -37,10 +38,13 @@ class HessianOperator:
     Args:
         model: any module; its parameters must not change while the operator is in use.
         batches: micro-batches, dicts of tensors with the model's argument names, labels included.
-        blocks: name -> parameters; a parameter may be in several blocks.
+        blocks: name -> parameters (or `Rows` of a weight matrix); a parameter may be in several blocks.
         loss_fn: ``loss_fn(model, batch)`` -> mean loss of the batch (a scalar); default ``model(**batch).loss``.
         retain: keep the graphs of all micro-batches between products (True), rebuild them for each call (False),
             or decide by the free memory (None).
+        autocast: compute the matrix products of the model in this dtype (`torch.autocast`), such as torch.bfloat16;
+            vectors and results stay as they are. Its rounding makes the products a few parts in a hundred wrong and
+            the operator not quite symmetric.
 
     Raises:
         ValueError: no batches, no loss, labels out of range, a loss that is not finite, an attention
@@ -51,10 +55,11 @@ class HessianOperator:
         self,
         model: nn.Module,
         batches: Sequence[Batch],
-        blocks: Mapping[str, Sequence[nn.Parameter]],
+        blocks: Mapping[str, Sequence[Part]],
         *,
         loss_fn: LossFunction | None = None,
         retain: bool | None = None,
+        autocast: torch.dtype | None = None,
     ):
         if not batches:
             raise ValueError("batches: no labelled samples; pass at least one batch with labels other than -100")
@@ -64,7 +69,7 @@ class HessianOperator:
         self.loss_fn = loss_fn or model_loss
         weights = [loss_weight(batch) for batch in batches]
         self._shares = [weight / sum(weights) for weight in weights]
-        self._retain = retain
+        self._retain, self._autocast = retain, autocast
         self._graphs: dict[int, _Graph] = {}
         self._losses: dict[int, float] = {}
 
@@ -123,7 +128,7 @@ class HessianOperator:
         parts = []
         for index, share in enumerate(self._shares):
             gradients = self._graph(index, self.blocks).gradients
-            parts.append(share * _flat([gradients.get(id(p)) for p in self.blocks[name]], self.blocks[name]))
+            parts.append(share * _flat([gradients.get(id(whole(p))) for p in self.blocks[name]], self.blocks[name]))
             if not self.retained:
                 self.release()
         return torch.stack(parts).sum(0).detach()
@@ -134,7 +139,7 @@ class HessianOperator:
 
     def _graph(self, index: int, names: Mapping[str, object]) -> _Graph:
         if index not in self._graphs:
-            parameters = list({id(p): p for name in names for p in self.blocks[name]}.values())
+            parameters = distinct_parameters(part for name in names for part in self.blocks[name])
             with evaluating(self.model, parameters):
                 loss = self._finite_loss(index, torch.enable_grad())
                 if not loss.requires_grad:  # every block unused: the Hessian is zero
@@ -147,7 +152,9 @@ class HessianOperator:
         return self._graphs[index]
 
     def _finite_loss(self, index: int, grad_mode: contextlib.AbstractContextManager[None]) -> Tensor:
-        with grad_mode:
+        device = next(self.model.parameters()).device.type
+        casting = contextlib.nullcontext() if self._autocast is None else torch.autocast(device, self._autocast)
+        with grad_mode, casting:
             loss = self.loss_fn(self.model, to_device(self.batches[index], self.model))
         if not isinstance(loss, Tensor) or loss.numel() != 1:
             raise ValueError("loss_fn: it must return the mean loss of a batch as a scalar tensor")
@@ -165,21 +172,23 @@ class _Graph:
 
     gradients: dict[int, Tensor]
 
-    def product(self, parameters: Sequence[nn.Parameter], vector: Tensor) -> Tensor:
+    def product(self, parts: Sequence[Part], vector: Tensor) -> Tensor:
         outputs, directions = [], []
-        for parameter, part in zip(parameters, _split(vector, parameters), strict=True):
-            gradient = self.gradients.get(id(parameter))
+        for part, direction in zip(parts, _split(vector, parts), strict=True):
+            gradient = self.gradients.get(id(whole(part)))
             # A gradient without a graph is constant in all parameters: its rows of the Hessian are zero.
             if gradient is not None and gradient.requires_grad:
-                outputs.append(gradient)
-                directions.append(part)
+                outputs.append(cut(part, gradient))
+                directions.append(direction)
         if not outputs:
             return torch.zeros_like(vector)
+        parameters = distinct_parameters(parts)
         with requiring_gradients(parameters):
-            products = torch.autograd.grad(
-                outputs, list(parameters), grad_outputs=directions, retain_graph=True, allow_unused=True
+            found = torch.autograd.grad(
+                outputs, parameters, grad_outputs=directions, retain_graph=True, allow_unused=True
             )
-        return _flat(products, parameters).to(vector)
+        products = {id(p): product for p, product in zip(parameters, found, strict=True)}
+        return _flat([products[id(whole(part))] for part in parts], parts).to(vector)
 
 
 def model_loss(model: nn.Module, batch: Batch) -> Tensor:
@@ -261,12 +270,15 @@ def requiring_gradients(parameters: Sequence[nn.Parameter], required: bool = Tru
             parameter.requires_grad_(not required)
 
 
-def _split(vector: Tensor, parameters: Sequence[nn.Parameter]) -> list[Tensor]:
-    parts = vector.split([p.numel() for p in parameters])
-    return [part.view_as(p).to(p) for part, p in zip(parts, parameters, strict=True)]
+def _split(vector: Tensor, parts: Sequence[Part]) -> list[Tensor]:
+    pieces = vector.split([part.numel() for part in parts])
+    return [piece.view(part.shape).to(part.device, part.dtype) for piece, part in zip(pieces, parts, strict=True)]
 
 
-def _flat(tensors: Sequence[Tensor | None], parameters: Sequence[nn.Parameter]) -> Tensor:
-    device = parameters[0].device
-    parts = [torch.zeros_like(p) if t is None else t for t, p in zip(tensors, parameters, strict=True)]
-    return torch.cat([part.detach().reshape(-1).to(device) for part in parts])
+def _flat(tensors: Sequence[Tensor | None], parts: Sequence[Part]) -> Tensor:
+    """The parts' entries [n] of tensors of their parameters' shapes; None stands for zeros."""
+    found = [
+        torch.zeros(part.shape, dtype=part.dtype, device=part.device) if tensor is None else cut(part, tensor)
+        for tensor, part in zip(tensors, parts, strict=True)
+    ]
+    return torch.cat([piece.detach().reshape(-1).to(parts[0].device) for piece in found])

@@ -17,9 +17,11 @@ from torch import Tensor, nn
 from qbert.hessian.blocks import ParameterBlock
 from qbert.hessian.checkpoint import Checkpoint
 from qbert.hessian.eigen import Eigenpair
-from qbert.hessian.gauss_newton import NoModelOutputError, gauss_newton_top
+from qbert.hessian.gauss_newton import NoModelOutputError, gauss_newton_starts, gauss_newton_top
 from qbert.hessian.operator import HessianOperator, LossFunction
 from qbert.hessian.parallel import gathered
+from qbert.hessian.parts import Part
+from qbert.hessian.refine import refined
 from qbert.hessian.samples import Batch, batch_size
 from qbert.hessian.solve import Solver, chunks, new_solver, solve
 from qbert.hessian.spectrum import HessianSpectrum
@@ -59,6 +61,7 @@ class Measurement:
 
     def _chunk(self, run: int, batches: list[Batch], todo: Sequence[ParameterBlock], bar: Any) -> None:
         parameters = {block.name: block.parameters for block in todo}
+        coarse = self.settings["precision"] == "bf16"
         operator = HessianOperator(self.model, batches, parameters, loss_fn=self.loss_fn)
         if self.settings["method"] == "ggn":
             pairs = gauss_newton_top(
@@ -74,12 +77,22 @@ class Measurement:
             if self.settings["method"] == "power":  # as in the paper: each run starts at random
                 guess = None
             solvers[block.name] = new_solver(block, [] if guess is None else [guess], run, self.settings)
-        for name, pair in solve(operator, solvers, bar.update):
+        for name, pair in self._refined(operator, solvers, bar) if coarse else solve(operator, solvers, bar.update):
             self._keep(run, name, pair, operator.loss)
             self.measured += 1
             left = self.settings["runs"] * len(self.blocks) - sum(len(found) for found in self.results)
             bar.total = bar.n + round(bar.n / self.measured * left)
         operator.release()
+
+    def _refined(self, operator: HessianOperator, solvers: dict[str, Solver], bar: Any) -> list[tuple[str, Eigenpair]]:
+        """Solve in bfloat16, then take one product of `operator` for each block."""
+        rounded = HessianOperator(
+            self.model, operator.batches, operator.blocks, loss_fn=self.loss_fn, autocast=torch.bfloat16
+        )
+        pairs = dict(solve(rounded, solvers, bar.update))
+        rounded.release()
+        bar.update(len(pairs))
+        return list(refined(pairs, operator, tol=self.settings["tol"], bound=self.settings["bound"]).items())
 
     def _keep(self, run: int, name: str, pair: Eigenpair, loss: float) -> None:
         self.results[run][name] = pair, loss
@@ -88,17 +101,16 @@ class Measurement:
             self.saved.put(run, name, pair, loss)
 
     def _gauss_newton_guesses(
-        self, batches: Sequence[Batch], parameters: Mapping[str, Sequence[nn.Parameter]]
+        self, batches: Sequence[Batch], parameters: Mapping[str, Sequence[Part]]
     ) -> dict[str, Tensor]:
-        """Top Gauss-Newton direction of each block on a few samples; nothing where there are no logits."""
+        """Gauss-Newton directions of each block on a few samples; nothing where there are no logits."""
         if self.settings["method"] != "lanczos" or self.settings["confidence"] is not None:
             return {}
         try:
             few = _some_samples(batches, _WARM_START_SAMPLES)
-            pairs = gauss_newton_top(self.model, few, parameters, loss_fn=self.loss_fn, rows_per_sample=1)
+            return gauss_newton_starts(self.model, few, parameters, loss_fn=self.loss_fn)
         except NoModelOutputError:
             return {}
-        return {name: pair.vector for name, pair in pairs.items()}
 
 
 def _combined(guess: Tensor | None, previous: Tensor | None) -> Tensor | None:
@@ -108,6 +120,7 @@ def _combined(guess: Tensor | None, previous: Tensor | None) -> Tensor | None:
     """
     if guess is None or previous is None:
         return previous if guess is None else guess
+    guess = guess / torch.linalg.vector_norm(guess).clamp(min=torch.finfo(guess.dtype).tiny)
     previous = previous.to(guess)
     return guess + torch.dot(guess, previous) * previous
 

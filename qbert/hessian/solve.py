@@ -19,8 +19,10 @@ from qbert.hessian.eigen import Eigenpair, PowerIteration
 from qbert.hessian.krylov import Lanczos
 from qbert.hessian.memory import free_bytes
 from qbert.hessian.operator import HessianOperator
+from qbert.hessian.refine import COARSE_TOL
 
 METHODS = ("lanczos", "power", "ggn")
+PRECISIONS = ("fp32", "bf16")
 BASIS_VECTORS = 40
 Solver = Lanczos | PowerIteration
 _log = logging.getLogger(__name__)
@@ -31,7 +33,7 @@ def new_solver(block: ParameterBlock, warm: Sequence[Tensor], run: int, settings
     digest = hashlib.sha256(f"start/{settings['seed']}/{run}/{block.name}".encode()).digest()
     first = block.parameters[0]
     common: dict[str, Any] = {
-        "tol": settings["tol"],
+        "tol": max(settings["tol"], COARSE_TOL) if settings["precision"] == "bf16" else settings["tol"],
         "max_products": settings["max_products"],
         "warm": warm,
         "generator": torch.Generator().manual_seed(int.from_bytes(digest[:7], "big")),

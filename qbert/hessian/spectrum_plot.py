@@ -79,5 +79,5 @@ def _short(names: list[str]) -> list[str]:
 
 
 def _axis_label(spectrum: HessianSpectrum) -> str:
-    kind = {"layer": "encoder layer", "block": "half layer", "matrix": "weight matrix"}
+    kind = {"layer": "encoder layer", "block": "half layer", "matrix": "weight matrix", "group": "rows of a matrix"}
     return kind.get(str(spectrum.settings.get("granularity")), "block")

@@ -105,7 +105,7 @@ def hessian_traces(
     Args:
         model: as for `hessian_spectrum`.
         batches: labelled data.
-        granularity: ``layer``, ``block`` or ``matrix``.
+        granularity: ``layer``, ``block``, ``matrix`` or ``group``.
         probes: products per block.
         method: ``hutch++`` or ``hutchinson``.
         samples: number of samples, drawn by `seed`; None: all.
