@@ -103,6 +103,25 @@ def check_rows(name: str, x: Tensor) -> None:
     check_shape(name, x, "tokens", "in")
 
 
+def check_static(scale: float, zero: int) -> None:
+    """A static quantization: scale 0 (none) or positive, zero in the range of int8."""
+    if not scale >= 0:
+        raise ValueError(f"a static scale must be positive, or 0 for one scale a token, got {scale}.")
+    if not -128 <= zero <= 127:
+        raise ValueError(f"a static zero must lie in -128..127, got {zero}.")
+
+
+def check_requantized(scale: float, zero: int, row_sum: Tensor | None, like: Tensor) -> None:
+    """A static int8 output and its row sums [T]; `like` has T rows and is on the device they should be on."""
+    check_static(scale, zero)
+    if row_sum is not None:
+        if not scale:
+            raise ValueError("out_row_sum is given for an output that is not int8; set out_scale, or leave it out.")
+        check_dtype("out_row_sum", row_sum, torch.int32)
+        check_shape("out_row_sum", row_sum, like.shape[0])
+        check_same_device(out_row_sum=row_sum, input=like)
+
+
 def check_matmul_a8(
     xq: Tensor,
     x_scale: Tensor,
@@ -126,6 +145,7 @@ def check_matmul_a8(
     check_shape("bias", bias, rows)
     check_shape("residual", residual, xq.shape[0], rows)
     check_same_device(xq=xq, x_scale=x_scale, row_sum=row_sum, packed=packed, scale=scale, zero=zero, bias=bias)
+    check_same_device(xq=xq, residual=residual)
     if zero is not None:
         check_dtype("zero", zero, torch.float32, torch.int32)
         if row_sum is None:
@@ -183,6 +203,34 @@ def check_layernorm(x: Tensor, residual: Tensor | None, weight: Tensor, bias: Te
     check_shape("weight", weight, x.shape[1])
     check_shape("bias", bias, x.shape[1])
     check_same_device(x=x, residual=residual, weight=weight, bias=bias)
+
+
+def check_embed_layernorm(
+    ids: list[Tensor],
+    packed: list[Tensor],
+    scale: list[Tensor],
+    zero: list[Tensor],
+    row_group: list[Tensor],
+    bits: list[int],
+    weight: Tensor,
+    bias: Tensor,
+    out_dtype: torch.dtype,
+) -> None:
+    """The arguments of `operators.embed_layernorm`."""
+    counts = {len(part) for part in (ids, packed, scale, zero, row_group, bits)}
+    if len(counts) != 1 or not 1 <= len(ids) <= 3:
+        raise ValueError(f"ids, packed and the other lists must all hold one to three tables, got {sorted(counts)}.")
+    if out_dtype not in ACTIVATIONS:
+        raise TypeError(f"out_dtype must be float32, float16 or bfloat16, got {out_dtype}.")
+    check_shape("weight", weight, "features")
+    check_shape("bias", bias, weight.shape[0])
+    check_same_device(weight=weight, bias=bias, ids=ids[0])
+    for i, p, s, z, g, b in zip(ids, packed, scale, zero, row_group, bits, strict=True):
+        check_shape("ids", i, ids[0].shape[0])
+        check_embedding(i, p, s, z, g if g.numel() else None, b, weight.shape[0])
+        check_dtype("scale", s, torch.float32)
+        check_dtype("zero", z, torch.float32)
+        check_same_device(weight=weight, ids=i)
 
 
 def check_attention(query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor) -> None:

@@ -6,6 +6,10 @@
     matmul_a16           fp16 or bf16 activations x packed weights, for few tokens
     layernorm_quantize   residual + LayerNorm + int8
     attention            over a packed batch of sequences of different lengths
+    embed_layernorm      rows of up to three packed tables + LayerNorm + int8
+
+Static activations are described by a positive scale and an integer zero, x ~ scale (code - zero); a scale of 0 stands
+for one symmetric scale a token.
 
 On CUDA (sm_80 on) they run the Triton kernels of `gpu/`, elsewhere the exact and slow functions of `reference`. Each
 has a fake implementation, so torch.compile and torch.export pass through, and checks its arguments first.
@@ -19,37 +23,41 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from qbert.kernels import formats, reference
+from qbert.kernels import cpu, formats, reference
 from qbert.kernels.checks import (
     check_attention,
+    check_embed_layernorm,
     check_layernorm,
     check_matmul_a8,
     check_matmul_a8_mixed,
     check_matmul_a16,
+    check_requantized,
     check_rows,
+    check_static,
 )
 from qbert.kernels.dispatch import implementation
 
 
 @torch.library.custom_op("qbert::quantize_rows", mutates_args=())
-def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """x [T, I] -> (int8 codes [T, I], scale float32 [T], row sums int32 [T]), symmetric per token."""
+def quantize_rows(x: Tensor, static_scale: float = 0.0, static_zero: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    """x [T, I] -> (int8 codes [T, I], scale float32 [T], row sums int32 [T]), symmetric per token or static."""
     check_rows("x", x)
+    check_static(static_scale, static_zero)
     if implementation(x.device) == "triton":
         from qbert.kernels.gpu.quantize_rows import quantize_rows as kernel
 
-        return kernel(x.contiguous())
-    return reference.quantize_rows(x.float())
+        return kernel(x.contiguous(), static_scale, static_zero)
+    return _quantize(x, static_scale, static_zero)
 
 
 @quantize_rows.register_fake
-def _(x):  # type: ignore[no-untyped-def]
+def _(x, static_scale=0.0, static_zero=0):  # type: ignore[no-untyped-def]
     check_rows("x", x)
     rows = x.shape[0]
     return _like(x, torch.int8), x.new_empty(rows, dtype=torch.float32), x.new_empty(rows, dtype=torch.int32)
 
 
-@torch.library.custom_op("qbert::matmul_a8", mutates_args=())
+@torch.library.custom_op("qbert::matmul_a8", mutates_args=("out_row_sum",))
 def matmul_a8(
     xq: Tensor,
     x_scale: Tensor,
@@ -59,19 +67,23 @@ def matmul_a8(
     zero: Tensor | None = None,
     bias: Tensor | None = None,
     residual: Tensor | None = None,
+    out_row_sum: Tensor | None = None,
     *,
     bits: int,
     gelu: bool = False,
     out_dtype: torch.dtype = torch.float16,
     out_scale: float = 0.0,
+    out_zero: int = 0,
 ) -> Tensor:
     """y [T, O] = act((xq W_q^T - zero row_sum) x_scale scale + bias) + residual, in `out_dtype`.
 
     xq int8 [T, I], x_scale float32 [T] or [1], row_sum int32 [T] (needed with zero), packed uint8 [O, row bytes],
-    scale and bias float32 [O], zero [O] float32 or, times 2^(8 - bits), int32 (`gpu.linear.fixed_point_zero`).
-    out_dtype int8 needs `out_scale`: clamp(round(y / out_scale), -128, 127).
+    scale and bias float32 [O], zero [O] float32 or, times 2^(8 - bits), int32 (`terms.fixed_point_zero`).
+    out_dtype int8 needs `out_scale`: clamp(round(y / out_scale) + out_zero, -128, 127); the sum of every row is then
+    added to `out_row_sum` (int32 [T], zeroed by the caller), where given.
     """
     check_matmul_a8(xq, x_scale, row_sum, packed, scale, zero, bias, residual, bits, out_dtype, out_scale)
+    check_requantized(out_scale, out_zero, out_row_sum, xq)
     if implementation(xq.device) == "triton":
         from qbert.kernels.gpu.matmul_a8 import matmul_a8 as kernel
 
@@ -87,7 +99,9 @@ def matmul_a8(
             gelu=gelu,
             residual=None if residual is None else residual.contiguous(),
             out_dtype=out_dtype,
-            out_scale=out_scale or None,
+            out_scale=out_scale,
+            out_zero=out_zero,
+            out_row_sum=out_row_sum,
         )
     codes = formats.unpack(packed, bits, xq.shape[1]).to(torch.float64)
     # float64 sums of these integers are exact, and faster than int64 ones.
@@ -99,15 +113,16 @@ def matmul_a8(
     y = y if bias is None else y + bias
     y = reference.gelu(y) if gelu else y
     y = y if residual is None else y + residual
-    return reference.requantize(y, out_scale) if out_dtype == torch.int8 else y.to(out_dtype)
+    return _requantize(y, out_scale, out_zero, out_row_sum) if out_scale else y.to(out_dtype)
 
 
 @matmul_a8.register_fake
 def _(  # type: ignore[no-untyped-def]
-    xq, x_scale, row_sum, packed, scale, zero=None, bias=None, residual=None, *, bits, gelu=False,
-    out_dtype=torch.float16, out_scale=0.0,
+    xq, x_scale, row_sum, packed, scale, zero=None, bias=None, residual=None, out_row_sum=None, *, bits, gelu=False,
+    out_dtype=torch.float16, out_scale=0.0, out_zero=0,
 ):  # fmt: skip
     check_matmul_a8(xq, x_scale, row_sum, packed, scale, zero, bias, residual, bits, out_dtype, out_scale)
+    check_requantized(out_scale, out_zero, out_row_sum, xq)
     return xq.new_empty((xq.shape[0], packed.shape[0]), dtype=out_dtype)
 
 
@@ -171,13 +186,17 @@ def _(x, packed, scale, zero=None, bias=None, *, bits):  # type: ignore[no-untyp
 
 @torch.library.custom_op("qbert::layernorm_quantize", mutates_args=())
 def layernorm_quantize(
-    x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, eps: float, static_scale: float = 0.0
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    static_scale: float = 0.0,
+    static_zero: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """y = LayerNorm(x + residual) [T, I] in the dtype of x, with the int8 codes, scale [T] and row sums [T] of y.
-
-    `static_scale` > 0 quantizes with that scale instead of one per token.
-    """
+    """y = LayerNorm(x + residual) [T, I] in the dtype of x, with the int8 codes, scale [T] and row sums [T] of y."""
     check_layernorm(x, residual, weight, bias)
+    check_static(static_scale, static_zero)
     if implementation(x.device) == "triton":
         from qbert.kernels.gpu.layernorm_quant import layernorm_quantize as kernel
 
@@ -187,24 +206,76 @@ def layernorm_quantize(
             weight,
             bias,
             eps,
-            static_scale or None,
+            static_scale,
+            static_zero,
         )
     y = reference.layernorm_quantize(x, residual, weight, bias, eps)[0].to(x.dtype)
-    if not static_scale:
-        return (y, *reference.quantize_rows(y.float()))
-    codes = reference.requantize(y.float(), static_scale)
-    return y, codes, torch.full(y.shape[:1], static_scale), codes.sum(dim=1, dtype=torch.int32)
+    return (y, *_quantize(y, static_scale, static_zero))
 
 
 @layernorm_quantize.register_fake
-def _(x, residual, weight, bias, eps, static_scale=0.0):  # type: ignore[no-untyped-def]
+def _(x, residual, weight, bias, eps, static_scale=0.0, static_zero=0):  # type: ignore[no-untyped-def]
     check_layernorm(x, residual, weight, bias)
     rows = x.shape[0]
     scale, row_sum = x.new_empty(rows, dtype=torch.float32), x.new_empty(rows, dtype=torch.int32)
     return torch.empty_like(x, memory_format=torch.contiguous_format), _like(x, torch.int8), scale, row_sum
 
 
-@torch.library.custom_op("qbert::attention", mutates_args=())
+@torch.library.custom_op("qbert::embed_layernorm", mutates_args=())
+def embed_layernorm(
+    ids: list[Tensor],
+    packed: list[Tensor],
+    scale: list[Tensor],
+    zero: list[Tensor],
+    row_group: list[Tensor],
+    bits: list[int],
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    *,
+    out_dtype: torch.dtype = torch.float16,
+    static_scale: float = 0.0,
+    static_zero: int = 0,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """LayerNorm of the sum of one to three packed tables' rows: y [T, I], its int8 codes, scale [T], row sums [T].
+
+    Table i: ids[i] int32 or int64 [T], packed[i] uint8 [V, row bytes], scale[i] and zero[i] float32 [G, K],
+    row_group[i] int32 [V], empty where G = V or 1. An id outside its table raises IndexError on a CPU; on a GPU its row
+    is NaN.
+    """
+    check_embed_layernorm(ids, packed, scale, zero, row_group, bits, weight, bias, out_dtype)
+    check_static(static_scale, static_zero)
+    groups = [g if g.numel() else None for g in row_group]
+    if implementation(weight.device) == "triton":
+        from qbert.kernels.gpu.embedding import Table
+        from qbert.kernels.gpu.embedding import embed_layernorm as kernel
+
+        tables = [Table(*t, weight.shape[0]) for t in zip(packed, scale, zero, groups, bits, strict=True)]
+        pairs = list(zip(ids, tables, strict=True))
+        return kernel(pairs, weight, bias, eps, out_dtype, static_scale, static_zero)
+    features = weight.shape[0]
+    rows = [
+        cpu.embedding(i, p, s, z, g, bits=b, features=features)
+        for i, p, s, z, g, b in zip(ids, packed, scale, zero, groups, bits, strict=True)
+    ]
+    total = torch.stack([r.double() for r in rows]).sum(dim=0)
+    y = reference.layernorm_quantize(total, None, weight, bias, eps)[0].to(out_dtype)
+    return (y, *_quantize(y, static_scale, static_zero))
+
+
+@embed_layernorm.register_fake
+def _(  # type: ignore[no-untyped-def]
+    ids, packed, scale, zero, row_group, bits, weight, bias, eps, *, out_dtype=torch.float16, static_scale=0.0,
+    static_zero=0,
+):  # fmt: skip
+    check_embed_layernorm(ids, packed, scale, zero, row_group, bits, weight, bias, out_dtype)
+    rows = ids[0].shape[0]
+    y = weight.new_empty((rows, weight.shape[0]), dtype=out_dtype)
+    scales, row_sum = weight.new_empty(rows, dtype=torch.float32), weight.new_empty(rows, dtype=torch.int32)
+    return y, _like(y, torch.int8), scales, row_sum
+
+
+@torch.library.custom_op("qbert::attention", mutates_args=("out_row_sum",))
 def attention(
     query: Tensor,
     key: Tensor,
@@ -213,25 +284,47 @@ def attention(
     longest: int,
     scale: float,
     out_scale: float = 0.0,
+    out_zero: int = 0,
+    out_row_sum: Tensor | None = None,
 ) -> Tensor:
     """Self-attention [T, H, D] inside the sequences cu_seqlens[s] to cu_seqlens[s + 1] (int32 [S + 1]).
 
-    `longest` bounds their lengths. In the dtype of query, or int8 with `out_scale` > 0.
+    `longest` bounds their lengths. In the dtype of query, or int8 with `out_scale` > 0; the sum of every token's codes
+    is then added to `out_row_sum` (int32 [T], zeroed by the caller), where given. Tokens of no sequence: undefined.
     """
     check_attention(query, key, value, cu_seqlens)
+    check_requantized(out_scale, out_zero, out_row_sum, query)
     if implementation(query.device) == "triton" and query.dtype != torch.float32:
         from qbert.kernels.gpu.attention import attention as kernel
 
-        return kernel(query, key, value, cu_seqlens, longest, scale, out_scale or None)
+        return kernel(query, key, value, cu_seqlens, longest, scale, out_scale, out_zero, out_row_sum)
     out = reference.attention(query, key, value, cu_seqlens, scale)
-    return reference.requantize(out, out_scale) if out_scale else out.to(query.dtype)
+    return _requantize(out, out_scale, out_zero, out_row_sum) if out_scale else out.to(query.dtype)
 
 
 @attention.register_fake
-def _(query, key, value, cu_seqlens, longest, scale, out_scale=0.0):  # type: ignore[no-untyped-def]
+def _(query, key, value, cu_seqlens, longest, scale, out_scale=0.0, out_zero=0, out_row_sum=None):  # type: ignore[no-untyped-def]
     check_attention(query, key, value, cu_seqlens)
+    check_requantized(out_scale, out_zero, out_row_sum, query)
     return _like(query, torch.int8 if out_scale else query.dtype)
 
 
 def _like(x: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
+
+
+def _quantize(x: Tensor, static_scale: float, static_zero: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes, scales [T] and row sums of x [T, I]: the slow twin of the row kernels."""
+    if not static_scale:
+        return reference.quantize_rows(x.float())
+    codes = reference.requantize(x.float(), static_scale, static_zero)
+    scale = torch.full(x.shape[:1], static_scale, dtype=torch.float32, device=x.device)
+    return codes, scale, codes.sum(dim=1, dtype=torch.int32)
+
+
+def _requantize(y: Tensor, scale: float, zero: int, row_sum: Tensor | None) -> Tensor:
+    """Static codes of y [T, ...], their sums added to `row_sum` [T]: the slow twin of the int8 epilogues."""
+    codes = reference.requantize(y, scale, zero)
+    if row_sum is not None:
+        row_sum += codes.flatten(1).sum(dim=1, dtype=torch.int32)
+    return codes

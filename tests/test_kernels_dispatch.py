@@ -93,6 +93,9 @@ def operator_calls():
     query, key, value = fused.unbind(1)
     starts = torch.tensor([0, 3, 7], dtype=torch.int32)
     ops = torch.ops.qbert
+    group = parts[3].int()
+    ids = [torch.tensor([1, 2]), torch.tensor([23, 0], dtype=torch.int32)]
+    tables = (ids, [parts[0]] * 2, [parts[1]] * 2, [parts[2]] * 2, [group] * 2, [4, 4])
     a8 = (xq, x_scale, row_sum, parts[0], scale, zero, parts[4])
     return [
         (ops.linear, (x, *parts, 4, 8, 0.0, 0), {}),
@@ -100,15 +103,24 @@ def operator_calls():
         (ops.quantize_rows, (x,), {}),
         (ops.matmul_a8, a8, {"bits": 4, "gelu": True, "out_dtype": torch.float32}),
         (ops.matmul_a8, a8, {"bits": 4, "out_dtype": torch.int8, "out_scale": 0.5}),
+        (
+            ops.matmul_a8,
+            (*a8, None, torch.zeros(5, dtype=torch.int32)),
+            {"bits": 4, "out_dtype": torch.int8, "out_scale": 0.5, "out_zero": -7},
+        ),
         (ops.matmul_a8_mixed, (*a8[:3], [parts[0]] * 3, [4] * 3, scale.repeat(3), zero.repeat(3)), {}),
         (ops.matmul_a16, (x.half(), parts[0], scale, zero), {"bits": 4}),
         (ops.layernorm_quantize, (x, x, torch.ones(96), torch.ones(96), 1e-5), {}),
         (ops.attention, (query, key, value, starts, 4, 0.25), {}),
         (ops.attention, (query, key, value, starts, 4, 0.25, 0.1), {}),
+        (ops.attention, (query, key, value, starts, 4, 0.25, 0.1, 5, torch.zeros(7, dtype=torch.int32)), {}),
+        (ops.quantize_rows, (x, 0.02, 9), {}),
+        (ops.layernorm_quantize, (x, x, torch.ones(96), torch.ones(96), 1e-5, 0.02, 9), {}),
+        (ops.embed_layernorm, (*tables, torch.ones(96), torch.ones(96), 1e-5), {"out_dtype": torch.float32}),
     ]
 
 
-@pytest.mark.parametrize("index", range(10))
+@pytest.mark.parametrize("index", range(15))
 def test_operators_keep_what_torch_expects_of_operators(index):
     """Schema, fake tensors and tracing, by torch's own checker."""
     operator, arguments, options = operator_calls()[index]

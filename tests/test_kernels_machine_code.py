@@ -31,6 +31,7 @@ A8_TYPES = {
     "parts_ptr": "*i32",
     "arrived_ptr": "*i32",
     "inv_out_scale": "fp32",
+    "out_zero": "fp32",
     "M": "i32",
     "N": "i32",
     "K": "i32",
@@ -166,9 +167,10 @@ def types_of(kernel, pointers: dict[str, str], integers: list[str], floats: list
 def test_row_kernels(target):
     pointers = {"x_ptr": "*fp16", "q_ptr": "*i8", "scale_ptr": "*fp32", "row_sum_ptr": "*i32", "y_ptr": "*fp16"}
     pointers |= {"residual_ptr": "*fp16", "weight_ptr": "*fp16", "bias_ptr": "*fp16"}
-    integers, floats = ["width", "stride_x", "stride_r"], ["eps", "inv_scale"]
+    integers, floats = ["width", "stride_x", "stride_r"], ["eps", "static_scale", "static_zero"]
     kernel = quantize_rows.quantize_rows_kernel
-    report = compile_report(kernel, types_of(kernel, pointers, integers, floats), {"BLOCK": 1024}, target=target)
+    constants = {"STATIC": False, "BLOCK": 1024}
+    report = compile_report(kernel, types_of(kernel, pointers, integers, floats), constants, target=target)
     assert report.spills == 0 and report.registers <= 64
     kernel = layernorm_quant.layernorm_quantize_kernel
     constants = {"HAS_RESIDUAL": True, "STATIC": False, "BLOCK": 1024}
@@ -179,13 +181,14 @@ def test_row_kernels(target):
 @pytest.mark.parametrize("target", ["sm_80", "sm_90"])
 def test_embedding_kernels(target):
     pointers = {"ids": "*i64", "packed": "*u8", "scale": "*fp32", "zero": "*fp32", "group": "*i32"}
-    types, constants = {}, {"BLOCK": 1024}
+    types, constants = {}, {"STATIC": False, "BLOCK": 1024}
     for table, (bits, groups) in enumerate([(4, "table"), (3, "row"), (8, "one")]):
         types |= {f"{name}{table}": type_ for name, type_ in pointers.items()}
-        types |= {f"{name}{table}": "i32" for name in ("input_group", "input_groups", "stride")}
+        types |= {f"{name}{table}": "i32" for name in ("input_group", "input_groups", "stride", "rows")}
         constants |= {f"TAIL{table}": 0, f"BITS{table}": bits, f"GROUPS{table}": groups}
     types |= {"weight_ptr": "*fp32", "bias_ptr": "*fp32", "y_ptr": "*fp16", "q_ptr": "*i8"}
-    types |= {"scale_ptr": "*fp32", "row_sum_ptr": "*i32", "width": "i32", "eps": "fp32"}
+    types |= {"scale_ptr": "*fp32", "row_sum_ptr": "*i32", "width": "i32"}
+    types |= dict.fromkeys(["eps", "static_scale", "static_zero"], "fp32")
     kernel = embedding.embed_layernorm_kernel
     ordered = {name: types[name] for name in kernel.arg_names if name in types}
     report = compile_report(kernel, ordered, constants, target=target)
@@ -197,10 +200,10 @@ def test_embedding_kernels(target):
 def test_attention(quantize, target):
     kernel = attention.attention_kernel
     pointers = dict.fromkeys(["q_ptr", "k_ptr", "v_ptr"], "*fp16")
-    pointers |= {"out_ptr": "*i8" if quantize else "*fp16", "starts_ptr": "*i32"}
+    pointers |= {"out_ptr": "*i8" if quantize else "*fp16", "starts_ptr": "*i32", "out_sum_ptr": "*i32"}
     strides = [n for n in kernel.arg_names if n.startswith(("stride", "head"))]
-    types = types_of(kernel, pointers, [*strides, "D"], ["scale", "inv_out_scale"])
-    constants = {"BLOCK_Q": 64, "BLOCK_K": 64, "BLOCK_D": 64, "QUANTIZE": quantize}
+    types = types_of(kernel, pointers, [*strides, "D"], ["scale", "inv_out_scale", "out_zero"])
+    constants = {"BLOCK_Q": 64, "BLOCK_K": 64, "BLOCK_D": 64, "QUANTIZE": quantize, "OUT_SUM": quantize}
     report = compile_report(kernel, types, constants, target=target, num_warps=4, num_stages=2)
     assert report.spills == 0 and report.fits
     assert report.count("wgmma.mma_async" if target == "sm_90" else "mma.sync") >= 2

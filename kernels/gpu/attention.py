@@ -4,7 +4,8 @@
 
 One program a (block of queries, head, sequence); keys and values are walked in blocks with a running maximum and
 sum (online softmax, arXiv 2205.14135, algorithm 1), products in fp16 with float32 sums. query, key and value may be
-slices of one fused [T, 3 H D] tensor. The output is fp16/bf16, or int8 with a static scale for the next product.
+slices of one fused [T, 3 H D] tensor. The output is fp16/bf16, or int8 with a static scale and zero and, summed over
+heads, the row sums that the next product needs.
 
     out = attention(query, key, value, cu_seqlens, longest, scale=head_dim**-0.5)        # [T, H, D]
 """
@@ -18,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from qbert.kernels.gpu.quantize_rows import round_to_int8
+from qbert.kernels.gpu.quantize_rows import to_int8
 
 MAX_HEAD_DIM = 128
 
@@ -29,9 +30,11 @@ def attention_kernel(
     k_ptr,
     v_ptr,
     out_ptr,
+    out_sum_ptr,
     starts_ptr,
     scale,
     inv_out_scale,
+    out_zero,
     stride_q,
     stride_k,
     stride_v,
@@ -44,6 +47,7 @@ def attention_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
     QUANTIZE: tl.constexpr,
+    OUT_SUM: tl.constexpr,
 ):
     """Grid (blocks of queries of the longest sequence, heads, sequences)."""
     head = tl.program_id(1)
@@ -80,8 +84,11 @@ def attention_kernel(
         at = out_ptr + (start + rows[:, None]) * stride_out + head * D + d[None, :]
         stored = (rows[:, None] < length) & (d[None, :] < D)
         if QUANTIZE:
-            out = round_to_int8(tl.minimum(tl.maximum(out * inv_out_scale, -128.0), 127.0))
-            tl.store(at, out, mask=stored)
+            codes = to_int8(out * inv_out_scale, out_zero)
+            tl.store(at, codes, mask=stored)
+            if OUT_SUM:
+                total_codes = tl.sum(tl.where(stored, codes.to(tl.int32), 0), axis=1)
+                tl.atomic_add(out_sum_ptr + start + rows, total_codes, mask=rows < length, sem="relaxed")
         else:
             tl.store(at, out.to(out_ptr.dtype.element_ty), mask=stored)
 
@@ -93,17 +100,20 @@ def attention(
     cu_seqlens: Tensor,
     longest: int,
     scale: float,
-    out_scale: float | None = None,
+    out_scale: float = 0.0,
+    out_zero: int = 0,
+    out_row_sum: Tensor | None = None,
 ) -> Tensor:
     """Launches `attention_kernel`: query, key, value [T, H, D], unit stride over D -> [T, H, D].
 
     cu_seqlens int32 [S + 1]: sequence s is the tokens cu_seqlens[s] to cu_seqlens[s + 1]. `longest` bounds the
-    sequence lengths. With `out_scale` the result is int8. D up to 128.
+    sequence lengths. A positive `out_scale` makes the result int8, requantized with `out_scale` and `out_zero`; every
+    token's sum over heads is then added to `out_row_sum` (int32 [T], zeroed) where given. D up to 128.
     """
     tokens, heads, head_dim = query.shape
     if head_dim > MAX_HEAD_DIM:
         raise ValueError(f"attention takes head dimensions up to {MAX_HEAD_DIM}, got {head_dim}.")
-    dtype = query.dtype if out_scale is None else torch.int8
+    dtype = torch.int8 if out_scale > 0 else query.dtype
     out = torch.empty((tokens, heads, head_dim), dtype=dtype, device=query.device)
     sequences = cu_seqlens.numel() - 1
     if tokens and sequences > 0:
@@ -113,9 +123,11 @@ def attention(
             key,
             value,
             out,
+            out_row_sum,
             cu_seqlens,
             scale,
-            0.0 if out_scale is None else 1.0 / out_scale,
+            1.0 / out_scale if out_scale > 0 else 0.0,
+            float(out_zero),
             query.stride(0),
             key.stride(0),
             value.stride(0),
@@ -127,7 +139,8 @@ def attention(
             BLOCK_Q=block_q,
             BLOCK_K=64 if longest > 32 else 32,
             BLOCK_D=max(16, triton.next_power_of_2(head_dim)),
-            QUANTIZE=out_scale is not None,
+            QUANTIZE=out_scale > 0,
+            OUT_SUM=out_row_sum is not None,
             num_warps=4,
             num_stages=2,
         )

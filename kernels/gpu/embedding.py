@@ -70,12 +70,14 @@ def load_row(
     input_group,
     input_groups,
     stride,
+    rows,
     TAIL: tl.constexpr,
     BITS: tl.constexpr,
     GROUPS: tl.constexpr,
 ):
-    """Dequantized row of the table that token `token` asks for, float32 [BLOCK]."""
-    row = tl.load(ids_ptr + token).to(tl.int64)
+    """Dequantized row of the table that token `token` asks for, float32 [BLOCK]; NaN for an id outside the table."""
+    wanted = tl.load(ids_ptr + token).to(tl.int64)
+    row = tl.minimum(tl.maximum(wanted, 0), rows - 1)
     code = load_codes(packed_ptr + row * stride, column, inside, width, TAIL, BITS)
     if GROUPS == "table":
         group = tl.load(group_ptr + row).to(tl.int64)
@@ -86,7 +88,8 @@ def load_row(
     at = group * input_groups + column // input_group
     scale = tl.load(scale_ptr + at, mask=inside, other=0.0)
     zero = tl.load(zero_ptr + at, mask=inside, other=0.0)
-    return tl.where(inside, (code - zero) * scale, 0.0)
+    value = tl.where(row == wanted, (code - zero) * scale, float("nan"))
+    return tl.where(inside, value, 0.0)
 
 
 @triton.jit
@@ -101,6 +104,7 @@ def embedding_kernel(
     input_group,
     input_groups,
     stride,
+    rows,
     TAIL: tl.constexpr,
     BITS: tl.constexpr,
     GROUPS: tl.constexpr,
@@ -112,21 +116,21 @@ def embedding_kernel(
     inside = column < width
     y = load_row(
         ids_ptr, packed_ptr, scale_ptr, zero_ptr, group_ptr, token, column, inside, width, input_group, input_groups,
-        stride, TAIL, BITS, GROUPS,
+        stride, rows, TAIL, BITS, GROUPS,
     )  # fmt: skip
     tl.store(y_ptr + token.to(tl.int64) * width + column, y.to(y_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
 def embed_layernorm_kernel(
-    ids0, packed0, scale0, zero0, group0, input_group0, input_groups0, stride0,
-    ids1, packed1, scale1, zero1, group1, input_group1, input_groups1, stride1,
-    ids2, packed2, scale2, zero2, group2, input_group2, input_groups2, stride2,
-    weight_ptr, bias_ptr, y_ptr, q_ptr, scale_ptr, row_sum_ptr, width, eps,
+    ids0, packed0, scale0, zero0, group0, input_group0, input_groups0, stride0, rows0,
+    ids1, packed1, scale1, zero1, group1, input_group1, input_groups1, stride1, rows1,
+    ids2, packed2, scale2, zero2, group2, input_group2, input_groups2, stride2, rows2,
+    weight_ptr, bias_ptr, y_ptr, q_ptr, scale_ptr, row_sum_ptr, width, eps, static_scale, static_zero,
     TAIL0: tl.constexpr, BITS0: tl.constexpr, GROUPS0: tl.constexpr,
     TAIL1: tl.constexpr, BITS1: tl.constexpr, GROUPS1: tl.constexpr,
     TAIL2: tl.constexpr, BITS2: tl.constexpr, GROUPS2: tl.constexpr,
-    BLOCK: tl.constexpr,
+    STATIC: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Grid (T,). A table of 0 bits is absent."""
     token = tl.program_id(0)
@@ -134,26 +138,29 @@ def embed_layernorm_kernel(
     inside = column < width
     h = load_row(
         ids0, packed0, scale0, zero0, group0, token, column, inside, width, input_group0, input_groups0, stride0,
-        TAIL0, BITS0, GROUPS0,
+        rows0, TAIL0, BITS0, GROUPS0,
     )  # fmt: skip
     if BITS1 > 0:
         h += load_row(
             ids1, packed1, scale1, zero1, group1, token, column, inside, width, input_group1, input_groups1, stride1,
-            TAIL1, BITS1, GROUPS1,
+            rows1, TAIL1, BITS1, GROUPS1,
         )  # fmt: skip
     if BITS2 > 0:
         h += load_row(
             ids2, packed2, scale2, zero2, group2, token, column, inside, width, input_group2, input_groups2, stride2,
-            TAIL2, BITS2, GROUPS2,
+            rows2, TAIL2, BITS2, GROUPS2,
         )  # fmt: skip
     y = normalize_row(h, weight_ptr, bias_ptr, width, eps, column, inside)
     stored = y.to(y_ptr.dtype.element_ty)
     tl.store(y_ptr + token.to(tl.int64) * width + column, stored, mask=inside)
-    store_quantized(stored.to(tl.float32), token, column, inside, width, q_ptr, scale_ptr, row_sum_ptr, 0.0, False)
+    store_quantized(
+        stored.to(tl.float32), token, column, inside, width, q_ptr, scale_ptr, row_sum_ptr, static_scale, static_zero,
+        STATIC,
+    )  # fmt: skip
 
 
 def embedding(ids: Tensor, table: Table, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Launches `embedding_kernel`: ids [T] (int32 or int64, inside the table) -> [T, I] in `dtype`."""
+    """Launches `embedding_kernel`: ids [T] (int32 or int64) -> [T, I] in `dtype`; NaN for an id outside the table."""
     y = torch.empty((ids.numel(), table.features), dtype=dtype, device=ids.device)
     if y.numel():
         constants = _constants(table)
@@ -168,6 +175,7 @@ def embedding(ids: Tensor, table: Table, dtype: torch.dtype = torch.float32) -> 
             table.features // table.scale.shape[1],
             table.scale.shape[1],
             table.packed.stride(0),
+            table.packed.shape[0],
             TAIL=constants[0],
             BITS=constants[1],
             GROUPS=constants[2],
@@ -177,11 +185,18 @@ def embedding(ids: Tensor, table: Table, dtype: torch.dtype = torch.float32) -> 
 
 
 def embed_layernorm(
-    tables: list[tuple[Tensor, Table]], weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype = torch.float16
+    tables: list[tuple[Tensor, Table]],
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    dtype: torch.dtype = torch.float16,
+    static_scale: float = 0.0,
+    static_zero: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """LayerNorm of the sum of one to three tables' rows: (y [T, I], its int8 codes, their scale [T], row sums [T]).
 
-    `tables` holds (ids [T], table); all tables have the same number of features, at most 16,384.
+    `tables` holds (ids [T], table); all tables have the same number of features, at most 16,384. A positive
+    `static_scale` takes the place of one scale a token; an id outside its table gives a row of NaN.
     """
     if not 1 <= len(tables) <= 3:
         raise ValueError(f"tables must hold one to three tables, got {len(tables)}.")
@@ -201,11 +216,12 @@ def embed_layernorm(
         present = index < len(tables)
         its_ids, table = tables[index] if present else tables[0]
         groups = table.scale.shape[1]
-        arguments += [its_ids, *table[:4], columns // groups, groups, table.packed.stride(0)]
+        arguments += [its_ids, *table[:4], columns // groups, groups, table.packed.stride(0), table.packed.shape[0]]
         constants += _constants(table) if present else (0, 0, "one")
     embed_layernorm_kernel[(tokens,)](
-        *arguments, weight, bias, y, codes, scale, row_sum, columns, eps, *constants, triton.next_power_of_2(columns)
-    )
+        *arguments, weight, bias, y, codes, scale, row_sum, columns, eps, static_scale, float(static_zero), *constants,
+        static_scale > 0, triton.next_power_of_2(columns),
+    )  # fmt: skip
     return y, codes, scale, row_sum
 
 

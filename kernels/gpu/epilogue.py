@@ -10,19 +10,13 @@ acc is [O, T], the transpose of what is stored, because weights are the left ope
 import triton
 import triton.language as tl
 
+from qbert.kernels.gpu.quantize_rows import to_int8
+
 
 @triton.jit
 def gelu(y):
     """Exact GELU, float32."""
     return y * 0.5 * (1.0 + tl.erf(y * 0.7071067811865476))
-
-
-@triton.jit
-def to_int8(y, inv_scale):
-    """clamp(round-half-even(y * inv_scale), -128, 127), int8."""
-    y = tl.minimum(tl.maximum(y * inv_scale, -128.0), 127.0)
-    # Adding and subtracting 1.5 * 2^23 rounds to the nearest even integer, in the adder itself.
-    return ((y + 12582912.0) - 12582912.0).to(tl.int8)
 
 
 @triton.jit
@@ -52,6 +46,7 @@ def epilogue(
     residual_ptr,
     out_sum_ptr,
     inv_out_scale,
+    out_zero,
     rm,
     rn,
     M,
@@ -91,7 +86,7 @@ def epilogue(
             r_ptrs = residual_ptr + rm[None, :].to(tl.int64) * stride_r + rn[:, None]
             y += tl.load(r_ptrs, mask=inside, other=0.0).to(tl.float32)
         if OUT == "int8":
-            q = to_int8(y, inv_out_scale)
+            q = to_int8(y * inv_out_scale, out_zero)
             tl.store(y_ptrs, q, mask=inside)
             if OUT_SUM:
                 total = tl.sum(tl.where(inside, q.to(tl.int32), 0), axis=0)

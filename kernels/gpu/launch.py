@@ -28,18 +28,23 @@ def registers_option(tile: Tile, x: Tensor) -> dict[str, int]:
     return {"maxnreg": tile.registers} if capped and tile.registers is not None else {}
 
 
-_arrived: dict[tuple[torch.device, int], Tensor] = {}
+# Counters by device and stream, the last ones in use. Outgrown ones are kept: a captured CUDA graph may count in them.
+_arrived: dict[tuple[torch.device, int], list[Tensor]] = {}
 
 
 def split_workspace(device: torch.device, tiles: int, tile: Tile, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Parts of a split product (BN x BM a part, and BM more for sums), and arrival counters int32 [tiles].
 
-    Every launch leaves the counters at zero for the next one on its stream; each stream has its own.
+    Every launch leaves the counters at zero for the next one on its stream; each stream has its own. Run once on the
+    stream that will capture a CUDA graph, before: counters made during the capture would be zeroed by that graph alone,
+    so they are made for each launch of it.
     """
     parts = torch.empty(tiles * tile.split * tile.bm * (tile.bn + 1), dtype=dtype, device=device)
     stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
-    arrived = _arrived.get((device, stream))
-    if arrived is None or arrived.numel() < tiles:
-        arrived = torch.zeros(max(tiles, 4096), dtype=torch.int32, device=device)
-        _arrived[device, stream] = arrived
+    known = _arrived.setdefault((device, stream), [])
+    if known and known[-1].numel() >= tiles:
+        return parts, known[-1]
+    arrived = torch.zeros(max(tiles, 4096), dtype=torch.int32, device=device)
+    if device.type != "cuda" or not torch.cuda.is_current_stream_capturing():
+        known.append(arrived)
     return parts, arrived

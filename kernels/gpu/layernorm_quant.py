@@ -3,7 +3,7 @@
     y = (h - mean(h)) / sqrt(var(h) + eps) * weight + bias,   h = x + residual
 
 y is written in the input's type (the next residual), with its int8 codes, scale and row sum (`quantize_rows`) or, with
-a static scale, its codes and row sum alone. One program a token, the row in registers, float32 throughout.
+a static scale and zero, those codes. One program a token, the row in registers, float32 throughout.
 
     y, yq, y_scale, row_sum = layernorm_quantize(x, residual, weight, bias, eps)
 """
@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from qbert.kernels.gpu.quantize_rows import quantize_values, round_to_int8
+from qbert.kernels.gpu.quantize_rows import quantize_values, to_int8
 
 MAX_COLUMNS = 16384
 
@@ -34,15 +34,18 @@ def normalize_row(h, weight_ptr, bias_ptr, width, eps, column, inside):
 
 
 @triton.jit
-def store_quantized(y, row, column, inside, width, q_ptr, scale_ptr, row_sum_ptr, inv_scale, STATIC: tl.constexpr):
-    """Codes, row sum and (unless static) scale of one row y, float32 [BLOCK]."""
+def store_quantized(
+    y, row, column, inside, width, q_ptr, scale_ptr, row_sum_ptr, static_scale, static_zero, STATIC: tl.constexpr
+):
+    """Codes, row sum and scale of one row y, float32 [BLOCK]."""
     if STATIC:
-        q = round_to_int8(tl.minimum(tl.maximum(y * inv_scale, -128.0), 127.0))
+        q = to_int8(tl.div_rn(y, static_scale), static_zero)
+        scale = static_scale
     else:
         q, scale = quantize_values(y, tl.max(tl.abs(y), axis=0))
-        tl.store(scale_ptr + row, scale)
+    tl.store(scale_ptr + row, scale)
     tl.store(q_ptr + row.to(tl.int64) * width + column, q, mask=inside)
-    tl.store(row_sum_ptr + row, tl.sum(q.to(tl.int32), axis=0))
+    tl.store(row_sum_ptr + row, tl.sum(tl.where(inside, q.to(tl.int32), 0), axis=0))
 
 
 @triton.jit
@@ -57,7 +60,8 @@ def layernorm_quantize_kernel(
     row_sum_ptr,
     width,
     eps,
-    inv_scale,
+    static_scale,
+    static_zero,
     stride_x,
     stride_r,
     HAS_RESIDUAL: tl.constexpr,
@@ -75,7 +79,10 @@ def layernorm_quantize_kernel(
     # The codes are those of the stored, rounded y: what the residual path sees is what the product sees.
     stored = y.to(y_ptr.dtype.element_ty)
     tl.store(y_ptr + row.to(tl.int64) * width + column, stored, mask=inside)
-    store_quantized(stored.to(tl.float32), row, column, inside, width, q_ptr, scale_ptr, row_sum_ptr, inv_scale, STATIC)
+    store_quantized(
+        stored.to(tl.float32), row, column, inside, width, q_ptr, scale_ptr, row_sum_ptr, static_scale, static_zero,
+        STATIC,
+    )  # fmt: skip
 
 
 def layernorm_quantize(
@@ -84,18 +91,20 @@ def layernorm_quantize(
     weight: Tensor,
     bias: Tensor,
     eps: float,
-    static_scale: float | None = None,
+    static_scale: float = 0.0,
+    static_zero: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Launches `layernorm_quantize_kernel`: x, residual [T, I] -> (y [T, I], int8 [T, I], float32 [T], int32 [T]).
 
-    With `static_scale` the third result is filled with it. At most 16,384 columns.
+    A positive `static_scale` takes the place of one scale a token; the third result is then filled with it. At most
+    16,384 columns.
     """
     tokens, columns = x.shape
     if columns > MAX_COLUMNS:
         raise ValueError(f"layernorm_quantize keeps a row in registers: at most {MAX_COLUMNS} columns, got {columns}.")
     y = torch.empty((tokens, columns), dtype=x.dtype, device=x.device)
     codes = torch.empty((tokens, columns), dtype=torch.int8, device=x.device)
-    scale = torch.full((tokens,), static_scale or 0.0, dtype=torch.float32, device=x.device)
+    scale = torch.empty(tokens, dtype=torch.float32, device=x.device)
     row_sum = torch.empty(tokens, dtype=torch.int32, device=x.device)
     if tokens:
         block = triton.next_power_of_2(columns)
@@ -110,11 +119,12 @@ def layernorm_quantize(
             row_sum,
             columns,
             eps,
-            0.0 if static_scale is None else 1.0 / static_scale,
+            static_scale,
+            float(static_zero),
             x.stride(0),
             0 if residual is None else residual.stride(0),
             HAS_RESIDUAL=residual is not None,
-            STATIC=static_scale is not None,
+            STATIC=static_scale > 0,
             BLOCK=block,
             num_warps=4 if block <= 2048 else 8,
         )

@@ -87,6 +87,7 @@ def matmul_a8_kernel(
     parts_ptr,
     arrived_ptr,
     inv_out_scale,
+    out_zero,
     M,
     N,
     K,
@@ -171,6 +172,7 @@ def matmul_a8_kernel(
             residual_ptr,
             out_sum_ptr,
             inv_out_scale,
+            out_zero,
             rm,
             rn,
             M,
@@ -201,7 +203,8 @@ def matmul_a8(
     gelu: bool = False,
     residual: Tensor | None = None,
     out_dtype: torch.dtype = torch.float16,
-    out_scale: float | None = None,
+    out_scale: float = 0.0,
+    out_zero: int = 0,
     out_row_sum: Tensor | None = None,
     tile: Tile | None = None,
     asm: bool = True,
@@ -210,8 +213,8 @@ def matmul_a8(
 
     x_scale float32 [T] or [1]; scale, bias float32 [O]; residual [T, O]. zero [O] (None = 0) is either int32, holding
     zero * 2^(8 - bits) where that is an integer (exact, and faster), or float32; it needs row_sum int32 [T].
-    out_dtype int8 requantizes with the static `out_scale` and, where `out_row_sum` (int32 [T], zeroed) is given, adds
-    every row's sum to it; int32 returns the bare integer product, zero term included.
+    out_dtype int8 requantizes with the static `out_scale` and `out_zero` and, where `out_row_sum` (int32 [T], zeroed)
+    is given, adds every row's sum to it; int32 returns the bare integer product, zero term included.
     The caller has checked shapes and devices (`qbert.kernels.dispatch`).
     """
     tokens, columns = xq.shape
@@ -237,7 +240,8 @@ def matmul_a8(
         out_row_sum,
         parts,
         arrived,
-        0.0 if out_scale is None else 1.0 / out_scale,
+        1.0 / out_scale if out_scale > 0 else 0.0,
+        float(out_zero),
         tokens,
         rows,
         columns,

@@ -78,7 +78,7 @@ def matmul_a8_mixed_kernel(
         acc -= zero[:, None] * tl.load(row_sum_ptr + rm, mask=rm < M, other=0)[None, :]
     epilogue(
         acc, y_ptr + first, x_scale_ptr, scale_ptr + first, zero_ptr + first if ZERO == "float" else zero_ptr,
-        row_sum_ptr, bias_ptr + first if HAS_BIAS else bias_ptr, None, None, 0.0, rm, rn, M, N, stride_y, 0,
+        row_sum_ptr, bias_ptr + first if HAS_BIAS else bias_ptr, None, None, 0.0, 0.0, rm, rn, M, N, stride_y, 0,
         8, X_SCALE_PER_TOKEN, ZERO, HAS_BIAS, False, False, "float", False,
     )  # fmt: skip
 

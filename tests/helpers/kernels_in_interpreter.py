@@ -116,9 +116,9 @@ def test_epilogues_equal_the_reference(bits, zero_kind, split):
 
 
 @pytest.mark.parametrize("bits", [2, 4])
-@pytest.mark.parametrize("gelu", [False, True])
-def test_requantized_output_and_its_row_sums(bits, gelu):
-    tokens, rows, columns = 19, 70, 256
+@pytest.mark.parametrize(("gelu", "zero", "split"), [(False, 0, 1), (True, -100, 2)])
+def test_requantized_output_and_its_row_sums(bits, gelu, zero, split):
+    tokens, rows, columns = 19, 70, 512
     codes, xq, packed = problem(tokens, rows, columns, bits)
     scale, x_scale, bias, _ = float_parts(rows, tokens)
     real = reference.matmul_a8(
@@ -136,10 +136,11 @@ def test_requantized_output_and_its_row_sums(bits, gelu):
         gelu=gelu,
         out_dtype=torch.int8,
         out_scale=out_scale,
+        out_zero=zero,
         out_row_sum=sums,
-        tile=Tile(16, 32, 256),
+        tile=Tile(16, 32, 256, split=split),
     )
-    expected = reference.requantize(real, out_scale)
+    expected = reference.requantize(real, out_scale, zero)
     assert int((y.int() - expected.int()).abs().max()) <= 1  # a tie may fall either way
     assert float((y != expected).float().mean()) < 1e-3
     assert torch.equal(sums, y.sum(1, dtype=torch.int32))
@@ -175,22 +176,24 @@ def test_row_quantization_is_exact(columns, dtype):
     expected = reference.quantize_rows(x.float())
     for one, other in zip(got, expected, strict=True):
         assert torch.equal(one, other)
+    codes, scale, row_sum = quantize_rows(x, 0.03, 11)
+    assert torch.equal(codes, reference.requantize(x.float(), 0.03, 11)) and bool((scale == 0.03).all())
+    assert torch.equal(row_sum, codes.sum(1, dtype=torch.int32))
 
 
-@pytest.mark.parametrize("static", [None, 0.03])
+@pytest.mark.parametrize("static", [(0.0, 0), (0.03, 0), (0.03, -41)])
 @pytest.mark.parametrize("with_residual", [True, False])
 @pytest.mark.parametrize("columns", [384, 768, 100])
 def test_layernorm_quantize(columns, with_residual, static):
     x, weight, bias = torch.randn(6, columns), torch.randn(columns), torch.randn(columns)
     residual = torch.randn(6, columns) if with_residual else None
     expected = reference.layernorm_quantize(x, residual, weight, bias, 1e-12)[0]
-    y, codes, scale, row_sum = layernorm_quantize(x, residual, weight, bias, 1e-12, static)
+    y, codes, scale, row_sum = layernorm_quantize(x, residual, weight, bias, 1e-12, *static)
     torch.testing.assert_close(y.double(), expected, rtol=1e-5, atol=1e-5)
     wanted, wanted_scale, _ = reference.quantize_rows(y)
-    if static is not None:
-        wanted, wanted_scale = reference.requantize(y, static), torch.full((6,), static)
-    assert int((codes.int() - wanted.int()).abs().max()) <= (0 if static is None else 1)
-    assert torch.equal(scale, wanted_scale)
+    if static[0]:
+        wanted, wanted_scale = reference.requantize(y, *static), torch.full((6,), static[0])
+    assert torch.equal(codes, wanted) and torch.equal(scale, wanted_scale)
     assert torch.equal(row_sum, codes.sum(1, dtype=torch.int32))
 
 
@@ -212,6 +215,8 @@ def test_embedding_rows_are_exact(bits, features, input_groups, groups):
     ids = torch.tensor([0, 22, 7, 7])
     assert torch.equal(embedding(ids, table), dense[ids])
     assert torch.equal(embedding(ids.int(), table, torch.float16), dense[ids].half())
+    outside = embedding(torch.tensor([23, -1, 5]), table)  # never a wrong number
+    assert bool(outside[:2].isnan().all()) and torch.equal(outside[2], dense[5])
 
 
 @pytest.mark.parametrize("tables", [1, 2, 3])
@@ -226,6 +231,9 @@ def test_embeddings_summed_normalized_and_quantized(tables):
     torch.testing.assert_close(y.double(), expected, rtol=1e-4, atol=1e-5)
     for got, wanted in zip((codes, scale, row_sum), reference.quantize_rows(y), strict=True):
         assert torch.equal(got, wanted)
+    y, codes, scale, row_sum = embed_layernorm(pairs, weight, bias, 1e-12, torch.float16, 0.03, -9)
+    assert torch.equal(codes, reference.requantize(y.float(), 0.03, -9)) and bool((scale == 0.03).all())
+    assert torch.equal(row_sum, codes.sum(1, dtype=torch.int32))
 
 
 @pytest.mark.parametrize("head_dim", [32, 64, 24])
@@ -237,8 +245,10 @@ def test_attention_over_sequences_of_different_lengths(lengths, head_dim):
     expected = reference.attention(query, key, value, starts, head_dim**-0.5)
     got = attention(query, key, value, starts, max(lengths), head_dim**-0.5)
     torch.testing.assert_close(got.double(), expected, rtol=2e-3, atol=2e-3)
-    codes = attention(query, key, value, starts, max(lengths), head_dim**-0.5, out_scale=0.02)
-    assert int((codes.int() - reference.requantize(expected, 0.02).int()).abs().max()) <= 1
+    sums = torch.zeros(sum(lengths), dtype=torch.int32)
+    codes = attention(query, key, value, starts, max(lengths), head_dim**-0.5, 0.02, -60, sums)
+    assert int((codes.int() - reference.requantize(expected, 0.02, -60).int()).abs().max()) <= 1
+    assert torch.equal(sums, codes.sum((1, 2), dtype=torch.int32))
 
 
 def test_empty_batches():

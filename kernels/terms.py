@@ -1,0 +1,89 @@
+"""What the epilogue of an int8 product needs of a packed layer: scale, zero and bias per output row.
+
+    y[t, o] = (acc[t, o] - zero[o] row_sum[t]) scale[o] x_scale[t] + bias[o]
+
+Static activations have a zero of their own, x ~ x_scale (xq - x_zero). Its part of the sum does not depend on x and
+goes into the bias:
+
+    sum_i (xq - x_zero)(q - zero) = acc - zero row_sum - x_zero (sum_i q - I zero)
+
+    terms = Terms.prepare(packed, 768, scale, zero, row_group, bias, bits=4)
+    y = operators.matmul_a8(xq, x_scale, row_sum, packed, terms.scale, terms.zero, terms.bias, bits=4)
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from qbert.kernels import formats, reference
+
+
+def fixed_point_zero(zero: Tensor, bits: int, columns: int) -> Tensor | None:
+    """zero [O] for `matmul_a8`: None where all are 0, int32 zero * 2^(8 - bits) where that is exact, else float32.
+
+    int32 also wants |zero| * 2^(8 - bits) * 128 * columns, plus the product itself, below 2^31.
+    """
+    if not bool((zero != 0).any()):
+        return None
+    scaled = zero.double() * (1 << (8 - bits))
+    room = float(scaled.abs().max()) * 128 + 128 * 128
+    if bool((scaled == scaled.round()).all()) and room * columns < 2**31:
+        return scaled.to(torch.int32)
+    return zero.float().contiguous()
+
+
+class Terms(NamedTuple):
+    """The terms of one layer, or of several with one input whose rows lie under each other.
+
+    scale float32 [O]; zero [O] as `fixed_point_zero` gives it; row_zero float32 [O], the zero itself; bias float32 [O]
+    or None, the part of a static activation zero included.
+    """
+
+    scale: Tensor
+    zero: Tensor | None
+    row_zero: Tensor
+    bias: Tensor | None
+
+    @classmethod
+    def prepare(
+        cls,
+        packed: Tensor,
+        columns: int,
+        scale: Tensor,
+        zero: Tensor,
+        row_group: Tensor | None,
+        bias: Tensor | None,
+        bits: int,
+        static_scale: float = 0.0,
+        static_zero: int = 0,
+    ) -> Terms:
+        """From packed uint8 [O, row bytes], scale and zero [G, 1], row_group [O] or None, bias [O] or None.
+
+        `static_scale` and `static_zero` describe the input where it is quantized statically. Nothing returned shares
+        memory with an argument.
+        """
+        rows = packed.shape[0]
+        row_scale = reference.expand_groups(scale, row_group, rows)[:, 0].float().contiguous().clone()
+        row_zero = reference.expand_groups(zero, row_group, rows)[:, 0].float().contiguous().clone()
+        whole = None if bias is None else bias.detach().float().clone()
+        if static_scale > 0 and static_zero:
+            sums = formats.unpack(packed, bits, columns).sum(dim=1, dtype=torch.int64).float()
+            shift = static_scale * static_zero * row_scale * (sums - columns * row_zero)
+            whole = -shift if whole is None else whole - shift
+        return cls(row_scale, fixed_point_zero(row_zero, bits, columns), row_zero, whole)
+
+    @classmethod
+    def join(cls, parts: list[Terms], columns: int) -> Terms:
+        """The terms for `matmul_a8_mixed`, whose integer zeros are not multiplied by 2^(8 - bits)."""
+        row_zero = torch.cat([p.row_zero for p in parts])
+        some = any(p.bias is not None for p in parts)
+        biases = [torch.zeros_like(p.scale) if p.bias is None else p.bias for p in parts]
+        return cls(
+            torch.cat([p.scale for p in parts]),
+            fixed_point_zero(row_zero, 8, columns),
+            row_zero,
+            torch.cat(biases) if some else None,
+        )
