@@ -35,15 +35,15 @@ _CHUNK_TOKENS = 256  # tokens per thread whose activations stay in a level-2 cac
 
 
 def optimize_for_inference(packed: Model, *, inplace: bool = False) -> Model:
-    """A packed model that runs fast on a CPU.
+    """A packed model that runs fast on the device it is on: a CPU, or a GPU (`qbert.inference_gpu`).
 
-    The int8 operands are made here and kept beside the packed tensors (one byte a weight; small tables in float); the
-    model can still be saved, moved to another dtype, and asked for hidden states or attentions, for which it takes the
-    slow path. Hidden states of padding are zero. Where an encoder cannot be fused, the reason is logged and its layers
-    run one by one.
+    On a CPU the int8 operands are made here and kept beside the packed tensors (one byte a weight; small tables in
+    float). The model can still be saved, moved to another dtype, and asked for hidden states or attentions, for which
+    it takes the slow path. Hidden states of padding are zero. Where an encoder cannot be fused, the reason is logged
+    and its layers run one by one.
 
     Args:
-        packed: what `qbert.pack`, `qbert.load` or ``from_pretrained`` returned, on the CPU.
+        packed: what `qbert.pack`, `qbert.load` or ``from_pretrained`` returned, on the CPU or a CUDA device.
         inplace: prepare `packed` itself instead of a copy.
 
     Raises:
@@ -52,12 +52,17 @@ def optimize_for_inference(packed: Model, *, inplace: bool = False) -> Model:
     layers = [m for m in packed.modules() if isinstance(m, PackedTensor)]
     if not layers:
         raise ValueError(f"packed: {type(packed).__name__} has no packed layer; call qbert.pack first")
-    for layer in layers:
-        device = layer.owner.codes.device  # type: ignore[union-attr]
-        if device.type != "cpu":
-            raise ValueError(f"packed: the model is on {device}, but this is the CPU path; move it with .to('cpu')")
+    devices = {layer.owner.codes.device for layer in layers}  # type: ignore[union-attr]
+    if len(devices) > 1 or next(iter(devices)).type not in ("cpu", "cuda"):
+        names = ", ".join(sorted(map(str, devices)))
+        raise ValueError(f"packed: the model is on {names}; move it to the CPU or to one CUDA device with .to()")
     model = packed if inplace else deepcopy(packed)
     model.eval()
+    if next(iter(devices)).type == "cuda":
+        from qbert.inference_gpu import fuse_for_gpu
+
+        fuse_for_gpu(model)
+        return model
     _, base = base_model(model)
     encoder = getattr(base, "encoder", None)
     reason = _reason_not_to_fuse(encoder)
@@ -177,17 +182,20 @@ def _reason_not_to_fuse(encoder: Any) -> str:
     layers = getattr(encoder, "layer", None)
     if not isinstance(layers, nn.ModuleList) or not len(layers):
         return "it has no encoder.layer list"
-    layer: Any
-    for layer in layers:
-        if type(layer).__name__ not in _BERT_LAYERS or layer.is_decoder or layer.add_cross_attention:
-            return f"a {type(layer).__name__} is not an encoder layer of the BERT kind"
-        attention = layer.attention.self
-        parts = [attention.query, attention.key, attention.value, layer.attention.output.dense]
-        parts += [layer.intermediate.dense, layer.output.dense]
-        if not all(isinstance(p, PackedLinear) for p in parts):
-            return "some of its linear maps are in float"
-        if not all(_same_input(parts[0], p) for p in parts[1:3]):
-            return "query, key and value quantize their input differently"
+    return next(filter(None, map(reason_not_to_fuse_layer, layers)), "")
+
+
+def reason_not_to_fuse_layer(layer: Any) -> str:
+    """Why `layer` is not a packed encoder layer of the BERT kind with one input for Q, K and V; empty if it is."""
+    if type(layer).__name__ not in _BERT_LAYERS or layer.is_decoder or layer.add_cross_attention:
+        return f"a {type(layer).__name__} is not an encoder layer of the BERT kind"
+    attention = layer.attention.self
+    parts = [attention.query, attention.key, attention.value, layer.attention.output.dense]
+    parts += [layer.intermediate.dense, layer.output.dense]
+    if not all(isinstance(p, PackedLinear) for p in parts):
+        return "some of its linear maps are in float"
+    if not all(_same_input(parts[0], p) for p in parts[1:3]):
+        return "query, key and value quantize their input differently"
     return ""
 
 

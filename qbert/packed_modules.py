@@ -15,7 +15,9 @@ Reference: Shen et al. 2020, sections 3.1 and 3.3 (the grid and its groups).
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qbert.bits import TensorSpec
-from qbert.kernels import formats
+from qbert.kernels import dispatch, formats
 from qbert.kernels.cpu import CpuLinear
 from qbert.modules import WeightQuantizer
 from qbert.packed_layout import PackedLayout, row_group_of
@@ -108,8 +110,9 @@ class PackedTensor(nn.Module):
             return scale, owner.zero[group].float()
         return scale, torch.full_like(scale, _MIDRISE_ZERO if self.layout.spec.scheme == "midrise" else 0.0)
 
+    @abstractmethod
     def prepare(self) -> None:
-        """Make what a subclass needs to be fast on a CPU."""
+        """Make what a subclass needs to be fast on the device it is on."""
         raise NotImplementedError
 
     def _dequantize(self, rows: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -203,11 +206,17 @@ class PackedLinear(PackedTensor):
         self.register_buffer("input_zero", torch.zeros((), dtype=torch.float32) if static else None)
         dynamic = layout.spec.activation_bits is not None and not static
         self.activation_quantizer = ActivationQuantizer(8, "dynamic") if dynamic else None
-        self._fast: CpuLinear | None = None
+        self._fast: Callable[[Tensor], Tensor] | None = None
+        self._fast_device = torch.device("cpu")
 
     def prepare(self) -> None:
-        """Make the int8 operand for `qbert.kernels.cpu`, which every later call on the CPU uses."""
-        self._fast = self.cpu_linear()
+        """Make the operand of the int8 product, which every later call on this device uses."""
+        assert self.owner.codes is not None
+        self._fast_device = self.owner.codes.device
+        if self._fast_device.type == "cpu":
+            self._fast = self.cpu_linear()
+        elif self.spec.activation_range in (None, "dynamic", "static"):  # what the GPU kernels know
+            self._fast = self._gpu_linear()
 
     def cpu_linear(self) -> CpuLinear:
         """This layer, bias and activation quantization included, as an int8 product of `qbert.kernels.cpu`."""
@@ -215,6 +224,20 @@ class PackedLinear(PackedTensor):
         rows = torch.arange(self.rows)
         bits = self.layout.bits
         return CpuLinear.prepare(self.int_codes(), scale, zero, rows, self.bias, bits, **self.activation_arguments())
+
+    def _gpu_linear(self) -> Callable[[Tensor], Tensor]:
+        scale, zero = self.row_grids()
+        packed = self.owner.codes
+        assert packed is not None
+        return partial(
+            dispatch.linear,
+            packed=packed,
+            scale=scale,
+            zero=zero,
+            bias=None if self.bias is None else self.bias.detach(),
+            bits=self.layout.bits,
+            **self.activation_arguments(),
+        )
 
     def activation_arguments(self) -> dict[str, Any]:
         """How the input is quantized, as the arguments of `CpuLinear.prepare`."""
@@ -226,7 +249,7 @@ class PackedLinear(PackedTensor):
     def forward(self, input: Tensor) -> Tensor:
         """[..., I] -> [..., O]. Raises RuntimeError in training mode."""
         self._refuse_training()
-        if self._fast is not None and input.device.type == "cpu" and not torch.compiler.is_compiling():
+        if self._fast is not None and input.device == self._fast_device and not torch.compiler.is_compiling():
             differentiable = input.requires_grad and torch.is_grad_enabled()
             if not differentiable and input.dtype != torch.float64:
                 return self._fast(input)
@@ -255,10 +278,18 @@ class PackedEmbedding(PackedTensor):
         super().__init__(num_embeddings, embedding_dim, layout, source)
         self.num_embeddings, self.embedding_dim, self.padding_idx = num_embeddings, embedding_dim, padding_idx
         self._float_table: Tensor | None = None
+        self._grids: tuple[Tensor, Tensor] | None = None
 
     def prepare(self) -> None:
-        """Keep the float values of a table of at most 2^20 values, whose rows take longer to unpack than to read."""
-        if self.rows * self.columns <= _SMALL_TABLE:
+        """Keep what is read faster than made.
+
+        On a CPU the float values of a table of at most 2^20 values, whose rows take longer to unpack than to read; on a
+        GPU the grids of all rows, for one kernel that gathers and dequantizes.
+        """
+        assert self.owner.codes is not None
+        if self.owner.codes.device.type != "cpu":
+            self._grids = self.row_grids()
+        elif self.rows * self.columns <= _SMALL_TABLE:
             self._float_table = self._dequantize(None, torch.float32)
 
     def forward(self, input: Tensor) -> Tensor:
@@ -268,4 +299,10 @@ class PackedEmbedding(PackedTensor):
             return torch.empty(*input.shape, self.embedding_dim, dtype=self.dtype, device=input.device)
         if self._float_table is not None and input.device.type == "cpu" and self.dtype == torch.float32:
             return F.embedding(input, self._float_table)
+        if self._grids is not None and input.device == self._grids[0].device:
+            codes, bits = self.owner.codes, self.layout.bits
+            assert codes is not None
+            return dispatch.embedding(
+                input, codes, *self._grids, bits=bits, features=self.embedding_dim, dtype=self.dtype
+            )
         return self._dequantize(input.reshape(-1), self.dtype).reshape(*input.shape, self.embedding_dim)
