@@ -169,7 +169,16 @@ class Recipe:
 
     def bits_config(self, bits: int) -> BitsConfig:
         """The quantizers that the recipe was made for, at this number of bits."""
-        return BitsConfig(bits, **{**self.quantization.get("*", {}), **self.quantization.get(str(bits), {})})
+        return self.adapt(BitsConfig(bits))
+
+    def adapt(self, config: BitsConfig) -> BitsConfig:
+        """The same bits with the recipe's quantizers, where `config` does not say otherwise."""
+        rules = {}
+        for pattern, settings in config.rules.items():
+            ours = self.quantization.get(str(settings["bits"]), {})
+            rules[pattern] = {**{k: v for k, v in ours.items() if k not in config.defaults}, **settings}
+        defaults = {**self.quantization.get("*", {}), **config.defaults}
+        return BitsConfig(rules, embedding_bits=config.embedding_bits, **defaults)
 
     @property
     def terms(self) -> list[str]:

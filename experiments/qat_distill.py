@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-import time
 import warnings
 from pathlib import Path
 from typing import Any
@@ -75,7 +74,7 @@ def check_request(arguments: argparse.Namespace) -> tuple[Any, Any]:
         if not Path(arguments.bits_config).is_file():
             raise FileNotFoundError(f"--bits-config {arguments.bits_config} is no file; write one with BitsConfig.save")
         return recipe, BitsConfig.load(arguments.bits_config)
-    return recipe, recipe.bits_config(arguments.bits)
+    return recipe, BitsConfig(arguments.bits)
 
 
 def print_cost(comparison: Comparison, left: list[tuple[str, int]]) -> None:
@@ -161,8 +160,7 @@ def main() -> None:
     comparison = Comparison(arguments, recipe, bits, folder)
     results = Results(folder / "results.json", asked_of(comparison), arguments.resume)
     if "PTQ" not in results.content["rows"]:
-        start = time.monotonic()
-        row = comparison.row(comparison.student("ptq"), time.monotonic() - start)
+        row = comparison.post_training_row()
         results.add("PTQ", row, **heading(comparison))
     print(describe("post-training quantization", results.content["rows"]["PTQ"][0]))
     methods = ["kd", "qat"] + (["float"] if arguments.float_control else [])

@@ -9,6 +9,7 @@ import transformers
 from encoders import build, inputs_for
 
 import qbert
+from qbert import BitsConfig
 from qbert.distill import Match, Recipe, Stage, recipes
 from qbert.distill.recipes import RECIPES
 from qbert.distill.students import student_with_layers
@@ -143,3 +144,17 @@ def test_activation_scales_can_be_learned() -> None:
     dynamic = qbert.quantize_model(build("bert"), 4).bert.encoder.layer[0].output.dense.activation_quantizer
     with pytest.raises(ValueError, match="found at run time"):
         dynamic.learn()
+
+
+def test_a_recipe_adds_its_grids_where_the_bits_do_not_say_otherwise() -> None:
+    mixed = BitsConfig({"encoder.layer.0": 3, "encoder.layer.1": 2, "embeddings": 4, "*": 8}, embedding_bits=8)
+    adapted = recipes.qbert_kd().adapt(mixed)
+    specs = adapted.resolve(build("bert"))
+    schemes = {spec.bits: {s.scheme for s in specs.values() if s.bits == spec.bits} for spec in specs.values()}
+    assert schemes == {2: {"midrise"}, 3: {"asymmetric"}, 4: {"asymmetric"}}
+    assert {n: s.bits for n, s in specs.items()} == {n: s.bits for n, s in mixed.resolve(build("bert")).items()}
+    for own in (BitsConfig(2, scheme="symmetric"), BitsConfig({"*": {"bits": 2, "scheme": "symmetric"}})):
+        assert {s.scheme for s in recipes.qbert_kd().adapt(own).resolve(build("bert")).values() if s.bits == 2} == {
+            "symmetric"
+        }
+    assert recipes.ternarybert().bits_config(2).defaults == {"groups": 1}

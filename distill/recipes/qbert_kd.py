@@ -1,7 +1,9 @@
 """Our own recipe for low-bit encoders.
 
-Source: this project; the losses of TernaryBERT (Zhang et al. 2020) as masked means on a normalised scale, with learned
-step sizes (Esser et al. 2020).
+Source: this project; the losses of TernaryBERT (Zhang et al. 2020) as masked means, with learned step sizes (Esser et
+al. 2020). Compared on rows of SST-2 that were not trained on, 2 bits, 125 steps: dropout off (the teacher has none
+either) and plain squares rather than squares relative to the teacher's each take a sixth off the divergence from the
+teacher, and so does a grid of four levels without zero.
 """
 
 from __future__ import annotations
@@ -18,13 +20,15 @@ def qbert_kd(*, temperature: float = 1.0, hidden: float = 1.0, scores: float = 1
     """
     matches = (
         Match("logits", options={"temperature": temperature}),
-        Match("hidden", weight=hidden, options={"normalized": True}),
-        Match("scores", weight=scores, options={"normalized": True}),
+        Match("hidden", weight=hidden),
+        Match("scores", weight=scores),
     )
     return Recipe(
         name="qbert_kd",
         source="this project",
         stages=(Stage("distillation", matches),),
         steps="learned",
+        dropout=False,
+        quantization={"2": {"scheme": "midrise"}},
         arguments={"learning_rate": 1e-4, "num_train_epochs": 3, "warmup_steps": 0.1},
     )
