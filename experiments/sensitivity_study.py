@@ -2,13 +2,15 @@
 
     python experiments/sensitivity_study.py
     python experiments/sensitivity_study.py --data-dir DATA --tasks sst2 cola mnli wnut17
+    python experiments/sensitivity_study.py --collect FOLDER1 FOLDER2 --report PAGE.md
 
 For every encoder layer (or half layer, or matrix) and bit width, `qbert.sensitivity` puts Q-BERT's |mean| + std of the
 top Hessian eigenvalue beside trace, quadratic form, Taylor expansion, plain weight error, and the true change of the
 loss. Each measure then decides who gets the larger of two bit widths, by rank (the paper's rule) and by exact
 minimisation of its predicted damage at the same size; the quantized models are scored on held-out data, beside all
-other allocations of that size (or a random sample of them). Writes study.md, study.json, study.png, study-<task>.png
-and sensitivity-<task>.json.
+other allocations of that size (or a random sample of them). Writes study.md and study.png over all tasks, and
+study-<task>.json, study-<task>.png and sensitivity-<task>.json. ``--collect`` puts the finished studies of several
+folders (of tasks with settings of their own) onto one page.
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ from common import (
     provenance,
     run_script,
 )
-from study_report import Studied, plot, plot_summary, section, summary
+from study_report import Study, page, plot, plot_summary, section
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -57,6 +59,8 @@ def parse_arguments() -> argparse.Namespace:
         default=20,
         help="score all allocations of a size, or this many random ones; default: 20",
     )
+    parser.add_argument("--collect", nargs="+", metavar="FOLDER", help="measure nothing; join finished studies")
+    parser.add_argument("--report", help="Markdown file to write, a picture beside it; default: <output-dir>/study.md")
     return parser.parse_args()
 
 
@@ -144,8 +148,11 @@ def main() -> None:
     arguments = parse_arguments()
     pairs = parse_pairs(arguments.pairs, arguments.bits)
     folder = prepare_run(arguments, "sensitivity_study")
+    target = Path(arguments.report) if arguments.report else folder / "study.md"
+    if arguments.collect:
+        write_page(collected(arguments.collect), target)
+        return print(f"written to {target}")
     from qbert.choices import check_widths
-    from qbert.files import write_json, write_whole
     from qbert.perturbation import target_specs
     from qbert.tasks import build_model, load_task
 
@@ -156,9 +163,7 @@ def main() -> None:
     names = arguments.tasks or [arguments.task]
     tasks = [load_task(name, data_dir=arguments.data_dir) for name in names]
     target_specs(build_model(tasks[0], arguments.model)[0], 4, **settings)  # refuses groups that do not fit
-    page: list[str] = []
-    studied: Studied = {}
-    results: dict[str, Any] = {}
+    studies: list[Study] = []
     for task in tasks:
         print(task.describe())
         tuned = fine_tuned(task, arguments)
@@ -172,17 +177,40 @@ def main() -> None:
             compare(report, model, scores, pair, settings, most=arguments.allocations, seed=arguments.seed)
             for pair in pairs
         ]
-        text = section(report, scores, comparisons, task)
-        print("\n" + text)
-        page += ["", f"## {task.name}", "", task.describe(), "", text]
-        studied[task.name] = report, comparisons
-        results[task.name] = {"task": task.describe(), "float": scores.float, "comparisons": comparisons}
-        plot(report, comparisons, f"{task.name}: agreement with the truth", folder / f"study-{task.name}.png")
-        write_json(folder / "study.json", results)
-        plot_summary(studied, folder / "study.png")
-        whole = ["# Which measure of sensitivity is right?", "", provenance(), "", summary(studied), *page]
-        write_whole(folder / "study.md", partial(Path.write_text, data="\n".join(whole) + "\n", encoding="utf-8"))
+        study = Study(task.name, task.describe(), provenance(), task.primary_metric, scores.float, comparisons, report)
+        study.save(folder)
+        print("\n" + section(study))
+        plot(study, folder / f"study-{task.name}.png")
+        studies.append(study)
+        write_page(studies, target)
     print(f"\nwritten to {folder}: " + ", ".join(sorted(p.name for p in folder.iterdir() if p.name[0] != ".")))
+
+
+def collected(folders: list[str]) -> list[Study]:
+    """The finished studies in `folders`.
+
+    Raises:
+        ValueError: a folder without one, or a task that is in two of them.
+    """
+    studies: dict[str, Study] = {}
+    for folder in map(Path, folders):
+        files = sorted(folder.glob("study-*.json"))
+        if not files:
+            raise ValueError(f"--collect: {folder} holds no finished study (study-<task>.json); run one there")
+        for file in files:
+            task = file.stem.removeprefix("study-")
+            if task in studies:
+                raise ValueError(f"--collect: {task} was studied in two of the folders; leave one of them out")
+            studies[task] = Study.load(folder, task)
+    return list(studies.values())
+
+
+def write_page(studies: list[Study], target: Path) -> None:
+    """The page of all `studies`, and their common picture beside it."""
+    from qbert.files import write_whole
+
+    write_whole(target, partial(Path.write_text, data=page(studies), encoding="utf-8"))
+    plot_summary(studies, target.with_suffix(".png"))
 
 
 if __name__ == "__main__":

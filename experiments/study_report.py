@@ -1,37 +1,89 @@
 """Pages and pictures of the sensitivity study: one section and one plot a task, and what all tasks say together.
 
-section(report, scores, comparisons, task)
-summary({"sst2": (report, comparisons)})
+study = Study.load(folder, "sst2")
+print(section(study), summary([study]))
 """
 
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from allocation_compare import Scores
 
-Studied = dict[str, tuple[Any, list[dict[str, Any]]]]  # task name -> its `Sensitivities` and its comparisons
+@dataclass(frozen=True)
+class Study:
+    """What was found on one task.
+
+    Attributes:
+        task: its name.
+        described: its data, in a line.
+        made_by: command, machine and versions, in a line.
+        metric: primary metric on held-out data.
+        float: (loss, score) of the float model there.
+        comparisons: allocations by pair of widths, see `allocation_compare.compare`.
+        report: `Sensitivities`; in a file of its own.
+    """
+
+    task: str
+    described: str
+    made_by: str
+    metric: str
+    float: tuple[float, float]
+    comparisons: list[dict[str, Any]]
+    report: Any
+
+    def save(self, folder: Path) -> None:
+        """Write ``study-<task>.json``; the report is there already, as ``sensitivity-<task>.json``."""
+        from qbert.files import write_json
+
+        kept = {name: value for name, value in vars(self).items() if name != "report"}
+        write_json(folder / f"study-{self.task}.json", kept)
+
+    @classmethod
+    def load(cls, folder: Path, task: str) -> Study:
+        """Read what `save` wrote.
+
+        Raises:
+            FileNotFoundError: no finished study of `task` in `folder`; ValueError: a damaged file.
+        """
+        from qbert.files import read_json
+        from qbert.sensitivity_report import Sensitivities
+
+        report = Sensitivities.load(folder / f"sensitivity-{task}.json")
+        try:
+            return cls(**read_json(folder / f"study-{task}.json"), report=report)
+        except TypeError as error:
+            raise ValueError(f"{folder}/study-{task}.json is not a study ({error}); run the study again") from error
 
 
-def section(report: Any, scores: Scores, comparisons: list[dict[str, Any]], task: Any) -> str:
+def page(studies: Sequence[Study]) -> str:
+    """The whole page in Markdown: the summary, then a section a task."""
+    parts = ["# Which measure of sensitivity is right?", "", summary(studies)]
+    for study in studies:
+        parts += ["", f"## {study.task}", "", study.described, "", study.made_by, "", section(study)]
+    return "\n".join(parts) + "\n"
+
+
+def section(study: Study) -> str:
     """Markdown of one task."""
     from qbert.report import markdown_table
 
-    loss, score = scores.float
+    report, (loss, score) = study.report, study.float
     found = report.rank_correlations()
     header = ["rank correlation (tau / rho) with the true loss change", *(f"{b} bits" for b in report.bits)]
     rows = [[m, *(f"{c.kendall:+.2f} / {c.spearman:+.2f}" for c in by.values())] for m, by in found.items()]
     parts = [
         f"{len(report.names)} blocks ({report.settings['granularity']}), {report.settings['samples']} training rows, "
-        f"training loss {report.loss:.4f}; float model on held-out data: loss {loss:.4f}, {task.primary_metric} "
+        f"training loss {report.loss:.4f}; float model on held-out data: loss {loss:.4f}, {study.metric} "
         f"{score:.2f}.",
         "",
         markdown_table(header, rows),
     ]
-    for entry in comparisons:
+    for entry in study.comparisons:
         losses = sorted(other for other, _ in entry["others"])
         kind = "all" if entry["all"] else "random"
         others = f"{len(losses)} {kind} allocations of {'/'.join(map(str, entry['pair']))} bits"
@@ -41,7 +93,7 @@ def section(report: Any, scores: Scores, comparisons: list[dict[str, Any]], task
             f"median {losses[len(losses) // 2]:.4f}:",
             "",
             markdown_table(
-                ["measure", "rule", "bits of the blocks", "loss", task.primary_metric, "others that do better"],
+                ["measure", "rule", "bits of the blocks", "loss", study.metric, "others that do better"],
                 [
                     (
                         p["metric"],
@@ -58,7 +110,7 @@ def section(report: Any, scores: Scores, comparisons: list[dict[str, Any]], task
     return "\n".join(parts)
 
 
-def plot(report: Any, comparisons: list[dict[str, Any]], title: str, path: Path) -> None:
+def plot(study: Study, path: Path) -> None:
     """Left: rank correlations by measure and width. Right: held-out loss of every measure's allocation."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -66,6 +118,7 @@ def plot(report: Any, comparisons: list[dict[str, Any]], title: str, path: Path)
     from qbert.files import write_whole
     from qbert.sensitivity_report import METRICS
 
+    report, comparisons = study.report, study.comparisons
     figure = Figure(figsize=(6 + 4.5 * len(comparisons), 4.8), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(1, 1 + len(comparisons))
@@ -78,7 +131,7 @@ def plot(report: Any, comparisons: list[dict[str, Any]], title: str, path: Path)
     axes[0].set_xticks(range(len(found)), list(found), rotation=40, ha="right")
     axes[0].set_ylabel("Kendall's tau with the true loss change")
     axes[0].axhline(0, color="0.6", linewidth=0.8)
-    axes[0].set_title(title)
+    axes[0].set_title(f"{study.task}: agreement with the truth")
     for axis, entry in zip(axes[1:], comparisons, strict=True):
         losses = [loss for loss, _ in entry["others"]]
         for loss in losses:
@@ -93,21 +146,22 @@ def plot(report: Any, comparisons: list[dict[str, Any]], title: str, path: Path)
     write_whole(path, lambda aside: figure.savefig(aside, dpi=150))
 
 
-def summary(studied: Studied) -> str:
+def summary(studies: Sequence[Study]) -> str:
     """Markdown over all tasks: agreement with the true loss change, and the allocation that each measure leads to."""
     from qbert.report import markdown_table
     from qbert.sensitivity_report import METRICS, TRUTH
 
-    tau = {metric: [_mean_tau(report, metric) for report, _ in studied.values()] for metric in METRICS[:-1]}
+    names = [study.task for study in studies]
+    tau = {metric: [_mean_tau(study.report, metric) for study in studies] for metric in METRICS[:-1]}
     parts = [
         "Kendall's tau of each measure's ranking of the blocks with that of the true loss change, mean over bits:",
         "",
         markdown_table(
-            ["measure", *studied, "mean"],
+            ["measure", *names, "mean"],
             [[m, *(f"{v:+.2f}" for v in values), f"{mean(values):+.2f}"] for m, values in tau.items()],
         ),
     ]
-    entries = [comparisons for _, comparisons in studied.values()]
+    entries = [study.comparisons for study in studies]
     for index, entry in enumerate(entries[0]):
         rules = list(dict.fromkeys(p["rule"] for found in entries for p in found[index]["picks"]))
         rows = []
@@ -117,14 +171,14 @@ def summary(studied: Studied) -> str:
                 cells = [f"{pick['score']:.2f} ({100 * pick['better']:.0f} %)" for pick in picks]
                 label = f"{metric} (measured)" if metric == TRUTH else metric
                 rows.append([label, rule, *cells, f"{100 * mean(pick['better'] for pick in picks):.0f} %"])
-        floats = ", ".join(f"{name} {score:.2f}" for name, score in _medians(studied, index).items())
+        typical = ", ".join(f"{study.task} {_median_score(study, index):.2f}" for study in studies)
         parts += [
             "",
             f"Held-out score of the allocation at {entry['average']:.2f} bits a weight that each measure leads to, and "
             f"the share of other allocations of that size with a smaller held-out loss (0 % is best; the median "
-            f"allocation scores {floats}):",
+            f"allocation scores {typical}):",
             "",
-            markdown_table(["measure", "rule", *studied, "mean share"], rows),
+            markdown_table(["measure", "rule", *names, "mean share"], rows),
         ]
     return "\n".join(parts)
 
@@ -137,13 +191,13 @@ def _pick(entry: dict[str, Any], metric: str, rule: str) -> dict[str, Any] | Non
     return next((p for p in entry["picks"] if (p["metric"], p["rule"]) == (metric, rule)), None)
 
 
-def _medians(studied: Studied, index: int) -> dict[str, float]:
-    """Task -> median score of the other allocations."""
-    scores = {name: sorted(s for _, s in comparisons[index]["others"]) for name, (_, comparisons) in studied.items()}
-    return {name: found[len(found) // 2] for name, found in scores.items()}
+def _median_score(study: Study, index: int) -> float:
+    """Median score of the other allocations."""
+    scores = sorted(score for _, score in study.comparisons[index]["others"])
+    return float(scores[len(scores) // 2])
 
 
-def plot_summary(studied: Studied, path: Path) -> None:
+def plot_summary(studies: Sequence[Study], path: Path) -> None:
     """Left: mean rank correlation by measure, a bar a task. Others: share of allocations better than the chosen one."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -151,19 +205,20 @@ def plot_summary(studied: Studied, path: Path) -> None:
     from qbert.files import write_whole
     from qbert.sensitivity_report import METRICS
 
-    entries = next(iter(studied.values()))[1]
+    entries = studies[0].comparisons
     figure = Figure(figsize=(6 + 5 * len(entries), 4.8), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(1, 1 + len(entries))
-    width = 0.8 / len(studied)
-    for i, (name, (report, comparisons)) in enumerate(studied.items()):
-        shift = (i - (len(studied) - 1) / 2) * width
+    width = 0.8 / len(studies)
+    for i, study in enumerate(studies):
+        shift = (i - (len(studies) - 1) / 2) * width
         places = [x + shift for x in range(len(METRICS))]
-        axes[0].bar(places[:-1], [_mean_tau(report, m) for m in METRICS[:-1]], width, label=name, color=f"C{i}")
-        for axis, entry in zip(axes[1:], comparisons, strict=True):
+        heights = [_mean_tau(study.report, m) for m in METRICS[:-1]]
+        axes[0].bar(places[:-1], heights, width, label=study.task, color=f"C{i}")
+        for axis, entry in zip(axes[1:], study.comparisons, strict=True):
             for rule, marker in zip(dict.fromkeys(p["rule"] for p in entry["picks"]), "o_x", strict=False):
                 shares = [100 * p["better"] for p in entry["picks"] if p["rule"] == rule]
-                label = f"{name}, {rule}"
+                label = f"{study.task}, {rule}"
                 axis.plot(places, shares, marker, color=f"C{i}", markersize=8, markerfacecolor="none", label=label)
     axes[0].axhline(0, color="0.6", linewidth=0.8)
     axes[0].set_ylabel("Kendall's tau with the true loss change, mean over bits")

@@ -9,6 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from encoders import build, inputs_for
@@ -51,7 +52,7 @@ def test_study_writes_what_it_promises(world: Path, granularity: str) -> None:
     assert done.returncode == 0, done.stderr
     assert {
         "study.md",
-        "study.json",
+        "study-sst2.json",
         "study.png",
         "study-sst2.png",
         "sensitivity-sst2.json",
@@ -60,7 +61,7 @@ def test_study_writes_what_it_promises(world: Path, granularity: str) -> None:
     } == {p.name for p in out.iterdir() if p.is_file()}
     report = Sensitivities.load(out / "sensitivity-sst2.json")
     assert report.settings["granularity"] == granularity and report.bits == (2, 3, 4, 8)
-    (entry,) = json.loads((out / "study.json").read_text())["sst2"]["comparisons"]
+    (entry,) = json.loads((out / "study-sst2.json").read_text())["comparisons"]
     rules = 3 if granularity == "layer" else 2
     assert len(entry["picks"]) == rules * len(METRICS)
     assert len(entry["others"]) == (2 if granularity == "layer" else 3)  # two layers: there are only two allocations
@@ -74,10 +75,11 @@ def test_study_writes_what_it_promises(world: Path, granularity: str) -> None:
             assert ranked[metric] == [4 if name == top else 2 for name in report.names]
     if granularity == "layer":
         (out / "sensitivity-sst2.json").unlink()
-        first = {name: (out / name).read_bytes() for name in ("spectrum-sst2.json", "scores-sst2.json", "study.json")}
+        first = {name: (out / name).read_bytes() for name in ("spectrum-sst2.json", "scores-sst2.json")}
         again = run(world, *more, "--resume")
         assert again.returncode == 0, again.stderr
         assert first == {name: (out / name).read_bytes() for name in first}
+        assert json.loads((out / "study-sst2.json").read_text())["comparisons"] == [entry]
         foreign = run(world, *more, "--resume", "--samples", "16")
         assert foreign.returncode == 2 and "was made with another samples" in foreign.stderr
     page = (out / "study.md").read_text()
@@ -85,6 +87,39 @@ def test_study_writes_what_it_promises(world: Path, granularity: str) -> None:
     assert f"{correlation.kendall:+.2f} / {correlation.spearman:+.2f}" in page
     mean = sum(found.kendall for found in report.rank_correlations()["curvature"].values()) / len(report.bits)
     assert f"| curvature | {mean:+.2f} | {mean:+.2f} |" in page  # one task: its own mean is that of all
+
+
+def test_studies_of_several_folders_make_one_page(world: Path) -> None:
+    (world / "a").mkdir()
+    names = ["encoder.layer.0", "encoder.layer.1"]
+    members = {name: [f"{name}.output.dense"] for name in names}
+    one, two = np.array([2.0, 1.0]), np.array([[2.0, 1.0], [1.5, 0.5]])
+    report = Sensitivities(
+        names,
+        members,
+        (2, 4),
+        **dict.fromkeys(("omega", "eigenvalue", "trace", "trace_error"), one),
+        **dict.fromkeys(("weight_error", "curvature", "gradient", "loss_change"), two),
+        loss=0.5,
+        settings={"granularity": "layer", "samples": 8},
+    )
+    pick = {"rule": "rank, 2/4", "bits": [4, 2], "loss": 0.7, "score": 81.5, "better": 0.25}
+    entry = {"pair": [2, 4], "average": 3.0, "all": True, "others": [[0.6, 82.0], [0.9, 70.0]]}
+    entry["picks"] = [{"metric": metric, **pick} for metric in METRICS]
+    for task, folder in (("sst2", "a"), ("cola", "b")):
+        report.save(world / folder / f"sensitivity-{task}.json")
+        content = {"task": task, "described": f"rows of {task}", "made_by": "a machine", "metric": "accuracy"}
+        content |= {"float": [0.5, 83.0], "comparisons": [entry]}
+        (world / folder / f"study-{task}.json").write_text(json.dumps(content))
+    done = run(world, "--collect", str(world / "a"), str(world / "b"), "--report", str(world / "page.md"))
+    assert done.returncode == 0, done.stderr
+    text = (world / "page.md").read_text()
+    assert "| omega | +1.00 | +1.00 | +1.00 |" in text and "rows of sst2" in text and "rows of cola" in text
+    assert "| trace | rank, 2/4 | 81.50 (25 %) | 81.50 (25 %) | 25 % |" in text
+    assert (world / "page.png").stat().st_size > 5000
+    for folders, words in ((["a", "a"], "sst2 was studied in two"), (["encoder"], "holds no finished study")):
+        refused = run(world, "--collect", *(str(world / f) for f in folders))
+        assert refused.returncode == 2 and words in refused.stderr
 
 
 @pytest.mark.parametrize(
