@@ -1,4 +1,4 @@
-"""The Triton kernels on a GPU: exact, again and again, for any number of tokens; captured in CUDA graphs."""
+"""The Triton kernels on a GPU: exact, again and again, for any number of tokens; whole encoders; CUDA graphs."""
 
 import pytest
 import torch
@@ -123,3 +123,47 @@ def test_tiles_are_measured_and_used():
 
     best = tune.tune("matmul_a8", tokens=256, rows=768, columns=768, bits=4)
     assert best == tiles.choose_tile("matmul_a8", 200, 768, 768, 4, torch.cuda.get_device_name())
+
+
+@pytest.mark.parametrize("static", [False, True])
+def test_whole_encoders_eagerly_and_through_graphs(static):
+    import transformers as tf
+
+    import qbert
+    from qbert.inference_gpu import GpuEncoder
+
+    config = tf.BertConfig(
+        hidden_size=256, intermediate_size=512, num_attention_heads=4, num_hidden_layers=3, vocab_size=500
+    )
+    model = tf.BertModel(config).eval()
+    draw = torch.Generator().manual_seed(0)
+
+    def batch(size, length):
+        mask = torch.arange(length) < torch.randint(1, length + 1, (size, 1), generator=draw)
+        return {"input_ids": torch.randint(5, 500, mask.shape, generator=draw), "attention_mask": mask.long()}
+
+    bits = {"encoder.layer.0.attention.self.query": 2, "encoder.layer.1": 3, "embeddings": 4, "*": 8}
+    packed = qbert.pack(qbert.quantize_model(model, bits, calibration_data=[batch(4, 32)] if static else None))
+    fast = qbert.optimize_for_inference(packed.to(DEVICE))
+    slow = GpuEncoder(packed.to("cpu"))  # the kernels' slow twins
+    assert fast.forward.graphs is not None
+    for size, length in [(3, 40), (3, 40), (3, 40), (2, 37), (1, 1), (17, 300), (17, 300)]:
+        given = batch(size, length)
+        keep = given["attention_mask"].bool()
+        expected = slow(**given)[0][keep]
+        got = fast(**{k: v.to(DEVICE) for k, v in given.items()})[0]
+        assert float((got[keep.to(DEVICE)].cpu() - expected).norm() / expected.norm()) < 0.02
+        assert bool((got[~keep.to(DEVICE)] == 0).all())
+    assert len(fast.forward.graphs) >= 2
+    given = {k: v.to(DEVICE) for k, v in batch(17, 300).items()}
+    first = fast(**given)[0]
+    for _ in range(100):
+        assert torch.equal(fast(**given)[0], first)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            assert torch.equal(fast(**given)[0], first)
+    half = qbert.optimize_for_inference(packed.half().to(DEVICE))
+    error = (half(**given)[0].float() - first).norm() / first.norm()
+    assert float(error) < 0.02

@@ -1,0 +1,34 @@
+"""Whole fused encoders on the Triton kernels in Triton's interpreter, against the kernels' slow twins.
+
+Run by `test_kernels_interpreted.py` in a process of its own, with TRITON_INTERPRET=1.
+"""
+
+import interpreted_asm  # noqa: F401  the interpreter cannot run inline assembly by itself
+import pytest
+from encoders import build, inputs_for
+from transformers import AutoModel
+
+import qbert
+from qbert.inference_gpu import GpuEncoder
+from qbert.kernels import operators
+from qbert.packed import pack
+
+BITS = {"encoder.layer.0.attention.self.query": 2, "encoder.layer.0.attention.self.key": 4, "embeddings": 4, "*": 3}
+
+
+@pytest.mark.parametrize(("family", "static"), [("bert", False), ("electra", True)])
+def test_the_kernels_of_a_fused_encoder_work_together(family, static, monkeypatch):
+    model = AutoModel.from_config(build(family).config).eval()
+    data = [inputs_for(family, 4, 12)] if static else None
+    packed = pack(qbert.quantize_model(model, BITS, calibration_data=data))
+    batch = inputs_for(family, 2, 7)
+    packed.forward = GpuEncoder(packed)
+    expected = packed(**batch)[0]
+    used = []
+    monkeypatch.setattr(operators, "implementation", lambda device: used.append(device) or "triton")
+    got = packed(**batch)[0]
+    # Per token range: products q, k, v | attention | quantize | output | norm | in | quantize | out | norm.
+    assert len(used) == 1 + 2 * (7 if static else 9) + (family == "electra")
+    keep = batch["attention_mask"].bool()
+    assert float((got - expected)[keep].norm() / expected[keep].norm()) < 0.01
+    assert bool((got[~keep] == 0).all())
