@@ -139,7 +139,7 @@ def _measure(
     weights = {name: [_parameter(targets[m]) for m in members] for name, members in blocks.items()}
     operator = HessianOperator(model, subset, weights, loss_fn=loss_fn)
     total = len(blocks) * (probes + len(specs))
-    with tqdm(total=total, desc="sensitivity", unit="product", disable=not progress) as bar:
+    with tqdm(total=total, desc="sensitivity", unit="product", disable=not progress, smoothing=0) as bar:
         for i, (name, members) in enumerate(blocks.items()):
 
             def product(vector: Tensor, name: str = name) -> Tensor:
@@ -159,7 +159,9 @@ def _measure(
                 found["gradient"][i, j] = float(slope @ moved.double())
     operator.release()
     changes = LossChanges(model, subset, loss_fn=loss_fn)
-    with tqdm(total=len(blocks) * len(specs), desc="loss change", unit="pass", disable=not progress) as bar:
+    with tqdm(
+        total=len(blocks) * len(specs), desc="loss change", unit="pass", disable=not progress, smoothing=0
+    ) as bar:
         for i, members in enumerate(blocks.values()):
             for j, by_path in enumerate(specs.values()):
                 quantized = {m: quantized_weight(targets[m], by_path[targets[m].path]) for m in members}

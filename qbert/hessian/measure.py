@@ -118,7 +118,9 @@ def hessian_spectrum(
     unit, total = (
         ("sample", runs * round(fraction * len(samples))) if method == "ggn" else ("product", 6 * runs * len(mine))
     )
-    with tqdm(total=total, desc="Hessian", unit=unit, disable=not progress or rank_and_world()[0] > 0) as bar:
+    # Products of lower blocks cost several times those of upper ones: only their mean over all so far tells the rest.
+    hidden = not progress or rank_and_world()[0] > 0
+    with tqdm(total=total, desc="Hessian", unit=unit, disable=hidden, smoothing=0) as bar:
         for run in range(runs):
             bar.set_postfix(run=f"{run + 1}/{runs}")
             work.run(run, subset, bar)

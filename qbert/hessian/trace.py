@@ -122,7 +122,7 @@ def hessian_traces(
     )
     operator = HessianOperator(model, subset, {b.name: b.parameters for b in blocks}, loss_fn=loss_fn)
     estimates = {}
-    with tqdm(total=len(blocks) * probes, desc="trace", unit="product", disable=not progress) as bar:
+    with tqdm(total=len(blocks) * probes, desc="trace", unit="product", disable=not progress, smoothing=0) as bar:
         for block in blocks:
             first = block.parameters[0]
 
