@@ -13,9 +13,9 @@ from qbert.kernels import formats
 ACTIVATIONS = (torch.float32, torch.float16, torch.bfloat16)
 
 
-def check_dtype(name: str, tensor: Tensor, *allowed: torch.dtype) -> None:
-    """Raises TypeError unless `tensor` has one of the allowed dtypes."""
-    if tensor.dtype not in allowed:
+def check_dtype(name: str, tensor: Tensor | None, *allowed: torch.dtype) -> None:
+    """Raises TypeError unless `tensor` (None passes) has one of the allowed dtypes."""
+    if tensor is not None and tensor.dtype not in allowed:
         wanted = " or ".join(str(d).removeprefix("torch.") for d in allowed)
         raise TypeError(f"{name} must be {wanted}, got {str(tensor.dtype).removeprefix('torch.')}; convert it first.")
 
@@ -51,6 +51,7 @@ def check_grid(packed: Tensor, scale: Tensor, zero: Tensor, row_group: Tensor | 
     if scale.shape[1] < 1 or columns % scale.shape[1]:
         raise ValueError(f"scale has {scale.shape[1]} input groups, which do not divide {columns} columns.")
     check_shape("row_group", row_group, rows)
+    check_dtype("row_group", row_group, torch.int32, torch.int64)
     if row_group is None and scale.shape[0] not in (1, rows):
         raise ValueError(f"row_group is needed to spread {scale.shape[0]} groups over {rows} rows.")
 
@@ -93,8 +94,24 @@ def check_activations(xq: Tensor, x_scale: Tensor, row_sum: Tensor | None) -> No
     if x_scale.shape not in ((1,), (xq.shape[0],)):
         raise ValueError(f"x_scale must have shape [1] or [{xq.shape[0]}], got {list(x_scale.shape)}.")
     check_shape("row_sum", row_sum, xq.shape[0])
-    if row_sum is not None:
-        check_dtype("row_sum", row_sum, torch.int32)
+    check_dtype("row_sum", row_sum, torch.int32)
+
+
+def check_terms(rows: int, scale: Tensor, zero: Tensor | None, bias: Tensor | None, *zero_dtypes: torch.dtype) -> None:
+    """scale and bias float32 [rows], zero [rows] in one of its dtypes: what an epilogue takes."""
+    for name, tensor, dtypes in (
+        ("scale", scale, (torch.float32,)),
+        ("zero", zero, zero_dtypes),
+        ("bias", bias, (torch.float32,)),
+    ):
+        check_shape(name, tensor, rows)
+        check_dtype(name, tensor, *dtypes)
+
+
+def check_row_sum(zero: Tensor | None, row_sum: Tensor | None) -> None:
+    """Row sums are given wherever a zero is."""
+    if zero is not None and row_sum is None:
+        raise ValueError("row_sum must be given with zero: quantize_rows returns it.")
 
 
 def check_rows(name: str, x: Tensor) -> None:
@@ -119,6 +136,8 @@ def check_requantized(scale: float, zero: int, row_sum: Tensor | None, like: Ten
             raise ValueError("out_row_sum is given for an output that is not int8; set out_scale, or leave it out.")
         check_dtype("out_row_sum", row_sum, torch.int32)
         check_shape("out_row_sum", row_sum, like.shape[0])
+        if not row_sum.is_contiguous():
+            raise ValueError("out_row_sum must be contiguous, since it is written to.")
         check_same_device(out_row_sum=row_sum, input=like)
 
 
@@ -138,18 +157,12 @@ def check_matmul_a8(
     """The arguments of `operators.matmul_a8`."""
     check_activations(xq, x_scale, row_sum)
     formats.check_packed(packed, bits, xq.shape[1])
-    rows = packed.shape[0]
-    check_dtype("scale", scale, torch.float32)
-    check_shape("scale", scale, rows)
-    check_shape("zero", zero, rows)
-    check_shape("bias", bias, rows)
-    check_shape("residual", residual, xq.shape[0], rows)
+    check_terms(packed.shape[0], scale, zero, bias, torch.float32, torch.int32)
+    check_row_sum(zero, row_sum)
+    check_shape("residual", residual, xq.shape[0], packed.shape[0])
+    check_dtype("residual", residual, *ACTIVATIONS)
     check_same_device(xq=xq, x_scale=x_scale, row_sum=row_sum, packed=packed, scale=scale, zero=zero, bias=bias)
     check_same_device(xq=xq, residual=residual)
-    if zero is not None:
-        check_dtype("zero", zero, torch.float32, torch.int32)
-        if row_sum is None:
-            raise ValueError("row_sum must be given with zero: quantize_rows returns it.")
     if out_dtype not in (*ACTIVATIONS, torch.int8):
         raise TypeError(f"out_dtype must be float32, float16, bfloat16 or int8, got {out_dtype}.")
     if (out_dtype == torch.int8) != (out_scale > 0):
@@ -175,10 +188,8 @@ def check_matmul_a8_mixed(
         formats.check_packed(weight, width, xq.shape[1])
         if weight.shape[0] != packed[0].shape[0]:
             raise ValueError(f"packed[{index}] has {weight.shape[0]} rows, packed[0] has {packed[0].shape[0]}.")
-    for name, tensor in (("scale", scale), ("zero", zero), ("bias", bias)):
-        check_shape(name, tensor, 3 * packed[0].shape[0])
-    if zero is not None and row_sum is None:
-        raise ValueError("row_sum must be given with zero: quantize_rows returns it.")
+    check_terms(3 * packed[0].shape[0], scale, zero, bias, torch.float32, torch.int32)
+    check_row_sum(zero, row_sum)
     if out_dtype not in ACTIVATIONS:
         raise TypeError(f"out_dtype must be float32, float16 or bfloat16, got {out_dtype}.")
     check_same_device(xq=xq, x_scale=x_scale, row_sum=row_sum, query=packed[0], key=packed[1], value=packed[2])
@@ -191,17 +202,23 @@ def check_matmul_a16(
     """The arguments of `operators.matmul_a16`."""
     check_rows("x", x)
     formats.check_packed(packed, bits, x.shape[1])
-    for name, tensor in (("scale", scale), ("zero", zero), ("bias", bias)):
-        check_shape(name, tensor, packed.shape[0])
+    check_terms(packed.shape[0], scale, zero, bias, torch.float32)
     check_same_device(x=x, packed=packed, scale=scale, zero=zero, bias=bias)
+
+
+def check_norm(width: int, weight: Tensor, bias: Tensor) -> None:
+    """Weight and bias [width] of a LayerNorm."""
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        check_shape(name, tensor, width)
+        check_dtype(name, tensor, *ACTIVATIONS)
 
 
 def check_layernorm(x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor) -> None:
     """The arguments of `operators.layernorm_quantize`."""
     check_rows("x", x)
     check_shape("residual", residual, *x.shape)
-    check_shape("weight", weight, x.shape[1])
-    check_shape("bias", bias, x.shape[1])
+    check_dtype("residual", residual, *ACTIVATIONS)
+    check_norm(x.shape[1], weight, bias)
     check_same_device(x=x, residual=residual, weight=weight, bias=bias)
 
 
@@ -223,7 +240,7 @@ def check_embed_layernorm(
     if out_dtype not in ACTIVATIONS:
         raise TypeError(f"out_dtype must be float32, float16 or bfloat16, got {out_dtype}.")
     check_shape("weight", weight, "features")
-    check_shape("bias", bias, weight.shape[0])
+    check_norm(weight.shape[0], weight, bias)
     check_same_device(weight=weight, bias=bias, ids=ids[0])
     for i, p, s, z, g, b in zip(ids, packed, scale, zero, row_group, bits, strict=True):
         check_shape("ids", i, ids[0].shape[0])
@@ -242,6 +259,8 @@ def check_attention(query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tenso
         check_dtype(name, tensor, query.dtype)
     check_dtype("cu_seqlens", cu_seqlens, torch.int32)
     check_shape("cu_seqlens", cu_seqlens, "sequences + 1")
+    if not cu_seqlens.shape[0]:
+        raise ValueError("cu_seqlens must hold at least the 0 at which the first sequence starts, got no element.")
     check_same_device(query=query, key=key, value=value, cu_seqlens=cu_seqlens)
     if any(t.stride(2) != 1 for t in (query, key, value)):
         raise ValueError("query, key and value must have unit stride over head_dim; call .contiguous().")

@@ -176,9 +176,8 @@ def _embedding(
     if implementation(packed.device) == "triton":
         from qbert.kernels.gpu.embedding import Table, embedding
 
-        groups = None if row_group is None else row_group.int()
-        table = Table(packed, scale.float(), zero.float(), groups, bits, features)
-        return embedding(ids.reshape(-1), table, dtype).reshape(*ids.shape, features)
+        table = Table.of(packed, scale, zero, row_group, bits, features)
+        return embedding(ids.reshape(-1).contiguous(), table, dtype).reshape(*ids.shape, features)
     rows = cpu.embedding(ids, packed, scale.float(), zero.float(), row_group, bits=bits, features=features)
     return rows.to(dtype)
 

@@ -89,15 +89,15 @@ def matmul_a8(
 
         return kernel(
             xq.contiguous(),
-            x_scale,
+            x_scale.contiguous(),
             packed.contiguous(),
-            scale,
+            scale.contiguous(),
             bits=bits,
-            zero=zero,
-            row_sum=row_sum,
-            bias=bias,
+            zero=_dense(zero),
+            row_sum=_dense(row_sum),
+            bias=_dense(bias),
             gelu=gelu,
-            residual=None if residual is None else residual.contiguous(),
+            residual=_dense(residual),
             out_dtype=out_dtype,
             out_scale=out_scale,
             out_zero=out_zero,
@@ -150,7 +150,15 @@ def matmul_a8_mixed(
         weights = (packed[0].contiguous(), packed[1].contiguous(), packed[2].contiguous())
         widths = (bits[0], bits[1], bits[2])
         return kernel(
-            xq.contiguous(), x_scale, weights, widths, scale, zero=zero, row_sum=row_sum, bias=bias, out_dtype=out_dtype
+            xq.contiguous(),
+            x_scale.contiguous(),
+            weights,
+            widths,
+            scale.contiguous(),
+            zero=_dense(zero),
+            row_sum=_dense(row_sum),
+            bias=_dense(bias),
+            out_dtype=out_dtype,
         )
     codes = torch.cat([formats.unpack(p, b, xq.shape[1]) for p, b in zip(packed, bits, strict=True)])
     no_zero = torch.zeros_like(scale) if zero is None else zero
@@ -172,7 +180,9 @@ def matmul_a16(
     if implementation(x.device) == "triton" and x.dtype != torch.float32:
         from qbert.kernels.gpu.matmul_a16 import matmul_a16 as kernel
 
-        return kernel(x.contiguous(), packed.contiguous(), scale, bits=bits, zero=zero, bias=bias)
+        return kernel(
+            x.contiguous(), packed.contiguous(), scale.contiguous(), bits=bits, zero=_dense(zero), bias=_dense(bias)
+        )
     codes = formats.unpack(packed, bits, x.shape[1])
     no_zero = torch.zeros_like(scale) if zero is None else zero
     return reference.matmul_a16(x, codes, scale[:, None], no_zero[:, None], bias).to(x.dtype)
@@ -202,9 +212,9 @@ def layernorm_quantize(
 
         return kernel(
             x.contiguous(),
-            None if residual is None else residual.contiguous(),
-            weight,
-            bias,
+            _dense(residual),
+            weight.contiguous(),
+            bias.contiguous(),
             eps,
             static_scale,
             static_zero,
@@ -250,9 +260,9 @@ def embed_layernorm(
         from qbert.kernels.gpu.embedding import Table
         from qbert.kernels.gpu.embedding import embed_layernorm as kernel
 
-        tables = [Table(*t, weight.shape[0]) for t in zip(packed, scale, zero, groups, bits, strict=True)]
-        pairs = list(zip(ids, tables, strict=True))
-        return kernel(pairs, weight, bias, eps, out_dtype, static_scale, static_zero)
+        tables = [Table.of(*t, weight.shape[0]) for t in zip(packed, scale, zero, groups, bits, strict=True)]
+        pairs = [(i.contiguous(), table) for i, table in zip(ids, tables, strict=True)]
+        return kernel(pairs, weight.contiguous(), bias.contiguous(), eps, out_dtype, static_scale, static_zero)
     features = weight.shape[0]
     rows = [
         cpu.embedding(i, p, s, z, g, bits=b, features=features)
@@ -297,7 +307,7 @@ def attention(
     if implementation(query.device) == "triton" and query.dtype != torch.float32:
         from qbert.kernels.gpu.attention import attention as kernel
 
-        return kernel(query, key, value, cu_seqlens, longest, scale, out_scale, out_zero, out_row_sum)
+        return kernel(query, key, value, cu_seqlens.contiguous(), longest, scale, out_scale, out_zero, out_row_sum)
     out = reference.attention(query, key, value, cu_seqlens, scale)
     return _requantize(out, out_scale, out_zero, out_row_sum) if out_scale else out.to(query.dtype)
 
@@ -311,6 +321,11 @@ def _(query, key, value, cu_seqlens, longest, scale, out_scale=0.0, out_zero=0, 
 
 def _like(x: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
+
+
+def _dense(tensor: Tensor | None) -> Tensor | None:
+    """What a kernel can read: it knows no strides of vectors."""
+    return None if tensor is None else tensor.contiguous()
 
 
 def _quantize(x: Tensor, static_scale: float, static_zero: int) -> tuple[Tensor, Tensor, Tensor]:

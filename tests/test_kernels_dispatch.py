@@ -223,12 +223,33 @@ def test_bad_input_is_refused_by_name():
         operators.matmul_a8(xq, x_scale[:2], row_sum, packed, row_scale, bits=4)
     with pytest.raises(ValueError, match="three weights, got 2 and 3"):
         operators.matmul_a8_mixed(xq, x_scale, row_sum, [packed] * 2, [4] * 3, row_scale.repeat(3))
+    with pytest.raises(TypeError, match="scale must be float32, got float64"):
+        operators.matmul_a8_mixed(xq, x_scale, row_sum, [packed] * 3, [4] * 3, row_scale.double().repeat(3))
+    with pytest.raises(TypeError, match="zero must be float32, got int32"):
+        operators.matmul_a16(x.half(), packed, row_scale, row_scale.int(), bits=4)
+    with pytest.raises(TypeError, match="bias must be float32, got float16"):
+        operators.matmul_a8(xq, x_scale, row_sum, packed, row_scale, None, row_scale.half(), bits=4)
+    with pytest.raises(TypeError, match="residual must be float32 or float16 or bfloat16, got float64"):
+        operators.layernorm_quantize(x, x.double(), torch.ones(96), torch.ones(96), 1e-5)
+    with pytest.raises(ValueError, match="one device, got xq on cpu, residual on meta"):
+        operators.matmul_a8(xq, x_scale, row_sum, packed, row_scale, None, None, torch.empty(3, 24).to("meta"), bits=4)
+    with pytest.raises(TypeError, match="row_group must be int32 or int64"):
+        dispatch.linear(x, packed, scale, zero, row_group.float(), bits=4)
+    with pytest.raises(ValueError, match=r"static zero must lie in -128\.\.127, got 200"):
+        operators.quantize_rows(x, 0.1, 200)
+    with pytest.raises(ValueError, match="not int8; set out_scale"):
+        operators.matmul_a8(xq, x_scale, row_sum, packed, row_scale, out_row_sum=row_sum, bits=4)
+    with pytest.raises(ValueError, match=r"one to three tables, got \[4\]"):
+        four = ([torch.tensor([1])] * 4, [packed] * 4, [scale] * 4, [zero] * 4, [row_group] * 4, [4] * 4)
+        operators.embed_layernorm(*four, torch.ones(96), torch.ones(96), 1e-5)
     query = torch.randn(4, 2, 8)
     starts = torch.tensor([0, 4], dtype=torch.int32)
     with pytest.raises(ValueError, match="unit stride"):
         operators.attention(query.transpose(1, 2), query.transpose(1, 2), query.transpose(1, 2), starts, 4, 1.0)
     with pytest.raises(TypeError, match="key must be float32"):
         operators.attention(query, query.half(), query, starts, 4, 1.0)
+    with pytest.raises(ValueError, match="cu_seqlens must hold at least the 0"):
+        operators.attention(query, query, query, starts[:0], 4, 1.0)
 
 
 def test_empty_batches_and_unusual_strides():
@@ -236,6 +257,30 @@ def test_empty_batches_and_unusual_strides():
     assert dispatch.linear(torch.zeros(0, 96), *parts, bits=4).shape == (0, 24)
     assert dispatch.linear(torch.zeros(2, 0, 96), *parts, bits=4).shape == (2, 0, 24)
     assert dispatch.embedding(torch.zeros(0, dtype=torch.int64), *parts[:4], bits=4, features=96).shape == (0, 96)
+    none = torch.zeros(0, 96)
+    xq, x_scale, row_sum = operators.quantize_rows(none)
+    scale = torch.ones(24)
+    sums = torch.zeros(0, dtype=torch.int32)
+    requantized = {"bits": 4, "out_dtype": torch.int8, "out_scale": 0.1}
+    a8 = (xq, x_scale, row_sum, parts[0], scale, scale)
+    assert operators.matmul_a8(*a8, bits=4).shape == (0, 24)
+    assert operators.matmul_a8(*a8, out_row_sum=sums, **requantized).shape == (0, 24)
+    assert operators.matmul_a8_mixed(*a8[:3], [parts[0]] * 3, [4] * 3, scale.repeat(3)).shape == (0, 72)
+    assert operators.matmul_a16(none.half(), parts[0], scale, bits=4).shape == (0, 24)
+    assert [t.shape[0] for t in operators.layernorm_quantize(none, none, scale.repeat(4), scale.repeat(4), 1e-5)] == [
+        0
+    ] * 4
+    tokens = torch.zeros(0, 2, 16)
+    assert operators.attention(tokens, tokens, tokens, torch.zeros(3, dtype=torch.int32), 0, 1.0, 0.1).shape == (
+        0,
+        2,
+        16,
+    )
+    ids = torch.zeros(0, dtype=torch.int64)
+    table = ([ids], [parts[0]], [parts[1]], [parts[2]], [parts[3].int()], [4])
+    assert operators.embed_layernorm(*table, scale.repeat(4), scale.repeat(4), 1e-5)[0].shape == (0, 96)
+    no_rows = dispatch.linear(torch.ones(2, 96), parts[0][:0], torch.ones(1, 1), torch.ones(1, 1), bits=4)
+    assert no_rows.shape == (2, 0) and formats.unpack(parts[0][:0], 4, 96).shape == (0, 96)
     x = torch.randn(96, 5)
     assert torch.equal(dispatch.linear(x.T, *parts, bits=4), dispatch.linear(x.T.contiguous(), *parts, bits=4))
     assert torch.equal(dispatch.linear(x[:, 0], *parts, bits=4), dispatch.linear(x.T[:1], *parts, bits=4)[0])

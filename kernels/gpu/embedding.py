@@ -24,7 +24,10 @@ from qbert.kernels.gpu.layernorm_quant import MAX_COLUMNS, normalize_row, store_
 
 
 class Table(NamedTuple):
-    """A packed table: uint8 [V, row bytes], scale and zero float32 [G, K], row_group int32 [V] or None (G = V or 1)."""
+    """A packed table: uint8 [V, row bytes], scale and zero float32 [G, K], row_group int32 [V] or None (G = V or 1).
+
+    All contiguous; `of` makes them so.
+    """
 
     packed: Tensor
     scale: Tensor
@@ -32,6 +35,14 @@ class Table(NamedTuple):
     row_group: Tensor | None
     bits: int
     features: int
+
+    @classmethod
+    def of(
+        cls, packed: Tensor, scale: Tensor, zero: Tensor, row_group: Tensor | None, bits: int, features: int
+    ) -> Table:
+        """The table of tensors of any strides, scale and zero of any floating dtype, row_group of any integer one."""
+        groups = None if row_group is None else row_group.int().contiguous()
+        return cls(packed.contiguous(), scale.float().contiguous(), zero.float().contiguous(), groups, bits, features)
 
 
 @triton.jit

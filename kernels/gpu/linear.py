@@ -41,7 +41,7 @@ class GpuLinear:
         self.activation_bits, self.static, self.static_zero = activation_bits, activation_scale, activation_zero
         self.grouped = scale.shape[1] > 1
         self.groups = None if row_group is None else row_group.int().contiguous().clone()
-        self.table_scale, self.table_zero = scale.float().clone(), zero.float().clone()
+        self.table_scale, self.table_zero = (t.float().contiguous().clone() for t in (scale, zero))
         # Elsewhere the input is dequantized before the product, its zero with it.
         in_int8 = activation_bits == 8 and not self.grouped
         input_grid = (activation_scale, activation_zero) if in_int8 else (0.0, 0)
@@ -49,7 +49,7 @@ class GpuLinear:
 
     def forward(self, x: Tensor, packed: Tensor) -> Tensor:
         """x [..., I] to y [..., O] in the dtype of x."""
-        rows = x.reshape(-1, self.columns).contiguous()
+        rows, packed = x.reshape(-1, self.columns).contiguous(), packed.contiguous()
         if self.grouped or self.activation_bits == 0:
             y = self._float(rows, packed)
         else:

@@ -8,7 +8,7 @@ import interpreted_asm  # noqa: F401  the interpreter cannot run inline assembly
 import pytest
 import torch
 
-from qbert.kernels import formats, reference
+from qbert.kernels import dispatch, formats, operators, reference
 from qbert.kernels.gpu.attention import attention
 from qbert.kernels.gpu.embedding import Table, embed_layernorm, embedding
 from qbert.kernels.gpu.layernorm_quant import layernorm_quantize
@@ -317,3 +317,43 @@ def test_query_key_and_value_of_different_bits(bits, zero_kind, columns):
     )
     expected = reference.matmul_a8(xq, x_scale, codes, scale[:, None], zero[:, None], bias)
     torch.testing.assert_close(y.double(), expected, rtol=2e-6, atol=2e-4)
+
+
+def strided(tensor):
+    """The same values, every second element of a larger tensor."""
+    return torch.stack([tensor, torch.zeros_like(tensor)], dim=-1)[..., 0]
+
+
+def test_strided_arguments_give_the_same(monkeypatch):
+    for module in (operators, dispatch):
+        monkeypatch.setattr(module, "implementation", lambda device: "triton")
+    rows, columns, tokens = 24, 48, 3
+    _, xq, packed = problem(tokens, rows, columns, 4)
+    scale, x_scale, bias, residual = float_parts(rows, tokens)
+    zero, row_sum, x = torch.randn(rows), xq.sum(1, dtype=torch.int32), torch.randn(tokens, columns).half()
+    norm, ids = torch.rand(columns), torch.tensor([1, 23, 5])
+    table = ([ids], [packed], [scale[:, None]], [zero[:, None]], [ids[:0].int()], [4], norm, norm)
+    fused = torch.randn(tokens, 3, 2, 16).half().unbind(1)
+    starts = torch.tensor([0, tokens], dtype=torch.int32)
+
+    def results(of):
+        def some(*tensors):
+            return [[of(u) for u in t] if isinstance(t, list) and torch.is_tensor(t[0]) else
+                    of(t) if torch.is_tensor(t) else t for t in tensors]  # fmt: skip
+
+        yield operators.quantize_rows(*some(x))
+        yield operators.matmul_a8(*some(xq, x_scale, row_sum, packed, scale, zero, bias, residual), bits=4)
+        three = [t.repeat(3) for t in (scale, zero, bias)]
+        yield operators.matmul_a8_mixed(*some(xq, x_scale, row_sum, [packed] * 3), [4] * 3, *some(*three))
+        yield operators.matmul_a16(*some(x, packed, scale, zero, bias), bits=4)
+        yield operators.layernorm_quantize(*some(x, x, norm, norm), 1e-5)
+        yield operators.embed_layernorm(*some(*table), 1e-5)
+        yield operators.attention(*fused, *some(starts), tokens, 0.25)
+        grid = some(packed, scale[:, None], zero[:, None])
+        yield dispatch.linear(*some(x), *grid, None, *some(bias), bits=4)
+        yield dispatch.linear(*some(x), *grid, None, *some(bias), bits=4, activation_bits=None)
+        yield dispatch.embedding(*some(ids), *grid, bits=4, features=columns)
+
+    for one, other in zip(results(lambda t: t), results(strided), strict=True):
+        for a, b in zip(*(y if isinstance(y, tuple) else (y,) for y in (one, other)), strict=True):
+            assert torch.equal(a, b)
