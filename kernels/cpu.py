@@ -4,7 +4,8 @@ Weights rest in the packed form (`formats`) and are expanded, when a layer is fi
 torch's own matrix product (`cpu_gemm`). That operator knows one activation scale for the whole tensor, which is what
 makes 8-bit encoders on CPUs inaccurate: one outlier token coarsens all others. Per-token scales are had from it by
 linearity: divide every row of x by its own maximum, multiply by the int8 weights with the fixed step 1/127, multiply
-the output row by that maximum, add the bias.
+the output row by that maximum, add the bias. Asymmetric ranges are had in the same way: take the smallest value of a
+row from it first, and add that value times the row sums of the weights to the output.
 
 The integer product knows codes, not the zero of their grid. Three ways, the first that fits:
   fold     codes - zero (twice that where zeros are halves, as for symmetric 2-bit levels +-1/2, +-3/2) are still
@@ -26,9 +27,9 @@ import torch
 from torch import Tensor
 
 from qbert.kernels import formats, reference
-from qbert.kernels.cpu_gemm import Int8Gemm, available_engine, saturates
+from qbert.kernels.cpu_gemm import ACTIVATION_ZERO, Int8Gemm, available_engine, saturates
 
-_STEP = 1.0 / reference.A8_MAX
+_LEVELS = 255  # steps of an asymmetric range: unsigned codes 0 to 255
 _FOLD_LIMIT = 64  # 7 bits: wider operands could saturate 16-bit pair sums on CPUs without VNNI
 
 
@@ -40,6 +41,8 @@ class CpuLinear:
         self._gemm = gemm
         self._weight: Tensor | None = parts["weight"]  # float [O, I], only where int8 cannot be used
         self._correction: Tensor | None = parts["correction"]  # scale * zero [O], only for zeros of the third way
+        self._weight_sum: Tensor | None = parts["weight_sum"]  # of each row [O], only for asymmetric activations
+        self._asymmetric: bool = parts["asymmetric"]
         self._bias: Tensor = parts["bias"]
         self._activation: tuple[float, int] | None = parts["activation"]
         self.bits: int = parts["bits"]
@@ -60,11 +63,13 @@ class CpuLinear:
         activation_bits: int | None = 8,
         activation_scale: float | None = None,
         activation_zero: int = 0,
+        asymmetric: bool = False,
     ) -> CpuLinear:
         """Expands codes int8 [O, I] with scale, zero [G, K] and row_group [O] into the operand of the product.
 
         `activation_bits` 8 quantizes x per token, symmetrically; with `activation_scale` (and `activation_zero`, in
-        -128..127) with that one static scale; None leaves x alone. More than one input group (K > 1) and
+        -128..127) with that one static scale; with `asymmetric` per token from its smallest to its largest value;
+        None leaves x alone. More than one input group (K > 1) and
         `activation_bits` None run in float, as does a torch without int8 operators; `reason` then says why.
         Raises TypeError or ValueError for codes outside `bits` bits and for shapes that do not fit.
         """
@@ -77,6 +82,8 @@ class CpuLinear:
             raise ValueError(f"codes must lie in [{low}, {high}] for {bits} bits.")
         if activation_bits not in (8, None):
             raise ValueError(f"activation_bits must be 8 or None, got {activation_bits!r}.")
+        if asymmetric and (activation_bits is None or activation_scale is not None):
+            raise ValueError("asymmetric is for 8-bit activations without a static scale; leave one of the two out.")
         rows, columns = codes.shape
         scale = reference.expand_groups(scale, row_group, rows).float().contiguous()
         zero = reference.expand_groups(zero, row_group, rows).float().contiguous()
@@ -84,16 +91,21 @@ class CpuLinear:
             raise ValueError(f"bias must have shape [{rows}], got {list(bias.shape)}.")
         activation = None if activation_scale is None else (float(activation_scale), int(activation_zero) + 128)
         reason = _reason_for_float(codes, scale, activation_bits)
-        weight = correction = gemm = None
+        weight = correction = weight_sum = gemm = None
         if reason:
             weight = reference.dequantize(codes, scale, zero)
         else:
+            if asymmetric:
+                sums = codes.sum(1, dtype=torch.int64).double() - zero[:, 0].double() * columns
+                weight_sum = (sums * scale[:, 0].double()).float()
             operand, row_scale, point, correction = _operand(codes, scale[:, 0], zero[:, 0])
             gemm = Int8Gemm(operand, row_scale, point)
         return cls(
             gemm,
             weight=weight,
             correction=correction,
+            weight_sum=weight_sum,
+            asymmetric=asymmetric,
             bias=torch.zeros(rows) if bias is None else bias.detach().float().clone(),
             activation=activation if activation_bits == 8 else (0.0, 0),
             bits=bits,
@@ -153,19 +165,30 @@ class CpuLinear:
         return y.reshape(*x.shape[:-1], self.out_features)
 
     def _forward_dynamic(self, x: Tensor, gemm: Int8Gemm) -> Tensor:
-        unit = x.abs()
-        row_max = unit.amax(dim=-1, keepdim=True)
-        # A row of zeros gives 0/0 here; its codes are then arbitrary but finite, and the factor row_max = 0 ends them.
-        torch.div(x, row_max, out=unit)
+        # A row of equal values gives 0/0 here; its codes are then arbitrary but finite, and the factor span = 0 ends
+        # them.
+        if self._weight_sum is None:
+            unit = x.abs()
+            span = unit.amax(dim=-1, keepdim=True)
+            torch.div(x, span, out=unit)
+            y = self._multiply(unit, gemm, reference.A8_MAX, ACTIVATION_ZERO)
+            return torch.addcmul(self._bias, y, span, out=y)
+        low = x.amin(dim=-1, keepdim=True)
+        unit = x - low
+        span = unit.amax(dim=-1, keepdim=True)
+        y = self._multiply(unit.div_(span), gemm, _LEVELS, 0)
+        torch.addcmul(self._bias, y, span, out=y)
+        return torch.addcmul(y, low, self._weight_sum, out=y)
+
+    def _multiply(self, unit: Tensor, gemm: Int8Gemm, levels: int, offset: int) -> Tensor:
+        """Product with `unit`, whose values -1..1 or 0..1 are rounded to multiples of 1 / `levels`."""
         if self._correction is None and not gemm.has_excess:
-            y = gemm(unit, _STEP)
-        else:
-            codes = torch.nan_to_num_(unit).mul_(reference.A8_MAX).round_()
-            y = gemm(codes, 1.0)
-            if self._correction is not None:
-                y.sub_(codes.sum(dim=-1, keepdim=True) * self._correction)
-            y.mul_(_STEP)
-        return torch.addcmul(self._bias, y, row_max, out=y)
+            return gemm(unit, 1.0 / levels, offset)
+        codes = torch.nan_to_num_(unit).mul_(levels).round_()
+        y = gemm(codes, 1.0, offset)
+        if self._correction is not None:
+            y.sub_(codes.sum(dim=-1, keepdim=True) * self._correction)
+        return y.mul_(1.0 / levels)
 
     def _forward_static(self, x: Tensor, gemm: Int8Gemm, scale: float, offset: int) -> Tensor:
         if self._correction is not None:
@@ -176,7 +199,11 @@ class CpuLinear:
 
     def _forward_float(self, x: Tensor) -> Tensor:
         assert self._weight is not None
-        if self._activation is None:
+        if self._asymmetric:
+            low, high = x.amin(dim=1, keepdim=True), x.amax(dim=1, keepdim=True)
+            step = (high - low) / _LEVELS
+            x = torch.nan_to_num(torch.round((x - low) / step)) * step + low
+        elif self._activation is None:
             x = reference.fake_quantize(x)
         elif self._activation[0] > 0:
             scale, offset = self._activation

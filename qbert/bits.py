@@ -31,7 +31,7 @@ from qbert.targets import HEAD_ROLE, Target, find_targets
 
 Scheme: TypeAlias = Literal["asymmetric", "symmetric", "midrise"]
 RangeMethod: TypeAlias = Literal["minmax", "percentile", "mse"]
-ActivationRange: TypeAlias = Literal["dynamic", "static"]
+ActivationRange: TypeAlias = Literal["dynamic", "asymmetric", "static"]
 
 QUANTIZED_BITS = (2, 3, 4, 8)
 FLOAT_BITS = (16, 32)
@@ -55,8 +55,10 @@ class TensorSpec:
         range_method: ``minmax``, ``percentile`` (of the weights of a group) or ``mse`` (least squared error).
         percentile: share in percent of the weights that ``percentile`` keeps inside the range.
         activation_bits: bits of the input of a matrix product: 8, or ``None`` for float activations.
-        activation_range: ``dynamic`` (per token, symmetric) or ``static`` (per tensor, affine, calibrated);
-            ``None`` is static if calibration data is given and dynamic if not.
+        activation_range: ``dynamic`` (per token, symmetric), ``asymmetric`` (per token, from its smallest to its
+            largest value: finer steps where a token's outliers have one sign, as in BERT; CPU kernels only) or
+            ``static`` (per tensor, affine, calibrated); ``None`` is static if calibration data is given and dynamic
+            if not.
     """
 
     bits: int = 4
@@ -293,7 +295,7 @@ def _check_spec(spec: TensorSpec) -> None:
         "scheme": ("asymmetric", "symmetric", "midrise"),
         "range_method": ("minmax", "percentile", "mse"),
         "activation_bits": (8, None),
-        "activation_range": ("dynamic", "static", None),
+        "activation_range": ("dynamic", "asymmetric", "static", None),
     }
     for name, allowed in choices.items():
         if getattr(spec, name) not in allowed:

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from qbert.files import write_whole
 from qbert.modules import replace_everywhere
 from qbert.packed_modules import PackedEmbedding, PackedLinear, PackedTensor
-from qbert.quantizers.activations import token_scale
+from qbert.quantizers.activations import token_range, token_scale
 
 _OPSET = 18
 _LARGEST_BLOCK, _SMALLEST_BLOCK = 256, 16  # what MatMulNBits takes
@@ -139,14 +139,18 @@ class _OnnxInput(nn.Module):
 
     def __init__(self, layer: PackedLinear, enabled: bool) -> None:
         super().__init__()
-        self.dynamic = enabled and layer.activation_quantizer is not None
+        activation = layer.activation_quantizer if enabled else None
+        self.mode = None if activation is None else activation.mode
         self.static: tuple[float, float] | None = None
         if enabled and layer.input_scale is not None and layer.input_zero is not None:
             self.static = float(layer.input_scale), float(layer.input_zero)
         self.bias = None if layer.bias is None else nn.Parameter(layer.bias.detach().float())
 
     def quantize(self, x: Tensor) -> Tensor:
-        if self.dynamic:
+        if self.mode == "asymmetric":
+            low, scale = token_range(x)
+            return torch.round((x - low) / scale) * scale + low
+        if self.mode is not None:
             scale = token_scale(x)
             return torch.round(x / scale) * scale
         if self.static is not None:

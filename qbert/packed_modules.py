@@ -205,7 +205,8 @@ class PackedLinear(PackedTensor):
         self.register_buffer("input_scale", torch.ones((), dtype=torch.float32) if static else None)
         self.register_buffer("input_zero", torch.zeros((), dtype=torch.float32) if static else None)
         dynamic = layout.spec.activation_bits is not None and not static
-        self.activation_quantizer = ActivationQuantizer(8, "dynamic") if dynamic else None
+        mode = layout.spec.activation_range or "dynamic"
+        self.activation_quantizer = ActivationQuantizer(8, mode) if dynamic else None
         self._fast: Callable[[Tensor], Tensor] | None = None
         self._fast_device = torch.device("cpu")
 
@@ -242,6 +243,8 @@ class PackedLinear(PackedTensor):
     def activation_arguments(self) -> dict[str, Any]:
         """How the input is quantized, as the arguments of `CpuLinear.prepare`."""
         arguments: dict[str, Any] = {"activation_bits": self.spec.activation_bits}
+        if self.activation_quantizer is not None and self.activation_quantizer.mode == "asymmetric":
+            arguments["asymmetric"] = True
         if self.input_scale is not None and self.input_zero is not None:
             arguments |= {"activation_scale": float(self.input_scale), "activation_zero": int(self.input_zero)}
         return arguments

@@ -45,10 +45,11 @@ def test_onnx_runtime_gives_our_outputs(config: qbert.BitsConfig, tmp_path: Path
         assert torch.allclose(run(tmp_path / "model.onnx", batch)[keep], expected(packed, batch)[keep], atol=2e-5)
 
 
-@pytest.mark.parametrize("static", [False, True], ids=["dynamic", "static"])
-def test_activations_are_quantized_or_left_alone(static: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize("ranges", ["dynamic", "asymmetric", "static"])
+def test_activations_are_quantized_or_left_alone(ranges: str, tmp_path: Path) -> None:
     model, batch = build("bert").eval(), inputs_for("bert")
-    packed = qbert.pack(qbert.quantize_model(model, 4, calibration_data=[batch] if static else None))
+    config = qbert.BitsConfig(4, activation_range=ranges)
+    packed = qbert.pack(qbert.quantize_model(model, config, calibration_data=[batch]))
     qbert.export_onnx(packed, tmp_path / "as_trained.onnx")
     assert torch.allclose(run(tmp_path / "as_trained.onnx", batch), expected(packed, batch), atol=1e-3)
     qbert.export_onnx(packed, tmp_path / "float.onnx", quantize_activations=False)

@@ -53,10 +53,11 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("static", [False, True], ids=["dynamic", "static"])
-def test_every_family_comes_back_bit_equal(family: str, static: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize("ranges", ["dynamic", "asymmetric", "static"])
+def test_every_family_comes_back_bit_equal(family: str, ranges: str, tmp_path: Path) -> None:
     model, batch = build(family).eval(), inputs_for(family)
-    packed = pack(qbert.quantize_model(model, 3, calibration_data=[batch] if static else None))
+    config = qbert.BitsConfig(3, activation_range=ranges)
+    packed = pack(qbert.quantize_model(model, config, calibration_data=[batch]))
     packed.save_pretrained(tmp_path)
     for loaded in (type(model).from_pretrained(tmp_path), qbert.load(tmp_path)):
         assert type(loaded) is type(model) and not loaded.training and same_state(packed, loaded)

@@ -26,10 +26,11 @@ def same_state(one: nn.Module, other: nn.Module) -> bool:
 
 
 @pytest.mark.parametrize("family", ["bert", "albert", "distilbert", "vit"])
-@pytest.mark.parametrize("static", [False, True], ids=["dynamic", "static"])
-def test_a_trained_model_comes_back(family: str, static: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize("ranges", ["dynamic", "asymmetric", "static"])
+def test_a_trained_model_comes_back(family: str, ranges: str, tmp_path: Path) -> None:
     model, batch = build(family).eval(), inputs_for(family)
-    student = qbert.quantize_model(model, 3, calibration_data=[batch] if static else None).eval()
+    config = qbert.BitsConfig(3, activation_range=ranges)
+    student = qbert.quantize_model(model, config, calibration_data=[batch]).eval()
     for module in student.modules():
         if isinstance(module, QuantLinear):
             module.weight.data += 0.01

@@ -47,6 +47,22 @@ def reference_linear(x, codes, scale, zero, row_group, bias):
     return reference.linear_a8(x, codes, *spread, bias)
 
 
+def asymmetric_linear(x, codes, scale, zero, row_group, bias):
+    """Each token on its own grid of 256 values, from its smallest to its largest, in float64."""
+    x = x.double()
+    low, high = x.amin(1, keepdim=True), x.amax(1, keepdim=True)
+    step = torch.where(high > low, (high - low) / 255, 1.0)
+    spread = (reference.expand_groups(t, row_group, codes.shape[0]) for t in (scale, zero))
+    return reference.matmul_a16(torch.round((x - low) / step) * step + low, codes, *spread, bias)
+
+
+def asymmetric_input(tokens, columns):
+    """Activations on grids of 256 steps, every token on another side of zero."""
+    codes = torch.randint(0, 256, (tokens, columns)).float()
+    codes[:, 0], codes[:, -1] = 0, 255
+    return (codes - torch.randint(-300, 300, (tokens, 1))) * 2.0 ** torch.randint(-8, 8, (tokens, 1))
+
+
 def assert_same(y, x, expected, parts):
     """Equal up to float32 rounding of the epilogue, relative to the terms that it adds up."""
     assert y.shape == expected.shape
@@ -122,6 +138,48 @@ def test_saturating_pairs_are_split_and_added_back(engine):
     assert torch.equal(gemm(x, 1.0).double(), x.double() @ codes.double().T)
 
 
+@settings(deadline=None, max_examples=60)
+@given(
+    tokens=st.integers(1, 40),
+    rows=st.integers(1, 70),
+    columns=st.integers(2, 400),
+    bits=st.sampled_from(formats.BITS),
+    zero=st.sampled_from(["symmetric", "integer", "half", "real"]),
+    groups=st.integers(1, 12),
+    seed=st.integers(0, 10_000),
+)
+def test_asymmetric_activations_equal_the_reference(tokens, rows, columns, bits, zero, groups, seed):
+    parts = layer(rows, columns, bits, zero, min(groups, rows), seed=seed)
+    x = asymmetric_input(tokens, columns)
+    y = CpuLinear.prepare(*parts, bits, asymmetric=True).forward(x)
+    assert_asymmetric(y, x, parts)
+
+
+def assert_asymmetric(y, x, parts):
+    expected = asymmetric_linear(x, *parts)
+    weight = reference.dequantize(parts[0], *(reference.expand_groups(t, parts[3], len(y.T)) for t in parts[1:3]))
+    # What is added up: span times codes, and the smallest value times the sums of the weights.
+    spread, sums = x.amax(1, keepdim=True) - x.amin(1, keepdim=True), weight.abs().sum(1)
+    zeros = (parts[1] * parts[2]).abs().max() * x.shape[1]
+    size = (spread + x.abs().amax(1, keepdim=True)) * (sums + zeros) + parts[4].abs()
+    assert float(((y.double() - expected).abs() / size).max()) < 2e-6
+
+
+def test_asymmetric_rows_of_one_value_and_without_int8(monkeypatch):
+    parts = layer(48, 128, 8, "real", groups=4)
+    x = asymmetric_input(9, 128)
+    x[3], x[4] = 0, 7.5
+    y = CpuLinear.prepare(*parts, 8, asymmetric=True).forward(x)
+    assert_asymmetric(y, x, parts)
+    assert torch.equal(y[3], parts[4])
+    monkeypatch.setattr("qbert.kernels.cpu.available_engine", lambda: "none")
+    in_float = CpuLinear.prepare(*parts, 8, asymmetric=True)
+    assert in_float.reason
+    assert_asymmetric(in_float.forward(x), x, parts)
+    with pytest.raises(ValueError, match="asymmetric is for 8-bit activations"):
+        CpuLinear.prepare(*parts, 8, asymmetric=True, activation_scale=0.1)
+
+
 WITHOUT_VNNI = """
 import torch
 from qbert.kernels import cpu_gemm
@@ -136,6 +194,9 @@ for bits in (2, 3, 4, 8):
             x = t.grid_input(20, 384)
             x[0], x[1], x[2] = 127, -127, 0
             t.assert_same(t.CpuLinear.prepare(*parts, bits).forward(x), x, t.reference_linear(x, *parts), parts)
+            x = t.asymmetric_input(20, 384)
+            x[0] = 255 * (x[0] > x[0].mean())
+            t.assert_asymmetric(t.CpuLinear.prepare(*parts, bits, asymmetric=True).forward(x), x, parts)
 print("exact")
 """
 
@@ -223,9 +284,10 @@ def test_zero_rows_empty_batches_and_other_shapes():
     assert copy.deepcopy(prepared).forward(x).equal(flat)
 
 
+@pytest.mark.parametrize("asymmetric", [False, True])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_a_broken_token_is_broken_alone(value):
-    prepared = CpuLinear.prepare(*layer(48, 128, 4), 4)
+def test_a_broken_token_is_broken_alone(value, asymmetric):
+    prepared = CpuLinear.prepare(*layer(48, 128, 4), 4, asymmetric=asymmetric)
     x = torch.randn(4, 128)
     clean = prepared.forward(x)
     x[2, 5] = value

@@ -37,10 +37,11 @@ def packed_layers(model: nn.Module) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("static", [False, True], ids=["dynamic", "static"])
-def test_every_family_computes_the_same_packed_and_unpacked(family: str, static: bool) -> None:
+@pytest.mark.parametrize("ranges", ["dynamic", "asymmetric", "static"])
+def test_every_family_computes_the_same_packed_and_unpacked(family: str, ranges: str) -> None:
     model, batch = build(family).eval(), inputs_for(family)
-    student = qbert.quantize_model(model, 3, calibration_data=[batch] if static else None)
+    config = qbert.BitsConfig(3, activation_range=ranges)
+    student = qbert.quantize_model(model, config, calibration_data=[batch])
     before = copy.deepcopy(student.state_dict())
     packed = pack(student)
     assert type(packed) is type(model) and not packed.training

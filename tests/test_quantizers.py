@@ -1,6 +1,7 @@
 """Groups, grids and ranges against brute force and by property."""
 
 import itertools
+from typing import Any
 
 import pytest
 import torch
@@ -179,8 +180,26 @@ def test_dynamic_activations_err_by_half_a_step_per_token(tokens: int, width: in
     assert bool((error <= x.abs().amax(1, keepdim=True) / 127 * 0.5001 + 1e-9).all())
 
 
-def test_dynamic_activations_of_one_token_do_not_depend_on_the_others() -> None:
-    quantizer, x = ActivationQuantizer(8, "dynamic"), torch.randn(2, 5, 16)
+@given(st.integers(1, 5), st.integers(1, 40), st.floats(-20, 20))
+def test_asymmetric_activations_err_by_half_a_step_per_token(tokens: int, width: int, offset: float) -> None:
+    x = (torch.randn(tokens, width) + offset) * torch.logspace(-3, 3, tokens).unsqueeze(1)
+    got = ActivationQuantizer(8, "asymmetric")(x)
+    step = (x.amax(1, keepdim=True) - x.amin(1, keepdim=True)) / 255
+    assert bool(((got - x).abs() <= step * 0.501 + x.abs().amax(1, keepdim=True) * 1e-6 + 1e-7).all())
+    assert torch.equal(got.amin(1), x.amin(1))
+
+
+def test_asymmetric_activations_pass_gradients_and_have_nothing_to_learn() -> None:
+    quantizer, x = ActivationQuantizer(8, "asymmetric"), torch.randn(3, 7, requires_grad=True)
+    quantizer(x).sum().backward()
+    assert torch.equal(x.grad, torch.ones(3, 7))
+    with pytest.raises(ValueError, match="'asymmetric'"):
+        quantizer.learn()
+
+
+@pytest.mark.parametrize("mode", ["dynamic", "asymmetric"])
+def test_activations_of_one_token_do_not_depend_on_the_others(mode: Any) -> None:
+    quantizer, x = ActivationQuantizer(8, mode), torch.randn(2, 5, 16)
     alone = quantizer(x[1:, 2:3])
     x[0] *= 1000
     assert torch.equal(quantizer(x)[1:, 2:3], alone)
