@@ -16,6 +16,7 @@ outputs differ by about the error that quantized activations have anyway.
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from copy import deepcopy
 from typing import Any, TypeVar
 
@@ -23,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from qbert.inference_model import FusedModel
 from qbert.kernels.cpu import CpuLinear
 from qbert.packed_modules import PackedLinear, PackedTensor
 from qbert.targets import base_model
@@ -31,7 +33,8 @@ logger = logging.getLogger(__name__)
 Model = TypeVar("Model", bound=nn.Module)
 
 _BERT_LAYERS = ("BertLayer", "RobertaLayer", "XLMRobertaLayer", "ElectraLayer", "CamembertLayer")
-_CHUNK_TOKENS = 256  # tokens per thread whose activations stay in a level-2 cache: 256 x 1536 floats are 1.5 MB
+# Tokens per thread that run together. Small chunks cut padding well; without any, larger ones reuse weights more often.
+_CHUNK_TOKENS, _FULL_CHUNK_TOKENS = 256, 1024
 
 
 def optimize_for_inference(packed: Model, *, inplace: bool = False) -> Model:
@@ -68,7 +71,9 @@ def optimize_for_inference(packed: Model, *, inplace: bool = False) -> Model:
     reason = _reason_not_to_fuse(encoder)
     fused: set[int] = set()
     if encoder is not None and not reason:
-        encoder.forward = FusedEncoder(encoder)
+        fused_encoder = encoder.forward = FusedEncoder(encoder)
+        if hasattr(base, "embeddings"):
+            base.forward = FusedModel(base, fused_encoder.run)  # type: ignore[method-assign]
         fused = {id(m) for m in encoder.modules()}
     else:
         logger.info("%s is not fused: %s; its layers run one by one", type(base).__name__, reason)
@@ -95,16 +100,24 @@ class FusedEncoder:
 
         if not self._can_run(hidden_states, attention_mask, kwargs):
             return type(self.encoder).forward(self.encoder, hidden_states, attention_mask, **kwargs)
-        with torch.inference_mode():
-            x = hidden_states.float()
-            lengths = None if attention_mask is None else _lengths(attention_mask, x.shape[:2])
-            if attention_mask is not None and lengths is None:
-                result = self._run(x, attention_mask if attention_mask.dtype == torch.bool else attention_mask.float())
-            else:
-                result = self._run_chunks(x, lengths)
-        # A copy made outside of inference mode, because tensors made inside cannot be used in training (of a head).
-        result = result.to(hidden_states.dtype) if hidden_states.dtype != torch.float32 else result.clone()
+        lengths = None if attention_mask is None else _lengths(attention_mask, hidden_states.shape[:2])
+        if attention_mask is not None and lengths is None:
+            mask = attention_mask if attention_mask.dtype == torch.bool else attention_mask.float()
+            result = self._outside(hidden_states, lambda x: self._run(x, mask))
+        else:
+            result = self.run(hidden_states, lengths)
         return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=result)
+
+    def run(self, hidden_states: Tensor, lengths: Tensor | None) -> Tensor:
+        """[B, T, H] and the number of tokens of each sequence, [B] int64 (None: all T), to [B, T, H] in its dtype."""
+        return self._outside(hidden_states, lambda x: self._run_chunks(x, lengths))
+
+    @staticmethod
+    def _outside(hidden_states: Tensor, run: Callable[[Tensor], Tensor]) -> Tensor:
+        with torch.inference_mode():
+            result = run(hidden_states.float())
+        # A copy made outside of inference mode, because tensors made inside cannot be used in training (of a head).
+        return result.to(hidden_states.dtype) if hidden_states.dtype != torch.float32 else result.clone()
 
     def _can_run(self, x: Tensor, mask: Tensor | None, kwargs: dict[str, Any]) -> bool:
         from transformers.utils.output_capturing import _active_collector
@@ -123,7 +136,9 @@ class FusedEncoder:
 
     def _run_chunks(self, x: Tensor, lengths: Tensor | None) -> Tensor:
         batch, longest, _ = x.shape
-        room = _CHUNK_TOKENS * torch.get_num_threads()
+        if lengths is not None and not bool((lengths < longest).any()):
+            lengths = None
+        room = (_FULL_CHUNK_TOKENS if lengths is None else _CHUNK_TOKENS) * torch.get_num_threads()
         if lengths is None and (batch == 1 or batch * longest <= room):
             return self._run(x, None)
         order = torch.arange(batch) if lengths is None else lengths.argsort(descending=True)
@@ -200,10 +215,9 @@ def reason_not_to_fuse_layer(layer: Any) -> str:
 
 
 def _same_input(one: PackedLinear, other: PackedLinear) -> bool:
-    if one.spec.activation_bits != other.spec.activation_bits or (one.input_scale is None) != (
-        other.input_scale is None
-    ):
-        return False
+    for field in ("activation_bits", "activation_range"):
+        if getattr(one.spec, field) != getattr(other.spec, field):
+            return False
     if one.layout.input_groups > 1 or other.layout.input_groups > 1:
         return False
     if one.input_scale is None or one.input_zero is None or other.input_scale is None or other.input_zero is None:

@@ -13,6 +13,7 @@ from transformers import AutoModel
 import qbert
 from qbert import inference
 from qbert.inference import FusedEncoder, FusedLayer, optimize_for_inference
+from qbert.inference_model import FusedModel
 from qbert.packed import PackedEmbedding, PackedLinear, pack
 
 FUSED = ("bert", "roberta", "electra")
@@ -47,16 +48,19 @@ def test_every_family_gives_the_outputs_of_the_packed_model(family: str) -> None
     expected = hidden(packed, batch)[keep]
     error = (hidden(optimize_for_inference(packed), batch)[keep] - expected).norm() / expected.norm()
     assert error < 0.02
+    packed = encoder(family, activation_range="asymmetric")
+    expected = hidden(packed, batch)[keep]
+    error = (hidden(optimize_for_inference(packed), batch)[keep] - expected).norm() / expected.norm()
+    assert error < 0.02
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 @pytest.mark.parametrize("scheme", ["asymmetric", "symmetric", "midrise"])
-@pytest.mark.parametrize("static", [False, True], ids=["dynamic", "static"])
-def test_every_layer_rounds_to_the_same_codes(bits: int, scheme: str, static: bool) -> None:
-    data = [{"input": torch.randn(50, 48)}] if static else None
-    student = qbert.quantize_model(
-        nn.Sequential(nn.Linear(48, 24)), qbert.BitsConfig(bits, scheme=scheme), calibration_data=data
-    )
+@pytest.mark.parametrize("ranges", ["dynamic", "asymmetric", "static"])
+def test_every_layer_rounds_to_the_same_codes(bits: int, scheme: str, ranges: str) -> None:
+    data = [{"input": torch.randn(50, 48)}] if ranges == "static" else None
+    config = qbert.BitsConfig(bits, scheme=scheme, activation_range=ranges)
+    student = qbert.quantize_model(nn.Sequential(nn.Linear(48, 24)), config, calibration_data=data)
     slow = pack(student)[0]
     assert isinstance(slow, PackedLinear)
     x = torch.randn(200, 48) * torch.logspace(-2, 2, 200)[:, None]
@@ -105,11 +109,38 @@ def test_no_mask_and_many_sequences_run_in_chunks(monkeypatch: pytest.MonkeyPatc
         return original(self, x, batch, mask)
 
     monkeypatch.setattr(FusedLayer, "__call__", counting)
-    monkeypatch.setattr(inference, "_CHUNK_TOKENS", 20)
+    monkeypatch.setattr(inference, "_FULL_CHUNK_TOKENS", 20)
     torch_threads = torch.get_num_threads()
     batch = {"input_ids": torch.randint(5, 100, (11 * torch_threads, 6))}
     assert torch.allclose(hidden(fast, batch), hidden(packed, batch), rtol=1e-4, atol=1e-5)
     assert len(sizes) > 2 and max(sizes) <= 20 * torch_threads and sum(sizes) == 2 * batch["input_ids"].numel()
+
+
+def test_the_whole_model_is_fused_for_plain_requests_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    packed, batch = encoder("bert", **EXACT), inputs_for("bert")
+    fast = optimize_for_inference(packed)
+    assert isinstance(fast.forward, FusedModel)
+    calls: list[int] = []
+    run = fast.forward.run
+    monkeypatch.setattr(fast.forward, "run", lambda x, lengths: calls.append(len(x)) or run(x, lengths))
+    with torch.no_grad():
+        expected, plain = packed(**batch), fast(**batch)
+        keep = batch["attention_mask"].bool()
+        assert calls == [len(keep)]
+        assert torch.allclose(plain[0][keep], expected[0][keep], rtol=1e-4, atol=1e-5)
+        assert torch.allclose(plain.pooler_output, expected.pooler_output, rtol=1e-4, atol=1e-5)
+        others = torch.ones_like(batch["input_ids"])
+        more = {"token_type_ids": others, "position_ids": others.cumsum(1)}
+        assert torch.allclose(fast(**batch, **more)[0][keep], packed(**batch, **more)[0][keep], rtol=1e-4, atol=1e-5)
+        assert len(calls) == 2
+        for request in ({"output_hidden_states": True}, {"return_dict": False}, {"encoder_hidden_states": plain[0]}):
+            fast(**batch, **request)
+        fast(batch["input_ids"], (torch.arange(keep.shape[1]) > 1).long().expand_as(keep))
+        with pytest.raises(ValueError, match="exactly one"):
+            fast(attention_mask=batch["attention_mask"])
+    assert len(calls) == 2
+    fast(**batch)  # with gradients on, and parameters that want them
+    assert len(calls) == 2
 
 
 def test_requests_that_the_fast_path_does_not_serve_get_the_slow_one() -> None:

@@ -1,0 +1,89 @@
+"""Forward of a whole encoder on a CPU around its fused layers: no mask is built, no keyword sorted, if none is asked.
+
+At one short sentence the layers take less time than what transformers does around them: wrappers that gather hidden
+states, a four-dimensional mask, a second look at each argument. `FusedModel` goes straight from token ids and the
+two-dimensional mask to the chunks of `qbert.inference.FusedEncoder`; any request that asks for more gets the model's
+own forward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class FusedModel:
+    """``forward`` of the base model of an encoder of the BERT kind (not a module: it adds nothing to the state).
+
+    Args:
+        base: model with ``embeddings`` and ``encoder``, and ``pooler`` or ``embeddings_project`` where its kind has it.
+        run: (hidden states [B, T, H], lengths [B] or None) to the last hidden state [B, T, H], zero for padding.
+    """
+
+    def __init__(self, base: Any, run: Callable[[Tensor, Tensor | None], Tensor]) -> None:
+        self.base, self.run = base, run
+
+    def __call__(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Token ids and mask [B, T] to transformers' output; ``last_hidden_state`` [B, T, H] is zero for padding."""
+        from transformers import modeling_outputs
+
+        base = self.base
+        padded_right, lengths = _lengths(attention_mask)
+        if input_ids is None or not padded_right or not self._can_run(input_ids, attention_mask, inputs_embeds, kwargs):
+            return type(base).forward(
+                base, input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, **kwargs
+            )
+        with torch.inference_mode():
+            x = base.embeddings(input_ids=input_ids, token_type_ids=token_type_ids, position_ids=position_ids)
+            if hasattr(base, "embeddings_project"):
+                x = base.embeddings_project(x)
+        hidden = self.run(x, lengths)
+        if not hasattr(base, "pooler"):
+            return modeling_outputs.BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=hidden)
+        pooled = None if base.pooler is None else base.pooler(hidden)
+        return modeling_outputs.BaseModelOutputWithPoolingAndCrossAttentions(
+            last_hidden_state=hidden, pooler_output=pooled
+        )
+
+    def _can_run(self, ids: Tensor, mask: Tensor | None, embeds: Tensor | None, kwargs: dict[str, Any]) -> bool:
+        from transformers.utils.output_capturing import _active_collector
+
+        config = self.base.config
+        return (
+            ids.device.type == "cpu"
+            and ids.dim() == 2
+            and ids.numel() > 0
+            and embeds is None
+            and (mask is None or mask.shape == ids.shape)
+            and kwargs.get("return_dict", config.return_dict) in (None, True)
+            and not any(isinstance(v, Tensor) or bool(v) for k, v in kwargs.items() if k != "return_dict")
+            and not (config.output_hidden_states or config.output_attentions)
+            and not _active_collector.get()
+            and not torch.compiler.is_compiling()
+            and not self.base.training
+            and not (torch.is_grad_enabled() and any(p.requires_grad for p in self.base.parameters()))
+        )
+
+
+def _lengths(mask: Tensor | None) -> tuple[bool, Tensor | None]:
+    """(whether a mask [B, T] hides nothing but padding on the right, tokens in each sequence [B] if it hides any)."""
+    if mask is None:
+        return True, None
+    if mask.dim() != 2 or mask.device.type != "cpu" or torch.compiler.is_compiling():
+        return False, None
+    keep = mask != 0
+    if bool(keep.all()):
+        return True, None
+    lengths = keep.sum(1)
+    return torch.equal(keep, torch.arange(mask.shape[1]) < lengths[:, None]), lengths
