@@ -25,6 +25,9 @@ __all__ = ["PackedEmbedding", "PackedLinear", "PackedTensor", "pack", "unpack"]
 
 Model = TypeVar("Model", bound=nn.Module)
 
+# Modules that take a child's weight and multiply by it themselves: what a quantized child computes, they never see.
+_READS_WEIGHTS = {"MobileBertLMPredictionHead": ("decoder", "dense")}
+
 
 def pack(model: Model) -> Model:
     """The deployed form of a fake-quantized model: same outputs, weights in 2 to 8 bits.
@@ -37,13 +40,15 @@ def pack(model: Model) -> Model:
         layers stay shared and tied weights tied. A transformers model can be saved with ``save_pretrained``.
 
     Raises:
-        ValueError: if the model has no quantized layer, or row groups that no number of groups describes.
+        ValueError: if the model has no quantized layer, row groups that no number of groups describes, or a quantized
+            layer whose weight another module reads past its quantizer (MobileBERT's language-model head).
     """
     quantized = [m for m in model.modules() if isinstance(m, (QuantLinear, QuantEmbedding))]
     if not quantized:
         done = any(isinstance(m, PackedTensor) for m in model.modules())
         mend = "it is packed already" if done else "call qbert.quantize_model first"
         raise ValueError(f"model: {type(model).__name__} has no fake-quantized layer; {mend}")
+    _check_weights_are_not_read(model)
     # Packed layers are put into the memo of the copy, so that the float weights they replace are never copied.
     memo: dict[int, Any] = {}
     packed: list[tuple[nn.Module, PackedTensor]] = []
@@ -88,6 +93,17 @@ def unpack(packed: Model) -> Model:
 
         unmark_packed(result)
     return result
+
+
+def _check_weights_are_not_read(model: nn.Module) -> None:
+    for path, module in model.named_modules():
+        for child in _READS_WEIGHTS.get(type(module).__name__, ()):
+            if isinstance(getattr(module, child), QuantLinear):
+                raise ValueError(
+                    f"model: {type(module).__name__} multiplies by the weight of {path}.{child} without calling the "
+                    "layer, past its quantizer, so a packed model would give other outputs; leave the embeddings and "
+                    "the head in float ({'embeddings': 32, ...}), or pack the base model alone"
+                )
 
 
 def _same_weight(one: nn.Module, other: nn.Module) -> bool:

@@ -118,6 +118,16 @@ def test_tied_weights_stay_tied() -> None:
     assert decoder.bias is trainable.cls.predictions.bias
 
 
+def test_a_head_that_reads_a_weight_past_its_quantizer_is_refused() -> None:
+    model = AutoModelForMaskedLM.from_config(build("mobilebert").config).eval()
+    with pytest.raises(ValueError, match=r"cls\.predictions\.decoder without calling"):
+        pack(qbert.quantize_model(model, 4))
+    student = qbert.quantize_model(model, {"embeddings": 32, "*": 4})
+    packed, batch = pack(student), inputs_for("mobilebert")
+    with torch.no_grad():
+        assert torch.allclose(packed(**batch).logits, student(**batch).logits, rtol=1e-4, atol=1e-5)
+
+
 def test_shared_layers_stay_shared() -> None:
     packed = pack(qbert.quantize_model(build("albert", num_hidden_layers=3), 4))
     names = [n for n in packed.state_dict() if n.endswith("ffn.codes")]
