@@ -72,6 +72,13 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--data-dir", help="folder with TASK/dev.jsonl.gz, for a task other than reviews")
     parser.add_argument("--bits", type=int, nargs="+", default=[8, 4], help="weight bits; default: 8 4")
+    parser.add_argument(
+        "--activations",
+        nargs="+",
+        choices=("dynamic", "asymmetric"),
+        default=["dynamic", "asymmetric"],
+        help="ranges of 8-bit activations, per token: symmetric (the library's default) or asymmetric; default: both",
+    )
     parser.add_argument("--shapes", nargs="+", default=list(SHAPES), help="batch x length; default: %(default)s")
     parser.add_argument("--sentences", type=int, default=64, help="real sentences for the error; default: 64")
     parser.add_argument("--seconds", type=float, default=3.0, help="seconds a shape and engine; default: 3")
@@ -120,10 +127,12 @@ def build_engines(
     else:
         missing.append("ONNX Runtime (not installed: pip install onnx onnxruntime)")
     for bits in arguments.bits:
-        packed = qbert.pack(qbert.quantize_model(model, bits))
-        packed.save_pretrained(folder / str(bits))  # type: ignore[operator]
-        sizes[f"qbert {bits}-bit"] = (folder / str(bits) / "model.safetensors").stat().st_size / 1e6
-        engines[f"qbert {bits}-bit"] = as_engine(qbert.optimize_for_inference(packed))
+        for ranges in arguments.activations:
+            packed = qbert.pack(qbert.quantize_model(model, qbert.BitsConfig(bits, activation_range=ranges)))
+            name = f"qbert {bits}-bit" + (", asymmetric" if ranges == "asymmetric" else "")
+            packed.save_pretrained(folder / name)
+            sizes[name] = (folder / name / "model.safetensors").stat().st_size / 1e6
+            engines[name] = as_engine(qbert.optimize_for_inference(packed))
     return engines, sizes, missing
 
 

@@ -185,7 +185,7 @@ class CpuLinear:
         if self._correction is None and not gemm.has_excess:
             return gemm(unit, 1.0 / levels, offset)
         codes = torch.nan_to_num_(unit).mul_(levels).round_()
-        y = gemm(codes, 1.0, offset)
+        y = gemm(codes, 1.0, offset, rounded=True)
         if self._correction is not None:
             y.sub_(codes.sum(dim=-1, keepdim=True) * self._correction)
         return y.mul_(1.0 / levels)
@@ -193,7 +193,7 @@ class CpuLinear:
     def _forward_static(self, x: Tensor, gemm: Int8Gemm, scale: float, offset: int) -> Tensor:
         if self._correction is not None:
             x = (x / scale).round_().clamp_(-offset, 255 - offset)
-            y = gemm(x, 1.0, offset).sub_(x.sum(dim=-1, keepdim=True) * self._correction)
+            y = gemm(x, 1.0, offset, rounded=True).sub_(x.sum(dim=-1, keepdim=True) * self._correction)
             return torch.add(self._bias, y, alpha=scale)
         return gemm(x, scale, offset).add_(self._bias)
 

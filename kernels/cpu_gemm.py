@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 _PAIR_LIMIT = 128  # largest |w0 + w1| whose product with activations up to 255 stays below 2^15
-_CHUNK = 128  # tokens whose sparse product is added at once
+_CHUNK = 128  # tokens whose sparse product is added at once where MKL is missing
 ACTIVATION_ZERO = 128  # signed activation codes -127..127 travel as unsigned 1..255
 
 
@@ -133,23 +133,31 @@ class Int8Gemm:
         """Whether `engine` subtracts a zero point per weight row by itself, at no cost."""
         return engine == "fbgemm"
 
-    def __call__(self, x: Tensor, step: float, offset: int = ACTIVATION_ZERO) -> Tensor:
-        """x float32 [..., I] to float32 [..., O]; `offset` is the unsigned code of 0, 128 for symmetric activations."""
+    def __call__(self, x: Tensor, step: float, offset: int = ACTIVATION_ZERO, *, rounded: bool = False) -> Tensor:
+        """x float32 [..., I] to float32 [..., O]; `offset` is the unsigned code of 0, 128 for symmetric activations.
+
+        `rounded` says that x holds whole multiples of `step` within range already.
+        """
         if self.engine == "fbgemm":
             y = _fbgemm(x, step, offset, self._weight)
         else:
             y = _onednn(x.flatten(0, -2), step, offset, self._weight, self._scale, self._no_zero)
             y = y.unflatten(0, x.shape[:-1])
         if self._excess is not None:
-            _add_excess(self._excess, y.flatten(0, -2), x.flatten(0, -2), step, offset)
+            codes = x if rounded and step == 1.0 else (x * (1.0 / step)).round_().clamp_(-offset, 255 - offset)
+            _add_excess(self._excess, y.flatten(0, -2), codes.flatten(0, -2), step)
         return y
 
 
-def _add_excess(excess: Tensor, y: Tensor, x: Tensor, step: float, offset: int) -> None:
-    """y += step * (activation codes) excess^T, a few tokens at a time so that the copies stay in the cache."""
-    for start in range(0, x.shape[0], _CHUNK):
-        codes = (x[start : start + _CHUNK] * (1.0 / step)).round_().clamp_(-offset, 255 - offset)
-        product = torch.mm(excess, codes.T.contiguous())  # [O, tokens]: the layout that sparse products are fast in
+def _add_excess(excess: Tensor, y: Tensor, codes: Tensor, step: float) -> None:
+    """y += step * codes excess, in place; y [T, O], codes [T, I], excess sparse as `_sparse` lays it out."""
+    if excess.layout == torch.sparse_csc:
+        torch.addmm(y, codes, excess, alpha=step, out=y)
+        return
+    for start in range(
+        0, len(codes), _CHUNK
+    ):  # a few tokens at a time, so that the transposed copies stay in the cache
+        product = torch.mm(excess, codes[start : start + _CHUNK].T.contiguous())
         y[start : start + _CHUNK].add_(product.T, alpha=step)
 
 
@@ -157,6 +165,7 @@ _split = split_excess
 
 
 def _sparse(matrix: Tensor) -> Tensor:
+    """[O, I] as what is fast to multiply from the right: MKL adds to y [T, O] where it lies, others want y^T."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch calls its CSR tensors a beta feature
-        return matrix.to_sparse_csr()
+        return matrix.T.to_sparse_csc() if torch.backends.mkl.is_available() else matrix.to_sparse_csr()

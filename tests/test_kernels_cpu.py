@@ -120,8 +120,10 @@ def test_a_token_does_not_depend_on_the_others_in_the_batch():
     torch.testing.assert_close(prepared.forward(outlier)[:9], alone, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("mkl", [torch.backends.mkl.is_available(), False])
 @pytest.mark.parametrize("engine", ENGINES)
-def test_saturating_pairs_are_split_and_added_back(engine):
+def test_saturating_pairs_are_split_and_added_back(engine, mkl, monkeypatch):
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: mkl)
     torch.manual_seed(0)
     codes = torch.randint(-128, 128, (40, 101), dtype=torch.int8)
     codes[0], codes[1], codes[2, ::2] = 127, -128, 127
@@ -135,7 +137,13 @@ def test_saturating_pairs_are_split_and_added_back(engine):
         codes, torch.ones(40), torch.zeros(40, dtype=torch.int32), engine=engine, split_excess=True
     )
     assert gemm.has_excess
-    assert torch.equal(gemm(x, 1.0).double(), x.double() @ codes.double().T)
+    expected = x.double() @ codes.double().T
+    assert torch.equal(gemm(x, 1.0).double(), expected)
+    assert torch.equal(gemm(x, 1.0, rounded=True).double(), expected)
+    assert torch.equal(gemm(x / 2, 0.5).double(), expected / 2)
+    assert torch.equal(gemm(x.reshape(1, 17, 101), 1.0)[0].double(), expected)
+    many = torch.randint(-127, 128, (300, 101)).float()
+    assert torch.equal(gemm(many, 1.0).double(), many.double() @ codes.double().T)
 
 
 @settings(deadline=None, max_examples=60)
