@@ -130,7 +130,7 @@ def build_engines(
         for ranges in arguments.activations:
             packed = qbert.pack(qbert.quantize_model(model, qbert.BitsConfig(bits, activation_range=ranges)))
             name = f"qbert {bits}-bit" + (", asymmetric" if ranges == "asymmetric" else "")
-            packed.save_pretrained(folder / name)
+            packed.save_pretrained(folder / name)  # type: ignore[operator]
             sizes[name] = (folder / name / "model.safetensors").stat().st_size / 1e6
             engines[name] = as_engine(qbert.optimize_for_inference(packed))
     return engines, sizes, missing
