@@ -1,6 +1,7 @@
 """Groups, grids and ranges against brute force and by property."""
 
 import itertools
+import weakref
 from typing import Any
 
 import pytest
@@ -224,3 +225,23 @@ def test_observer_clips_a_lone_outlier() -> None:
     assert high < 100 and low < 0
     with pytest.raises(RuntimeError, match="no activation"):
         ActivationObserver().best_range(8)
+
+
+@pytest.mark.parametrize("mode", ["dynamic", "asymmetric"])
+def test_a_tensor_that_several_layers_read_is_quantized_once(mode: str) -> None:
+    query, key = ActivationQuantizer(8, mode), ActivationQuantizer(8, mode)
+    leaf = torch.randn(3, 5, requires_grad=True)
+    x = leaf * 2
+    first = query(x)
+    assert key(x) is first
+    (key(x) * torch.arange(5.0)).sum().backward()
+    assert torch.equal(leaf.grad, (2 * torch.arange(5.0)).expand(3, 5))  # type: ignore[arg-type]
+    with torch.no_grad():
+        plain = leaf * 2
+        before = query(plain)
+        plain.mul_(3)
+        after = query(plain)
+        assert after is not before and torch.equal(after, ActivationQuantizer(8, mode)(plain.clone()))
+        alive = weakref.ref(after)
+    del plain, after
+    assert alive() is None

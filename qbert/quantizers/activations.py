@@ -50,6 +50,22 @@ class _PerTokenAsymmetric(torch.autograd.Function):
         return grads[0], None
 
 
+def _quantized_once(x: Tensor, function: type[torch.autograd.Function], levels: int) -> Tensor:
+    """``function.apply(x, levels)``, kept with the very tensor `x`, since query, key and value read the same one.
+
+    What is kept dies with `x`, and is not used after `x` was changed in place.
+    """
+    # A leaf is referred to by the graph of what is made of it, so the two would keep each other alive.
+    if torch.compiler.is_compiling() or x.is_inference() or (x.is_leaf and x.requires_grad):
+        return function.apply(x, levels)  # type: ignore[no-any-return]
+    key = (function, levels, x._version, torch.is_grad_enabled())
+    kept = getattr(x, "_qbert_quantized", None)
+    if kept is None or kept[0] != key:
+        kept = (key, function.apply(x, levels))
+        x._qbert_quantized = kept  # type: ignore[attr-defined]
+    return kept[1]
+
+
 def token_range(x: Tensor, levels: int = 255) -> tuple[Tensor, Tensor]:
     """Lowest value and scale (max x - min x) / levels of each token, both [..., 1] for x [..., I]."""
     low = x.amin(-1, keepdim=True)
@@ -136,9 +152,9 @@ class ActivationQuantizer(nn.Module):
         if self.training and self.momentum is not None:
             self._follow_batch(x, self.momentum)
         if self.mode == "dynamic":
-            return _PerToken.apply(x, self.qmax)
+            return _quantized_once(x, _PerToken, self.qmax)
         if self.mode == "asymmetric":
-            return _PerTokenAsymmetric.apply(x, self.qmax - self.qmin)
+            return _quantized_once(x, _PerTokenAsymmetric, self.qmax - self.qmin)
         if torch.isnan(self.scale):
             raise RuntimeError("static activation range is not calibrated; pass calibration_data to quantize_model")
         scale = self.scale
