@@ -202,16 +202,12 @@ def test_interrupt_and_resume_give_the_numbers_of_an_unbroken_run(tmp_path: Any,
 
 
 def test_a_finished_block_is_not_measured_again(tmp_path: Any) -> None:
-    measure(checkpoint=tmp_path / "c")
+    measure(checkpoint=tmp_path / "c", loss_fn=plain_loss)
 
     def never(model: Any, batch: Any) -> None:
         raise AssertionError("measured again")
 
-    never.__qualname__ = "None"
-    for file in (tmp_path / "c").iterdir():
-        state = json.loads(file.read_text())
-        state["signature"]["loss_fn"] = "None"
-        file.write_text(json.dumps(state))
+    never.__qualname__ = plain_loss.__qualname__  # what the signature knows of a loss
     measure(checkpoint=tmp_path / "c", resume=True, loss_fn=never)
 
 

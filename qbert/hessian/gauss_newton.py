@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from qbert.hessian.eigen import Eigenpair, relative
-from qbert.hessian.operator import LossFunction, evaluating, model_loss, to_device
+from qbert.hessian.operator import LossFunction, evaluating, masks_padding, model_loss, to_device
 from qbert.hessian.parts import Part, cut, distinct_parameters, whole
 from qbert.hessian.samples import Batch, BatchSamples, loss_weight
 
@@ -158,22 +158,26 @@ class _Factor:
         )
 
     def mixture(self) -> Tensor:
-        """The sum of all directions [n], weighted as `gauss_newton_starts` says."""
-        values, directions = self._decompose()
+        """The sum of all directions [n], weighted as `gauss_newton_starts` says, in one pass over the rows."""
+        rows, values, rotation = self._gram()
         if not values[0] > 0:
-            return directions[0]
-        lengths = torch.linalg.vector_norm(directions, dim=1)
-        kept = lengths > 1e-4 * lengths[0]  # what is smaller is the rounding of the Gram matrix
-        least = _OTHERS / max(1, int(kept.sum()) - 1) ** 0.5
-        weights = (values[: len(lengths)][kept] / values[0]).pow(4).clamp(min=least).to(directions)
-        return (weights / lengths[kept]) @ directions[kept]
+            return rows[0]
+        kept = values > 1e-8 * values[0]  # what is smaller is rounding
+        values, rotation = values[kept], rotation[:, kept]
+        least = _OTHERS / max(1, len(values) - 1) ** 0.5
+        weights = (values / values[0]).pow(4).clamp(min=least)
+        return (rotation @ (weights / values.sqrt())).to(rows) @ rows
 
     def _decompose(self) -> tuple[Tensor, Tensor]:
         """Eigenvalues [r], largest first, and rows [r, n] = sqrt(eigenvalue) * eigenvector."""
+        rows, values, rotation = self._gram()
+        return values, rotation[:, : self.rank + 1].T.to(rows) @ rows
+
+    def _gram(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Rows [r, n]; eigenvalues [r], largest first, and eigenvectors [r, r] of their Gram matrix, in float64."""
         rows = torch.cat(self.blocks)
         values, rotation = torch.linalg.eigh((rows @ rows.T).double())
-        kept = rotation.flip(1)[:, : self.rank + 1].to(rows)
-        return values.flip(0).clamp(min=0), kept.T @ rows
+        return rows, values.flip(0).clamp(min=0), rotation.flip(1)
 
 
 def _sample_rows(
@@ -189,7 +193,7 @@ def _sample_rows(
     total = sum(loss_weight(batch) for batch in batches)
     generator = torch.Generator().manual_seed(seed)
     for batch in batches:
-        samples = BatchSamples([batch])
+        samples = BatchSamples([batch], trim=masks_padding(model, loss_fn))
         for index in range(len(samples)):
             (single,) = samples.collate([index])
             weight = loss_weight(single) / total

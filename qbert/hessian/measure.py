@@ -18,12 +18,15 @@ from qbert.hessian.blocks import parameter_blocks
 from qbert.hessian.checkpoint import Checkpoint, model_fingerprint
 from qbert.hessian.eigen import check_limits
 from qbert.hessian.krylov import BOUNDS
-from qbert.hessian.operator import LossFunction
+from qbert.hessian.operator import LossFunction, masks_padding
 from qbert.hessian.parallel import check_same, own_share, rank_and_world, wait_for_all
 from qbert.hessian.runs import Measurement, assemble
 from qbert.hessian.samples import Batch, as_samples, draw, fingerprint, micro_batches
 from qbert.hessian.solve import METHODS, PRECISIONS
 from qbert.hessian.spectrum import HessianSpectrum
+
+# What launching the kernels of one more micro-batch costs, in tokens of computing, by device; on GPUs more than is won.
+_BATCH_COST = {"cpu": 64}
 
 
 def hessian_spectrum(
@@ -75,7 +78,8 @@ def hessian_spectrum(
         seed: draws the subsets and the start vectors.
         loss_fn: ``loss_fn(model, batch)`` -> mean loss of the batch; default ``model(**batch).loss``.
         collate_fn: for a data set: makes a batch of a list of samples.
-        micro_batch_size: samples per forward pass; bounds memory, does not change the result. Default: as `batches`.
+        micro_batch_size: samples per forward pass at most; bounds memory, does not change the result. Default: as
+            `batches`. On CPUs, batches of short and long texts are cut further, so that less padding is computed.
         block_chunk: blocks that share one graph and are solved together; bounds memory. Default: by free memory.
         checkpoint: folder that finished (run, block) pairs are kept in.
         resume: go on from `checkpoint`, if there is one; without it, an earlier one is overwritten.
@@ -94,14 +98,16 @@ def hessian_spectrum(
         raise ValueError("precision: 'bf16' is for float32 models, and this one is float64; use model.float()")
     blocks = parameter_blocks(model, granularity)
     pad = getattr(getattr(model, "config", None), "pad_token_id", None)
-    samples = as_samples(batches, collate_fn=collate_fn, pad_token_id=pad or 0)
+    samples = as_samples(batches, collate_fn=collate_fn, pad_token_id=pad or 0, trim=masks_padding(model, loss_fn))
     size = samples.default_batch_size if micro_batch_size is None else micro_batch_size
     if size < 1:
         raise ValueError(f"micro_batch_size: {size} is not a number of samples; use 1 or more")
     settings["samples"] = len(samples)
+    device = next(model.parameters()).device
 
     def subset(run: int) -> list[Batch]:
-        return micro_batches(samples, draw(len(samples), fraction=fraction, seed=seed, run=run), size, seed=seed + run)
+        chosen = draw(len(samples), fraction=fraction, seed=seed, run=run)
+        return micro_batches(samples, chosen, size, seed=seed + run, batch_cost=_BATCH_COST.get(device.type))
 
     saved = None
     if checkpoint is not None:

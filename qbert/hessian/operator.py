@@ -210,6 +210,12 @@ def model_loss(model: nn.Module, batch: Batch) -> Tensor:
     return loss
 
 
+def masks_padding(model: nn.Module, loss_fn: LossFunction | None) -> bool:
+    """Whether the loss of labelled rows is known not to see masked tokens: a model's own, that takes a mask."""
+    named = "attention_mask" in inspect.signature(model.forward).parameters
+    return named and (loss_fn is None or loss_fn is model_loss)
+
+
 def accepted_arguments(model: nn.Module, batch: Batch) -> dict[str, object]:
     """The entries of `batch` that ``model.forward`` names; all of them where it names none."""
     parameters = inspect.signature(model.forward).parameters.values()

@@ -90,11 +90,15 @@ class DatasetSamples:
 
 
 class BatchSamples:
-    """Rows of ready-made batches; rows of equal keys and shapes are put together again, padded where masks allow."""
+    """Rows of ready-made batches, put together again where keys and shapes allow.
 
-    def __init__(self, batches: Sequence[Batch], pad_token_id: int = 0):
+    With `trim`, rows with ``labels`` lose the padding at their end that they came with and get what their new batch
+    needs: for losses that do not see masked tokens. (Losses over spans do: their softmax runs over all positions.)
+    """
+
+    def __init__(self, batches: Sequence[Batch], pad_token_id: int = 0, trim: bool = False):
         self.batches = [_checked_batch(b) for b in batches]
-        self.pad_token_id = pad_token_id
+        self.pad_token_id, self.trim = pad_token_id, trim
         sizes = [batch_size(b) for b in self.batches]
         self.default_batch_size = max(sizes, default=1)
         self.rows = [(b, r) for b, size in enumerate(sizes) for r in range(size)]
@@ -103,22 +107,37 @@ class BatchSamples:
         return len(self.rows)
 
     def length(self, index: int) -> int:
-        """Tokens in one row, its padding included."""
-        return self._tokens(self.batches[self.rows[index][0]])
+        """Tokens in one row."""
+        return self._tokens(self._row(index))
 
     def collate(self, indices: Sequence[int]) -> list[Batch]:
         """One batch for each kind of row."""
         groups: dict[Any, list[dict[str, Any]]] = {}
         for index in indices:
-            b, r = self.rows[int(index)]
-            batch = self.batches[b]
-            size = batch_size(batch)
-            row = {
-                k: v[r : r + 1] if isinstance(v, Tensor) and v.ndim > 0 and v.shape[0] == size else v
-                for k, v in batch.items()
-            }
+            row = self._row(index)
             groups.setdefault(self._signature(row), []).append(row)
         return [self._merge(rows) for rows in groups.values()]
+
+    def _row(self, index: int) -> dict[str, Any]:
+        b, r = self.rows[int(index)]
+        batch = self.batches[b]
+        size = batch_size(batch)
+        row = {
+            k: v[r : r + 1] if isinstance(v, Tensor) and v.ndim > 0 and v.shape[0] == size else v
+            for k, v in batch.items()
+        }
+        tokens, mask = self._tokens(row), row.get("attention_mask")
+        if not self.trim or "labels" not in row:
+            return row
+        if not isinstance(mask, Tensor) or mask.shape != (1, tokens) or self._signature(row)[-1] is not None:
+            return row
+        used = mask[0] != 0
+        labels = row.get("labels")
+        if isinstance(labels, Tensor) and labels.shape == (1, tokens):
+            used = used | (labels[0] != IGNORED_LABEL)
+        end = int(used.nonzero().max()) + 1 if used.any() else tokens
+        by_token = {k for k, v in row.items() if isinstance(v, Tensor) and v.shape == (1, tokens)}
+        return {k: v[:, :end] if k in by_token else v for k, v in row.items()}
 
     @staticmethod
     def _tokens(batch: Batch) -> int:
@@ -157,7 +176,11 @@ class BatchSamples:
 
 
 def as_samples(
-    batches: Any, *, collate_fn: Callable[[list[Any]], Batch] | None = None, pad_token_id: int = 0
+    batches: Any,
+    *,
+    collate_fn: Callable[[list[Any]], Batch] | None = None,
+    pad_token_id: int = 0,
+    trim: bool = False,
 ) -> Samples:
     """One view on the three ways to hand over data.
 
@@ -166,6 +189,7 @@ def as_samples(
             a sequence of dicts of tensors.
         collate_fn: makes a batch of a list of samples; only for a data set (default: torch's).
         pad_token_id: fills `input_ids` where rows of several ready-made batches are put together.
+        trim: take the padding off the rows of ready-made batches, see `BatchSamples`.
 
     Raises:
         ValueError: no samples at all, or a batch that is not a dict of tensors.
@@ -175,14 +199,14 @@ def as_samples(
     if isinstance(batches, DataLoader):
         if isinstance(batches.dataset, IterableDataset) or batches.batch_size is None:
             with preserved_random_state():
-                samples = BatchSamples(list(batches), pad_token_id)
+                samples = BatchSamples(list(batches), pad_token_id, trim)
         else:
             collate_fn = collate_fn or batches.collate_fn
             samples = DatasetSamples(batches.dataset, collate_fn, batches.batch_size)
     elif isinstance(batches, Mapping):
         raise TypeError("batches: one dict of tensors was given; pass a list of dicts, even if it holds only one")
     elif isinstance(batches, list | tuple) and batches and collate_fn is None:
-        samples = BatchSamples(batches, pad_token_id)
+        samples = BatchSamples(batches, pad_token_id, trim)
     elif hasattr(batches, "__len__") and hasattr(batches, "__getitem__"):
         samples = DatasetSamples(batches, collate_fn, 32)
     else:
@@ -205,17 +229,41 @@ def draw(count: int, *, fraction: float, seed: int, run: int) -> list[int]:
     return torch.randperm(count, generator=generator)[:size].tolist()
 
 
-def micro_batches(samples: Samples, indices: Sequence[int], size: int, *, seed: int = 0) -> list[Batch]:
+def micro_batches(
+    samples: Samples, indices: Sequence[int], size: int, *, seed: int = 0, batch_cost: int | None = None
+) -> list[Batch]:
     """The samples `indices` in micro-batches of at most `size`, like lengths together to keep padding short.
 
     Collators may use random numbers (masking): they see generators seeded with `seed`, and the caller's are left
     as they were.
+
+    Args:
+        batch_cost: cut further where that saves more padding than so many tokens for each further micro-batch; None:
+            never.
     """
     with preserved_random_state(seed):
         by_length = sorted(indices, key=lambda i: (samples.length(i), i))
-        groups = [by_length[i : i + size] for i in range(0, len(by_length), size)]
+        groups: list[Sequence[int]] = [by_length[i : i + size] for i in range(0, len(by_length), size)]
+        if batch_cost is not None:
+            groups = [part for group in groups for part in _cut_by_length(samples, group, batch_cost)]
         result = [batch for group in groups for batch in samples.collate(group)]
     return [batch for batch in result if loss_weight(batch) > 0]
+
+
+def _cut_by_length(samples: Samples, group: Sequence[int], batch_cost: int) -> list[Sequence[int]]:
+    """`group`, sorted by length, cut so that padded tokens + batch_cost * parts is least (dynamic programming)."""
+    lengths = [samples.length(i) for i in group]
+    best, cut = [0], [0]  # of the first j samples: least cost, and where its last part begins
+    for end in range(1, len(group) + 1):
+        costs = [best[start] + (end - start) * lengths[end - 1] + batch_cost for start in range(end)]
+        cut.append(min(range(end), key=costs.__getitem__))
+        best.append(costs[cut[-1]])
+    parts: list[Sequence[int]] = []
+    end = len(group)
+    while end:
+        parts.append(group[cut[end] : end])
+        end = cut[end]
+    return parts[::-1]
 
 
 def random_subset(
