@@ -23,7 +23,7 @@ def page(found: dict[str, Any], arguments: argparse.Namespace, data: str, made_b
         "",
         made_by,
         "",
-        data,
+        f"{data} ({arguments.train_limit:,} training rows, {arguments.epochs} epochs)",
         "",
         f"{arguments.sentences} sentences of the training data ({found['tokens'][0]} tokens), tolerance "
         f"{arguments.tol:g}, {len(first)} layers. Eigenvalues, lowest layer first: "
