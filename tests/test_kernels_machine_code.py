@@ -226,3 +226,38 @@ def test_query_key_and_value_of_different_bits(tokens, target):
         kernel, types, constants, target=target, aligned=("N", "K"), num_warps=tile.warps, num_stages=tile.stages
     )
     check_a8(report, 3)
+
+
+def needs_amd_backend() -> None:
+    import triton
+
+    if "amd" not in triton.backends.backends:
+        pytest.skip(f"Triton {triton.__version__} has no AMD backend")
+    if tuple(int(part) for part in triton.__version__.split(".")[:2]) < (3, 6):
+        pytest.skip(f"the AMD backend of Triton {triton.__version__} needs a linker that its wheel lacks; 3.6 has it")
+
+
+@pytest.mark.parametrize("bits", [3, 4])
+def test_integer_product_for_amd(bits):
+    needs_amd_backend()
+    report = compile_a8(bits, Tile(32, 64, 256, stages=2), "gfx942", ASM=False)
+    assert report.spills == 0 and report.fits and report.int8_products > 0
+
+
+def test_attention_and_layernorm_for_amd():
+    needs_amd_backend()
+    kernel = attention.attention_kernel
+    pointers = dict.fromkeys(["q_ptr", "k_ptr", "v_ptr"], "*fp16")
+    pointers |= {"out_ptr": "*i8", "starts_ptr": "*i32", "out_sum_ptr": "*i32"}
+    strides = [n for n in kernel.arg_names if n.startswith(("stride", "head"))]
+    types = types_of(kernel, pointers, [*strides, "D"], ["scale", "inv_out_scale", "out_zero"])
+    # The tile of short sequences; that of long ones, 64 x 64, spills 21 registers here.
+    constants = {"BLOCK_Q": 16, "BLOCK_K": 32, "BLOCK_D": 64, "QUANTIZE": True, "OUT_SUM": True}
+    report = compile_report(kernel, types, constants, target="gfx942", num_warps=4, num_stages=2)
+    assert report.spills == 0 and report.fits and report.count("v_mfma_f32") > 0
+    kernel = layernorm_quant.layernorm_quantize_kernel
+    pointers = dict.fromkeys(["x_ptr", "y_ptr", "residual_ptr", "weight_ptr", "bias_ptr"], "*fp16")
+    pointers |= {"q_ptr": "*i8", "scale_ptr": "*fp32", "row_sum_ptr": "*i32"}
+    types = types_of(kernel, pointers, ["width", "stride_x", "stride_r"], ["eps", "static_scale", "static_zero"])
+    constants = {"HAS_RESIDUAL": True, "STATIC": False, "BLOCK": 1024}
+    assert compile_report(kernel, types, constants, target="gfx942").spills == 0

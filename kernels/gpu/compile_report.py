@@ -4,7 +4,9 @@
     report.registers, report.spills, report.shared, report.count("wgmma"), report.sass["PRMT"]
 
 Registers and spills are ptxas's own figures; instruction counts are of the SASS that nvdisasm prints; both tools come
-with Triton. Shared memory is Triton's figure: compiling does not check it against the chip, `fits` does.
+with Triton. Shared memory is Triton's figure: compiling does not check it against the chip, `fits` does. For AMD's
+gfx942 everything is read from the assembly that Triton's AMD backend writes; there the kernels take their plain paths
+(ASM=False), and only compiling is tried: `dispatch` does not use them on AMD.
 """
 
 from __future__ import annotations
@@ -22,9 +24,9 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia import compiler as nvidia
 from triton.compiler import ASTSource
 
-TARGETS = {"sm_80": 80, "sm_90": 90}
+TARGETS = {"sm_80": 80, "sm_90": 90, "gfx942": "gfx942"}
 _ARCHITECTURE = {"sm_80": "sm_80", "sm_90": "sm_90a"}
-_SHARED_LIMIT = {"sm_80": 163 * 1024, "sm_90": 227 * 1024}
+_SHARED_LIMIT = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "gfx942": 64 * 1024}
 _REGISTER_FILE = 65536
 
 
@@ -32,7 +34,8 @@ _REGISTER_FILE = 65536
 class Report:
     """What one compiled kernel costs: registers a thread, bytes spilled, bytes of shared memory, instructions.
 
-    `warnings` are ptxas's of serialized warpgroup products (C75xx), `hazards` what `early_writes` finds.
+    `warnings` are ptxas's of serialized warpgroup products (C75xx), `hazards` what `early_writes` finds. For gfx942
+    `sass` counts the instructions of its assembly, which also stands in `ptx`.
     """
 
     target: str
@@ -52,7 +55,8 @@ class Report:
     @property
     def int8_products(self) -> int:
         """Tensor-core instructions on int8 operands with int32 sums."""
-        return len(re.findall(r"(?:wgmma\.mma_async|mma\.sync)[\w.:]*\.s32\.s8\.s8", self.ptx))
+        products = r"(?:wgmma\.mma_async|mma\.sync)[\w.:]*\.s32\.s8\.s8|v_mfma_i32_\w*_i8"
+        return len(re.findall(products, self.ptx))
 
     @property
     def register_operands(self) -> int:
@@ -80,7 +84,7 @@ def compile_report(
     aligned: tuple[str, ...] = (),
     **options: Any,
 ) -> Report:
-    """Compiles `kernel` for "sm_80" or "sm_90" and reads the result.
+    """Compiles `kernel` for "sm_80", "sm_90" or "gfx942" and reads the result.
 
     `types` gives a Triton type ("*i8", "i32", "fp32") for every argument that is not in `constants`. Pointers, strides
     and the integers in `aligned` are taken to be multiples of 16, as Triton finds out at a launch for encoder sizes.
@@ -94,6 +98,9 @@ def compile_report(
     multiples = [n for n, type_ in types.items() if type_.startswith("*") or n.startswith("stride") or n in aligned]
     attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in multiples}
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
+    if target == "gfx942":
+        compiled = triton.compile(source, target=GPUTarget("hip", TARGETS[target], 64), options=options)
+        return _amd_report(compiled.asm["amdgcn"], compiled.metadata.shared, options.get("num_warps", 4))
     compiled = triton.compile(source, target=GPUTarget("cuda", TARGETS[target], 32), options=options)
     ptx = compiled.asm["ptx"]
     messages, sass = _assemble(ptx, target)
@@ -112,6 +119,26 @@ def compile_report(
         ptx=ptx,
         warnings=tuple(re.findall(r"\(C75\d\d\)[^\n]*|C75\d\d[^\n]*", messages)),
         hazards=early_writes(sass),
+    )
+
+
+def _amd_report(assembly: str, shared: int, warps: int) -> Report:
+    def count(name: str) -> int:
+        found = re.search(rf"\.{name}:\s*(\d+)", assembly)
+        if found is None:
+            raise RuntimeError(f"the assembly does not report its {name}.")
+        return int(found[1])
+
+    return Report(
+        target="gfx942",
+        registers=count("vgpr_count"),
+        spills=count("vgpr_spill_count") + count("sgpr_spill_count"),
+        shared=shared,
+        warps=warps,
+        sass=collections.Counter(re.findall(r"^\s+([a-z]\w+)", assembly, re.M)),
+        ptx=assembly,
+        warnings=(),
+        hazards=(),
     )
 
 
