@@ -50,7 +50,12 @@ def parse_arguments() -> argparse.Namespace:
         type=float,
         help=f"share of the training data in a subset; default: 0.1, at most {_DEFAULT_SAMPLES} rows",
     )
-    hessian.add_argument("--granularity", default="layer", choices=("layer", "block", "matrix"), help="default: layer")
+    hessian.add_argument(
+        "--granularity",
+        default="layer",
+        choices=("layer", "block", "matrix", "group"),
+        help="encoder layers, their halves, matrices, or the rows of heads; default: layer",
+    )
     hessian.add_argument("--method", default="lanczos", choices=("lanczos", "power", "ggn"), help="default: lanczos")
     hessian.add_argument("--tol", type=float, default=1e-2, help="relative error of an eigenvalue; default: 0.01")
     hessian.add_argument(

@@ -9,11 +9,12 @@ Everything here is exact (up to stated bounds) and leaves the model as it was.
 from qbert.hessian.blocks import ParameterBlock, parameter_blocks
 from qbert.hessian.density import SpectralDensity, hessian_density, spectral_density
 from qbert.hessian.eigen import Eigenpair, PowerIteration, lanczos, power_iteration, top_eigenpairs
-from qbert.hessian.gauss_newton import gauss_newton_top
+from qbert.hessian.gauss_newton import gauss_newton_starts, gauss_newton_top
 from qbert.hessian.krylov import Lanczos
 from qbert.hessian.landscape import LossLandscape, loss_landscape, plot_landscapes
 from qbert.hessian.measure import hessian_spectrum
 from qbert.hessian.operator import HessianOperator
+from qbert.hessian.parts import Rows
 from qbert.hessian.spectrum import HessianSpectrum
 from qbert.hessian.trace import TraceEstimate, estimate_trace, hessian_traces
 
@@ -25,9 +26,11 @@ __all__ = [
     "LossLandscape",
     "ParameterBlock",
     "PowerIteration",
+    "Rows",
     "SpectralDensity",
     "TraceEstimate",
     "estimate_trace",
+    "gauss_newton_starts",
     "gauss_newton_top",
     "hessian_density",
     "hessian_spectrum",

@@ -113,7 +113,8 @@ def _factors(
     for rows, complete in _sample_rows(model, batches, blocks, loss_fn or model_loss, rows_per_sample, seed):
         exact &= complete
         for name, parts in blocks.items():
-            factors[name].add(torch.stack([_row_of(parts, row) for row in rows]))
+            flat = [_row_of(parts, row) for row in rows]
+            factors[name].add(flat[0][None] if len(flat) == 1 else torch.stack(flat))
         count(1)
     return factors, exact
 
