@@ -85,24 +85,15 @@ def planes2(w, ASM: tl.constexpr):
 def planes3(high, low, HALF: tl.constexpr, ASM: tl.constexpr):
     """Four 3-bit fields, each times 32: two bits from bytes `high`, the third from bits 4 HALF.. of bytes `low`."""
     if ASM:
-        if HALF == 0:
-            a, b, c, d = tl.inline_asm_elementwise(
-                _ASM3_LOW,
-                "=&r,=&r,=&r,=&r,r,r",
-                [high, low],
-                dtype=(tl.int8, tl.int8, tl.int8, tl.int8),
-                is_pure=True,
-                pack=4,
-            )
-        else:
-            a, b, c, d = tl.inline_asm_elementwise(
-                _ASM3_HIGH,
-                "=&r,=&r,=&r,=&r,r,r",
-                [high, low],
-                dtype=(tl.int8, tl.int8, tl.int8, tl.int8),
-                is_pure=True,
-                pack=4,
-            )
+        CODE: tl.constexpr = _ASM3_LOW if HALF == 0 else _ASM3_HIGH
+        a, b, c, d = tl.inline_asm_elementwise(
+            CODE,
+            "=&r,=&r,=&r,=&r,r,r",
+            [high, low],
+            dtype=(tl.int8, tl.int8, tl.int8, tl.int8),
+            is_pure=True,
+            pack=4,
+        )
     else:
         if HALF == 1:
             low = low >> 4

@@ -86,24 +86,15 @@ def halves2(w):
 @triton.jit
 def halves3(high, low, HALF: tl.constexpr):
     """fp16 of four 3-bit fields."""
-    if HALF == 0:
-        return tl.inline_asm_elementwise(
-            _ASM3_LOW,
-            "=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,r,r",
-            [high, low],
-            dtype=(tl.float16, tl.float16, tl.float16, tl.float16),
-            is_pure=True,
-            pack=4,
-        )
-    else:
-        return tl.inline_asm_elementwise(
-            _ASM3_HIGH,
-            "=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,r,r",
-            [high, low],
-            dtype=(tl.float16, tl.float16, tl.float16, tl.float16),
-            is_pure=True,
-            pack=4,
-        )
+    CODE: tl.constexpr = _ASM3_LOW if HALF == 0 else _ASM3_HIGH
+    return tl.inline_asm_elementwise(
+        CODE,
+        "=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,r,r",
+        [high, low],
+        dtype=(tl.float16, tl.float16, tl.float16, tl.float16),
+        is_pure=True,
+        pack=4,
+    )
 
 
 @triton.jit
