@@ -141,7 +141,8 @@ def attention(
             BLOCK_D=max(16, triton.next_power_of_2(head_dim)),
             QUANTIZE=out_scale > 0,
             OUT_SUM=out_row_sum is not None,
-            num_warps=4,
+            # The row sums of a long tile do not fit into the registers of four warps.
+            num_warps=8 if out_row_sum is not None and block_q == 64 else 4,
             num_stages=2,
         )
     return out
