@@ -101,6 +101,7 @@ def plot(contents: list[dict[str, Any]], path: Path) -> None:
             axis.errorbar(x, y, yerr=error, marker="o", capsize=3, label=name)
         axis.axhline(100, color="gray", linewidth=0.8, linestyle="--")
         axis.set_xticks(range(len(widths)), [w.replace(" mixed", "") for w in widths])
+        axis.set_xlim(-0.5, len(widths) - 0.5)
         axis.set_title(task)
         axis.set_xlabel("bits")
     axes[0][0].set_ylabel("% of the teacher's score")
