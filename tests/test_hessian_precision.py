@@ -36,9 +36,9 @@ def test_values_are_those_of_float32_and_residuals_are_measured_in_float32(train
     assert found.converged.any()
     for i, name in enumerate(found.names):
         value, true = found.eigenvalues[0, i], exact.eigenvalues[0, i]
-        assert value == pytest.approx(true, rel=5e-3) or not found.converged[0, i]
-        # An eigenvalue of the float32 Hessian lies within the residual, which bfloat16 alone could not tell.
-        assert abs(value - true) <= found.residuals[0, i] * abs(value)
+        assert value == pytest.approx(true, rel=1e-2) or not found.converged[0, i]
+        # The top eigenvalue of the float32 Hessian lies within the stated error, which bfloat16 alone could not tell.
+        assert abs(value - true) <= found.errors[0, i] * abs(value)
         assert found.upper_bounds[0, i] == float("inf")
         assert found.converged[0, i] == (found.errors[0, i] <= 1e-2)
         v = torch.randn(operator.size(name))

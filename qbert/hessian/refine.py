@@ -28,7 +28,8 @@ def refined(
 
     ``upper_bound`` is infinite: what the rounded operator proves does not hold for the exact one. ``converged`` asks
     that the coarse iteration had converged (so that no other eigenvalue was in sight) and that the error measured in
-    full precision is within `tol`; with ``bound="gap"`` it is the square of the residual over the coarse gap.
+    full precision is within `tol`; with ``bound="gap"`` it is the square of the residual over the coarse gap, where
+    the gap is wide enough to tell the eigenvalue from the next.
     """
     products = operator.products({name: pair.vector for name, pair in pairs.items()})
     found = {}
@@ -36,7 +37,10 @@ def refined(
         value = float(torch.dot(pair.vector, products[name]))
         residual = float(torch.linalg.vector_norm(products[name] - value * pair.vector))
         gap = pair.gap - abs(value - pair.value)
-        error = error_bound(value, residual, gap if bound == "gap" else math.nan)
+        if gap > 2 * residual:
+            error = error_bound(value, residual, gap if bound == "gap" else math.nan)
+        else:  # the next eigenvalue is not told apart, and may lie as far above again
+            error = relative(2 * residual, value)
         found[name] = dataclasses.replace(
             pair,
             value=value,

@@ -33,7 +33,7 @@ def new_solver(block: ParameterBlock, warm: Sequence[Tensor], run: int, settings
     digest = hashlib.sha256(f"start/{settings['seed']}/{run}/{block.name}".encode()).digest()
     first = block.parameters[0]
     common: dict[str, Any] = {
-        "tol": max(settings["tol"], COARSE_TOL) if settings["precision"] == "bf16" else settings["tol"],
+        "tol": COARSE_TOL if settings["precision"] == "bf16" else settings["tol"],
         "max_products": settings["max_products"],
         "warm": warm,
         "generator": torch.Generator().manual_seed(int.from_bytes(digest[:7], "big")),
