@@ -200,7 +200,7 @@ def test_cache_folder_that_cannot_be_written_is_named(
 def test_impossible_settings_are_named(name: str, value: Any, task: Task, encoder: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=rf"{name}={value!r} is not"):
         _tune(task, encoder, tmp_path, **{name: value})
-    with pytest.raises(TypeError, match=r"'epoch' is no training setting; the settings are batch_size, clip, epochs"):
+    with pytest.raises(TypeError, match=r"'epoch' is no training setting; the settings are batch_size, bf16, clip"):
         _tune(task, encoder, tmp_path, epoch=3)
 
 
