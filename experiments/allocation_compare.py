@@ -12,6 +12,8 @@ import random
 from pathlib import Path
 from typing import Any
 
+from common import refuse_foreign
+
 
 class Scores:
     """Held-out loss and primary metric of mixed allocations, put together from one quantized model a width.
@@ -79,17 +81,6 @@ class Scores:
         self.known[bits] = result
         write_json(self.kept, {"asked": self.asked, "scores": [[b, *known] for b, known in self.known.items()]})
         return result
-
-
-def refuse_foreign(path: Path, found: Any, asked: dict[str, Any]) -> None:
-    """Refuse to go on from a file that was made of another model, other rows or other settings.
-
-    Raises:
-        ValueError: naming the first difference.
-    """
-    for name, value in asked.items():
-        if not isinstance(found, dict) or found.get(name) != value:
-            raise ValueError(f"--resume: {path} was made with another {name}; remove the file, or leave --resume out")
 
 
 def _prefix(model: Any) -> str:

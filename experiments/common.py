@@ -139,6 +139,17 @@ def first_rank_first(rank: int) -> Iterator[None]:
         dist.barrier()
 
 
+def refuse_foreign(path: Path, found: Any, asked: dict[str, Any]) -> None:
+    """Refuse to go on from a file that was made of another model, other rows or other settings.
+
+    Raises:
+        ValueError: naming the first difference.
+    """
+    for name, value in asked.items():
+        if not isinstance(found, dict) or found.get(name) != value:
+            raise ValueError(f"--resume: {path} was made with another {name}; remove the file, or leave --resume out")
+
+
 def run_script(main: Callable[[], None], resume_hint: str = "") -> None:
     """Run `main`; turn what the user can mend into one sentence, and an interrupt into a hint how to go on."""
     try:

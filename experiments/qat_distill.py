@@ -19,7 +19,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from common import add_task_arguments, positive, prepare_run, provenance, run_script
+from common import add_task_arguments, positive, prepare_run, provenance, refuse_foreign, run_script
 from qat_comparison import METHODS, Comparison, describe, save_packed
 from qat_table import comparison_table
 
@@ -106,11 +106,7 @@ class Results:
         self.content: dict[str, Any] = {"asked": asked, "rows": {}}
         if resume and path.is_file():
             found = read_json(path)
-            for name, value in asked.items():
-                if not isinstance(found, dict) or found.get("asked", {}).get(name) != value:
-                    raise ValueError(
-                        f"--resume: {path} was made with another {name}; remove the file, or leave --resume out"
-                    )
+            refuse_foreign(path, found.get("asked") if isinstance(found, dict) else None, asked)
             self.content = found
 
     def has(self, method: str, seed: int) -> bool:

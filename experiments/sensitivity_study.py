@@ -20,7 +20,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from allocation_compare import Scores, compare, refuse_foreign
+from allocation_compare import Scores, compare
 from common import (
     add_task_arguments,
     add_tuning_arguments,
@@ -28,6 +28,7 @@ from common import (
     positive,
     prepare_run,
     provenance,
+    refuse_foreign,
     run_script,
 )
 from study_report import Study, page, plot, plot_summary, section
