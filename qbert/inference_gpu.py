@@ -27,6 +27,7 @@ from qbert.inference_gpu_layers import (
     reason_not_to_fuse_on_gpu,
 )
 from qbert.inference_graphs import GraphCache, Inputs
+from qbert.inference_model import is_plain_request
 from qbert.kernels.dispatch import implementation
 from qbert.packed_modules import PackedTensor
 from qbert.targets import base_model
@@ -166,21 +167,8 @@ class GpuEncoder:
         return self._output(result.clone())
 
     def _can_run(self, ids: Tensor, mask: Tensor | None, embeds: Tensor | None, kwargs: dict[str, Any]) -> bool:
-        from transformers.utils.output_capturing import _active_collector
-
-        config = self.base.config
-        return (
-            ids.device == self.device == self.base.encoder.layer[0].output.LayerNorm.weight.device
-            and ids.dim() == 2
-            and ids.numel() > 0
-            and embeds is None
-            and (mask is None or mask.shape == ids.shape)
-            and kwargs.get("return_dict", config.return_dict) in (None, True)
-            and not any(isinstance(v, Tensor) or bool(v) for k, v in kwargs.items() if k != "return_dict")
-            and not (config.output_hidden_states or config.output_attentions)
-            and not _active_collector.get()
-            and not torch.compiler.is_compiling()
-            and not self.base.training
+        return ids.device == self.device == self.base.encoder.layer[0].output.LayerNorm.weight.device and (
+            is_plain_request(self.base, ids, mask, embeds, kwargs)
         )
 
     def _run(self, inputs: Inputs, starts: Tensor, longest: int, batch: Batch | None = None) -> Tensor:

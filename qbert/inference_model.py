@@ -57,23 +57,32 @@ class FusedModel:
         )
 
     def _can_run(self, ids: Tensor, mask: Tensor | None, embeds: Tensor | None, kwargs: dict[str, Any]) -> bool:
-        from transformers.utils.output_capturing import _active_collector
-
-        config = self.base.config
         return (
             ids.device.type == "cpu"
-            and ids.dim() == 2
-            and ids.numel() > 0
-            and embeds is None
-            and (mask is None or mask.shape == ids.shape)
-            and kwargs.get("return_dict", config.return_dict) in (None, True)
-            and not any(isinstance(v, Tensor) or bool(v) for k, v in kwargs.items() if k != "return_dict")
-            and not (config.output_hidden_states or config.output_attentions)
-            and not _active_collector.get()
-            and not torch.compiler.is_compiling()
-            and not self.base.training
+            and is_plain_request(self.base, ids, mask, embeds, kwargs)
             and not (torch.is_grad_enabled() and any(p.requires_grad for p in self.base.parameters()))
         )
+
+
+def is_plain_request(
+    base: Any, ids: Tensor, mask: Tensor | None, embeds: Tensor | None, kwargs: dict[str, Any]
+) -> bool:
+    """Whether `base` is asked for no more than the last hidden state and the pooled output of token ids [B, T]."""
+    from transformers.utils.output_capturing import _active_collector
+
+    config = base.config
+    return (
+        ids.dim() == 2
+        and ids.numel() > 0
+        and embeds is None
+        and (mask is None or mask.shape == ids.shape)
+        and kwargs.get("return_dict", config.return_dict) in (None, True)
+        and not any(isinstance(v, Tensor) or bool(v) for k, v in kwargs.items() if k != "return_dict")
+        and not (config.output_hidden_states or config.output_attentions)
+        and not _active_collector.get()
+        and not torch.compiler.is_compiling()
+        and not base.training
+    )
 
 
 def _lengths(mask: Tensor | None) -> tuple[bool, Tensor | None]:
