@@ -58,10 +58,11 @@ def plot_curves(runs: Mapping[str, Mapping[str, Curve]], path: Path) -> None:
     figure = Figure(figsize=(4.2 * columns, 2.8 * rows), layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False).flatten()
     for axis, name in zip(axes, names, strict=False):
-        for label, curves in runs.items():
+        for index, (label, curves) in enumerate(runs.items()):
             if name in curves:
                 steps, values = zip(*curves[name], strict=True)
-                axis.plot(steps, values, marker="." if len(steps) < 30 else None, label=label or None)
+                marker = "." if len(steps) < 30 else None
+                axis.plot(steps, values, marker=marker, color=f"C{index}", label=label or None)
         axis.set_title(name)
         axis.set_xlabel("step")
         if len(runs) > 1:
