@@ -5,7 +5,7 @@ torch's own matrix product (`cpu_gemm`). That operator knows one activation scal
 makes 8-bit encoders on CPUs inaccurate: one outlier token coarsens all others. Per-token scales are had from it by
 linearity: divide every row of x by its own maximum, multiply by the int8 weights with the fixed step 1/127, multiply
 the output row by that maximum, add the bias. Asymmetric ranges are had in the same way: take the smallest value of a
-row from it first, and add that value times the row sums of the weights to the output.
+row from it first, and add that value times the row sums of the weights to the output (`cpu_chains`).
 
 The integer product knows codes, not the zero of their grid. Three ways, the first that fits:
   fold     codes - zero (twice that where zeros are halves, as for symmetric 2-bit levels +-1/2, +-3/2) are still
@@ -21,34 +21,29 @@ The integer product knows codes, not the zero of their grid. Three ways, the fir
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from qbert.kernels import formats, reference
-from qbert.kernels.cpu_gemm import ACTIVATION_ZERO, Int8Gemm, available_engine, saturates
+from qbert.kernels.cpu_chains import AsymmetricChain, FloatChain, Rounding, StaticChain, SymmetricChain, compiled
+from qbert.kernels.cpu_gemm import Int8Gemm, available_engine, saturates, takes_zero
 
-_LEVELS = 255  # steps of an asymmetric range: unsigned codes 0 to 255
 _FOLD_LIMIT = 64  # 7 bits: wider operands could saturate 16-bit pair sums on CPUs without VNNI
 
 
 class CpuLinear:
     """y = x W^T + b with low-bit W and int8 activations, prepared once and then called many times. Immutable."""
 
-    def __init__(self, gemm: Int8Gemm | None, **parts: Any) -> None:
-        """Use `prepare` or `from_packed`."""
-        self._gemm = gemm
-        self._weight: Tensor | None = parts["weight"]  # float [O, I], only where int8 cannot be used
-        self._correction: Tensor | None = parts["correction"]  # scale * zero [O], only for zeros of the third way
-        self._weight_sum: Tensor | None = parts["weight_sum"]  # of each row [O], only for asymmetric activations
-        self._asymmetric: bool = parts["asymmetric"]
-        self._bias: Tensor = parts["bias"]
-        self._activation: tuple[float, int] | None = parts["activation"]
-        self.bits: int = parts["bits"]
-        self.in_features: int = parts["in_features"]
-        self.out_features: int = parts["out_features"]
-        self.reason: str = parts["reason"]
+    def __init__(self, chain: nn.Module, bias: Tensor, in_features: int, bits: int, engine: str, reason: str) -> None:
+        """Use `prepare` or `from_packed`. `chain` computes the layer, see `cpu_chains`."""
+        self.chain = chain
+        self.in_features, self.out_features = in_features, len(bias)
+        self.bits, self.engine, self.reason = bits, engine, reason
+        self._bias = bias
+        self._run: Callable[[Tensor], Tensor] | None = None  # the chain, compiled at the first call
 
     @classmethod
     def prepare(
@@ -69,8 +64,8 @@ class CpuLinear:
 
         `activation_bits` 8 quantizes x per token, symmetrically; with `activation_scale` (and `activation_zero`, in
         -128..127) with that one static scale; with `asymmetric` per token from its smallest to its largest value;
-        None leaves x alone. More than one input group (K > 1) and
-        `activation_bits` None run in float, as does a torch without int8 operators; `reason` then says why.
+        None leaves x alone. More than one input group (K > 1) and `activation_bits` None run in float, as does a torch
+        without int8 operators; `reason` then says why.
         Raises TypeError or ValueError for codes outside `bits` bits and for shapes that do not fit.
         """
         low, high = formats.code_range(bits)
@@ -89,30 +84,23 @@ class CpuLinear:
         zero = reference.expand_groups(zero, row_group, rows).float().contiguous()
         if bias is not None and bias.shape != (rows,):
             raise ValueError(f"bias must have shape [{rows}], got {list(bias.shape)}.")
-        activation = None if activation_scale is None else (float(activation_scale), int(activation_zero) + 128)
+        bias = torch.zeros(rows) if bias is None else bias.detach().float().clone()
+        offset = int(activation_zero) + 128
         reason = _reason_for_float(codes, scale, activation_bits)
-        weight = correction = weight_sum = gemm = None
         if reason:
-            weight = reference.dequantize(codes, scale, zero)
+            quantize = Rounding(asymmetric, activation_scale or 0.0, offset) if activation_bits else None
+            chain: nn.Module = FloatChain(reference.dequantize(codes, scale, zero), bias, quantize)
+            return cls(chain, bias, columns, bits, "float", reason)
+        operand, row_scale, point, correction = _operand(codes, scale[:, 0], zero[:, 0])
+        gemm = Int8Gemm(operand, row_scale, point)
+        if activation_scale is not None:
+            chain = StaticChain(gemm, bias, correction, float(activation_scale), offset)
+        elif asymmetric:
+            sums = codes.sum(1, dtype=torch.int64).double() - zero[:, 0].double() * columns
+            chain = AsymmetricChain(gemm, bias, correction, (sums * scale[:, 0].double()).float())
         else:
-            if asymmetric:
-                sums = codes.sum(1, dtype=torch.int64).double() - zero[:, 0].double() * columns
-                weight_sum = (sums * scale[:, 0].double()).float()
-            operand, row_scale, point, correction = _operand(codes, scale[:, 0], zero[:, 0])
-            gemm = Int8Gemm(operand, row_scale, point)
-        return cls(
-            gemm,
-            weight=weight,
-            correction=correction,
-            weight_sum=weight_sum,
-            asymmetric=asymmetric,
-            bias=torch.zeros(rows) if bias is None else bias.detach().float().clone(),
-            activation=activation if activation_bits == 8 else (0.0, 0),
-            bits=bits,
-            in_features=columns,
-            out_features=rows,
-            reason=reason,
-        )
+            chain = SymmetricChain(gemm, bias, correction)
+        return cls(chain, bias, columns, bits, gemm.engine, reason)
 
     @classmethod
     def from_packed(
@@ -140,75 +128,23 @@ class CpuLinear:
         gradient.
         """
         self._check(x)
-        if self._gemm is None or x.dim() < 2 or not x.numel():
+        if x.dim() < 2 or not x.numel():
             return self._forward_rare(x)
+        if self._run is None:
+            self._run = compiled(self.chain)
         # No reshape on the common path: at a few tokens each such call costs as much as a tenth of the product.
-        work = x if x.dtype == torch.float32 else x.float()
-        if self._activation is not None:
-            y = self._forward_static(work, self._gemm, *self._activation)
-        else:
-            y = self._forward_dynamic(work, self._gemm)
-        return y if x.dtype == torch.float32 else y.to(x.dtype)
+        return self._run(x) if x.dtype == torch.float32 else self._run(x.float()).to(x.dtype)
 
     __call__ = forward
 
     def __repr__(self) -> str:
-        how = self._gemm.engine if self._gemm is not None else f"float ({self.reason})"
+        how = f"float ({self.reason})" if self.reason else self.engine
         return f"CpuLinear({self.in_features} -> {self.out_features}, {self.bits} bits, {how})"
 
     def _forward_rare(self, x: Tensor) -> Tensor:
         rows = x.reshape(-1, self.in_features)
-        if not rows.numel():
-            y = self._bias.expand(rows.shape[0], -1).to(x.dtype)
-        else:
-            y = self._forward_float(rows.float()).to(x.dtype) if self._gemm is None else self.forward(rows)
+        y = self.forward(rows) if rows.numel() else self._bias.expand(rows.shape[0], -1).to(x.dtype)
         return y.reshape(*x.shape[:-1], self.out_features)
-
-    def _forward_dynamic(self, x: Tensor, gemm: Int8Gemm) -> Tensor:
-        # A row of equal values gives 0/0 here; its codes are then arbitrary but finite, and the factor span = 0 ends
-        # them.
-        if self._weight_sum is None:
-            unit = x.abs()
-            span = unit.amax(dim=-1, keepdim=True)
-            torch.div(x, span, out=unit)
-            y = self._multiply(unit, gemm, reference.A8_MAX, ACTIVATION_ZERO)
-            return torch.addcmul(self._bias, y, span, out=y)
-        low = x.amin(dim=-1, keepdim=True)
-        unit = x - low
-        span = unit.amax(dim=-1, keepdim=True)
-        y = self._multiply(unit.div_(span), gemm, _LEVELS, 0)
-        torch.addcmul(self._bias, y, span, out=y)
-        return torch.addcmul(y, low, self._weight_sum, out=y)
-
-    def _multiply(self, unit: Tensor, gemm: Int8Gemm, levels: int, offset: int) -> Tensor:
-        """Product with `unit`, whose values -1..1 or 0..1 are rounded to multiples of 1 / `levels`."""
-        if self._correction is None and not gemm.has_excess:
-            return gemm(unit, 1.0 / levels, offset)
-        codes = torch.nan_to_num_(unit).mul_(levels).round_()
-        y = gemm(codes, 1.0, offset, rounded=True)
-        if self._correction is not None:
-            y.sub_(codes.sum(dim=-1, keepdim=True) * self._correction)
-        return y.mul_(1.0 / levels)
-
-    def _forward_static(self, x: Tensor, gemm: Int8Gemm, scale: float, offset: int) -> Tensor:
-        if self._correction is not None:
-            x = (x / scale).round_().clamp_(-offset, 255 - offset)
-            y = gemm(x, 1.0, offset, rounded=True).sub_(x.sum(dim=-1, keepdim=True) * self._correction)
-            return torch.add(self._bias, y, alpha=scale)
-        return gemm(x, scale, offset).add_(self._bias)
-
-    def _forward_float(self, x: Tensor) -> Tensor:
-        assert self._weight is not None
-        if self._asymmetric:
-            low, high = x.amin(dim=1, keepdim=True), x.amax(dim=1, keepdim=True)
-            step = (high - low) / _LEVELS
-            x = torch.nan_to_num(torch.round((x - low) / step)) * step + low
-        elif self._activation is None:
-            x = reference.fake_quantize(x)
-        elif self._activation[0] > 0:
-            scale, offset = self._activation
-            x = reference.fake_quantize(x, scale, offset - 128)
-        return torch.nn.functional.linear(x, self._weight, self._bias)
 
     def _check(self, x: Tensor) -> None:
         if x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
@@ -279,7 +215,7 @@ def _operand(codes: Tensor, scale: Tensor, zero: Tensor) -> tuple[Tensor, Tensor
         if saturates(available_engine()) and float(zero.abs().max()) <= 128:
             # What would saturate is fewest where codes are centred; the product takes such wide codes apart itself.
             return (codes.to(torch.int32) - point[:, None]).to(torch.int16), scale, none, None
-        if Int8Gemm.takes_zero(available_engine()) and _fits_point(zero, codes.shape[1]):
+        if takes_zero(available_engine()) and _fits_point(zero, codes.shape[1]):
             return codes, scale, point, None
     return codes, scale, none, None if bool((zero == 0).all()) else scale * zero
 

@@ -17,42 +17,58 @@ from __future__ import annotations
 
 import functools
 import warnings
-from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 _PAIR_LIMIT = 128  # largest |w0 + w1| whose product with activations up to 255 stays below 2^15
-_CHUNK = 128  # tokens whose sparse product is added at once where MKL is missing
+_EXCESS_CHUNK = 128  # tokens whose sparse product is added at once where MKL is missing
 ACTIVATION_ZERO = 128  # signed activation codes -127..127 travel as unsigned 1..255
 
 
-def _fbgemm_prepack(codes: Tensor, scale: Tensor, zero: Tensor) -> Any:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # quantized tensors are announced as deprecated; `available_engine` moves on
-        weight = torch._make_per_channel_quantized_tensor(codes, scale.double(), zero.long(), 0)
-    previous = torch.backends.quantized.engine
-    torch.backends.quantized.engine = "fbgemm"
-    try:
-        return torch.ops.quantized.linear_prepack(weight, None)
-    finally:
-        torch.backends.quantized.engine = previous
+class _FbgemmProduct(nn.Module):
+    """x float32 [..., I] with int8 weights [O, I], each row with its scale and zero point: float32 [..., O]."""
+
+    def __init__(self, codes: Tensor, scale: Tensor, zero: Tensor) -> None:
+        super().__init__()
+        with warnings.catch_warnings():
+            # Quantized tensors are announced as deprecated; without them `available_engine` finds another.
+            warnings.simplefilter("ignore")
+            weight = torch._make_per_channel_quantized_tensor(codes, scale.double(), zero.long(), 0)
+        previous = torch.backends.quantized.engine
+        torch.backends.quantized.engine = "fbgemm"
+        try:
+            self.weight = torch.ops.quantized.linear_prepack(weight, None)
+        finally:
+            torch.backends.quantized.engine = previous
+
+    def forward(self, x: Tensor, step: float, zero: int) -> Tensor:
+        if torch.jit.is_scripting():
+            return torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32(x, step, zero, self.weight)
+        # Otherwise the packed weight is asked for a __torch_function__ at every call, and says no by a C++ exception:
+        # nine microseconds, more than a small product takes. The overload by name saves two more.
+        with torch._C.DisableTorchFunctionSubclass():
+            return torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32.default(  # type: ignore[no-any-return]
+                x, step, zero, self.weight
+            )
 
 
-def _fbgemm(x: Tensor, step: float, zero: int, weight: Any) -> Tensor:
-    # The overload by name: finding it among the operator's overloads costs two microseconds a call.
-    return torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32.default(x, step, zero, weight)
+class _OnednnProduct(nn.Module):
+    """The same by oneDNN, with zero points of 0 only."""
 
+    def __init__(self, codes: Tensor, scale: Tensor) -> None:
+        super().__init__()
+        self.weight = torch.ops.onednn.qlinear_prepack(codes.contiguous(), None)
+        self.scale = scale
+        self.no_zero = torch.zeros(codes.shape[0], dtype=torch.int32)
 
-def _onednn_prepack(codes: Tensor) -> Tensor:
-    return torch.ops.onednn.qlinear_prepack(codes, None)
-
-
-def _onednn(x: Tensor, step: float, zero: int, weight: Tensor, scale: Tensor, no_zero: Tensor) -> Tensor:
-    unsigned = (x * (1.0 / step)).round_().add_(zero).clamp_(0, 255).to(torch.uint8)
-    return torch.ops.onednn.qlinear_pointwise.default(
-        unsigned, step, zero, weight, scale, no_zero, None, 1.0, 0, torch.float32, "none", [], ""
-    )
+    def forward(self, x: Tensor, step: float, zero: int) -> Tensor:
+        rows = x.flatten(0, -2)
+        unsigned = (rows * (1.0 / step)).round_().add_(zero).clamp_(0, 255).to(torch.uint8)
+        y = torch.ops.onednn.qlinear_pointwise.default(
+            unsigned, step, zero, self.weight, self.scale, self.no_zero, None, 1.0, 0, torch.float32, "none", [], ""
+        )
+        return y.unflatten(0, x.shape[:-1])  # type: ignore[no-any-return]
 
 
 @functools.cache
@@ -95,70 +111,68 @@ def split_excess(codes: Tensor) -> tuple[Tensor, Tensor]:
     return safe.to(torch.int8), wide - safe
 
 
-class Int8Gemm:
+class Int8Gemm(nn.Module):
     """y[t, o] = step * scale[o] * sum_i round(x[t, i] / step) * (codes[o, i] - zero[o]), the sum in exact integers.
 
     codes int8 [O, I] (int16 where excess is split off), scale float32 [O], zero int32 [O] (all zero unless the engine
     is fbgemm, see `takes_zero`). x is float32 [T, I] with |x / step| <= 127, or 0 to 255 after adding `offset`.
+    A module so that TorchScript can compile what calls it (with fbgemm); it holds no parameters.
     """
 
     def __init__(
         self, codes: Tensor, scale: Tensor, zero: Tensor, *, engine: str | None = None, split_excess: bool | None = None
     ) -> None:
+        super().__init__()
         self.engine = available_engine() if engine is None else engine
         if self.engine not in ("fbgemm", "onednn"):
             raise RuntimeError("this build of torch has no int8 matrix product for this CPU.")
-        if not self.takes_zero(self.engine) and bool((zero != 0).any()):
+        if not takes_zero(self.engine) and bool((zero != 0).any()):
             raise ValueError("oneDNN takes symmetric weights only: fold the zero points into the codes.")
-        self._excess: Tensor | None = None
+        excess = None
         if split_excess is None:
             split_excess = int(codes.to(torch.int16).abs().max()) > _PAIR_LIMIT // 2 and saturates(self.engine)
         if split_excess:
-            codes, excess = _split(codes)
-            if bool((excess != 0).any()):
-                self._excess = _sparse(excess.float() * scale[:, None])
-        self._scale = scale
-        self._no_zero = torch.zeros(codes.shape[0], dtype=torch.int32)
-        self._weight: Any = (
-            _fbgemm_prepack(codes, scale, zero) if self.engine == "fbgemm" else _onednn_prepack(codes.contiguous())
-        )
+            codes, rest = _split(codes)
+            if bool((rest != 0).any()):
+                excess = _sparse(rest.float() * scale[:, None])
+        self.excess = excess
+        # MKL adds to the product where it lies, other libraries make a transposed one.
+        self.adds_in_place = excess is not None and excess.layout == torch.sparse_csc
+        self.product = _FbgemmProduct(codes, scale, zero) if self.engine == "fbgemm" else _OnednnProduct(codes, scale)
 
     @property
     def has_excess(self) -> bool:
         """Whether a sparse product is added; x must then be finite."""
-        return self._excess is not None
+        return self.excess is not None
 
-    @staticmethod
-    def takes_zero(engine: str) -> bool:
-        """Whether `engine` subtracts a zero point per weight row by itself, at no cost."""
-        return engine == "fbgemm"
-
-    def __call__(self, x: Tensor, step: float, offset: int = ACTIVATION_ZERO, *, rounded: bool = False) -> Tensor:
+    def forward(self, x: Tensor, step: float, offset: int = ACTIVATION_ZERO, rounded: bool = False) -> Tensor:
         """x float32 [..., I] to float32 [..., O]; `offset` is the unsigned code of 0, 128 for symmetric activations.
 
         `rounded` says that x holds whole multiples of `step` within range already.
         """
-        if self.engine == "fbgemm":
-            y = _fbgemm(x, step, offset, self._weight)
-        else:
-            y = _onednn(x.flatten(0, -2), step, offset, self._weight, self._scale, self._no_zero)
-            y = y.unflatten(0, x.shape[:-1])
-        if self._excess is not None:
+        y = self.product(x, step, offset)
+        if self.excess is not None:
             codes = x if rounded and step == 1.0 else (x * (1.0 / step)).round_().clamp_(-offset, 255 - offset)
-            _add_excess(self._excess, y.flatten(0, -2), codes.flatten(0, -2), step)
-        return y
+            _add_excess(self.excess, y.flatten(0, -2), codes.flatten(0, -2), step, self.adds_in_place)
+        return y  # type: ignore[no-any-return]
 
 
-def _add_excess(excess: Tensor, y: Tensor, codes: Tensor, step: float) -> None:
+def takes_zero(engine: str) -> bool:
+    """Whether `engine` subtracts a zero point per weight row by itself, at no cost."""
+    return engine == "fbgemm"
+
+
+def _add_excess(
+    excess: Tensor, y: Tensor, codes: Tensor, step: float, in_place: bool, chunk: int = _EXCESS_CHUNK
+) -> None:
     """y += step * codes excess, in place; y [T, O], codes [T, I], excess sparse as `_sparse` lays it out."""
-    if excess.layout == torch.sparse_csc:
+    if in_place:
         torch.addmm(y, codes, excess, alpha=step, out=y)
         return
-    for start in range(
-        0, len(codes), _CHUNK
-    ):  # a few tokens at a time, so that the transposed copies stay in the cache
-        product = torch.mm(excess, codes[start : start + _CHUNK].T.contiguous())
-        y[start : start + _CHUNK].add_(product.T, alpha=step)
+    # A few tokens at a time, so that the transposed copies stay in the cache.
+    for start in range(0, len(codes), chunk):
+        product = torch.mm(excess, codes[start : start + chunk].T.contiguous())
+        y[start : start + chunk].add_(product.T, alpha=step)
 
 
 _split = split_excess

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from qbert.kernels import cpu_gemm, formats, reference
 from qbert.kernels.cpu import CpuLinear, embedding
+from qbert.kernels.cpu_chains import compiled
 
 ENGINES = [e for e in ("fbgemm", "onednn") if e in torch.backends.quantized.supported_engines]
 
@@ -355,3 +356,22 @@ def test_embedding_refuses_bad_ids():
         embedding(torch.tensor([-1]), packed, scale, zero, row_group, bits=4, features=16)
     with pytest.raises(TypeError, match="int32 or int64"):
         embedding(torch.tensor([1.0]), packed, scale, zero, row_group, bits=4, features=16)
+
+
+@pytest.mark.parametrize("zero", ["integer", "real"])
+@pytest.mark.parametrize("kind", [{}, {"asymmetric": True}, {"activation_scale": 0.02}, {"activation_bits": None}])
+def test_the_compiled_chain_is_its_uncompiled_twin(kind, zero, monkeypatch, caplog):
+    prepared = CpuLinear.prepare(*layer(48, 128, 8, zero, groups=4), 8, **kind)
+    gemm = getattr(prepared.chain, "gemm", None)
+    if gemm is not None:  # with values that saturate taken apart, whatever this CPU does
+        codes, one = torch.randint(-128, 128, (48, 128), dtype=torch.int8), torch.ones(48)
+        prepared.chain.gemm = cpu_gemm.Int8Gemm(codes, one, torch.zeros(48, dtype=torch.int32), split_excess=True)
+        prepared.chain.rounds_first = True
+    for x in (torch.randn(1, 128), torch.randn(7, 128), torch.randn(2, 3, 128), torch.zeros(2, 128)):
+        for _ in range(3):  # the first calls of a TorchScript program are run differently from later ones
+            assert torch.equal(prepared.forward(x), prepared.chain(x))
+    assert isinstance(prepared._run, torch.ScriptMethod)
+    monkeypatch.setattr(torch.jit, "script", lambda module: (_ for _ in ()).throw(RuntimeError("no compiler today")))
+    with caplog.at_level("INFO", logger="qbert.kernels.cpu_chains"):
+        assert compiled(prepared.chain) is prepared.chain
+    assert "no compiler today" in caplog.text
