@@ -1,9 +1,10 @@
 """Fast inference of packed encoders on a CPU: int8 matrix products, one input quantization for Q, K and V, no padding.
 
 `optimize_for_inference` prepares every packed layer for the exact int8 products of `qbert.kernels.cpu`. Encoders of the
-BERT kind (BERT, RoBERTa, XLM-R, ELECTRA, CamemBERT) get more: a whole layer runs as four products with as few passes
-over memory as torch's operators allow, Q, K and V in one; sequences are sorted by length and run in chunks that stay
-in the cache, each cut to its longest member, so that padding costs next to nothing.
+BERT kind (BERT, RoBERTa, XLM-R, ELECTRA, CamemBERT, DistilBERT, MPNet) get more: a whole layer runs as four products
+with as few passes over memory as torch's operators allow, Q, K and V in one, and all layers as one compiled program
+(`qbert.inference_cpu_layers`); sequences are sorted by length and run in chunks that stay in the cache, each cut to its
+longest member, so that padding costs next to nothing.
 
     >>> fast = optimize_for_inference(packed)
     >>> fast(**tokenizer(texts, padding=True, return_tensors="pt"))
@@ -21,20 +22,19 @@ from copy import deepcopy
 from typing import Any, TypeVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from qbert.inference_cpu_layers import FusedLayers, LayerParts, reason_not_to_fuse_layer
 from qbert.inference_model import FusedModel
-from qbert.kernels.cpu import CpuLinear
-from qbert.packed_modules import PackedLinear, PackedTensor
+from qbert.kernels.cpu_chains import compiled
+from qbert.packed_modules import PackedTensor
 from qbert.targets import base_model
 
 logger = logging.getLogger(__name__)
 Model = TypeVar("Model", bound=nn.Module)
 
-_BERT_LAYERS = ("BertLayer", "RobertaLayer", "XLMRobertaLayer", "ElectraLayer", "CamembertLayer")
 # Tokens per thread that run together. Small chunks cut padding well; without any, larger ones reuse weights more often.
-_CHUNK_TOKENS, _FULL_CHUNK_TOKENS = 256, 1024
+_CHUNK_TOKENS, _FULL_CHUNK_TOKENS = 256, 512
 
 
 def optimize_for_inference(packed: Model, *, inplace: bool = False) -> Model:
@@ -67,13 +67,13 @@ def optimize_for_inference(packed: Model, *, inplace: bool = False) -> Model:
         fuse_for_gpu(model)
         return model
     _, base = base_model(model)
-    encoder = getattr(base, "encoder", None)
+    encoder = getattr(base, "encoder", None) or getattr(base, "transformer", None)  # so called by DistilBERT
     reason = _reason_not_to_fuse(encoder)
     fused: set[int] = set()
     if encoder is not None and not reason:
         fused_encoder = encoder.forward = FusedEncoder(encoder)
         if hasattr(base, "embeddings"):
-            base.forward = FusedModel(base, fused_encoder.run)  # type: ignore[method-assign]
+            base.forward = FusedModel(base, fused_encoder.run, fused_encoder.cross_attention)  # type: ignore[method-assign]
         fused = {id(m) for m in encoder.modules()}
     else:
         logger.info("%s is not fused: %s; its layers run one by one", type(base).__name__, reason)
@@ -92,11 +92,21 @@ class FusedEncoder:
 
     def __init__(self, encoder: Any) -> None:
         self.encoder = encoder
-        self.layers = [FusedLayer(layer) for layer in encoder.layer]
+        self._layers = compiled(FusedLayers([parts for layer in encoder.layer if (parts := LayerParts.of(layer))]))
+        self._position_bias: Tensor | None = None
+        self.cross_attention = hasattr(encoder.layer[0], "add_cross_attention")
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> FusedEncoder:
+        twin = object.__new__(FusedEncoder)
+        memo[id(self)] = twin
+        # What was prepared is never written to, so the two may share it.
+        twin.__dict__.update(self.__dict__)
+        twin.encoder = deepcopy(self.encoder, memo)
+        return twin
 
     def __call__(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Any:
         """[B, T, H] to transformers' output with ``last_hidden_state`` [B, T, H]; zeros where a token is padding."""
-        from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
+        from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPastAndCrossAttentions
 
         if not self._can_run(hidden_states, attention_mask, kwargs):
             return type(self.encoder).forward(self.encoder, hidden_states, attention_mask, **kwargs)
@@ -106,7 +116,8 @@ class FusedEncoder:
             result = self._outside(hidden_states, lambda x: self._run(x, mask))
         else:
             result = self.run(hidden_states, lengths)
-        return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=result)
+        kind = BaseModelOutputWithPastAndCrossAttentions if self.cross_attention else BaseModelOutput
+        return kind(last_hidden_state=result)
 
     def run(self, hidden_states: Tensor, lengths: Tensor | None) -> Tensor:
         """[B, T, H] and the number of tokens of each sequence, [B] int64 (None: all T), to [B, T, H] in its dtype."""
@@ -128,6 +139,7 @@ class FusedEncoder:
             and not (x.requires_grad and torch.is_grad_enabled())
             and not torch.compiler.is_compiling()
             and not any(kwargs.get(name) for name in wanted if not isinstance(kwargs.get(name), Tensor))
+            and kwargs.get("return_dict") in (None, True)
             and not isinstance(kwargs.get("encoder_hidden_states"), Tensor)
             and (mask is None or mask.dim() == 4)
             and not _active_collector.get()
@@ -160,89 +172,26 @@ class FusedEncoder:
         return result
 
     def _run(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        shape = x.shape
-        x = x.reshape(-1, shape[-1])
-        for layer in self.layers:
-            x = layer(x, shape[0], mask)
-        return x.view(shape)
+        if hasattr(self.encoder, "relative_attention_bias"):
+            mask = self._biased_mask(x, mask)
+        return self._layers(x, mask)  # type: ignore[no-any-return]
 
-
-class FusedLayer:
-    """One encoder layer, post-norm: int8 products and float attention, normalization and activation function."""
-
-    def __init__(self, layer: Any) -> None:
-        attention = layer.attention.self
-        self.heads: int = attention.num_attention_heads
-        self.qkv = _joined([attention.query, attention.key, attention.value])
-        self.attention_output = layer.attention.output.dense.cpu_linear()
-        self.ffn_in, self.ffn_out = layer.intermediate.dense.cpu_linear(), layer.output.dense.cpu_linear()
-        self.activation = layer.intermediate.intermediate_act_fn
-        self.exact_gelu = type(self.activation).__name__ == "GELUActivation"
-        self.norms = [_norm(layer.attention.output.LayerNorm), _norm(layer.output.LayerNorm)]
-
-    def __call__(self, x: Tensor, batch: int, mask: Tensor | None) -> Tensor:
-        """[B T, H] to [B T, H]."""
-        tokens, width = x.shape
-        qkv = self.qkv(x).view(batch, tokens // batch, 3, self.heads, -1)
-        query, key, value = qkv.permute(2, 0, 3, 1, 4)  # [B, heads, T, D] each
-        mixed = F.scaled_dot_product_attention(query, key, value, mask).transpose(1, 2).reshape(tokens, width)
-        y = self.attention_output(mixed).add_(x)
-        x = F.layer_norm(y, (width,), *self.norms[0])
-        hidden = self.ffn_in(x)
-        hidden = torch.ops.aten.gelu_(hidden) if self.exact_gelu else self.activation(hidden)
-        return F.layer_norm(self.ffn_out(hidden).add_(x), (width,), *self.norms[1])
+    def _biased_mask(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        """MPNet adds to all scores a bias that depends on the distance of two tokens: [1 or B, heads, T, T]."""
+        length = x.shape[1]
+        if self._position_bias is None or self._position_bias.shape[-1] < length:
+            self._position_bias = self.encoder.compute_position_bias(x[:1]).float()
+        bias = self._position_bias[..., :length, :length]
+        if mask is None:
+            return bias
+        return bias.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else bias + mask
 
 
 def _reason_not_to_fuse(encoder: Any) -> str:
     layers = getattr(encoder, "layer", None)
     if not isinstance(layers, nn.ModuleList) or not len(layers):
-        return "it has no encoder.layer list"
+        return "it has no list of encoder layers"
     return next(filter(None, map(reason_not_to_fuse_layer, layers)), "")
-
-
-def reason_not_to_fuse_layer(layer: Any) -> str:
-    """Why `layer` is not a packed encoder layer of the BERT kind with one input for Q, K and V; empty if it is."""
-    if type(layer).__name__ not in _BERT_LAYERS or layer.is_decoder or layer.add_cross_attention:
-        return f"a {type(layer).__name__} is not an encoder layer of the BERT kind"
-    attention = layer.attention.self
-    parts = [attention.query, attention.key, attention.value, layer.attention.output.dense]
-    parts += [layer.intermediate.dense, layer.output.dense]
-    if not all(isinstance(p, PackedLinear) for p in parts):
-        return "some of its linear maps are in float"
-    if not all(_same_input(parts[0], p) for p in parts[1:3]):
-        return "query, key and value quantize their input differently"
-    return ""
-
-
-def _same_input(one: PackedLinear, other: PackedLinear) -> bool:
-    for field in ("activation_bits", "activation_range"):
-        if getattr(one.spec, field) != getattr(other.spec, field):
-            return False
-    if one.layout.input_groups > 1 or other.layout.input_groups > 1:
-        return False
-    if one.input_scale is None or one.input_zero is None or other.input_scale is None or other.input_zero is None:
-        return True
-    return torch.equal(one.input_scale, other.input_scale) and torch.equal(one.input_zero, other.input_zero)
-
-
-def _joined(parts: list[PackedLinear]) -> CpuLinear:
-    """One product for several layers with the same input: their rows under each other."""
-    grids = [p.row_grids() for p in parts]
-    biases = [torch.zeros(p.rows) if p.bias is None else p.bias.detach().float() for p in parts]
-    codes = torch.cat([p.int_codes() for p in parts])
-    return CpuLinear.prepare(
-        codes,
-        torch.cat([scale for scale, _ in grids]),
-        torch.cat([zero for _, zero in grids]),
-        torch.arange(len(codes)),
-        torch.cat(biases),
-        max(p.layout.bits for p in parts),
-        **parts[0].activation_arguments(),
-    )
-
-
-def _norm(norm: nn.LayerNorm) -> tuple[Tensor, Tensor, float]:
-    return norm.weight.detach().float(), norm.bias.detach().float(), norm.eps
 
 
 def _lengths(mask: Tensor, shape: torch.Size) -> Tensor | None:

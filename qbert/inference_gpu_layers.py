@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from qbert.inference import reason_not_to_fuse_layer
+from qbert.inference_cpu_layers import BERT_LAYERS, reason_not_to_fuse_layer
 from qbert.kernels import operators
 from qbert.kernels.terms import Terms
 from qbert.packed_layout import row_group_of
@@ -198,6 +198,8 @@ def reason_not_to_fuse_on_gpu(layer: Any) -> str:
     reason = reason_not_to_fuse_layer(layer)
     if reason:
         return reason
+    if type(layer).__name__ not in BERT_LAYERS:
+        return f"a {type(layer).__name__} is fused on CPUs only"
     attention = layer.attention.self
     parts = [attention.query, attention.key, attention.value, layer.attention.output.dense]
     parts += [layer.intermediate.dense, layer.output.dense]

@@ -8,6 +8,7 @@ own forward.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -19,47 +20,49 @@ class FusedModel:
     """``forward`` of the base model of an encoder of the BERT kind (not a module: it adds nothing to the state).
 
     Args:
-        base: model with ``embeddings`` and ``encoder``, and ``pooler`` or ``embeddings_project`` where its kind has it.
+        base: model with ``embeddings``, and ``pooler`` or ``embeddings_project`` where its kind has it.
         run: (hidden states [B, T, H], lengths [B] or None) to the last hidden state [B, T, H], zero for padding.
+        cross_attention: whether its kind can be a decoder too, and has outputs that say so.
     """
 
-    def __init__(self, base: Any, run: Callable[[Tensor, Tensor | None], Tensor]) -> None:
-        self.base, self.run = base, run
+    def __init__(self, base: Any, run: Callable[[Tensor, Tensor | None], Tensor], cross_attention: bool) -> None:
+        self.base, self.run, self.cross_attention = base, run, cross_attention
+        self.names = list(inspect.signature(type(base).forward).parameters)[1:]
+        self.id_names = ["position_ids"]
+        if hasattr(base.embeddings, "token_type_embeddings"):
+            self.id_names.append("token_type_ids")
 
-    def __call__(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        token_type_ids: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        inputs_embeds: Tensor | None = None,
-        **kwargs: Any,
-    ) -> Any:
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Token ids and mask [B, T] to transformers' output; ``last_hidden_state`` [B, T, H] is zero for padding."""
-        from transformers import modeling_outputs
-
         base = self.base
-        padded_right, lengths = _lengths(attention_mask)
-        if input_ids is None or not padded_right or not self._can_run(input_ids, attention_mask, inputs_embeds, kwargs):
-            return type(base).forward(
-                base, input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, **kwargs
-            )
+        given = dict(zip(self.names, args, strict=False)) | kwargs
+        input_ids, mask = given.pop("input_ids", None), given.pop("attention_mask", None)
+        ids = {name: given.pop(name) for name in self.id_names if name in given}
+        padded_right, lengths = _lengths(mask)
+        if input_ids is None or not padded_right or not self._can_run(input_ids, mask, given):
+            return type(base).forward(base, *args, **kwargs)
         with torch.inference_mode():
-            x = base.embeddings(input_ids=input_ids, token_type_ids=token_type_ids, position_ids=position_ids)
+            x = base.embeddings(input_ids=input_ids, **ids)
             if hasattr(base, "embeddings_project"):
                 x = base.embeddings_project(x)
-        hidden = self.run(x, lengths)
-        if not hasattr(base, "pooler"):
-            return modeling_outputs.BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=hidden)
-        pooled = None if base.pooler is None else base.pooler(hidden)
-        return modeling_outputs.BaseModelOutputWithPoolingAndCrossAttentions(
-            last_hidden_state=hidden, pooler_output=pooled
-        )
+        return self._output(self.run(x, lengths))
 
-    def _can_run(self, ids: Tensor, mask: Tensor | None, embeds: Tensor | None, kwargs: dict[str, Any]) -> bool:
+    def _output(self, hidden: Tensor) -> Any:
+        from transformers import modeling_outputs as outputs
+
+        kind: Any
+        crossed: Any
+        if not hasattr(self.base, "pooler"):
+            crossed, kind = outputs.BaseModelOutputWithPastAndCrossAttentions, outputs.BaseModelOutput
+            return (crossed if self.cross_attention else kind)(last_hidden_state=hidden)
+        crossed, kind = outputs.BaseModelOutputWithPoolingAndCrossAttentions, outputs.BaseModelOutputWithPooling
+        pooled = None if self.base.pooler is None else self.base.pooler(hidden)
+        return (crossed if self.cross_attention else kind)(last_hidden_state=hidden, pooler_output=pooled)
+
+    def _can_run(self, ids: Tensor, mask: Tensor | None, kwargs: dict[str, Any]) -> bool:
         return (
             ids.device.type == "cpu"
-            and is_plain_request(self.base, ids, mask, embeds, kwargs)
+            and is_plain_request(self.base, ids, mask, kwargs.pop("inputs_embeds", None), kwargs)
             and not (torch.is_grad_enabled() and any(p.requires_grad for p in self.base.parameters()))
         )
 

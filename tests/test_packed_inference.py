@@ -1,5 +1,6 @@
 """`optimize_for_inference`: the fast path computes what the packed layers do, for every family, mask and request."""
 
+import copy
 import logging
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,13 @@ from transformers import AutoModel
 
 import qbert
 from qbert import inference
-from qbert.inference import FusedEncoder, FusedLayer, optimize_for_inference
+from qbert.inference import FusedEncoder, optimize_for_inference
+from qbert.inference_cpu_layers import FusedLayers, LayerParts
 from qbert.inference_model import FusedModel
+from qbert.kernels.cpu_chains import compiled
 from qbert.packed import PackedEmbedding, PackedLinear, pack
 
-FUSED = ("bert", "roberta", "electra")
+FUSED = ("bert", "roberta", "electra", "distilbert", "mpnet")
 # With float activations nothing is rounded, and the fast path must agree with the slow one to float precision.
 EXACT = {"activation_bits": None}
 
@@ -32,7 +35,8 @@ def encoder(family: str, **settings: Any) -> Any:
         nn.init.normal_(norm.weight, 1, 0.3)
         if norm.bias is not None:
             nn.init.normal_(norm.bias, 0, 0.3)
-    bits = {"encoder.layer.0": 3, "*": 4} if family in FUSED else 4
+    first = "transformer.layer.0" if family == "distilbert" else "encoder.layer.0"
+    bits = {first: 3, "*": 4} if family in FUSED else 4
     return pack(qbert.quantize_model(model, qbert.BitsConfig(bits, **settings)))
 
 
@@ -42,7 +46,11 @@ def test_every_family_gives_the_outputs_of_the_packed_model(family: str) -> None
     keep = batch["attention_mask"].bool() if "attention_mask" in batch else slice(None)
     exact = encoder(family, **EXACT)
     fast = optimize_for_inference(exact)
-    assert isinstance(getattr(getattr(fast, "encoder", None), "forward", None), FusedEncoder) == (family in FUSED)
+    stack = getattr(fast, "transformer" if family == "distilbert" else "encoder", None)
+    assert isinstance(getattr(stack, "forward", None), FusedEncoder) == (family in FUSED)
+    assert isinstance(fast.forward, FusedModel) == (family in FUSED)
+    if family in FUSED:
+        assert isinstance(stack.forward._layers, torch.ScriptMethod)
     assert torch.allclose(hidden(fast, batch)[keep], hidden(exact, batch)[keep], rtol=1e-4, atol=1e-5)
     packed = encoder(family)
     expected = hidden(packed, batch)[keep]
@@ -72,6 +80,40 @@ def test_every_layer_rounds_to_the_same_codes(bits: int, scheme: str, ranges: st
     assert (error.amax(1) <= 1e-5).float().mean() > 0.99 and error.max() < 0.05
 
 
+@pytest.mark.parametrize("activation", ["gelu_new", "relu", "quick_gelu"])
+def test_other_activation_functions_are_fused_compiled_or_not(activation: str) -> None:
+    config = build("bert").config
+    config.hidden_act = activation
+    packed = pack(qbert.quantize_model(AutoModel.from_config(config).eval(), qbert.BitsConfig(4, **EXACT)))
+    fast, batch = optimize_for_inference(packed), inputs_for("bert")
+    keep = batch["attention_mask"].bool()
+    assert isinstance(fast.forward, FusedModel)
+    assert torch.allclose(hidden(fast, batch)[keep], hidden(packed, batch)[keep], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("ranges", ["dynamic", "asymmetric"])
+def test_the_compiled_layers_are_their_uncompiled_twin(ranges: str) -> None:
+    layers = FusedLayers([LayerParts.of(layer) for layer in encoder("bert", activation_range=ranges).encoder.layer])
+    program = compiled(layers)
+    assert isinstance(program, torch.ScriptMethod)
+    with torch.inference_mode():
+        for shape in ((1, 7, 48), (3, 5, 48), (1, 1, 48)):
+            x, mask = torch.randn(shape), torch.rand(shape[0], 1, 1, shape[1]) > 0.3
+            mask[..., 0] = True
+            for _ in range(3):
+                assert torch.equal(program(x, None), layers(x, None))
+                assert torch.equal(program(x, mask), layers(x, mask))
+
+
+def test_a_copy_of_an_optimized_model_stands_alone() -> None:
+    fast, batch = optimize_for_inference(encoder("mpnet")), inputs_for("mpnet")
+    twin = copy.deepcopy(fast)
+    assert torch.equal(hidden(twin, batch), hidden(fast, batch))
+    assert twin.encoder.forward.encoder is twin.encoder and twin.forward.base is twin
+    longer = inputs_for("mpnet", length=15)
+    assert torch.equal(hidden(twin, longer), hidden(optimize_for_inference(twin), longer))
+
+
 def masks(length: int) -> dict[str, torch.Tensor]:
     right = torch.ones(5, length, dtype=torch.long)
     for row, used in enumerate((length, 3, length - 2, 1, 7)):
@@ -80,11 +122,16 @@ def masks(length: int) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("kind", ["right", "left", "holes"])
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize(
+    ("family", "attention"),
+    [("bert", "sdpa"), ("bert", "eager"), ("distilbert", "sdpa"), ("distilbert", "eager"), ("mpnet", "eager")],
+)
 @pytest.mark.parametrize("chunk", [8, 10**6])
-def test_padding_changes_nothing(kind: str, attention: str, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_padding_changes_nothing(
+    kind: str, family: str, attention: str, chunk: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(inference, "_CHUNK_TOKENS", chunk)
-    packed = encoder("bert", **EXACT)
+    packed = encoder(family, **EXACT)
     packed.set_attn_implementation(attention)
     fast = optimize_for_inference(packed)
     mask = masks(9)[kind]
@@ -102,18 +149,18 @@ def test_no_mask_and_many_sequences_run_in_chunks(monkeypatch: pytest.MonkeyPatc
     packed = encoder("bert", **EXACT)
     fast = optimize_for_inference(packed)
     sizes: list[int] = []
-    original = FusedLayer.__call__
+    original = FusedEncoder._run
 
-    def counting(self: FusedLayer, x: torch.Tensor, batch: int, mask: torch.Tensor | None) -> torch.Tensor:
-        sizes.append(len(x))
-        return original(self, x, batch, mask)
+    def counting(self: FusedEncoder, x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+        sizes.append(x.shape[0] * x.shape[1])
+        return original(self, x, mask)
 
-    monkeypatch.setattr(FusedLayer, "__call__", counting)
+    monkeypatch.setattr(FusedEncoder, "_run", counting)
     monkeypatch.setattr(inference, "_FULL_CHUNK_TOKENS", 20)
     torch_threads = torch.get_num_threads()
     batch = {"input_ids": torch.randint(5, 100, (11 * torch_threads, 6))}
     assert torch.allclose(hidden(fast, batch), hidden(packed, batch), rtol=1e-4, atol=1e-5)
-    assert len(sizes) > 2 and max(sizes) <= 20 * torch_threads and sum(sizes) == 2 * batch["input_ids"].numel()
+    assert len(sizes) > 2 and max(sizes) <= 20 * torch_threads and sum(sizes) == batch["input_ids"].numel()
 
 
 def test_the_whole_model_is_fused_for_plain_requests_only(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,164 @@
+"""Fused encoder layers on a CPU: post-norm layers of BERT, its relatives, DistilBERT and MPNet as one program.
+
+`LayerParts` finds the pieces of a layer whatever its family calls them; `FusedLayer` computes the layer from them in
+four int8 products; `FusedLayers` is the whole stack, which TorchScript compiles (`qbert.kernels.cpu_chains.compiled`),
+so that one short sentence does not spend half of its time in Python.
+
+    >>> layers = FusedLayers([LayerParts.of(layer) for layer in encoder.layer])
+    >>> y = compiled(layers)(x, None)     # [B, T, H]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from qbert.kernels.cpu import CpuLinear
+from qbert.packed_modules import PackedLinear
+
+BERT_LAYERS = ("BertLayer", "RobertaLayer", "XLMRobertaLayer", "ElectraLayer", "CamembertLayer")
+
+
+class LayerParts(NamedTuple):
+    """What a post-norm encoder layer is made of."""
+
+    heads: int
+    query: nn.Module
+    key: nn.Module
+    value: nn.Module
+    attention_output: nn.Module
+    attention_norm: nn.LayerNorm
+    ffn_in: nn.Module
+    activation: nn.Module
+    ffn_out: nn.Module
+    output_norm: nn.LayerNorm
+
+    @classmethod
+    def of(cls, layer: Any) -> LayerParts | None:
+        """The parts of a layer of a known family that attends to its own tokens only; ``None`` for any other."""
+        kind = type(layer).__name__
+        if kind == "TransformerBlock" and type(layer.attention).__name__ == "DistilBertSelfAttention":
+            attention, ffn = layer.attention, layer.ffn
+            return cls(
+                attention.n_heads, attention.q_lin, attention.k_lin, attention.v_lin, attention.out_lin,
+                layer.sa_layer_norm, ffn.lin1, ffn.activation, ffn.lin2, layer.output_layer_norm,
+            )  # fmt: skip
+        if kind == "MPNetLayer":
+            attention = layer.attention.attn
+            first = (attention.q, attention.k, attention.v, attention.o, layer.attention.LayerNorm)
+        elif kind in BERT_LAYERS and not layer.is_decoder and not layer.add_cross_attention:
+            attention, output = layer.attention.self, layer.attention.output
+            first = (attention.query, attention.key, attention.value, output.dense, output.LayerNorm)
+        else:
+            return None
+        inner = layer.intermediate
+        return cls(
+            attention.num_attention_heads, *first,
+            inner.dense, inner.intermediate_act_fn, layer.output.dense, layer.output.LayerNorm,
+        )  # fmt: skip
+
+    @property
+    def linears(self) -> list[nn.Module]:
+        """Query, key and value, then the other three linear maps."""
+        return [self.query, self.key, self.value, self.attention_output, self.ffn_in, self.ffn_out]
+
+
+def reason_not_to_fuse_layer(layer: Any) -> str:
+    """Why `layer` is not a packed encoder layer of a known family with one input for Q, K and V; empty if it is."""
+    parts = LayerParts.of(layer)
+    if parts is None:
+        return f"a {type(layer).__name__} is not an encoder layer of the BERT kind"
+    if not all(isinstance(p, PackedLinear) for p in parts.linears):
+        return "some of its linear maps are in float"
+    if not all(_same_input(parts.query, p) for p in (parts.key, parts.value)):
+        return "query, key and value quantize their input differently"
+    return ""
+
+
+class FusedLayers(nn.Module):
+    """A stack of fused layers."""
+
+    def __init__(self, parts: Sequence[LayerParts]) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(map(FusedLayer, parts))
+
+    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        """x float32 [B, T, H] to [B, T, H]; `mask` broadcasts to [B, heads, T, T], true or 0 where a key is seen."""
+        shape = x.shape
+        y = x.reshape(-1, shape[2])
+        for layer in self.layers:
+            y = layer(y, shape[0], mask)
+        return y.view(shape)
+
+
+class FusedLayer(nn.Module):
+    """One encoder layer, post-norm: int8 products and float attention, normalization and activation function."""
+
+    def __init__(self, parts: LayerParts) -> None:
+        super().__init__()
+        self.heads = parts.heads
+        self.qkv = _joined([parts.query, parts.key, parts.value]).chain
+        self.attention_output = _chain(parts.attention_output)
+        self.ffn_in, self.ffn_out = _chain(parts.ffn_in), _chain(parts.ffn_out)
+        exact = type(parts.activation).__name__ == "GELUActivation"
+        self.activation = _GeluInPlace() if exact else parts.activation
+        # Copies, because the model may be moved to another dtype while its layers go on in float32.
+        self.norm1, self.shift1, self.eps1 = _norm(parts.attention_norm)
+        self.norm2, self.shift2, self.eps2 = _norm(parts.output_norm)
+
+    def forward(self, x: Tensor, batch: int, mask: Tensor | None) -> Tensor:
+        """x [B T, H] to [B T, H]; `mask` as for `FusedLayers`."""
+        tokens, width = x.shape
+        qkv = self.qkv(x).view(batch, tokens // batch, 3, self.heads, width // self.heads)
+        query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # [B, heads, T, D] each
+        mixed = F.scaled_dot_product_attention(query, key, value, mask).transpose(1, 2).reshape(tokens, width)
+        y = self.attention_output(mixed).add_(x)
+        y = F.layer_norm(y, [width], self.norm1, self.shift1, self.eps1)
+        hidden = self.activation(self.ffn_in(y))
+        return F.layer_norm(self.ffn_out(hidden).add_(y), [width], self.norm2, self.shift2, self.eps2)
+
+
+class _GeluInPlace(nn.Module):
+    """GELU with the exact error function, in place."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.ops.aten.gelu_(x)  # type: ignore[no-any-return]
+
+
+def _same_input(one: Any, other: Any) -> bool:
+    for field in ("activation_bits", "activation_range"):
+        if getattr(one.spec, field) != getattr(other.spec, field):
+            return False
+    if one.layout.input_groups > 1 or other.layout.input_groups > 1:
+        return False
+    if one.input_scale is None or one.input_zero is None or other.input_scale is None or other.input_zero is None:
+        return True
+    return torch.equal(one.input_scale, other.input_scale) and torch.equal(one.input_zero, other.input_zero)
+
+
+def _chain(linear: Any) -> nn.Module:
+    return linear.cpu_linear().chain  # type: ignore[no-any-return]
+
+
+def _joined(parts: list[Any]) -> CpuLinear:
+    """One product for several packed layers with the same input: their rows under each other."""
+    grids = [p.row_grids() for p in parts]
+    biases = [torch.zeros(p.rows) if p.bias is None else p.bias.detach().float() for p in parts]
+    codes = torch.cat([p.int_codes() for p in parts])
+    return CpuLinear.prepare(
+        codes,
+        torch.cat([scale for scale, _ in grids]),
+        torch.cat([zero for _, zero in grids]),
+        torch.arange(len(codes)),
+        torch.cat(biases),
+        max(p.layout.bits for p in parts),
+        **parts[0].activation_arguments(),
+    )
+
+
+def _norm(norm: nn.LayerNorm) -> tuple[Tensor, Tensor, float]:
+    return norm.weight.detach().float().clone(), norm.bias.detach().float().clone(), norm.eps
