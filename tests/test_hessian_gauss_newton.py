@@ -10,7 +10,7 @@ from encoders import build, inputs_for
 from torch.func import functional_call
 
 from qbert.hessian import gauss_newton_top, hessian_spectrum, parameter_blocks
-from qbert.hessian.gauss_newton import NoModelOutputError
+from qbert.hessian.loss_factor import NoModelOutputError
 
 SMALL = {"hidden_size": 8, "num_attention_heads": 2, "intermediate_size": 12, "num_hidden_layers": 2, "vocab_size": 100}
 

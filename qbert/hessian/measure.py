@@ -21,12 +21,9 @@ from qbert.hessian.krylov import BOUNDS
 from qbert.hessian.operator import LossFunction, masks_padding
 from qbert.hessian.parallel import check_same, own_share, rank_and_world, wait_for_all
 from qbert.hessian.runs import Measurement, assemble
-from qbert.hessian.samples import Batch, as_samples, draw, fingerprint, micro_batches
+from qbert.hessian.samples import BATCH_COST, Batch, as_samples, draw, fingerprint, micro_batches
 from qbert.hessian.solve import METHODS, PRECISIONS
 from qbert.hessian.spectrum import HessianSpectrum
-
-# What launching the kernels of one more micro-batch costs, in tokens of computing, by device; on GPUs more than is won.
-_BATCH_COST = {"cpu": 64}
 
 
 def hessian_spectrum(
@@ -107,7 +104,7 @@ def hessian_spectrum(
 
     def subset(run: int) -> list[Batch]:
         chosen = draw(len(samples), fraction=fraction, seed=seed, run=run)
-        return micro_batches(samples, chosen, size, seed=seed + run, batch_cost=_BATCH_COST.get(device.type))
+        return micro_batches(samples, chosen, size, seed=seed + run, batch_cost=BATCH_COST.get(device.type))
 
     saved = None
     if checkpoint is not None:

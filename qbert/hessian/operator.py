@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from qbert.hessian.eigen import all_finite
 from qbert.hessian.memory import free_bytes, saved_tensor_bytes
 from qbert.hessian.parts import Part, cut, distinct_parameters, whole
 from qbert.hessian.samples import Batch, loss_weight
@@ -110,14 +111,14 @@ class HessianOperator:
         """
         totals = {name: torch.zeros_like(vector) for name, vector in vectors.items()}
         retained = self.retained
-        for index, share in enumerate(self._shares):
+        for index in range(len(self.batches)):
             graph = self._graph(index, self.blocks if retained else vectors)
             for name, vector in vectors.items():
-                totals[name].add_(graph.product(self.blocks[name], vector), alpha=share)
+                graph.add_product(self.blocks[name], vector, totals[name])
             if not retained:
                 self.release()
         for name, total in totals.items():
-            if not torch.isfinite(total).all():
+            if not all_finite(total):
                 raise ArithmeticError(
                     f"the Hessian product of block {name} is not finite; run the model in float32 and check its weights"
                 )
@@ -126,9 +127,9 @@ class HessianOperator:
     def gradient(self, name: str) -> Tensor:
         """Gradient of the mean loss with respect to the block, [n]."""
         parts = []
-        for index, share in enumerate(self._shares):
+        for index in range(len(self.batches)):
             gradients = self._graph(index, self.blocks).gradients
-            parts.append(share * _flat([gradients.get(id(whole(p))) for p in self.blocks[name]], self.blocks[name]))
+            parts.append(_flat([gradients.get(id(whole(p))) for p in self.blocks[name]], self.blocks[name]))
             if not self.retained:
                 self.release()
         return torch.stack(parts).sum(0).detach()
@@ -145,7 +146,8 @@ class HessianOperator:
                 if not loss.requires_grad:  # every block unused: the Hessian is zero
                     self._graphs[index] = _Graph({})
                 else:
-                    gradients = torch.autograd.grad(loss, parameters, create_graph=True, allow_unused=True)
+                    share = torch.full_like(loss, self._shares[index])
+                    gradients = torch.autograd.grad(loss, parameters, share, create_graph=True, allow_unused=True)
                     used = {id(p): g for p, g in zip(parameters, gradients, strict=True) if g is not None}
                     self._graphs[index] = _Graph(used)
             self._losses[index] = float(loss.detach())
@@ -168,11 +170,12 @@ class HessianOperator:
 
 @dataclass
 class _Graph:
-    """First-order gradients of one micro-batch, by parameter identity, with the graph they came from."""
+    """What a micro-batch adds to the gradient of the mean loss, by parameter identity, with the graph it came from."""
 
     gradients: dict[int, Tensor]
 
-    def product(self, parts: Sequence[Part], vector: Tensor) -> Tensor:
+    def add_product(self, parts: Sequence[Part], vector: Tensor, total: Tensor) -> None:
+        """Add what this micro-batch adds to the product of a block with `vector` [n] to `total` [n]."""
         outputs, directions = [], []
         for part, direction in zip(parts, _split(vector, parts), strict=True):
             gradient = self.gradients.get(id(whole(part)))
@@ -181,14 +184,15 @@ class _Graph:
                 outputs.append(cut(part, gradient))
                 directions.append(direction)
         if not outputs:
-            return torch.zeros_like(vector)
+            return
         parameters = distinct_parameters(parts)
         with requiring_gradients(parameters):
-            found = torch.autograd.grad(
-                outputs, parameters, grad_outputs=directions, retain_graph=True, allow_unused=True
-            )
+            found = torch.autograd.grad(outputs, parameters, directions, retain_graph=True, allow_unused=True)
         products = {id(p): product for p, product in zip(parameters, found, strict=True)}
-        return _flat([products[id(whole(part))] for part in parts], parts).to(vector)
+        for part, piece in zip(parts, total.split([part.numel() for part in parts]), strict=True):
+            product = products[id(whole(part))]
+            if product is not None:
+                piece.view(part.shape).add_(cut(part, product).to(total))
 
 
 def model_loss(model: nn.Module, batch: Batch) -> Tensor:

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from qbert.hessian.blocks import ParameterBlock
 from qbert.hessian.checkpoint import Checkpoint
 from qbert.hessian.eigen import Eigenpair
-from qbert.hessian.gauss_newton import NoModelOutputError, gauss_newton_starts, gauss_newton_top
+from qbert.hessian.gauss_newton import gauss_newton_starts, gauss_newton_top
+from qbert.hessian.loss_factor import NoModelOutputError
 from qbert.hessian.operator import HessianOperator, LossFunction
 from qbert.hessian.parallel import gathered
 from qbert.hessian.parts import Part

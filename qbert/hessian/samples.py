@@ -23,6 +23,8 @@ from torch.utils.data import DataLoader, IterableDataset, default_collate
 
 Batch = Mapping[str, Any]
 IGNORED_LABEL = -100
+# What launching the kernels of one more micro-batch costs, in tokens of computing, by device; on GPUs more than is won.
+BATCH_COST = {"cpu": 64}
 _TOKEN_PADDING = {"attention_mask": 0, "token_type_ids": 0, "special_tokens_mask": 1, "labels": IGNORED_LABEL}
 
 
