@@ -230,3 +230,12 @@ def test_bad_arguments_are_named(changes: Any, message: Any) -> None:
 def test_more_eigenpairs_than_there_are_is_refused() -> None:
     with pytest.raises(ValueError, match="k: 6"):
         top_eigenpairs(lambda v: v, 5, k=6)
+
+
+def test_the_gap_is_trusted_only_while_no_other_ritz_value_is_near() -> None:
+    """With a rival at the other end, the residual itself has to be within the tolerance."""
+    for rival, near in ((-0.95, True), (0.93, True), (-0.6, False)):
+        A, _ = dense([1.0, rival, *np.linspace(-0.4, 0.4, 80)])
+        pair = lanczos(lambda v, A=A: A @ v, len(A), tol=1e-3, bound="gap", confidence=None)
+        assert pair.converged and pair.value == pytest.approx(1, rel=1e-3)
+        assert (pair.residual <= 1e-3) == near

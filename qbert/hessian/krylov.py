@@ -6,7 +6,8 @@ H is projected on the Krylov space of a start vector; a Ritz pair (theta, y) of 
 * ``bound="residual"``: some eigenvalue lies within r of theta. Always true.
 * ``bound="gap"``: within ``r^2 / gap``, if the rest of the spectrum keeps the distance `gap` that the other Ritz
   values and their reach tell (Kato 1949; Parlett 1998, section 11.7). Saves about a third of the products; a cluster
-  of eigenvalues that is not resolved yet may be taken for one.
+  of eigenvalues that is not resolved yet may be taken for one. Where another Ritz value may come within a tenth of
+  theta in magnitude, the residual itself has to be within the tolerance: rivals often show themselves late.
 * ``confidence``: proof that nothing larger was overlooked. For an eigenvector x the start vector v has the component
   ``|<x, v>| >= sigma eps`` with probability ``1 - sqrt(2/pi) eps``, whatever is added to its Gaussian part of
   deviation sigma in each direction. With the characteristic polynomial p of T, ``||p(H) v|| = beta_0 ... beta_k``,
@@ -43,6 +44,7 @@ Array = NDArray[np.float64]
 # value. After three products no eigenvalue with more than a ninth of it can overtake unseen; every further product
 # filters out what is left of the bulk, so that r itself is reach enough after nine.
 _RIVAL_PRODUCTS = 9.0
+_FAR = 0.9  # of the top eigenvalue's magnitude: Ritz values below are no rivals
 _REPORTED_CONFIDENCE = 0.99
 _HOPELESS_PRODUCTS = 10
 
@@ -167,17 +169,18 @@ class Lanczos:
         self._update_upper_bounds(values)
         if complete:
             self._upper = dict.fromkeys(self._upper, abs(top) + residual)
-        error, gap = relative(residual, top), math.nan
+        error, gap, rival = relative(residual, top), math.nan, 0.0
         reach = max(1.0, _RIVAL_PRODUCTS / self.products) * residuals[1:]
         if len(values) > 1:
             gap = float(np.min(np.abs(values[1:] - top) - reach))
-            if self.bound == "gap" or self.confidence:
+            rival = float(np.max(np.abs(values[1:]) + reach))
+            if (self.bound == "gap" and rival < _FAR * abs(top)) or self.confidence:
                 error = error_bound(top, residual, gap)
         if self.confidence:
             error = max(error, relative(self._upper[self.confidence] - abs(top), top))
-            rivals = False
+            rivals = False  # the proof covers them
         else:
-            rivals = len(values) > 1 and bool(np.max(np.abs(values[1:]) + reach) > abs(top) * (1 + self.tol))
+            rivals = rival > abs(top) * (1 + self.tol)
         converged = error <= self.tol and (complete or (self.products >= self.min_products and not rivals))
         # What is not symmetric about the operator stays in the residual, however many products follow.
         hopeless = self.products >= _HOPELESS_PRODUCTS and relative(self._top_rounding, top) > self.tol
