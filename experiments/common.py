@@ -38,8 +38,9 @@ def add_task_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_tuning_arguments(parser: argparse.ArgumentParser) -> None:
-    """``--epochs --train-limit --eval-limit``, with their help."""
+    """``--epochs --bf16 --train-limit --eval-limit``, with their help."""
     group = parser.add_argument_group("fine-tuning")
+    group.add_argument("--bf16", action="store_true", help="tune in bfloat16, where the device computes it")
     group.add_argument("--epochs", type=positive, help="passes over the training data; default: by task")
     group.add_argument("--train-limit", type=positive, help="tune on at most this many rows")
     group.add_argument("--eval-limit", type=positive, help="score on at most this many held-out rows")
@@ -56,6 +57,7 @@ def fine_tuned(task: Any, arguments: argparse.Namespace) -> Any:
         epochs=arguments.epochs,
         train_limit=arguments.train_limit,
         seed=arguments.seed,
+        bf16=getattr(arguments, "bf16", False),
     )
     how = "from the cache" if tuned.from_cache else f"in {tuned.seconds:.0f} s"
     scores = ", ".join(f"{name} {tuned.scores[name]:.2f}" for name in task.metric_names)
