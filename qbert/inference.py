@@ -127,6 +127,8 @@ class FusedEncoder:
     def _outside(hidden_states: Tensor, run: Callable[[Tensor], Tensor]) -> Tensor:
         with torch.inference_mode():
             result = run(hidden_states.float())
+        if torch.is_inference_mode_enabled() and hidden_states.dtype == torch.float32:
+            return result
         # A copy made outside of inference mode, because tensors made inside cannot be used in training (of a head).
         return result.to(hidden_states.dtype) if hidden_states.dtype != torch.float32 else result.clone()
 

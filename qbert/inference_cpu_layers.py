@@ -1,8 +1,8 @@
 """Fused encoder layers on a CPU: post-norm layers of BERT, its relatives, DistilBERT and MPNet as one program.
 
 `LayerParts` finds the pieces of a layer whatever its family calls them; `FusedLayer` computes the layer from them in
-four int8 products; `FusedLayers` is the whole stack, which TorchScript compiles (`qbert.kernels.cpu_chains.compiled`),
-so that one short sentence does not spend half of its time in Python.
+four int8 products; `FusedLayers` is the whole stack, and `FusedEmbeddings` what comes before it. TorchScript compiles
+both (`qbert.kernels.cpu_chains.compiled`), so that one short sentence does not spend half of its time in Python.
 
     >>> layers = FusedLayers([LayerParts.of(layer) for layer in encoder.layer])
     >>> y = compiled(layers)(x, None)     # [B, T, H]
@@ -18,9 +18,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qbert.kernels.cpu import CpuLinear
-from qbert.packed_modules import PackedLinear
+from qbert.packed_modules import PackedEmbedding, PackedLinear
 
 BERT_LAYERS = ("BertLayer", "RobertaLayer", "XLMRobertaLayer", "ElectraLayer", "CamembertLayer")
+_EMBEDDINGS = ("BertEmbeddings", "ElectraEmbeddings", "Embeddings")  # the last are DistilBERT's
 
 
 class LayerParts(NamedTuple):
@@ -127,6 +128,57 @@ class _GeluInPlace(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.ops.aten.gelu_(x)  # type: ignore[no-any-return]
+
+
+class FusedEmbeddings(nn.Module):
+    """Sum of word, position and type embeddings, normalized, for positions that count from 0.
+
+    Args:
+        embeddings: a module for which `reason_not_to_fuse_embeddings` has none.
+    """
+
+    def __init__(self, embeddings: Any) -> None:
+        super().__init__()
+        words = embeddings.word_embeddings
+        self.codes = words.owner.codes.view(torch.int8)
+        self.scale, self.zero = (grid.contiguous() for grid in words.row_grids())  # [V, 1]
+        self.positions = _table(embeddings.position_embeddings)
+        types = getattr(embeddings, "token_type_embeddings", None)
+        self.types = None if types is None else _table(types)
+        if self.types is not None:
+            self.first_type = self.positions + self.types[0]
+        self.norm, self.shift, self.eps = _norm(embeddings.LayerNorm)
+
+    def forward(self, ids: Tensor, type_ids: Tensor | None) -> Tensor:
+        """int64 [B, T], and the same for types (None: 0), to float32 [B, T, H]; RuntimeError for what is no id."""
+        flat = ids.reshape(-1)
+        rows = F.embedding(flat, self.codes).float()
+        rows.sub_(F.embedding(flat, self.zero)).mul_(F.embedding(flat, self.scale))
+        x = rows.view(ids.shape[0], ids.shape[1], rows.shape[1])
+        if self.types is None:
+            x = x.add_(self.positions[: ids.shape[1]])
+        elif type_ids is None:
+            x = x.add_(self.first_type[: ids.shape[1]])
+        else:
+            x = x.add_(F.embedding(type_ids, self.types)).add_(self.positions[: ids.shape[1]])
+        return F.layer_norm(x, [x.shape[2]], self.norm, self.shift, self.eps)
+
+
+def reason_not_to_fuse_embeddings(embeddings: Any) -> str:
+    """Why embeddings cannot be computed by `FusedEmbeddings`; empty if they can."""
+    kind = type(embeddings).__name__
+    if kind not in _EMBEDDINGS or type(getattr(embeddings, "LayerNorm", None)) is not nn.LayerNorm:
+        return f"{kind} are not embeddings whose positions count from 0"
+    words = embeddings.word_embeddings
+    if not isinstance(words, PackedEmbedding) or words.layout.bits != 8 or words.layout.input_groups > 1:
+        return "the word embeddings are not packed in 8 bits with one scale a row"
+    return ""
+
+
+def _table(table: Any) -> Tensor:
+    """Float values of a small table, packed or not."""
+    values = table.quantized_weight() if isinstance(table, PackedEmbedding) else table.weight.detach()
+    return values.float().clone()  # type: ignore[no-any-return]
 
 
 def _same_input(one: Any, other: Any) -> bool:

@@ -9,11 +9,18 @@ own forward.
 from __future__ import annotations
 
 import inspect
+import logging
 from collections.abc import Callable
+from copy import deepcopy
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from qbert.inference_cpu_layers import FusedEmbeddings, reason_not_to_fuse_embeddings
+from qbert.kernels.cpu_chains import compiled
+
+logger = logging.getLogger(__name__)
 
 
 class FusedModel:
@@ -31,6 +38,18 @@ class FusedModel:
         self.id_names = ["position_ids"]
         if hasattr(base.embeddings, "token_type_embeddings"):
             self.id_names.append("token_type_ids")
+        reason = reason_not_to_fuse_embeddings(base.embeddings)
+        if reason:
+            logger.info("the embeddings of %s are not fused: %s", type(base).__name__, reason)
+        self._embed = None if reason else compiled(FusedEmbeddings(base.embeddings))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> FusedModel:
+        twin = object.__new__(FusedModel)
+        memo[id(self)] = twin
+        # What was prepared is never written to, so the two may share it.
+        twin.__dict__.update(self.__dict__)
+        twin.base, twin.run = deepcopy(self.base, memo), deepcopy(self.run, memo)
+        return twin
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Token ids and mask [B, T] to transformers' output; ``last_hidden_state`` [B, T, H] is zero for padding."""
@@ -42,10 +61,22 @@ class FusedModel:
         if input_ids is None or not padded_right or not self._can_run(input_ids, mask, given):
             return type(base).forward(base, *args, **kwargs)
         with torch.inference_mode():
-            x = base.embeddings(input_ids=input_ids, **ids)
+            x = self._embedded(input_ids, **ids)
             if hasattr(base, "embeddings_project"):
                 x = base.embeddings_project(x)
         return self._output(self.run(x, lengths))
+
+    def _embedded(
+        self, ids: Tensor, position_ids: Tensor | None = None, token_type_ids: Tensor | None = None
+    ) -> Tensor:
+        embeddings = self.base.embeddings
+        if self._embed is not None and position_ids is None and embeddings.LayerNorm.weight.dtype == torch.float32:
+            try:
+                return self._embed(ids, token_type_ids)  # type: ignore[no-any-return]
+            except (RuntimeError, IndexError):
+                pass  # an id outside its table, too many tokens: the model's own embeddings say so in their own way
+        others = {"position_ids": position_ids, "token_type_ids": token_type_ids}
+        return embeddings(input_ids=ids, **{n: v for n, v in others.items() if v is not None})  # type: ignore[no-any-return]
 
     def _output(self, hidden: Tensor) -> Any:
         from transformers import modeling_outputs as outputs
@@ -94,8 +125,8 @@ def _lengths(mask: Tensor | None) -> tuple[bool, Tensor | None]:
         return True, None
     if mask.dim() != 2 or mask.device.type != "cpu" or torch.compiler.is_compiling():
         return False, None
-    keep = mask != 0
-    if bool(keep.all()):
+    if bool(mask.all()):
         return True, None
+    keep = mask != 0
     lengths = keep.sum(1)
     return torch.equal(keep, torch.arange(mask.shape[1]) < lengths[:, None]), lengths

@@ -105,6 +105,35 @@ def test_the_compiled_layers_are_their_uncompiled_twin(ranges: str) -> None:
                 assert torch.equal(program(x, mask), layers(x, mask))
 
 
+@pytest.mark.parametrize("family", ["bert", "electra", "distilbert"])
+def test_fused_embeddings_are_the_models_own(family: str) -> None:
+    packed = encoder(family, **EXACT)
+    fast = optimize_for_inference(packed)
+    assert fast.forward._embed is not None
+    ids, types = torch.randint(5, 100, (3, 9)), torch.randint(0, 2, (3, 9))
+    requests = [{}] if family == "distilbert" else [{}, {"token_type_ids": types}]
+    with torch.no_grad():
+        for more in requests:
+            names = {"token_type_ids": more["token_type_ids"]} if more else {}
+            got, expected = fast.forward._embedded(ids, **names), packed.embeddings(input_ids=ids, **names)
+            assert torch.allclose(got, expected, rtol=1e-5, atol=1e-6)
+            assert torch.allclose(hidden(fast, {"input_ids": ids, **more}), hidden(packed, {"input_ids": ids, **more}),
+                                  rtol=1e-4, atol=1e-5)  # fmt: skip
+        with pytest.raises(IndexError):
+            fast(input_ids=torch.tensor([[3, 100]]))
+        with pytest.raises((IndexError, RuntimeError)):
+            fast(input_ids=torch.ones(1, 513, dtype=torch.long))
+
+
+def test_word_embeddings_of_other_bits_are_read_by_the_model(caplog: pytest.LogCaptureFixture) -> None:
+    packed = encoder("bert", embedding_bits=4, **EXACT)
+    with caplog.at_level(logging.INFO, logger="qbert.inference_model"):
+        fast = optimize_for_inference(packed)
+    assert fast.forward._embed is None and "not packed in 8 bits" in caplog.text
+    batch = {"input_ids": torch.randint(5, 100, (2, 9))}
+    assert torch.allclose(hidden(fast, batch), hidden(packed, batch), rtol=1e-4, atol=1e-5)
+
+
 def test_a_copy_of_an_optimized_model_stands_alone() -> None:
     fast, batch = optimize_for_inference(encoder("mpnet")), inputs_for("mpnet")
     twin = copy.deepcopy(fast)
