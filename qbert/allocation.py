@@ -41,6 +41,7 @@ from qbert.perturbation import weight_errors
 from qbert.targets import base_model
 
 Damage = Mapping[str, Mapping[int, float]]
+Errors = Mapping[str, Mapping[int, float]]
 
 
 def allocate_bits(
@@ -92,38 +93,107 @@ def allocate_bits(
         ValueError: a budget that cannot be kept (the sentence names the smallest that can), a budget without `model`,
             an impossible width or setting, a spectrum of another model.
     """
-    widths = check_widths(bits)
-    bounds = {
-        "size_mb": size_mb,
-        "average_bits": average_bits,
-        "bit_operations": bit_operations,
-        "max_latency": max_latency,
-    }
-    check_bounds(**bounds)
-    limited = any(value is not None for value in bounds.values())
-    _check_arguments(widths, limited, model, share, max_latency, latency)
-    blocks = measured_blocks(spectrum, model)
-    choices = make_choices(blocks, fixed=fixed, tied=tied, model=model)
-
-    def write(picked: Sequence[int]) -> BitsConfig:
-        chosen = {b.name: widths[p] for c, p in zip(choices, picked, strict=True) for b in c.blocks}
-        return write_config(blocks, chosen, widths, fixed, model, embedding_bits, settings)
-
-    if not limited:
-        config = write(split_by_rank([c.sensitivity for c in choices], len(widths), share))
-        if model is not None:
-            config.resolve(model)
-        return config
-    assert model is not None
-    budgets = make_budgets(
-        blocks, choices, widths, model, write([0] * len(choices)), settings, latency=latency, **bounds
+    problem = Problem(
+        spectrum,
+        bits,
+        bounds={
+            "size_mb": size_mb,
+            "average_bits": average_bits,
+            "bit_operations": bit_operations,
+            "max_latency": max_latency,
+        },
+        latency=latency,
+        model=model,
+        damage=damage,
+        share=share,
+        fixed=fixed,
+        tied=tied,
+        embedding_bits=embedding_bits,
+        settings=settings,
     )
-    costs, room = [b.table for b in budgets], [b.room for b in budgets]
-    if choose([[0.0] * len(widths) for _ in choices], costs, room) is None:
-        raise ValueError(explain_infeasible(budgets, widths))
-    picked = choose(damage_table(spectrum, choices, widths, model, damage, settings), costs, room)
-    assert picked is not None
-    return write(picked)
+    return problem.config(problem.solve(spectrum))
+
+
+class Problem:
+    """What `allocate_bits` solves, everything settled but the sensitivities: it can be solved again for others.
+
+    Args:
+        bounds: budget argument -> bound or None.
+        settings: further defaults of the `BitsConfig`.
+        spectrum, bits and the rest: as for `allocate_bits`, which see for what is raised.
+    """
+
+    def __init__(
+        self,
+        spectrum: Measured | Mapping[str, float],
+        bits: Sequence[int] = (2, 3),
+        *,
+        bounds: Mapping[str, float | None],
+        settings: Mapping[str, Any],
+        latency: Latency | None = None,
+        model: nn.Module | None = None,
+        damage: Damage | None = None,
+        share: float | None = None,
+        fixed: Fixed | None = None,
+        tied: Iterable[Iterable[str]] = (),
+        embedding_bits: int = 8,
+    ):
+        self.widths = check_widths(bits)
+        check_bounds(**bounds)
+        self.limited = any(value is not None for value in bounds.values())
+        _check_arguments(self.widths, self.limited, model, share, bounds.get("max_latency"), latency)
+        self.model, self.damage, self.share, self.fixed = model, damage, share, fixed
+        self.tied = [list(names) for names in tied]
+        self.embedding_bits, self.settings = embedding_bits, settings
+        self.blocks = measured_blocks(spectrum, model)
+        self.choices = make_choices(self.blocks, fixed=fixed, tied=self.tied, model=model)
+        self._errors: Errors | None = None
+        if not self.limited:
+            return
+        assert model is not None
+        reference = self.config([0] * len(self.choices))
+        budgets = make_budgets(
+            self.blocks, self.choices, self.widths, model, reference, settings, latency=latency, **bounds
+        )
+        self._costs, self._room = [b.table for b in budgets], [b.room for b in budgets]
+        if choose([[0.0] * len(self.widths) for _ in self.choices], self._costs, self._room) is None:
+            raise ValueError(explain_infeasible(budgets, self.widths))
+
+    def solve(self, spectrum: Measured | Mapping[str, float]) -> list[int]:
+        """Index of the width of every choice, for sensitivities of the same blocks."""
+        blocks = measured_blocks(spectrum, self.model)
+        choices = make_choices(blocks, fixed=self.fixed, tied=self.tied, model=self.model)
+        if not self.limited:
+            return split_by_rank([c.sensitivity for c in choices], len(self.widths), self.share)
+        assert self.model is not None
+        if self._errors is None and self.damage is None and not callable(getattr(spectrum, "damage", None)):
+            members = [m for c in choices for m in c.members]
+            self._errors = weight_errors(self.model, self.widths, names=members, **self.settings)
+        table = damage_table(
+            spectrum, choices, self.widths, self.model, self.damage, self.settings, errors=self._errors
+        )
+        picked = choose(table, self._costs, self._room)
+        assert picked is not None
+        return picked
+
+    def chosen(self, picked: Sequence[int]) -> dict[str, int]:
+        """Block name -> bits, of the blocks that are not fixed."""
+        return {b.name: self.widths[p] for c, p in zip(self.choices, picked, strict=True) for b in c.blocks}
+
+    def config(self, picked: Sequence[int]) -> BitsConfig:
+        """The configuration of a solution; it fits the model, if there is one."""
+        found = write_config(
+            self.blocks,
+            self.chosen(picked),
+            self.widths,
+            self.fixed,
+            self.model,
+            self.embedding_bits,
+            self.settings,
+        )
+        if self.model is not None and not self.limited:
+            found.resolve(self.model)
+        return found
 
 
 def damage_table(
@@ -133,8 +203,10 @@ def damage_table(
     model: nn.Module,
     damage: Damage | None,
     settings: Mapping[str, Any],
+    *,
+    errors: Errors | None = None,
 ) -> list[list[float]]:
-    """Predicted damage of every choice at every width, [choices][widths].
+    """Predicted damage of every choice at every width, [choices][widths]; `errors` are those of the weights, if known.
 
     Raises:
         ValueError: if `damage` lacks a block or a width, or holds a number that is not finite.
@@ -149,7 +221,8 @@ def damage_table(
                 if not math.isfinite(value):
                     raise ValueError(f"damage: it has no finite number for {block.name!r} at {width} bits; add one")
         return [[math.fsum(damage[b.name][w] for b in c.blocks) for w in widths] for c in choices]
-    errors = weight_errors(model, widths, names=[m for c in choices for m in c.members], **settings)
+    if errors is None:
+        errors = weight_errors(model, widths, names=[m for c in choices for m in c.members], **settings)
     targets = free_targets(model)
     table = []
     for choice in choices:

@@ -83,7 +83,7 @@ class HessianSpectrum:
         Raises:
             ValueError: with fewer than two runs, which have no spread to resample.
         """
-        resampled = self._bootstrap(draws, seed)
+        resampled = self.resampled(draws, seed=seed)
         tail = (1 - level) / 2
         low, high = np.quantile(resampled, [tail, 1 - tail], axis=0)
         return low, high
@@ -97,7 +97,7 @@ class HessianSpectrum:
         Raises:
             ValueError: with fewer than two runs.
         """
-        resampled = self._bootstrap(draws, seed)
+        resampled = self.resampled(draws, seed=seed)
         order = np.argsort(-self.sensitivity, kind="stable")
         tail = (1 - level) / 2
         pairs = []
@@ -107,7 +107,12 @@ class HessianSpectrum:
                 pairs.append((self.names[first], self.names[second]))
         return pairs
 
-    def _bootstrap(self, draws: int, seed: int) -> NDArray[np.float64]:
+    def resampled(self, draws: int = 2000, *, seed: int = 0) -> NDArray[np.float64]:
+        """Sensitivities [draws, L] of spectra whose runs are drawn from these ones, with replacement (bootstrap).
+
+        Raises:
+            ValueError: with fewer than two runs.
+        """
         runs = len(self.eigenvalues)
         if runs < 2:
             raise ValueError(f"spectrum: {runs} run has no spread to resample; measure with runs=2 or more")
