@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from qbert.kernels import formats, reference
 from qbert.kernels.cpu_chains import AsymmetricChain, FloatChain, Rounding, StaticChain, SymmetricChain, compiled
-from qbert.kernels.cpu_gemm import Int8Gemm, available_engine, saturates, takes_zero
+from qbert.kernels.cpu_gemm import Int8Gemm, available_engine, fit_pairs, saturates, takes_zero
 
 _FOLD_LIMIT = 64  # 7 bits: wider operands could saturate 16-bit pair sums on CPUs without VNNI
 
@@ -59,13 +59,16 @@ class CpuLinear:
         activation_scale: float | None = None,
         activation_zero: int = 0,
         asymmetric: bool = False,
+        exact: bool = True,
     ) -> CpuLinear:
         """Expands codes int8 [O, I] with scale, zero [G, K] and row_group [O] into the operand of the product.
 
         `activation_bits` 8 quantizes x per token, symmetrically; with `activation_scale` (and `activation_zero`, in
         -128..127) with that one static scale; with `asymmetric` per token from its smallest to its largest value;
         None leaves x alone. More than one input group (K > 1) and `activation_bits` None run in float, as does a torch
-        without int8 operators; `reason` then says why.
+        without int8 operators; `reason` then says why. `exact` False rounds rows of 8-bit weights once more where this
+        CPU would have to take them apart (`cpu_gemm.fit_pairs`): faster there, with a little more error; on other CPUs
+        and for fewer bits it changes nothing.
         Raises TypeError or ValueError for codes outside `bits` bits and for shapes that do not fit.
         """
         low, high = formats.code_range(bits)
@@ -92,12 +95,16 @@ class CpuLinear:
             chain: nn.Module = FloatChain(reference.dequantize(codes, scale, zero), bias, quantize)
             return cls(chain, bias, columns, bits, "float", reason)
         operand, row_scale, point, correction = _operand(codes, scale[:, 0], zero[:, 0])
+        if not exact and saturates(available_engine()) and not bool(point.any()):
+            operand, factor = fit_pairs(operand)
+            row_scale = row_scale / factor
         gemm = Int8Gemm(operand, row_scale, point)
         if activation_scale is not None:
             chain = StaticChain(gemm, bias, correction, float(activation_scale), offset)
         elif asymmetric:
-            sums = codes.sum(1, dtype=torch.int64).double() - zero[:, 0].double() * columns
-            chain = AsymmetricChain(gemm, bias, correction, (sums * scale[:, 0].double()).float())
+            sums = (operand.sum(1, dtype=torch.int64) - point.long() * columns).double() * row_scale.double()
+            weight_sum = sums if correction is None else sums - correction.double() * columns
+            chain = AsymmetricChain(gemm, bias, correction, weight_sum.float())
         else:
             chain = SymmetricChain(gemm, bias, correction)
         return cls(chain, bias, columns, bits, gemm.engine, reason)
@@ -112,11 +119,11 @@ class CpuLinear:
         row_group: Tensor | None = None,
         bias: Tensor | None = None,
         bits: int = 8,
-        **activation: Any,
+        **options: Any,
     ) -> CpuLinear:
-        """`prepare` from packed bytes (`formats.pack`)."""
+        """`prepare` from packed bytes (`formats.pack`), with its options."""
         codes = formats.unpack(packed, bits, in_features)
-        return cls.prepare(codes, scale, zero, row_group, bias, bits, **activation)
+        return cls.prepare(codes, scale, zero, row_group, bias, bits, **options)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CpuLinear:
         return self  # immutable, and torch's packed operands cannot be copied

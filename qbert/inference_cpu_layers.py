@@ -81,11 +81,11 @@ def reason_not_to_fuse_layer(layer: Any) -> str:
 
 
 class FusedLayers(nn.Module):
-    """A stack of fused layers."""
+    """A stack of fused layers; `exact` as for `CpuLinear.prepare`."""
 
-    def __init__(self, parts: Sequence[LayerParts]) -> None:
+    def __init__(self, parts: Sequence[LayerParts], exact: bool = True) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(map(FusedLayer, parts))
+        self.layers = nn.ModuleList(FusedLayer(p, exact) for p in parts)
 
     def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
         """x float32 [B, T, H] to [B, T, H]; `mask` broadcasts to [B, heads, T, T], true or 0 where a key is seen."""
@@ -99,12 +99,12 @@ class FusedLayers(nn.Module):
 class FusedLayer(nn.Module):
     """One encoder layer, post-norm: int8 products and float attention, normalization and activation function."""
 
-    def __init__(self, parts: LayerParts) -> None:
+    def __init__(self, parts: LayerParts, exact: bool = True) -> None:
         super().__init__()
         self.heads = parts.heads
-        self.qkv = _joined([parts.query, parts.key, parts.value]).chain
-        self.attention_output = _chain(parts.attention_output)
-        self.ffn_in, self.ffn_out = _chain(parts.ffn_in), _chain(parts.ffn_out)
+        self.qkv = _joined([parts.query, parts.key, parts.value], exact).chain
+        self.attention_output = _chain(parts.attention_output, exact)
+        self.ffn_in, self.ffn_out = _chain(parts.ffn_in, exact), _chain(parts.ffn_out, exact)
         exact = type(parts.activation).__name__ == "GELUActivation"
         self.activation = _GeluInPlace() if exact else parts.activation
         # Copies, because the model may be moved to another dtype while its layers go on in float32.
@@ -192,11 +192,11 @@ def _same_input(one: Any, other: Any) -> bool:
     return torch.equal(one.input_scale, other.input_scale) and torch.equal(one.input_zero, other.input_zero)
 
 
-def _chain(linear: Any) -> nn.Module:
-    return linear.cpu_linear().chain  # type: ignore[no-any-return]
+def _chain(linear: Any, exact: bool) -> nn.Module:
+    return linear.cpu_linear(exact).chain  # type: ignore[no-any-return]
 
 
-def _joined(parts: list[Any]) -> CpuLinear:
+def _joined(parts: list[Any], exact: bool) -> CpuLinear:
     """One product for several packed layers with the same input: their rows under each other."""
     grids = [p.row_grids() for p in parts]
     biases = [torch.zeros(p.rows) if p.bias is None else p.bias.detach().float() for p in parts]
@@ -209,6 +209,7 @@ def _joined(parts: list[Any]) -> CpuLinear:
         torch.cat(biases),
         max(p.layout.bits for p in parts),
         **parts[0].activation_arguments(),
+        exact=exact,
     )
 
 

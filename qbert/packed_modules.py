@@ -111,8 +111,8 @@ class PackedTensor(nn.Module):
         return scale, torch.full_like(scale, _MIDRISE_ZERO if self.layout.spec.scheme == "midrise" else 0.0)
 
     @abstractmethod
-    def prepare(self) -> None:
-        """Make what a subclass needs to be fast on the device it is on."""
+    def prepare(self, exact: bool = True) -> None:
+        """Make what a subclass needs to be fast on the device it is on; `exact` as for `PackedLinear.cpu_linear`."""
         raise NotImplementedError
 
     def _dequantize(self, rows: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -210,21 +210,24 @@ class PackedLinear(PackedTensor):
         self._fast: Callable[[Tensor], Tensor] | None = None
         self._fast_device = torch.device("cpu")
 
-    def prepare(self) -> None:
-        """Make the operand of the int8 product, which every later call on this device uses."""
+    def prepare(self, exact: bool = True) -> None:
+        """Make the operand of the int8 product, which every later call on this device uses; `exact` as `cpu_linear`."""
         assert self.owner.codes is not None
         self._fast_device = self.owner.codes.device
         if self._fast_device.type == "cpu":
-            self._fast = self.cpu_linear()
+            self._fast = self.cpu_linear(exact)
         elif self.spec.activation_range in (None, "dynamic", "static"):  # what the GPU kernels know
             self._fast = self._gpu_linear()
 
-    def cpu_linear(self) -> CpuLinear:
-        """This layer, bias and activation quantization included, as an int8 product of `qbert.kernels.cpu`."""
+    def cpu_linear(self, exact: bool = True) -> CpuLinear:
+        """This layer, bias and activation quantization included, as an int8 product of `qbert.kernels.cpu`.
+
+        `exact` False gives up some exactness of 8-bit weights for speed on CPUs without VNNI.
+        """
         scale, zero = self.row_grids()
         rows = torch.arange(self.rows)
-        bits = self.layout.bits
-        return CpuLinear.prepare(self.int_codes(), scale, zero, rows, self.bias, bits, **self.activation_arguments())
+        options = self.activation_arguments() | {"exact": exact}
+        return CpuLinear.prepare(self.int_codes(), scale, zero, rows, self.bias, self.layout.bits, **options)
 
     def _gpu_linear(self) -> Callable[[Tensor], Tensor]:
         scale, zero = self.row_grids()
@@ -283,7 +286,7 @@ class PackedEmbedding(PackedTensor):
         self._float_table: Tensor | None = None
         self._grids: tuple[Tensor, Tensor] | None = None
 
-    def prepare(self) -> None:
+    def prepare(self, exact: bool = True) -> None:
         """Keep what is read faster than made.
 
         On a CPU the float values of a table of at most 2^20 values, whose rows take longer to unpack than to read; on a

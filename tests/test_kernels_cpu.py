@@ -206,8 +206,41 @@ for bits in (2, 3, 4, 8):
             x = t.asymmetric_input(20, 384)
             x[0] = 255 * (x[0] > x[0].mean())
             t.assert_asymmetric(t.CpuLinear.prepare(*parts, bits, asymmetric=True).forward(x), x, parts)
+            for kind in (dict(), dict(asymmetric=True), dict(activation_scale=1.0)):
+                t.assert_rounded_again(parts, bits, kind)
 print("exact")
 """
+
+
+def assert_rounded_again(parts, bits, kind):
+    """Without exactness a layer is, to float rounding, the exact layer of weights that were rounded again."""
+    x = torch.randint(-127, 128, (20, 384)).float()
+    x[0], x[1] = 127, -127
+    exact, fast = CpuLinear.prepare(*parts, bits, **kind), CpuLinear.prepare(*parts, bits, exact=False, **kind)
+    assert not fast.chain.gemm.has_excess
+    got, wanted = fast.forward(x), exact.forward(x)
+    if not exact.chain.gemm.has_excess:
+        assert torch.equal(got, wanted)
+        return
+    size = (wanted - parts[4]).norm()
+    assert 1e-4 < (got - wanted).norm() / size < 0.02
+    # The sum over tokens of opposite sign cancels in an exact product with any weights: no sum has saturated.
+    if "asymmetric" not in kind:
+        assert float((fast.forward(x) + fast.forward(-x) - 2 * parts[4]).norm() / size) < 1e-5
+
+
+@given(rows=st.integers(1, 8), columns=st.integers(1, 60), wide=st.booleans(), seed=st.integers(0, 10_000))
+def test_rows_rounded_again_cannot_saturate(rows, columns, wide, seed):
+    torch.manual_seed(seed)
+    size = 255 if wide else 128
+    codes = torch.randint(-size, size, (rows, columns)).div(torch.randint(1, 6, (rows, 1)), rounding_mode="trunc")
+    fitted, factor = cpu_gemm.fit_pairs(codes)
+    safe, excess = cpu_gemm.split_excess(fitted)
+    assert torch.equal(safe, fitted) and not excess.any()
+    assert ((fitted.float() - codes * factor[:, None]).abs() <= 0.5 + 1e-4).all()
+    untouched = ~cpu_gemm.split_excess(codes)[1].any(1)
+    assert torch.equal(untouched | (codes == -128).any(1), (factor == 1) | (codes == -128).any(1))
+    assert factor.min() >= (0.24 if wide else 0.49)
 
 
 @pytest.mark.skipif("fbgemm" not in ENGINES, reason="this torch has no fbgemm to restrict")

@@ -17,6 +17,7 @@ from qbert.inference import FusedEncoder, optimize_for_inference
 from qbert.inference_cpu_layers import FusedLayers, LayerParts
 from qbert.inference_model import FusedModel
 from qbert.kernels.cpu_chains import compiled
+from qbert.kernels.cpu_gemm import saturates
 from qbert.packed import PackedEmbedding, PackedLinear, pack
 
 FUSED = ("bert", "roberta", "electra", "distilbert", "mpnet")
@@ -132,6 +133,23 @@ def test_word_embeddings_of_other_bits_are_read_by_the_model(caplog: pytest.LogC
     assert fast.forward._embed is None and "not packed in 8 bits" in caplog.text
     batch = {"input_ids": torch.randint(5, 100, (2, 9))}
     assert torch.allclose(hidden(fast, batch), hidden(packed, batch), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_exactness_is_given_up_only_on_request_and_where_it_costs(bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = qbert.BitsConfig(bits, activation_range="asymmetric")
+    packed = pack(qbert.quantize_model(AutoModel.from_config(build("bert").config).eval(), config))
+    batch = {"input_ids": torch.randint(5, 100, (4, 9))}
+    plain = hidden(optimize_for_inference(packed), batch)
+    assert torch.equal(hidden(optimize_for_inference(packed, exact=False), batch), plain) or saturates("fbgemm")
+    for module in ("cpu", "cpu_gemm"):
+        monkeypatch.setattr(f"qbert.kernels.{module}.saturates", lambda engine: True)
+    exact, fast = (hidden(optimize_for_inference(packed, exact=e), batch) for e in (True, False))
+    error = float((fast - exact).norm() / exact.norm())
+    assert error == 0 if bits == 4 else 1e-4 < error < 0.03
+    assert (exact - plain).norm() / plain.norm() < 0.005
+    one = optimize_for_inference(pack(qbert.quantize_model(nn.Sequential(nn.Linear(48, 24)), config)), exact=False)
+    assert not one[0]._fast.chain.gemm.has_excess
 
 
 def test_a_copy_of_an_optimized_model_stands_alone() -> None:
