@@ -70,7 +70,8 @@ def load(arguments: argparse.Namespace) -> tuple[Any, Any, Any]:
 
 def subset(data: Any, arguments: argparse.Namespace, run: int) -> dict[str, Tensor]:
     """The rows that run number `run` of `hessian_spectrum` draws, as one batch."""
-    from qbert.hessian.samples import as_samples, draw, micro_batches
+    from qbert.hessian.samples import as_samples
+    from qbert.hessian.subsets import draw, micro_batches
 
     samples = as_samples(data, collate_fn=data.collate)
     chosen = draw(len(samples), fraction=share(data, arguments), seed=arguments.seed, run=run)

@@ -21,7 +21,8 @@ from qbert.bits import BitsConfig
 from qbert.choices import check_widths
 from qbert.hessian import HessianOperator, HessianSpectrum, estimate_trace, hessian_spectrum, parameter_blocks
 from qbert.hessian.operator import LossFunction
-from qbert.hessian.samples import Batch, as_samples, draw, micro_batches
+from qbert.hessian.samples import Batch, as_samples
+from qbert.hessian.subsets import draw, micro_batches
 from qbert.loss_change import LossChanges
 from qbert.perturbation import quantized_weight, target_specs
 from qbert.sensitivity_report import TRUTH, Sensitivities

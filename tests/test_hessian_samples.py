@@ -9,8 +9,8 @@ import torch
 from encoders import build
 
 from qbert.hessian import HessianOperator, hessian_spectrum, parameter_blocks
-from qbert.hessian import measure as measure_module
-from qbert.hessian.samples import BatchSamples, DatasetSamples, micro_batches
+from qbert.hessian.samples import BatchSamples, DatasetSamples
+from qbert.hessian.subsets import BATCH_COST, micro_batches
 
 
 def padded(lengths: list[int], width: int = 12) -> dict[str, torch.Tensor]:
@@ -88,9 +88,9 @@ def test_what_carries_labels_or_cannot_be_padded_is_kept() -> None:
 def test_spectra_are_the_same_however_batches_are_cut(monkeypatch: Any) -> None:
     model, batch = build("bert"), padded([3, 12, 5, 4, 4, 3])
     settings: Any = {"runs": 1, "fraction": 1.0, "tol": 1e-4, "progress": False}
-    monkeypatch.setattr(measure_module, "_BATCH_COST", {"cpu": 1})
+    monkeypatch.setitem(BATCH_COST, "cpu", 1)
     cut = hessian_spectrum(model, [batch], **settings)
-    monkeypatch.setattr(measure_module, "_BATCH_COST", {})
+    monkeypatch.delitem(BATCH_COST, "cpu")
     whole = hessian_spectrum(model, [batch], **settings)
     np.testing.assert_allclose(cut.eigenvalues, whole.eigenvalues, rtol=2e-4)
     np.testing.assert_allclose(cut.losses, whole.losses, rtol=1e-6)

@@ -16,7 +16,8 @@ from transformers import BertConfig, BertForSequenceClassification
 
 from qbert.hessian import HessianOperator, HessianSpectrum, hessian_spectrum, parameter_blocks
 from qbert.hessian.measure import check_finite
-from qbert.hessian.samples import as_samples, draw, micro_batches
+from qbert.hessian.samples import as_samples
+from qbert.hessian.subsets import draw, micro_batches
 
 LAYERS = ["encoder.layer.0", "encoder.layer.1"]
 

@@ -26,7 +26,7 @@ from qbert.files import write_whole
 from qbert.hessian.blocks import find_block
 from qbert.hessian.eigen import Product, check_product
 from qbert.hessian.operator import HessianOperator, LossFunction
-from qbert.hessian.samples import random_subset
+from qbert.hessian.subsets import random_subset
 
 Array = NDArray[np.float64]
 

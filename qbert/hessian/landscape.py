@@ -25,7 +25,7 @@ from qbert.hessian.blocks import find_block
 from qbert.hessian.eigen import top_eigenpairs
 from qbert.hessian.operator import HessianOperator, LossFunction
 from qbert.hessian.parts import Part
-from qbert.hessian.samples import random_subset
+from qbert.hessian.subsets import random_subset
 
 _RADIUS_SHARE = 0.01
 

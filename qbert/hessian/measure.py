@@ -21,9 +21,10 @@ from qbert.hessian.krylov import BOUNDS
 from qbert.hessian.operator import LossFunction, masks_padding
 from qbert.hessian.parallel import check_same, own_share, rank_and_world, wait_for_all
 from qbert.hessian.runs import Measurement, assemble
-from qbert.hessian.samples import BATCH_COST, Batch, as_samples, draw, fingerprint, micro_batches
+from qbert.hessian.samples import Batch, as_samples
 from qbert.hessian.solve import METHODS, PRECISIONS
 from qbert.hessian.spectrum import HessianSpectrum
+from qbert.hessian.subsets import BATCH_COST, draw, fingerprint, micro_batches
 
 
 def hessian_spectrum(

@@ -25,7 +25,8 @@ from qbert.hessian.factor_rows import Entries, FactorRows, OuterProducts
 from qbert.hessian.loss_factor import LossFactor, MixedSamplesError, loss_curvature, loss_factor
 from qbert.hessian.operator import LossFunction, evaluating, masks_padding, to_device
 from qbert.hessian.parts import Part, Rows, distinct_parameters, whole
-from qbert.hessian.samples import BATCH_COST, Batch, BatchSamples, batch_size, loss_weight, micro_batches
+from qbert.hessian.samples import Batch, BatchSamples, batch_size, loss_weight
+from qbert.hessian.subsets import BATCH_COST, micro_batches
 
 _log = logging.getLogger(__name__)
 

@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 from qbert.hessian.blocks import parameter_blocks
 from qbert.hessian.eigen import Product
 from qbert.hessian.operator import HessianOperator, LossFunction
-from qbert.hessian.samples import random_subset
+from qbert.hessian.subsets import random_subset
 
 METHODS = ("hutch++", "hutchinson")
 
