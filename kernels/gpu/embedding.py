@@ -99,8 +99,9 @@ def load_row(
     at = group * input_groups + column // input_group
     scale = tl.load(scale_ptr + at, mask=inside, other=0.0)
     zero = tl.load(zero_ptr + at, mask=inside, other=0.0)
-    value = tl.where(row == wanted, (code - zero) * scale, float("nan"))
-    return tl.where(inside, value, 0.0)
+    # A scalar added to the row, because a select of its values would hold on to the row's number all the while.
+    missing = tl.where(row == wanted, 0.0, float("nan"))
+    return tl.where(inside, (code - zero) * scale + missing, 0.0)
 
 
 @triton.jit
