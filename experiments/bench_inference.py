@@ -37,6 +37,9 @@ _INSTRUCTION_LIMITS = (
     "MKL_ENABLE_INSTRUCTIONS",
 )
 SHAPES = ("1x16", "1x128", "8x32", "32x64")
+LAYERS = ("384x384", "384x1536", "768x768", "768x3072", "3072x768")
+FEW_TOKENS = (1, 2, 4, 8)
+_CALLS = 5  # calls of a single layer that are timed as one, since the clock itself takes half a microsecond
 Engine = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -57,9 +60,11 @@ def main() -> None:
         errors = relative_errors(engines, batch["input_ids"], batch["attention_mask"])
         times = {shape: measure(engines, shape, arguments.seconds) for shape in arguments.shapes}
         times["real"] = measure_batch(engines, batch["input_ids"], batch["attention_mask"], arguments.seconds)
+    layers = {shape: measure_layer(shape, arguments.activations) for shape in arguments.layers}
     limits = [f"{name}={os.environ[name]}" for name in _INSTRUCTION_LIMITS if name in os.environ]
     made_by = provenance() + (f", with {' '.join(limits)}" if limits else "")
     page = render(times, errors, sizes, missing, f"{len(texts)} sentences of {arguments.data}", batch, made_by)
+    page += render_layers(layers)
     print(page)
     write_whole(arguments.output, lambda aside: aside.write_text(page, encoding="utf-8"))
 
@@ -81,6 +86,9 @@ def parse_arguments() -> argparse.Namespace:
         help="ranges of 8-bit activations, per token: symmetric (the library's default) or asymmetric; default: both",
     )
     parser.add_argument("--shapes", nargs="+", default=list(SHAPES), help="batch x length; default: %(default)s")
+    parser.add_argument(
+        "--layers", nargs="*", default=list(LAYERS), help="single layers, in x out; default: %(default)s"
+    )
     parser.add_argument("--sentences", type=int, default=64, help="real sentences for the error; default: 64")
     parser.add_argument("--seconds", type=float, default=3.0, help="seconds a shape and engine; default: 3")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads; default: 1")
@@ -218,6 +226,46 @@ def measure_batch(engines: dict[str, Engine], ids: Tensor, mask: Tensor, seconds
             run(ids, mask)
             best[name] = min(best[name], (clock() - start) * 1e3)
     return best
+
+
+def measure_layer(shape: str, activations: list[str]) -> dict[int, tuple[float, str]]:
+    """By number of tokens: the smallest ratio of float's time to a packed layer's, and which layer that was."""
+    inputs, outputs = (int(n) for n in shape.split("x"))
+    plain = nn.Sequential(nn.Linear(inputs, outputs)).eval()
+    layers: dict[str, nn.Module] = {"float": plain[0]}
+    for bits in (2, 3, 4, 8):
+        for ranges in activations:
+            config = qbert.BitsConfig(bits, activation_range=ranges, range_method="minmax")
+            packed = qbert.pack(qbert.quantize_model(plain, config))
+            layers[f"{bits}-bit {ranges}"] = qbert.optimize_for_inference(packed, exact=False)[0]
+    slowest = {}
+    for tokens in FEW_TOKENS:
+        x, best = torch.randn(tokens, inputs), {name: float("inf") for name in layers}
+        end = time.perf_counter() + 1.0
+        with torch.inference_mode():
+            while time.perf_counter() < end:
+                for name, layer in layers.items():
+                    layer(x)
+                    start = time.thread_time()
+                    for _ in range(_CALLS):
+                        layer(x)
+                    best[name] = min(best[name], time.thread_time() - start)
+        plain_time = best.pop("float")
+        slowest[tokens] = min((plain_time / seconds, name) for name, seconds in best.items())
+    return slowest
+
+
+def render_layers(layers: dict[str, dict[int, tuple[float, str]]]) -> str:
+    """The second table of the page."""
+    if not layers:
+        return ""
+    header = "| in x out | " + " | ".join(f"{n} token{'s' * (n > 1)}" for n in FEW_TOKENS) + " |"
+    rows = [
+        f"| {shape} | " + " | ".join(f"{ratio:.2f} ({name})" for ratio, name in slowest.values()) + " |"
+        for shape, slowest in layers.items()
+    ]
+    title = "Single layers of few tokens, times as fast as torch fp32: the slowest of 2, 3, 4 and 8 bits (exact=False)."
+    return "\n".join(["", title, "", header, "|---|" + "---|" * len(FEW_TOKENS), *rows]) + "\n"
 
 
 def render(

@@ -42,8 +42,9 @@ def optimize_for_inference(packed: Model, *, inplace: bool = False, exact: bool 
 
     On a CPU the int8 operands are made here and kept beside the packed tensors (one byte a weight; small tables in
     float). The model can still be saved, moved to another dtype, and asked for hidden states or attentions, for which
-    it takes the slow path. Hidden states of padding are zero. Where an encoder cannot be fused, the reason is logged
-    and its layers run one by one.
+    it takes the slow path. Hidden states of padding are zero. TorchScript compiles the layers during the first two
+    calls, a few tenths of a second. Where an encoder cannot be fused, the reason is logged and its layers run one by
+    one.
 
     Args:
         packed: what `qbert.pack`, `qbert.load` or ``from_pretrained`` returned, on the CPU or a CUDA device.
@@ -51,7 +52,7 @@ def optimize_for_inference(packed: Model, *, inplace: bool = False, exact: bool 
         exact: compute what the packed layers do, whatever it takes. ``False`` lets 8-bit weights be rounded once more
             (`qbert.kernels.cpu_gemm.fit_pairs`) on CPUs that add int8 products in 16 bits, x86 without VNNI, where
             they run about 1.4 times as fast then; the relative error of MiniLM's last hidden state goes from 0.050 to
-            0.059 with asymmetric activation ranges. On other CPUs, on GPUs and for fewer bits it changes nothing.
+            0.060 with asymmetric activation ranges. On other CPUs, on GPUs and for fewer bits it changes nothing.
 
     Raises:
         ValueError: if the model has no packed layer, or is on another device.
