@@ -21,7 +21,8 @@ from qbert.kernels.cpu import CpuLinear
 from qbert.packed_modules import PackedEmbedding, PackedLinear
 
 BERT_LAYERS = ("BertLayer", "RobertaLayer", "XLMRobertaLayer", "ElectraLayer", "CamembertLayer")
-_EMBEDDINGS = ("BertEmbeddings", "ElectraEmbeddings", "Embeddings")  # the last are DistilBERT's
+_COUNT_FROM_0 = ("BertEmbeddings", "ElectraEmbeddings", "Embeddings")  # the last are DistilBERT's
+_SKIP_PADDING = ("RobertaEmbeddings", "XLMRobertaEmbeddings", "CamembertEmbeddings", "MPNetEmbeddings")
 
 
 class LayerParts(NamedTuple):
@@ -131,7 +132,9 @@ class _GeluInPlace(nn.Module):
 
 
 class FusedEmbeddings(nn.Module):
-    """Sum of word, position and type embeddings, normalized, for positions that count from 0.
+    """Sum of word, position and type embeddings, normalized.
+
+    Positions count from 0, or, in models descended from RoBERTa, the tokens that are not padding, from its id + 1.
 
     Args:
         embeddings: a module for which `reason_not_to_fuse_embeddings` has none.
@@ -142,11 +145,12 @@ class FusedEmbeddings(nn.Module):
         words = embeddings.word_embeddings
         self.codes = words.owner.codes.view(torch.int8)
         self.scale, self.zero = (grid.contiguous() for grid in words.row_grids())  # [V, 1]
+        self.padding = int(embeddings.padding_idx) if type(embeddings).__name__ in _SKIP_PADDING else -1
         self.positions = _table(embeddings.position_embeddings)
         types = getattr(embeddings, "token_type_embeddings", None)
         self.types = None if types is None else _table(types)
-        if self.types is not None:
-            self.first_type = self.positions + self.types[0]
+        # What is added where no types are given.
+        self.plain = self.positions if self.types is None else self.positions + self.types[0]
         self.norm, self.shift, self.eps = _norm(embeddings.LayerNorm)
 
     def forward(self, ids: Tensor, type_ids: Tensor | None) -> Tensor:
@@ -155,20 +159,24 @@ class FusedEmbeddings(nn.Module):
         rows = F.embedding(flat, self.codes).float()
         rows.sub_(F.embedding(flat, self.zero)).mul_(F.embedding(flat, self.scale))
         x = rows.view(ids.shape[0], ids.shape[1], rows.shape[1])
-        if self.types is None:
-            x = x.add_(self.positions[: ids.shape[1]])
-        elif type_ids is None:
-            x = x.add_(self.first_type[: ids.shape[1]])
+        places = self.plain
+        if self.types is not None:  # noqa: SIM102  a condition that TorchScript decides when it compiles
+            if type_ids is not None:
+                x.add_(F.embedding(type_ids, self.types))
+                places = self.positions
+        if self.padding < 0:
+            x.add_(places[: ids.shape[1]])
         else:
-            x = x.add_(F.embedding(type_ids, self.types)).add_(self.positions[: ids.shape[1]])
+            keep = (ids != self.padding).long()
+            x.add_(F.embedding(keep.cumsum(1) * keep + self.padding, places))
         return F.layer_norm(x, [x.shape[2]], self.norm, self.shift, self.eps)
 
 
 def reason_not_to_fuse_embeddings(embeddings: Any) -> str:
     """Why embeddings cannot be computed by `FusedEmbeddings`; empty if they can."""
     kind = type(embeddings).__name__
-    if kind not in _EMBEDDINGS or type(getattr(embeddings, "LayerNorm", None)) is not nn.LayerNorm:
-        return f"{kind} are not embeddings whose positions count from 0"
+    if kind not in _COUNT_FROM_0 + _SKIP_PADDING or type(getattr(embeddings, "LayerNorm", None)) is not nn.LayerNorm:
+        return f"{kind} are not embeddings of the BERT kind"
     words = embeddings.word_embeddings
     if not isinstance(words, PackedEmbedding) or words.layout.bits != 8 or words.layout.input_groups > 1:
         return "the word embeddings are not packed in 8 bits with one scale a row"
