@@ -180,7 +180,7 @@ def test_interrupt_and_resume_give_the_numbers_of_an_unbroken_run(tmp_path: Any,
     expected = measure(loss_fn=plain_loss, **settings)
     for name in ("a", "b"):
         stop = Stop(10**9)
-        calls = 13
+        calls, interrupted = 4, 0
 
         def loss_fn(model: Any, batch: Any, stop: Any = stop) -> Any:
             return stop.loss(model, batch)
@@ -194,7 +194,9 @@ def test_interrupt_and_resume_give_the_numbers_of_an_unbroken_run(tmp_path: Any,
                 found = measure(model, loss_fn=loss_fn, checkpoint=tmp_path / name, resume=True, **settings)
                 break
             except KeyboardInterrupt:
+                interrupted += 1
                 assert model.training and not list((tmp_path / name).glob("*.part*"))
+        assert interrupted
         for field in ("eigenvalues", "other_end", "residuals", "errors", "upper_bounds", "products", "losses"):
             assert np.array_equal(getattr(found, field), getattr(expected, field), equal_nan=True), field
         again = measure(loss_fn=plain_loss, checkpoint=tmp_path / name, resume=True, **settings)
@@ -231,7 +233,7 @@ def test_a_foreign_checkpoint_is_refused_in_one_sentence(tmp_path: Any, changes:
 
 
 def test_damaged_checkpoints_are_refused(tmp_path: Any) -> None:
-    stop = Stop(30)  # in the second run
+    stop = Stop(5)  # in the second of three calls in the second run
     settings: Any = {"checkpoint": tmp_path, "loss_fn": stop.loss, "fraction": 1.0, "micro_batch_size": 24}
     with pytest.raises(KeyboardInterrupt):
         measure(**settings)

@@ -93,7 +93,7 @@ class FactorRows:
 
     def dense(self) -> Tensor:
         """A [r, n]."""
-        return torch.cat([_dense(part) for part in self.parts], dim=1)
+        return torch.cat([dense(part) for part in self.parts], dim=1)
 
     def gram(self) -> Tensor:
         """A A^T [r, r] in float64."""
@@ -116,11 +116,13 @@ class FactorRows:
         """The rows in slices of at most `most`."""
         if len(self) <= most:
             return [self]
-        bounds = [(first, min(first + most, len(self))) for first in range(0, len(self), most)]
-        return [
-            FactorRows([p.matrices(a, b) if isinstance(p, OuterProducts) else p[a:b] for p in self.parts])
-            for a, b in bounds
-        ]
+        return [self.taken(first, min(first + most, len(self))) for first in range(0, len(self), most)]
+
+    def taken(self, first: int, last: int) -> FactorRows:
+        """The rows `first` to `last` (not included)."""
+        return FactorRows(
+            [p.matrices(first, last) if isinstance(p, OuterProducts) else p[first:last] for p in self.parts]
+        )
 
     @staticmethod
     def joined(pieces: Sequence[FactorRows]) -> FactorRows:
@@ -128,14 +130,15 @@ class FactorRows:
         return FactorRows([_below(entries) for entries in zip(*(piece.parts for piece in pieces), strict=True)])
 
 
-def _dense(entries: Entries) -> Tensor:
+def dense(entries: Entries) -> Tensor:
+    """The rows of one part [r, size], written out."""
     return entries.dense() if isinstance(entries, OuterProducts) else entries
 
 
 def _below(entries: Sequence[Entries]) -> Entries:
     outer = [e for e in entries if isinstance(e, OuterProducts)]
     if len(outer) < len(entries):
-        return torch.cat([_dense(e) for e in entries])
+        return torch.cat([dense(e) for e in entries])
     starts = [sum(e.count for e in outer[:i]) for i in range(len(outer) + 1)]
     return OuterProducts(
         torch.cat([e.left for e in outer]),

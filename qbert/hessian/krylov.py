@@ -129,8 +129,8 @@ class Lanczos:
         coefficients = np.zeros(k)
         for _ in range(2):  # twice is enough for orthogonality to working precision (Giraud et al. 2005)
             overlaps = torch.stack([torch.dot(v, remainder) for v in self._basis]).tolist()
-            remainder = remainder.clone()
-            for v, overlap in zip(self._basis, overlaps, strict=True):
+            remainder = torch.add(remainder, self._basis[0], alpha=-overlaps[0])
+            for v, overlap in zip(self._basis[1:], overlaps[1:], strict=True):
                 remainder.add_(v, alpha=-overlap)
             coefficients += overlaps
         length = float(torch.linalg.vector_norm(remainder))
@@ -147,7 +147,7 @@ class Lanczos:
             self._projection[k, :k] = 0
             self.query = self._independent(torch.randn(product.shape, generator=self.generator))
         else:
-            self.query = remainder / length
+            self.query = remainder.div_(length)
         if k == self.basis_size:
             self._restart()
 
@@ -166,7 +166,8 @@ class Lanczos:
         """Whether to stop; if so, `result` is set."""
         values, coordinates, residuals = self._ritz()
         top, residual = float(values[0]), float(residuals[0])
-        self._update_upper_bounds(values)
+        if self.confidence:
+            self._update_upper_bounds(values)
         if complete:
             self._upper = dict.fromkeys(self._upper, abs(top) + residual)
         error, gap, rival = relative(residual, top), math.nan, 0.0
@@ -186,6 +187,8 @@ class Lanczos:
         hopeless = self.products >= _HOPELESS_PRODUCTS and relative(self._top_rounding, top) > self.tol
         if not (converged or complete or hopeless or self.products >= self.max_products):
             return False
+        if not self.confidence and not complete:
+            self._update_upper_bounds(values)
         other = int(np.argmin(values) if top > 0 else np.argmax(values))
         vector = torch.zeros_like(self._basis[0])
         for coordinate, v in zip(coordinates[:, 0], self._basis, strict=True):
@@ -231,6 +234,7 @@ class Lanczos:
     def _restart(self) -> None:
         """Keep the Ritz vectors at both ends and of largest magnitude, drop the middle of the spectrum."""
         values, coordinates, _ = self._ritz()
+        self._update_upper_bounds(values)
         quarter = self.basis_size // 4
         by_value = np.argsort(values)
         kept = sorted({*range(quarter), *by_value[:quarter].tolist(), *by_value[-quarter:].tolist()})

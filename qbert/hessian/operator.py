@@ -109,12 +109,12 @@ class HessianOperator:
         Raises:
             ArithmeticError: if a product is not finite.
         """
-        totals = {name: torch.zeros_like(vector) for name, vector in vectors.items()}
+        totals = {name: torch.empty_like(vector) for name, vector in vectors.items()}
         retained = self.retained
         for index in range(len(self.batches)):
             graph = self._graph(index, self.blocks if retained else vectors)
             for name, vector in vectors.items():
-                graph.add_product(self.blocks[name], vector, totals[name])
+                graph.add_product(self.blocks[name], vector, totals[name], first=index == 0)
             if not retained:
                 self.release()
         for name, total in totals.items():
@@ -174,8 +174,8 @@ class _Graph:
 
     gradients: dict[int, Tensor]
 
-    def add_product(self, parts: Sequence[Part], vector: Tensor, total: Tensor) -> None:
-        """Add what this micro-batch adds to the product of a block with `vector` [n] to `total` [n]."""
+    def add_product(self, parts: Sequence[Part], vector: Tensor, total: Tensor, *, first: bool) -> None:
+        """Add this micro-batch's share of the product of a block with `vector` [n] to `total` [n]; `first`: set it."""
         outputs, directions = [], []
         for part, direction in zip(parts, _split(vector, parts), strict=True):
             gradient = self.gradients.get(id(whole(part)))
@@ -183,16 +183,19 @@ class _Graph:
             if gradient is not None and gradient.requires_grad:
                 outputs.append(cut(part, gradient))
                 directions.append(direction)
-        if not outputs:
-            return
         parameters = distinct_parameters(parts)
-        with requiring_gradients(parameters):
-            found = torch.autograd.grad(outputs, parameters, directions, retain_graph=True, allow_unused=True)
+        found: Sequence[Tensor | None] = [None] * len(parameters)
+        if outputs:
+            with requiring_gradients(parameters):
+                found = torch.autograd.grad(outputs, parameters, directions, retain_graph=True, allow_unused=True)
         products = {id(p): product for p, product in zip(parameters, found, strict=True)}
         for part, piece in zip(parts, total.split([part.numel() for part in parts]), strict=True):
             product = products[id(whole(part))]
             if product is not None:
-                piece.view(part.shape).add_(cut(part, product).to(total))
+                new = cut(part, product).to(total)
+                piece.view(part.shape).copy_(new) if first else piece.view(part.shape).add_(new)
+            elif first:
+                piece.zero_()
 
 
 def model_loss(model: nn.Module, batch: Batch) -> Tensor:

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qbert.hessian.factor_rows import Entries, FactorRows, OuterProducts
+from qbert.hessian.factor_rows import Entries, FactorRows, OuterProducts, dense
 from qbert.hessian.loss_factor import LossFactor, MixedSamplesError, loss_curvature, loss_factor
 from qbert.hessian.operator import LossFunction, evaluating, masks_padding, to_device
 from qbert.hessian.parts import Part, Rows, distinct_parameters, whole
@@ -245,18 +245,24 @@ def _is_right(
     probe = matrix @ (matrix.T @ probe)
     outputs, curvature = loss_curvature(model, single, loss_fn, probe)
     share = loss_weight(single) / loss_weight(batch)
-    if not _close(share * curvature, matrix @ (matrix.T @ probe)):
+    expected = matrix @ (matrix.T @ probe)
+    if not _small(share * curvature - expected, expected, matrix.dtype):
         return False
     column = columns[index, :, -1:][None]
     alone = _gradients(LossFactor(outputs, column, factor.ranks), column, parameters)
-    picked = torch.zeros(count * width).index_fill_(0, torch.tensor(index * width + width - 1), 1.0)
-    row = _rows(parameters, entries, count * width).combined(picked)
-    return _close(torch.cat([alone[id(p)][0] for p in parameters]), row)
+    last = index * width + width - 1
+    rows = _rows(parameters, entries, count * width).taken(last, last + 1).parts
+    pairs = [(alone[id(p)][0], dense(row)[0]) for p, row in zip(parameters, rows, strict=True)]
+    norms = [[torch.linalg.vector_norm(v) for v in (a - b, b)] for a, b in pairs]
+    differences, lengths = torch.tensor(norms).T
+    return _small(differences, lengths, matrix.dtype)
 
 
-def _close(found: Tensor, expected: Tensor) -> bool:
-    tolerance = torch.finfo(expected.dtype).eps ** 0.5
-    return bool(torch.linalg.vector_norm(found - expected) <= tolerance * torch.linalg.vector_norm(expected))
+def _small(differences: Tensor, expected: Tensor, dtype: torch.dtype) -> bool:
+    """Whether the parts of a difference are no more than rounding of a vector of the parts `expected`."""
+    return bool(
+        torch.linalg.vector_norm(differences) <= torch.finfo(dtype).eps ** 0.5 * torch.linalg.vector_norm(expected)
+    )
 
 
 def _by_length(model: nn.Module, batches: Sequence[Batch], loss_fn: LossFunction) -> list[Batch]:
