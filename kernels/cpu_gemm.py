@@ -9,7 +9,7 @@ wider weights for which it does not, takes the excess out of the larger one, and
 excess values back, from a sparse matrix. The result is the exact integer sum on every CPU. Whether the CPU at hand
 saturates is not looked up but tried, once (`saturates`).
 
-The sparse product takes a third of the time of such a layer. Who would rather have that time may round the rows with
+The sparse product takes a quarter of the time of such a layer. Who would rather have that time may round the rows with
 such pairs once more, on a grid just coarse enough that none can saturate (`fit_pairs`): then nothing is in excess.
 
     gemm = Int8Gemm(codes, scale, zero)           # int8 [O, I], float32 [O], int32 [O]
