@@ -35,6 +35,7 @@ from common import (
 )
 
 _DEFAULT_SAMPLES = 32
+_DRAWS = 200
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -141,14 +142,18 @@ def measure(task: Any, model: Any, tokenizer: Any, arguments: argparse.Namespace
     return data, spectrum
 
 
+def requested(arguments: argparse.Namespace, model: Any) -> dict[str, Any]:
+    """What the command line asks of `allocate_bits`."""
+    settings = {"groups": arguments.groups} if arguments.groups else {}
+    return {"bits": tuple(arguments.bits), "size_mb": arguments.size_mb, "model": model, **settings}
+
+
 def bits_configs(arguments: argparse.Namespace, spectrum: Any, model: Any) -> dict[str, Any]:
     """Label -> configuration of everything that is compared; the requested allocation is called ``chosen``."""
     import qbert
 
     settings = {"groups": arguments.groups} if arguments.groups else {}
-    chosen = qbert.allocate_bits(
-        spectrum, bits=tuple(arguments.bits), size_mb=arguments.size_mb, model=model, **settings
-    )
+    chosen = qbert.allocate_bits(spectrum, **requested(arguments, model))
     label = "/".join(map(str, arguments.bits)) + (f" in {arguments.size_mb:g} MB" if arguments.size_mb else " mixed")
     configs: dict[str, Any] = {f"{b} bits": qbert.BitsConfig(b, **settings) for b in (8, 4, 3, 2)}
     configs["2/3 mixed"] = qbert.allocate_bits(spectrum, bits=(2, 3), model=model, **settings)
@@ -166,6 +171,7 @@ def main() -> None:
         data, spectrum = measure(task, model, tokenizer, arguments, folder)
     if rank > 0:
         return
+    import qbert
     from qbert.files import write_json
     from qbert.report import ptq_report, ptq_table, text_table
     from qbert.tasks import evaluate
@@ -177,6 +183,9 @@ def main() -> None:
     chosen = configs.pop("chosen")
     chosen.save(folder / "bits.json")
     print(_spectrum_table(spectrum, chosen))
+    if len(spectrum.eigenvalues) > 1:
+        sure = qbert.bit_shares(spectrum, draws=_DRAWS, **requested(arguments, model))
+        print(f"These bits come out of {100 * sure.same:.0f} % of {_DRAWS} random draws of the same runs.")
     if not arguments.no_landscape:
         _landscapes(model, data, spectrum, arguments, folder / "landscape.png")
 

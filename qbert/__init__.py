@@ -21,6 +21,7 @@ _HOME = {
     "BitsConfig": "qbert.bits",
     "TensorSpec": "qbert.bits",
     "allocate_bits": "qbert.allocation",
+    "bit_shares": "qbert.allocation_shares",
     "export_onnx": "qbert.export",
     "HessianSpectrum": "qbert.hessian",
     "hessian_spectrum": "qbert.hessian",
@@ -40,6 +41,7 @@ __all__ = [
     "TensorSpec",
     "__version__",
     "allocate_bits",
+    "bit_shares",
     "export_onnx",
     "hessian_spectrum",
     "load",
@@ -54,6 +56,7 @@ __all__ = [
 
 if TYPE_CHECKING:
     from qbert.allocation import allocate_bits
+    from qbert.allocation_shares import bit_shares
     from qbert.bits import BitsConfig, TensorSpec
     from qbert.export import export_onnx
     from qbert.fronts import pareto
