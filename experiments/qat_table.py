@@ -17,7 +17,10 @@ from common import run_script
 from qat_comparison import METHODS
 
 _COLUMNS = (("score", 2, ""), ("retention", 1, " %"), ("agreement", 1, " %"), ("divergence", 4, ""))
-_SUMMARY = ("task", "bits", "teacher", "PTQ", "QAT", "KD-QAT", "KD retention", "KD - QAT", "KD - PTQ", "MB")
+_METHODS = ("PTQ", "QAT", "KD-QAT")
+_SUMMARY = ("task", "bits", "teacher", *_METHODS, "KD retention", "KD - QAT", "KD - PTQ", "divergence QAT / KD", "MB")
+_PANELS_A_ROW = 3
+_DEPTH = 12  # % of the teacher's score that a panel shows below the worst trained student
 
 
 def spread(values: list[float], digits: int) -> str:
@@ -68,14 +71,15 @@ def summary_table(contents: list[dict[str, Any]]) -> tuple[list[str], list[list[
     lines = []
     for content in contents:
         rows = content["rows"]
-        scores = [
-            spread([r["score"] for r in rows[name]], 2) if rows.get(name) else "" for name in ("PTQ", "QAT", "KD-QAT")
-        ]
+        scores = [spread([r["score"] for r in rows[name]], 2) if rows.get(name) else "" for name in _METHODS]
+        off = [f"{fmean(r['divergence'] for r in rows[name]):.3f}" for name in ("QAT", "KD-QAT") if rows.get(name)]
         retention = spread([r["retention"] for r in rows["KD-QAT"]], 1) + " %" if rows.get("KD-QAT") else ""
         size = f"{content['packed MB']:.1f}" if "packed MB" in content else ""
         task = f"{content['task']} ({content['metric']})"
         gains = [paired(rows, "KD-QAT", "QAT"), paired(rows, "KD-QAT", "PTQ")]
-        lines.append([task, content["widths"], f"{content['teacher']:.2f}", *scores, retention, *gains, size])
+        lines.append(
+            [task, content["widths"], f"{content['teacher']:.2f}", *scores, retention, *gains, " / ".join(off), size]
+        )
     return list(_SUMMARY), lines
 
 
@@ -89,25 +93,47 @@ def plot(contents: list[dict[str, Any]], path: Path) -> None:
     from qbert.files import write_whole
 
     tasks = list(dict.fromkeys(c["task"] for c in contents))
-    figure, axes = plt.subplots(1, len(tasks), figsize=(3.4 * len(tasks), 3.2), squeeze=False, layout="constrained")
-    for axis, task in zip(axes[0], tasks, strict=True):
+    columns = min(len(tasks), _PANELS_A_ROW)
+    rows = -(-len(tasks) // columns)
+    figure, axes = plt.subplots(rows, columns, figsize=(4 * columns, 3.2 * rows), squeeze=False, layout="constrained")
+    for axis, task in zip(axes.flat, tasks, strict=False):
         chosen = sorted((c for c in contents if c["task"] == task), key=lambda c: _order(c["widths"]))
-        widths = [c["widths"] for c in chosen]
-        for shift, name in zip((-0.08, 0.0, 0.08), ("PTQ", "QAT", "KD-QAT"), strict=True):
-            values = [[r["retention"] for r in c["rows"].get(name, [])] for c in chosen]
-            x = [i + shift for i, v in enumerate(values) if v]
-            y = [fmean(v) for v in values if v]
-            error = [stdev(v) if len(v) > 1 else 0.0 for v in values if v]
-            axis.errorbar(x, y, yerr=error, marker="o", capsize=3, label=name)
-        axis.axhline(100, color="gray", linewidth=0.8, linestyle="--")
-        axis.set_xticks(range(len(widths)), [w.replace(" mixed", "") for w in widths])
-        axis.set_xlim(-0.5, len(widths) - 0.5)
-        axis.set_title(task)
+        _panel(axis, chosen)
+        axis.set_title(f"{task} ({chosen[0]['metric']} {chosen[0]['teacher']:.1f})")
         axis.set_xlabel("bits")
-    axes[0][0].set_ylabel("% of the teacher's score")
+    for axis in axes.flat[len(tasks) :]:
+        axis.set_visible(False)
+    for axis in axes[:, 0]:
+        axis.set_ylabel("% of the teacher's score")
     axes[0][0].legend(frameon=False)
     write_whole(path, lambda aside: figure.savefig(aside, dpi=130))
     plt.close(figure)
+
+
+def _panel(axis: Any, contents: list[dict[str, Any]]) -> None:
+    """One task; what has collapsed is written at the bottom instead of flattening all else."""
+    trained = [100.0]
+    collapsed = []
+    axis.axhline(100, color="gray", linewidth=0.8, linestyle="--")
+    for shift, name in zip((-0.08, 0.0, 0.08), _METHODS, strict=True):
+        values = [[r["retention"] for r in c["rows"].get(name, [])] for c in contents]
+        x = [i + shift for i, v in enumerate(values) if v]
+        y = [fmean(v) for v in values if v]
+        error = [stdev(v) if len(v) > 1 else 0.0 for v in values if v]
+        line = axis.errorbar(x, y, yerr=error, marker="o", capsize=3, label=name)[0]
+        trained += y if name != "PTQ" else []
+        collapsed += [(place, share, line.get_color()) for place, share in zip(x, y, strict=True) if name == "PTQ"]
+    bottom, top = axis.get_ylim()
+    bottom = max(bottom, min(trained) - _DEPTH)
+    axis.set_ylim(bottom, top)
+    for place, share, color in collapsed:
+        if share < bottom:
+            axis.annotate(
+                f"{share:.0f} %", (place, bottom), (0, 4), textcoords="offset points", color=color, ha="center"
+            )
+    widths = [c["widths"].replace(" mixed", "") for c in contents]
+    axis.set_xticks(range(len(widths)), widths)
+    axis.set_xlim(-0.5, len(widths) - 0.5)
 
 
 def _order(widths: str) -> float:
