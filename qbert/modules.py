@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from qbert.bits import TensorSpec
 from qbert.quantizers.activations import ActivationQuantizer
-from qbert.quantizers.grid import code_range, fake_quantize, quantize, scale_gradient
-from qbert.quantizers.ranges import find_ranges, refit_scale
+from qbert.quantizers.grid import code_range, fake_quantize, least_scale, quantize, scale_gradient
+from qbert.quantizers.ranges import SMALLEST_SCALE, find_ranges, refit_scale
 
 
 class WeightQuantizer(nn.Module):
@@ -58,7 +58,7 @@ class WeightQuantizer(nn.Module):
             method=self.spec.range_method,
             percentile=self.spec.percentile,
         )
-        self.scale.copy_(ranges.scale)
+        self.scale.copy_(ranges.scale.clamp_min(least_scale(weight.dtype, SMALLEST_SCALE)))
         self.zero.copy_(ranges.zero)
 
     def forward(self, weight: Tensor, rows: Tensor | None = None) -> Tensor:
@@ -77,7 +77,8 @@ class WeightQuantizer(nn.Module):
     def refit(self, weight: Tensor) -> None:
         """Set the scale to the least-squares one for the present codes of the weights [O, I]; zero stays."""
         blocks = weight.detach().float().unflatten(-1, (self.input_groups, -1))
-        self.scale.copy_(refit_scale(blocks, self.row_group, self.scale, self.zero, self.bits, self.spec.scheme))
+        scale = refit_scale(blocks, self.row_group, self.scale, self.zero, self.bits, self.spec.scheme)
+        self.scale.copy_(scale.clamp_min(least_scale(weight.dtype, SMALLEST_SCALE)))
 
     def learn(self, enabled: bool = True) -> None:
         """Let the optimizer train the scale (LSQ), or stop it."""
@@ -105,6 +106,8 @@ class WeightQuantizer(nn.Module):
     def _blocks(self, weight: Tensor, rows: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         group = self.row_group if rows is None else self.row_group[rows]
         scale = self.scale[group].unsqueeze(-1).to(weight.dtype)  # [..., K, 1]
+        if weight.dtype == torch.float16:  # of a row of zeros, once the model was made half, the scale is 0
+            scale = scale.clamp_min(least_scale(weight.dtype, SMALLEST_SCALE))
         zero = self.zero[group].unsqueeze(-1).to(weight.dtype)
         return weight.unflatten(-1, (self.input_groups, -1)), scale, zero
 

@@ -197,6 +197,23 @@ def test_half_precision_models() -> None:
     assert logits(student, inputs_for("bert")).dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("scheme", ["asymmetric", "symmetric", "midrise"])
+@pytest.mark.parametrize("late", [False, True], ids=["half before", "half after"])
+def test_rows_of_zeros_in_half_precision(scheme: str, late: bool) -> None:
+    model, batch = build("bert").eval(), inputs_for("bert")
+    with torch.no_grad():
+        model.bert.embeddings.word_embeddings.weight[:50] = 0
+        model.bert.encoder.layer[0].output.dense.weight.zero_()
+        model.bert.encoder.layer[1].intermediate.dense.weight.mul_(1e-6)  # hardly more than float16's smallest number
+    config = qbert.BitsConfig(8, groups=16, scheme=scheme)
+    student = qbert.quantize_model(model, config).half() if late else qbert.quantize_model(model.half(), config)
+    assert float(student.bert.embeddings.word_embeddings.quantized_weight()[:50].abs().max()) < 1e-7
+    assert float(student.bert.encoder.layer[0].output.dense.quantized_weight().abs().max()) < 1e-7
+    outputs = logits(student, batch)
+    assert bool(torch.isfinite(outputs).all())
+    assert torch.equal(outputs, logits(qbert.pack(student), batch))
+
+
 def test_sentence_transformer() -> None:
     st = pytest.importorskip("sentence_transformers")
     from qbert.tasks.embedded import embedded_encoder

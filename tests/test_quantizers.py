@@ -206,6 +206,18 @@ def test_activations_of_one_token_do_not_depend_on_the_others(mode: Any) -> None
     assert torch.equal(quantizer(x)[1:, 2:3], alone)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("mode", ["dynamic", "asymmetric", "static"])
+def test_tokens_without_any_range_stay_what_they_are(mode: Any, dtype: torch.dtype) -> None:
+    quantizer = ActivationQuantizer(8, mode)
+    if mode == "static":
+        quantizer.set_range(0.0, 0.0)
+    assert torch.equal(quantizer(torch.zeros(2, 3, dtype=dtype)), torch.zeros(2, 3, dtype=dtype))
+    if mode == "asymmetric":
+        constant = torch.full((2, 3), 1.5, dtype=dtype)
+        assert torch.equal(quantizer(constant), constant)
+
+
 def test_static_activations_need_calibration_and_then_hold_zero() -> None:
     quantizer = ActivationQuantizer(8, "static")
     with pytest.raises(RuntimeError, match="calibration_data"):

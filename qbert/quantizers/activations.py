@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from qbert.bits import ActivationRange
-from qbert.quantizers.grid import code_range, fake_quantize, scale_gradient
+from qbert.quantizers.grid import code_range, fake_quantize, least_scale, scale_gradient
 
 _SMALLEST_SCALE = 1e-8
 _HISTOGRAM_BINS = 2048
@@ -69,12 +69,12 @@ def _quantized_once(x: Tensor, function: type[torch.autograd.Function], levels: 
 def token_range(x: Tensor, levels: int = 255) -> tuple[Tensor, Tensor]:
     """Lowest value and scale (max x - min x) / levels of each token, both [..., 1] for x [..., I]."""
     low = x.amin(-1, keepdim=True)
-    return low, ((x.amax(-1, keepdim=True) - low) / levels).clamp_min(_SMALLEST_SCALE)
+    return low, ((x.amax(-1, keepdim=True) - low) / levels).clamp_min(least_scale(x.dtype, _SMALLEST_SCALE))
 
 
 def token_scale(x: Tensor, qmax: int = 127) -> Tensor:
     """Symmetric scale max|x| / qmax of each token, [..., 1] for x [..., I]."""
-    return (x.abs().amax(-1, keepdim=True) / qmax).clamp_min(_SMALLEST_SCALE)
+    return (x.abs().amax(-1, keepdim=True) / qmax).clamp_min(least_scale(x.dtype, _SMALLEST_SCALE))
 
 
 class ActivationQuantizer(nn.Module):
@@ -103,7 +103,7 @@ class ActivationQuantizer(nn.Module):
     def set_range(self, low: float, high: float) -> None:
         """Fix the static range to cover [low, high] and 0, with an integer zero point."""
         low, high = min(low, 0.0), max(high, 0.0)
-        scale = max((high - low) / (self.qmax - self.qmin), _SMALLEST_SCALE)
+        scale = max((high - low) / (self.qmax - self.qmin), least_scale(torch.float16, _SMALLEST_SCALE))
         self.scale.fill_(scale)
         self.zero.fill_(min(max(self.qmin - round(low / scale), self.qmin), self.qmax))
 

@@ -21,11 +21,18 @@ from torch import Tensor
 
 from qbert.bits import Scheme
 
+_SMALLEST_HALF = 2.0**-24
+
 
 def code_range(bits: int, scheme: Scheme = "asymmetric") -> tuple[int, int]:
     """Smallest and largest code of a scheme: two's complement of `bits` bits, without -2^(bits-1) if symmetric."""
     half = 1 << (bits - 1)
     return (1 - half if scheme == "symmetric" else -half), half - 1
+
+
+def least_scale(dtype: torch.dtype, wanted: float) -> float:
+    """`wanted`, or the smallest positive float16 where `dtype` is that and `wanted` would round to 0 in it."""
+    return max(wanted, _SMALLEST_HALF) if dtype == torch.float16 else wanted
 
 
 def quantize(w: Tensor, scale: Tensor, zero: Tensor, qmin: int, qmax: int) -> Tensor:

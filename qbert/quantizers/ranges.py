@@ -23,7 +23,7 @@ from qbert.quantizers.grid import code_range
 
 _SHRINK_STEPS = 40
 _REFINE_STEPS = 4
-_SMALLEST_SCALE = 1e-12
+SMALLEST_SCALE = 1e-12
 
 
 class GroupRanges(NamedTuple):
@@ -89,11 +89,11 @@ def _grid_for(low: Tensor, high: Tensor, bits: int, scheme: Scheme) -> tuple[Ten
     qmin, qmax = code_range(bits, scheme)
     if scheme == "asymmetric":
         low, high = low.clamp_max(0), high.clamp_min(0)
-        scale = ((high - low) / (qmax - qmin)).clamp_min(_SMALLEST_SCALE)
+        scale = ((high - low) / (qmax - qmin)).clamp_min(SMALLEST_SCALE)
         return scale, torch.clamp(qmin - torch.round(low / scale), qmin, qmax)
     largest = torch.maximum(low.abs(), high.abs())
     zero = torch.full_like(largest, -0.5 if scheme == "midrise" else 0.0)
-    return (largest / (qmax - zero)).clamp_min(_SMALLEST_SCALE), zero
+    return (largest / (qmax - zero)).clamp_min(SMALLEST_SCALE), zero
 
 
 def _least_squares(
@@ -167,7 +167,7 @@ def refit_scale(
     centred = _codes(blocks, row_group, scale, zero, bits, scheme)
     inner = _reduce_rows((centred * blocks).sum(-1), row_group, "sum")
     norm = _reduce_rows(centred.square().sum(-1), row_group, "sum")
-    return torch.where(norm > 0, inner / norm.clamp_min(1e-30), scale).clamp_min(_SMALLEST_SCALE)
+    return torch.where(norm > 0, inner / norm.clamp_min(1e-30), scale).clamp_min(SMALLEST_SCALE)
 
 
 def _reduce_rows(values: Tensor, row_group: Tensor, how: str) -> Tensor:
