@@ -30,13 +30,13 @@ from qbert.choices import (
     Measured,
     best_rules,
     check_widths,
-    covers,
     fixed_value,
     free_targets,
     make_choices,
     measured_blocks,
 )
 from qbert.knapsack import choose
+from qbert.patterns import covers
 from qbert.perturbation import weight_errors
 from qbert.targets import base_model
 

@@ -17,69 +17,47 @@ Reference: Shen et al. 2020, Q-BERT, section 3.1 (mixed precision) and 3.3 (grou
 from __future__ import annotations
 
 import difflib
-import fnmatch
 import json
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, fields, replace
-from typing import Any, Literal, TypeAlias
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 from torch import nn
 
+from qbert.arguments import is_whole
 from qbert.files import read_json, write_json
+from qbert.patterns import covers, longest
 from qbert.targets import HEAD_ROLE, Target, find_targets
+from qbert.tensor_spec import (
+    DEFAULT_GROUPS,
+    FLOAT_BITS,
+    QUANTIZED_BITS,
+    SPEC_FIELDS,
+    ActivationRange,
+    RangeMethod,
+    Scheme,
+    TensorSpec,
+    check_bits,
+    check_groups,
+    make_spec,
+    spec_to_dict,
+)
 
-Scheme: TypeAlias = Literal["asymmetric", "symmetric", "midrise"]
-RangeMethod: TypeAlias = Literal["minmax", "percentile", "mse"]
-ActivationRange: TypeAlias = Literal["dynamic", "asymmetric", "static"]
+__all__ = [
+    "DEFAULT_GROUPS",
+    "FLOAT_BITS",
+    "QUANTIZED_BITS",
+    "ActivationRange",
+    "BitsConfig",
+    "RangeMethod",
+    "Scheme",
+    "TensorSpec",
+    "spec_to_dict",
+]
 
-QUANTIZED_BITS = (2, 3, 4, 8)
-FLOAT_BITS = (16, 32)
-DEFAULT_GROUPS = 128
 JSON_FORMAT = "qbert.bits/1"
-
-
-@dataclass(frozen=True)
-class TensorSpec:
-    """How one tensor is quantized.
-
-    Attributes:
-        bits: 2, 3, 4 or 8; 16 and 32 leave the tensor in float.
-        groups: number of groups of output rows with a range each; ``None`` chooses 128 (near-equal groups where 128
-            does not divide the rows) for a matrix and one group a row for an embedding table. A number of at least
-            the rows means one group a row.
-        input_group_size: also cut the inputs into groups of this many columns; ``None`` does not.
-        scheme: ``asymmetric`` has an integer zero point, so that 0 is on the grid; ``symmetric`` has levels
-            -m..m with m = 2^(bits-1) - 1, which is ternary at 2 bits; ``midrise`` has 2^bits levels
-            placed symmetrically around 0 without 0 itself.
-        range_method: ``minmax``, ``percentile`` (of the weights of a group) or ``mse`` (least squared error).
-        percentile: share in percent of the weights that ``percentile`` keeps inside the range.
-        activation_bits: bits of the input of a matrix product: 8, or ``None`` for float activations.
-        activation_range: ``dynamic`` (per token, symmetric), ``asymmetric`` (per token, from its smallest to its
-            largest value: finer steps where a token's outliers have one sign, as in BERT; CPU kernels only) or
-            ``static`` (per tensor, affine, calibrated); ``None`` is static if calibration data is given and dynamic
-            if not.
-    """
-
-    bits: int = 4
-    groups: int | None = None
-    input_group_size: int | None = None
-    scheme: Scheme = "asymmetric"
-    range_method: RangeMethod = "mse"
-    percentile: float = 99.9
-    activation_bits: int | None = 8
-    activation_range: ActivationRange | None = None
-
-    def __post_init__(self) -> None:
-        _check_spec(self)
-
-    @property
-    def is_float(self) -> bool:
-        """Whether the tensor is left as it is."""
-        return self.bits in FLOAT_BITS
-
-
-_SPEC_FIELDS = tuple(f.name for f in fields(TensorSpec))
 
 
 class BitsConfig:
@@ -106,15 +84,15 @@ class BitsConfig:
         embedding_bits: int = 8,
         **defaults: Any,
     ) -> None:
-        if isinstance(bits, bool) or not isinstance(bits, (int, Mapping)):
+        if not (is_whole(bits) or isinstance(bits, Mapping)):
             raise TypeError(f"bits: expected an int or a mapping from name patterns, got {type(bits).__name__}")
-        unknown = sorted(set(defaults) - set(_SPEC_FIELDS) - {"bits"})
-        if unknown or "bits" in defaults:
-            raise ValueError(f"unknown setting {(unknown or ['bits'])[0]!r}; use one of {', '.join(_SPEC_FIELDS[1:])}")
-        self.embedding_bits = _check_bits("embedding_bits", embedding_bits)
-        self.defaults: dict[str, Any] = dict(defaults)
-        self._default_spec = _make_spec("defaults", TensorSpec(), defaults)
-        rules = {"*": bits} if isinstance(bits, int) else dict(bits)
+        unknown = sorted(set(defaults) - set(SPEC_FIELDS))
+        if unknown:
+            raise ValueError(f"unknown setting {unknown[0]!r}; use one of {', '.join(SPEC_FIELDS[1:])}")
+        self.embedding_bits = check_bits("embedding_bits", embedding_bits)
+        self._default_spec = make_spec("defaults", TensorSpec(), defaults)
+        self.defaults: dict[str, Any] = {name: getattr(self._default_spec, name) for name in defaults}
+        rules = dict(bits) if isinstance(bits, Mapping) else {"*": bits}
         if not rules:
             raise ValueError('bits: the mapping is empty; give at least one pattern, such as {"*": 4}')
         self.rules: dict[str, dict[str, Any]] = {}
@@ -122,8 +100,8 @@ class BitsConfig:
             if not isinstance(pattern, str) or not pattern:
                 raise TypeError(f"bits: patterns are non-empty strings, got {pattern!r}")
             settings = dict(value) if isinstance(value, Mapping) else {"bits": value}
-            _make_spec(f"pattern {pattern!r}", self._default_spec, settings)
-            self.rules[pattern] = settings
+            spec = make_spec(f"pattern {pattern!r}", self._default_spec, settings)
+            self.rules[pattern] = {name: getattr(spec, name) for name in settings}
 
     @classmethod
     def parse(cls, value: int | Mapping[str, Any] | BitsConfig | str | os.PathLike[str]) -> BitsConfig:
@@ -134,7 +112,7 @@ class BitsConfig:
                 JSON file written by `save`.
 
         Raises:
-            ValueError, TypeError: as the constructor; FileNotFoundError if the path does not exist.
+            ValueError, TypeError: as the constructor; FileNotFoundError if there is no such file.
         """
         if isinstance(value, BitsConfig):
             return value
@@ -171,7 +149,7 @@ class BitsConfig:
             settings = self.rules[pattern] if pattern is not None else {"bits": self.embedding_bits}
             spec = replace(base, **settings)
             if not spec.is_float:
-                _check_groups(target, spec)
+                check_groups(target, spec)
                 resolved[target.path] = spec
         self._refuse_unused(targets, used)
         if not resolved:
@@ -183,8 +161,7 @@ class BitsConfig:
         used.update(matches)
         if not matches:
             return None
-        longest = max(_length(p) for p in matches)
-        best = [p for p in matches if _length(p) == longest]
+        best = longest(matches)
         if any(self.rules[p] != self.rules[best[0]] for p in best):
             raise ValueError(
                 f"patterns {best[0]!r} and {best[1]!r} both match {target.name} with equal length but differ; "
@@ -230,10 +207,18 @@ class BitsConfig:
         Raises:
             FileNotFoundError: if there is no such file; ValueError if it is not a bits configuration.
         """
+        if not Path(path).is_file():
+            raise FileNotFoundError(
+                f"bits_config: there is no file {os.fspath(path)!r}; pass a number, a mapping from name patterns, or "
+                "the path of a JSON file of one"
+            )
         values = read_json(path)
         if not isinstance(values, dict):
             raise ValueError(f"bits_config: {path} holds a {type(values).__name__}; expected a JSON object")
-        return cls.from_dict(values) if "format" in values else cls(values)
+        try:
+            return cls.from_dict(values) if "format" in values else cls(values)
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"bits_config: {path} cannot be used: {error}") from error
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, BitsConfig) and self.to_dict() == other.to_dict()
@@ -253,81 +238,9 @@ def _matches(pattern: str, target: Target) -> bool:
         return target.is_embedding
     if target.role == HEAD_ROLE and pattern.startswith(("*", "?", "[")):
         return False
-    return any(
-        name == pattern or name.startswith(pattern + ".") or fnmatch.fnmatchcase(name, pattern)
-        for name in (target.name, target.path)
-    )
-
-
-def _length(pattern: str) -> int:
-    return sum(c not in "*?[]" for c in pattern)
+    return covers(pattern, (target.name, target.path))
 
 
 def _prefixes(name: str) -> list[str]:
     parts = name.split(".")
     return [".".join(parts[: i + 1]) for i in range(len(parts))]
-
-
-def _make_spec(where: str, base: TensorSpec, settings: Mapping[str, Any]) -> TensorSpec:
-    unknown = sorted(set(settings) - set(_SPEC_FIELDS))
-    if unknown:
-        raise ValueError(f"{where}: unknown setting {unknown[0]!r}; use one of {', '.join(_SPEC_FIELDS)}")
-    try:
-        return replace(base, **settings)
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{where}: {error}") from error
-
-
-def _check_bits(name: str, bits: Any) -> int:
-    if isinstance(bits, bool) or not isinstance(bits, int) or bits not in QUANTIZED_BITS + FLOAT_BITS:
-        nearest = min(QUANTIZED_BITS, key=lambda b: abs(b - bits)) if isinstance(bits, (int, float)) else 4
-        raise ValueError(f"{name}={bits!r} is not possible; use 2, 3, 4 or 8 (nearest: {nearest}), or 16/32 for float")
-    return bits
-
-
-def _check_spec(spec: TensorSpec) -> None:
-    _check_bits("bits", spec.bits)
-    for name in ("groups", "input_group_size"):
-        value = getattr(spec, name)
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-            raise ValueError(f"{name}={value!r} is not possible; use a whole number of at least 1")
-    choices = {
-        "scheme": ("asymmetric", "symmetric", "midrise"),
-        "range_method": ("minmax", "percentile", "mse"),
-        "activation_bits": (8, None),
-        "activation_range": ("dynamic", "asymmetric", "static", None),
-    }
-    for name, allowed in choices.items():
-        if getattr(spec, name) not in allowed:
-            raise ValueError(f"{name}={getattr(spec, name)!r} is not possible; use one of {allowed}")
-    if not 50.0 < spec.percentile <= 100.0:
-        raise ValueError(f"percentile={spec.percentile!r} is not possible; use a percentage in (50, 100]")
-
-
-def _check_groups(target: Target, spec: TensorSpec) -> None:
-    rows, columns = target.shape
-    if spec.groups is not None and spec.groups < rows:
-        valid = [g for g in range(1, rows + 1) if rows % g == 0 and _suits_heads(g, target.heads)]
-        if spec.groups not in valid:
-            nearest = min(valid, key=lambda g: abs(g - spec.groups))  # type: ignore[operator]
-            heads = f" in {target.heads} heads" if target.heads else ""
-            raise ValueError(
-                f"{target.name}: groups={spec.groups} does not divide its {rows} rows{heads}; nearest valid: {nearest}"
-            )
-    if spec.input_group_size is not None and columns % spec.input_group_size:
-        valid = [g for g in range(1, columns + 1) if columns % g == 0]
-        nearest = min(valid, key=lambda g: abs(g - spec.input_group_size))  # type: ignore[operator]
-        raise ValueError(
-            f"{target.name}: input_group_size={spec.input_group_size} does not divide its {columns} inputs; "
-            f"nearest valid: {nearest}"
-        )
-
-
-def _suits_heads(groups: int, heads: int | None) -> bool:
-    # Fewer groups than heads must hold whole heads; more are shared out over the heads, unequally if need be.
-    return heads is None or groups >= heads or heads % groups == 0
-
-
-def spec_to_dict(spec: TensorSpec) -> dict[str, Any]:
-    """Plain JSON values of one specification; ``TensorSpec(**values)`` reads them back."""
-    return asdict(spec)

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import fnmatch
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from typing import Any, Protocol
 from torch import nn
 
 from qbert.bits import FLOAT_BITS, QUANTIZED_BITS
+from qbert.patterns import covers, longest
 from qbert.targets import HEAD_ROLE, Target, base_model, find_targets
 
 Fixed = Mapping[str, int | Mapping[str, Any]]
@@ -174,14 +174,7 @@ def fixed_value(member: str, fixed: Fixed | None, prefix: str = "") -> int | Map
 def best_rules(member: str, rules: Fixed, prefix: str = "") -> list[int | Mapping[str, Any]]:
     """The values of the longest patterns that cover a matrix, chosen among as `BitsConfig` does."""
     names = (member, f"{prefix}.{member}" if prefix else member)
-    matching = [p for p in rules if p != "embeddings" and covers(p, names)]
-    longest = max(map(_length, matching), default=0)
-    return [rules[p] for p in matching if _length(p) == longest]
-
-
-def covers(pattern: str, names: Iterable[str]) -> bool:
-    """Whether a pattern of a `BitsConfig` matches one of the names of a tensor."""
-    return any(n == pattern or n.startswith(pattern + ".") or fnmatch.fnmatchcase(n, pattern) for n in names)
+    return [rules[p] for p in longest(p for p in rules if p != "embeddings" and covers(p, names))]
 
 
 def free_targets(model: nn.Module) -> dict[str, Target]:
@@ -199,7 +192,3 @@ def _sharing(blocks: Sequence[Block], model: nn.Module | None) -> list[list[str]
         for member in block.members:
             owners.setdefault(weights[member], []).append(block.name)
     return [names for names in owners.values() if len(set(names)) > 1]
-
-
-def _length(pattern: str) -> int:
-    return sum(c not in "*?[]" for c in pattern)

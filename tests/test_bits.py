@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 from encoders import build
 from hypothesis import given
@@ -87,6 +88,8 @@ def test_settings_of_a_pattern_override_the_defaults() -> None:
         (4, {"range_method": "kl"}, "range_method='kl'"),
         (4, {"percentile": 30.0}, r"percentile=30\.0"),
         (4, {"activation_bits": 4}, "activation_bits=4"),
+        (4, {"activation_bits": 8.0}, r"activation_bits=8\.0"),
+        (4, {"percentile": "99"}, "percentile='99'"),
         (4, {"embedding_bits": 6}, "embedding_bits=6"),
         ({"*": 32}, {"embedding_bits": 32}, "left in float"),
         ({"*.query": 2, "*.q*uery": 3, "*": 4}, {}, "equal length but differ"),
@@ -102,6 +105,15 @@ def test_wrong_type_and_nothing_to_quantize() -> None:
         BitsConfig([4, 4])  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"no nn\.Linear"):
         BitsConfig(4).resolve(nn.Sequential(nn.ReLU()))
+
+
+def test_numpy_integers_are_integers(tmp_path: Path) -> None:
+    eight, four = np.int64(8), np.int32(4)
+    config = BitsConfig({"encoder.layer.0": {"bits": eight, "groups": four}, "*": four}, embedding_bits=eight)
+    assert config == BitsConfig({"encoder.layer.0": {"bits": 8, "groups": 4}, "*": 4})
+    assert BitsConfig(four, groups=four) == BitsConfig(4, groups=4)
+    config.save(tmp_path / "bits.json")
+    assert BitsConfig.load(tmp_path / "bits.json") == config
 
 
 def test_default_groups_fit_any_width() -> None:
@@ -139,5 +151,10 @@ def test_a_file_that_is_no_configuration_is_refused(tmp_path: Path) -> None:
     path.write_text('{"format": "other/1", "bits": 4}')
     with pytest.raises(ValueError, match="format"):
         BitsConfig.load(path)
-    with pytest.raises(FileNotFoundError):
-        BitsConfig.load(tmp_path / "missing.json")
+    for text in ('{"*": "4"}', '{"format": "qbert.bits/1", "bits": "x"}', "{}"):
+        path.write_text(text)
+        with pytest.raises(ValueError, match=r"bits_config: .*bits\.json cannot be used: "):
+            BitsConfig.load(path)
+    for missing in (tmp_path / "missing.json", tmp_path, "4"):
+        with pytest.raises(FileNotFoundError, match=r"bits_config: there is no file .*; pass a number, a mapping"):
+            BitsConfig.parse(missing)
