@@ -128,6 +128,12 @@ class CpuLinear:
     def __deepcopy__(self, memo: dict[int, Any]) -> CpuLinear:
         return self  # immutable, and torch's packed operands cannot be copied
 
+    def __getstate__(self) -> Any:
+        raise TypeError(
+            "a layer that was prepared for the CPU cannot be pickled: its int8 operand is laid out for this machine; "
+            "send or save the packed model and call optimize_for_inference where it runs"
+        )
+
     def forward(self, x: Tensor) -> Tensor:
         """x [..., I] (float32, float16 or bfloat16) to y [..., O] in the same dtype.
 

@@ -24,6 +24,7 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from qbert.fast_forward import remove_fast_forwards
 from qbert.hub_files import Saver, check_digest
 from qbert.hub_records import FORMAT_VERSION, METHOD, describe, read_layout
 from qbert.hub_trainable import RECORD, load_trainable
@@ -104,6 +105,7 @@ class QBertHfQuantizer(HfQuantizer):  # type: ignore[misc]
     def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
         for layer in {id(m): m for m in model.modules() if isinstance(m, PackedTensor)}.values():
             replace_everywhere(model, layer, _float_twin(layer, dtype or layer.dtype))
+        remove_fast_forwards(model)
         unmark_packed(model)
         return model
 

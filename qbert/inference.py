@@ -24,6 +24,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from qbert.fast_forward import FastForward, reason_not_to_replace
 from qbert.inference_cpu_layers import FusedLayers, LayerParts, reason_not_to_fuse_layer
 from qbert.inference_model import FusedModel
 from qbert.kernels.cpu_chains import compiled
@@ -40,11 +41,16 @@ _CHUNK_TOKENS, _FULL_CHUNK_TOKENS = 256, 512
 def optimize_for_inference(packed: Model, *, inplace: bool = False, exact: bool = True) -> Model:
     """A packed model that runs fast on the device it is on: a CPU, or a GPU (`qbert.inference_gpu`).
 
-    On a CPU the int8 operands are made here and kept beside the packed tensors (one byte a weight; small tables in
-    float). The model can still be saved, moved to another dtype, and asked for hidden states or attentions, for which
-    it takes the slow path. Hidden states of padding are zero. TorchScript compiles the layers during the first two
-    calls, a few tenths of a second. Where an encoder cannot be fused, the reason is logged and its layers run one by
-    one.
+    On a CPU the int8 operands are made here and kept beside the packed tensors: one byte a weight, but four for
+    matrices that run in float, as is logged (activations that are not quantized, grouped input columns), and for small
+    tables. The model can still be saved, moved to another dtype, copied, and asked for hidden states or attentions, for
+    which it takes the slow path. Hidden states of padding are zero. TorchScript compiles the layers during the first
+    two calls, a few tenths of a second. Where an encoder cannot be fused, the reason is logged and its layers run one
+    by one.
+
+    The parameters of the encoder are frozen (``requires_grad`` off), since a wanted gradient leads to the slow path;
+    those of a head are not. Hooks on modules inside of a fused encoder are not called. Weights can no longer be loaded
+    into the model, since the operands would stay the old ones.
 
     Args:
         packed: what `qbert.pack`, `qbert.load` or ``from_pretrained`` returned, on the CPU or a CUDA device.
@@ -66,18 +72,25 @@ def optimize_for_inference(packed: Model, *, inplace: bool = False, exact: bool 
         raise ValueError(f"packed: the model is on {names}; move it to the CPU or to one CUDA device with .to()")
     model = packed if inplace else deepcopy(packed)
     model.eval()
+    _, base = base_model(model)
+    base.requires_grad_(False)
+    for module in model.modules():
+        if isinstance(module, PackedTensor):
+            module.register_load_state_dict_pre_hook(_refuse_to_load)
     if next(iter(devices)).type == "cuda":
         from qbert.inference_gpu import fuse_for_gpu
 
         fuse_for_gpu(model)
         return model
-    _, base = base_model(model)
     encoder = getattr(base, "encoder", None) or getattr(base, "transformer", None)  # so called by DistilBERT
     reason = _reason_not_to_fuse(encoder)
     fused: set[int] = set()
     if encoder is not None and not reason:
         fused_encoder = encoder.forward = FusedEncoder(encoder, exact)
-        if hasattr(base, "embeddings"):
+        altered = reason_not_to_replace([base])
+        if altered:
+            logger.info("%s keeps its own forward: %s", type(base).__name__, altered)
+        elif hasattr(base, "embeddings"):
             base.forward = FusedModel(base, fused_encoder.run, fused_encoder.cross_attention)  # type: ignore[method-assign]
         fused = {id(m) for m in encoder.modules()}
     else:
@@ -88,7 +101,14 @@ def optimize_for_inference(packed: Model, *, inplace: bool = False, exact: bool 
     return model
 
 
-class FusedEncoder:
+def _refuse_to_load(module: nn.Module, *_: Any) -> None:
+    raise RuntimeError(
+        "load_state_dict: this model was optimized for inference and computes from copies of its weights, which would "
+        "stay the old ones; load the weights into the packed model and call qbert.optimize_for_inference on it"
+    )
+
+
+class FusedEncoder(FastForward):
     """``forward`` of an encoder of the BERT kind, in int8 (not a module: it adds nothing to the state of the model).
 
     Args:
@@ -96,20 +116,14 @@ class FusedEncoder:
         exact: as for `optimize_for_inference`.
     """
 
+    own = ("encoder",)
+
     def __init__(self, encoder: Any, exact: bool = True) -> None:
         self.encoder = encoder
         parts = [parts for layer in encoder.layer if (parts := LayerParts.of(layer))]
         self._layers = compiled(FusedLayers(parts, exact))
         self._position_bias: Tensor | None = None
         self.cross_attention = hasattr(encoder.layer[0], "add_cross_attention")
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> FusedEncoder:
-        twin = object.__new__(FusedEncoder)
-        memo[id(self)] = twin
-        # What was prepared is never written to, so the two may share it.
-        twin.__dict__.update(self.__dict__)
-        twin.encoder = deepcopy(self.encoder, memo)
-        return twin
 
     def __call__(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Any:
         """[B, T, H] to transformers' output with ``last_hidden_state`` [B, T, H]; zeros where a token is padding."""
@@ -132,6 +146,10 @@ class FusedEncoder:
 
     @staticmethod
     def _outside(hidden_states: Tensor, run: Callable[[Tensor], Tensor]) -> Tensor:
+        if torch.is_autocast_enabled("cpu"):
+            # The layers are in int8 and float32 already, and their programs take nothing else.
+            with torch.autocast("cpu", enabled=False):
+                return FusedEncoder._outside(hidden_states, run)
         with torch.inference_mode():
             result = run(hidden_states.float())
         if torch.is_inference_mode_enabled() and hidden_states.dtype == torch.float32:
@@ -160,6 +178,8 @@ class FusedEncoder:
         if lengths is not None and not bool((lengths < longest).any()):
             lengths = None
         room = (_FULL_CHUNK_TOKENS if lengths is None else _CHUNK_TOKENS) * torch.get_num_threads()
+        if not x.numel():
+            return x
         if lengths is None and (batch == 1 or batch * longest <= room):
             return self._run(x, None)
         order = torch.arange(batch) if lengths is None else lengths.argsort(descending=True)
@@ -188,9 +208,10 @@ class FusedEncoder:
     def _biased_mask(self, x: Tensor, mask: Tensor | None) -> Tensor:
         """MPNet adds to all scores a bias that depends on the distance of two tokens: [1 or B, heads, T, T]."""
         length = x.shape[1]
-        if self._position_bias is None or self._position_bias.shape[-1] < length:
-            self._position_bias = self.encoder.compute_position_bias(x[:1]).float()
-        bias = self._position_bias[..., :length, :length]
+        bias = self._position_bias  # read once: another thread may put a shorter one there at any time
+        if bias is None or bias.shape[-1] < length:
+            bias = self._position_bias = self.encoder.compute_position_bias(x[:1]).float()
+        bias = bias[..., :length, :length]
         if mask is None:
             return bias
         return bias.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else bias + mask
@@ -200,6 +221,9 @@ def _reason_not_to_fuse(encoder: Any) -> str:
     layers = getattr(encoder, "layer", None)
     if not isinstance(layers, nn.ModuleList) or not len(layers):
         return "it has no list of encoder layers"
+    altered = reason_not_to_replace([encoder])
+    if altered:
+        return altered
     return next(filter(None, map(reason_not_to_fuse_layer, layers)), "")
 
 

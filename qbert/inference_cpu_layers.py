@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from qbert.fast_forward import reason_not_to_replace
 from qbert.kernels.cpu import CpuLinear
 from qbert.packed_modules import PackedEmbedding, PackedLinear
 
@@ -68,12 +69,25 @@ class LayerParts(NamedTuple):
         """Query, key and value, then the other three linear maps."""
         return [self.query, self.key, self.value, self.attention_output, self.ffn_in, self.ffn_out]
 
+    @property
+    def norms(self) -> list[nn.LayerNorm]:
+        """The two norms."""
+        return [self.attention_norm, self.output_norm]
+
 
 def reason_not_to_fuse_layer(layer: Any) -> str:
     """Why `layer` is not a packed encoder layer of a known family with one input for Q, K and V; empty if it is."""
     parts = LayerParts.of(layer)
     if parts is None:
         return f"a {type(layer).__name__} is not an encoder layer of the BERT kind"
+    inner = {id(m) for part in (*parts.linears, parts.activation) for m in part.modules()}
+    altered = reason_not_to_replace(m for m in layer.modules() if id(m) not in inner)
+    if altered:
+        return altered
+    if not all(
+        type(norm) is nn.LayerNorm and norm.elementwise_affine and norm.bias is not None for norm in parts.norms
+    ):
+        return "its norms are not LayerNorm with weight and bias"
     if not all(isinstance(p, PackedLinear) for p in parts.linears):
         return "some of its linear maps are in float"
     if not all(_same_input(parts.query, p) for p in (parts.key, parts.value)):
@@ -177,6 +191,9 @@ def reason_not_to_fuse_embeddings(embeddings: Any) -> str:
     kind = type(embeddings).__name__
     if kind not in _COUNT_FROM_0 + _SKIP_PADDING or type(getattr(embeddings, "LayerNorm", None)) is not nn.LayerNorm:
         return f"{kind} are not embeddings of the BERT kind"
+    altered = reason_not_to_replace(m for m in embeddings.modules() if not isinstance(m, PackedEmbedding))
+    if altered:
+        return altered
     words = embeddings.word_embeddings
     if not isinstance(words, PackedEmbedding) or words.layout.bits != 8 or words.layout.input_groups > 1:
         return "the word embeddings are not packed in 8 bits with one scale a row"

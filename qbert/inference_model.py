@@ -11,19 +11,19 @@ from __future__ import annotations
 import inspect
 import logging
 from collections.abc import Callable
-from copy import deepcopy
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from qbert.fast_forward import FastForward
 from qbert.inference_cpu_layers import FusedEmbeddings, reason_not_to_fuse_embeddings
 from qbert.kernels.cpu_chains import compiled
 
 logger = logging.getLogger(__name__)
 
 
-class FusedModel:
+class FusedModel(FastForward):
     """``forward`` of the base model of an encoder of the BERT kind (not a module: it adds nothing to the state).
 
     Args:
@@ -31,6 +31,8 @@ class FusedModel:
         run: (hidden states [B, T, H], lengths [B] or None) to the last hidden state [B, T, H], zero for padding.
         cross_attention: whether its kind can be a decoder too, and has outputs that say so.
     """
+
+    own = ("base", "run")
 
     def __init__(self, base: Any, run: Callable[[Tensor, Tensor | None], Tensor], cross_attention: bool) -> None:
         self.base, self.run, self.cross_attention = base, run, cross_attention
@@ -42,14 +44,6 @@ class FusedModel:
         if reason:
             logger.info("the embeddings of %s are not fused: %s", type(base).__name__, reason)
         self._embed = None if reason else compiled(FusedEmbeddings(base.embeddings))
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> FusedModel:
-        twin = object.__new__(FusedModel)
-        memo[id(self)] = twin
-        # What was prepared is never written to, so the two may share it.
-        twin.__dict__.update(self.__dict__)
-        twin.base, twin.run = deepcopy(self.base, memo), deepcopy(self.run, memo)
-        return twin
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Token ids and mask [B, T] to transformers' output; ``last_hidden_state`` [B, T, H] is zero for padding."""
@@ -110,7 +104,7 @@ def is_plain_request(
         and ids.numel() > 0
         and embeds is None
         and (mask is None or mask.shape == ids.shape)
-        and kwargs.get("return_dict", config.return_dict) in (None, True)
+        and (config.return_dict if kwargs.get("return_dict") is None else kwargs["return_dict"]) is True
         and not any(isinstance(v, Tensor) or bool(v) for k, v in kwargs.items() if k != "return_dict")
         and not (config.output_hidden_states or config.output_attentions)
         and not _active_collector.get()

@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
+from qbert.fast_forward import remove_fast_forwards
 from qbert.modules import QuantEmbedding, QuantLinear, WeightQuantizer
 from qbert.packed_layout import layout_of
 from qbert.packed_modules import PackedEmbedding, PackedLinear, PackedTensor
@@ -88,6 +89,7 @@ def unpack(packed: Model) -> Model:
             shared[key] = nn.Parameter(layer.owner.quantized_weight()), layer.owner._quantizer()
         memo[id(layer)] = _trainable_twin(layer, *shared[key], memo)
     result = deepcopy(packed, memo)
+    remove_fast_forwards(result)
     if "transformers" in sys.modules:
         from qbert.hub import unmark_packed
 

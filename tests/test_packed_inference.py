@@ -234,8 +234,11 @@ def test_the_whole_model_is_fused_for_plain_requests_only(monkeypatch: pytest.Mo
         with pytest.raises(ValueError, match="exactly one"):
             fast(attention_mask=batch["attention_mask"])
     assert len(calls) == 2
-    fast(**batch)  # with gradients on, and parameters that want them
-    assert len(calls) == 2
+    fast(**batch)  # with gradients on, but no parameter that wants one
+    assert len(calls) == 3
+    norm = fast.embeddings.LayerNorm.requires_grad_()
+    fast(**batch)[0].sum().backward()
+    assert len(calls) == 3 and norm.weight.grad is not None
 
 
 def test_requests_that_the_fast_path_does_not_serve_get_the_slow_one() -> None:

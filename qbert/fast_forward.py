@@ -1,0 +1,71 @@
+"""Forwards that `qbert.optimize_for_inference` puts in the place of a module's own, and how they are taken out again.
+
+Such a forward is an attribute of the instance, not a module, so that it adds nothing to the state of the model: what
+is saved, moved and listed stays as it was. It computes from weights that it prepared, never from those of the modules
+around it; so a model whose weights change must lose it (`remove_fast_forwards`).
+
+    >>> encoder.forward = FusedEncoder(encoder)
+    >>> remove_fast_forwards(model)                    # encoder.forward is the one of its class again
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from copy import deepcopy
+from typing import Any, ClassVar, TypeVar
+
+from torch import nn
+
+Forward = TypeVar("Forward", bound="FastForward")
+
+
+class FastForward:
+    """Base of the forwards of fused modules.
+
+    Attributes:
+        own: names of the attributes that a copy of the model has to copy with it; what else was prepared is never
+            written to, and shared by all copies.
+    """
+
+    own: ClassVar[tuple[str, ...]] = ()
+
+    def __deepcopy__(self: Forward, memo: dict[int, Any]) -> Forward:
+        twin = object.__new__(type(self))
+        memo[id(self)] = twin
+        twin.__dict__.update(self.__dict__)
+        for name in self.own:
+            setattr(twin, name, deepcopy(getattr(self, name), memo))
+        return twin
+
+    @property
+    def __code__(self) -> Any:
+        """That of the forward it stands for, which torch.export looks up."""
+        return type(getattr(self, self.own[0])).forward.__code__
+
+    def __getstate__(self) -> Any:
+        raise TypeError(
+            "a model that was optimized for inference cannot be pickled: its int8 operands are laid out for this "
+            "machine; send or save the packed model and call qbert.optimize_for_inference where it runs"
+        )
+
+
+def remove_fast_forwards(model: nn.Module) -> None:
+    """Give every module inside of `model` the forward of its class back, where one of qbert's had taken its place."""
+    for module in model.modules():
+        if _is_ours(module.__dict__.get("forward")):
+            del module.forward
+
+
+def reason_not_to_replace(modules: Iterable[nn.Module]) -> str:
+    """Why some of `modules` may compute something else than transformers' class of that name; empty if none may."""
+    for module in modules:
+        if not type(module).__module__.startswith(("transformers.", "torch.nn.")):
+            return f"{type(module).__name__} of {type(module).__module__} is not a class of transformers"
+        forward = module.__dict__.get("forward")
+        if forward is not None and not _is_ours(forward):
+            return f"the forward of its {type(module).__name__} was replaced"
+    return ""
+
+
+def _is_ours(forward: Any) -> bool:
+    return type(forward).__module__.partition(".")[0] == __name__.partition(".")[0]
