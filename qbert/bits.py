@@ -127,7 +127,8 @@ class BitsConfig:
 
         Raises:
             ValueError: if a pattern matches nothing, two patterns of equal length disagree about a tensor, a group
-                count or size does not divide, or nothing is left to quantize.
+                count or size does not divide, tensors that share one weight would be quantized in different ways, or
+                nothing is left to quantize.
         """
         targets = find_targets(model)
         if all(t.role == HEAD_ROLE for t in targets):
@@ -154,6 +155,7 @@ class BitsConfig:
         self._refuse_unused(targets, used)
         if not resolved:
             raise ValueError("bits: every tensor is left in float; give at least one pattern 2, 3, 4 or 8 bits")
+        _settle_ties(targets, resolved)
         return resolved
 
     def _best_pattern(self, target: Target, used: set[str]) -> str | None:
@@ -239,6 +241,40 @@ def _matches(pattern: str, target: Target) -> bool:
     if target.role == HEAD_ROLE and pattern.startswith(("*", "?", "[")):
         return False
     return covers(pattern, (target.name, target.path))
+
+
+def _settle_ties(targets: Iterable[Target], resolved: dict[str, TensorSpec]) -> None:
+    """Refuse different grids for one weight; a matrix tied to a table takes the table's groups if it names none.
+
+    A head that no pattern names follows its table in `quantize_model`.
+    """
+    first: dict[int, Target] = {}
+    for target in sorted(targets, key=lambda t: t.path not in resolved):
+        spec = resolved.get(target.path)
+        owner = first.setdefault(id(target.module.weight), target)
+        if owner is target or owner.path not in resolved:
+            continue
+        given = resolved[owner.path]
+        if spec is None and target.role == HEAD_ROLE and owner.is_embedding:
+            continue
+        if spec is not None and spec.groups is None and owner.is_embedding:
+            spec = resolved[target.path] = replace(spec, groups=_layout(owner, given)[1])
+        if spec is None or _layout(target, spec) != _layout(owner, given):
+            here, there = ("float" if x is None else f"{x.bits} bits" for x in (given, spec))
+            raise ValueError(
+                f"{owner.path} and {target.path} share one weight but are given {here} and {there}"
+                + (", in other groups or another scheme" if here == there else "")
+                + "; give both the same, or name only one"
+            )
+
+
+def _layout(target: Target, spec: TensorSpec) -> tuple[Any, ...]:
+    """What decides the codes of a weight."""
+    rows = target.shape[0]
+    groups = min(rows, spec.groups or (rows if target.is_embedding else DEFAULT_GROUPS))
+    heads = target.heads if 1 < groups < rows else None
+    cut = spec.percentile if spec.range_method == "percentile" else None
+    return spec.bits, groups, heads, spec.input_group_size, spec.scheme, spec.range_method, cut
 
 
 def _prefixes(name: str) -> list[str]:

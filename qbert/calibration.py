@@ -33,8 +33,13 @@ def check_batches(data: Any) -> list[Batch] | None:
     batches = list(data)
     if not batches:
         raise ValueError("calibration_data is empty; pass at least one batch")
-    if not all(isinstance(b, Mapping) for b in batches):
-        raise TypeError("calibration_data: every batch must be a dict of tensors, such as a tokenizer returns")
+    for batch in batches:
+        if not isinstance(batch, Mapping) or not any(isinstance(value, Tensor) for value in batch.values()):
+            raise TypeError(
+                "calibration_data: every batch must be a dict of tensors, such as a tokenizer returns with "
+                f"return_tensors='pt'; got a {type(batch).__name__}"
+                + (f" of {', '.join(map(str, batch))}" if isinstance(batch, Mapping) else "")
+            )
     return batches
 
 
@@ -43,13 +48,15 @@ def calibrate_activations(model: nn.Module, batches: list[Batch]) -> None:
     """Fix the static activation ranges of `model` in two passes over `batches` (extent, then histogram).
 
     Raises:
-        RuntimeError: if a layer with a static range is never called.
+        ValueError: if the input of a layer is not finite, or none is seen: the layer is never called, or every token is
+            masked.
     """
-    layers = [
-        m
-        for m in model.modules()
+    names = {
+        m: name
+        for name, m in model.named_modules()
         if isinstance(m, QuantLinear) and m.activation_quantizer is not None and m.activation_quantizer.mode == "static"
-    ]
+    }
+    layers = list(names)
     if not layers:
         return
     observers = {layer: ActivationObserver() for layer in layers}
@@ -58,6 +65,12 @@ def calibrate_activations(model: nn.Module, batches: list[Batch]) -> None:
         quantizer.enabled = False
     try:
         _observe(model, batches, layers, lambda layer, x: observers[layer].see_extent(x))
+        for layer, observer in observers.items():
+            if not observer.is_finite:
+                raise ValueError(
+                    f"calibration_data: the input of {names[layer]} runs from {observer.low} to {observer.high}; pass "
+                    "batches on which the layer sees unmasked tokens and the float model computes no NaN or infinity"
+                )
         _observe(model, batches, layers, lambda layer, x: observers[layer].see_values(x))
     finally:
         for quantizer in quantizers:

@@ -159,11 +159,7 @@ class QuantEmbedding(nn.Embedding):
 
     @classmethod
     def from_float(cls, embedding: nn.Embedding, quantizer: WeightQuantizer) -> QuantEmbedding:
-        """A quantized twin that owns the very parameter of `embedding` (ties stay ties)."""
-        if embedding.max_norm is not None:
-            raise ValueError(
-                "an nn.Embedding with max_norm rescales its rows when used; remove max_norm to quantize it"
-            )
+        """A quantized twin that owns the very parameter of `embedding` (ties stay ties), which has no `max_norm`."""
         quantized = cls(
             embedding.num_embeddings,
             embedding.embedding_dim,

@@ -15,7 +15,7 @@ from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from qbert.bits import BitsConfig, TensorSpec
 from qbert.calibration import calibrate_activations, check_batches
@@ -25,6 +25,16 @@ from qbert.quantizers.groups import group_layout
 from qbert.targets import Target, find_targets
 
 Model = TypeVar("Model", bound=nn.Module)
+_HOOKS = (
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+    "_is_full_backward_hook",
+)
 
 
 def quantize_model(
@@ -47,31 +57,38 @@ def quantize_model(
 
     Returns:
         The converted model, of the same class and in the same mode. Every converted module has
-        ``quantized_weight()``.
+        ``quantized_weight()`` and the hooks of the module whose place it takes.
 
     Raises:
-        ValueError: if the configuration does not fit the model (see `BitsConfig.resolve`), a weight is not finite, or
-            static activation ranges are asked for without `calibration_data`.
-        TypeError: for a `bits_config` of another type.
+        ValueError: if the configuration does not fit the model (see `BitsConfig.resolve`), the model is quantized
+            already, a weight is not finite, or static activation ranges are asked for without `calibration_data`.
+        TypeError: for a `model`, `bits_config` or `calibration_data` of another type.
 
     Source: Shen et al. 2020, sections 3.1 and 3.3.
     """
     config = BitsConfig.parse(bits_config)
+    _check_model(model)
     specs = config.resolve(model)
     targets = {t.path: t for t in find_targets(model)}
     _check_weights(targets, specs)
-    _check_ties(targets, specs)
     batches = check_batches(calibration_data)
     static = [p for p, s in specs.items() if s.activation_range == "static" and not targets[p].is_embedding]
     if static and batches is None:
         raise ValueError(f"activation_range='static' of {static[0]} needs calibration_data; pass a few batches")
     if not inplace:
         model = copy.deepcopy(model)
-    for path, spec in specs.items():
+    converted = [
         _convert(model, targets[path], _with_activation_range(spec, batches is not None))
-    _convert_tied(model)
+        for path, spec in specs.items()
+    ]
+    converted += _convert_tied(model)
     if batches is not None:
-        calibrate_activations(model, batches)
+        try:
+            calibrate_activations(model, batches)
+        except BaseException:
+            for old, new in converted:
+                replace_everywhere(model, new, old)
+            raise
     return model
 
 
@@ -81,7 +98,8 @@ def _with_activation_range(spec: TensorSpec, calibrated: bool) -> TensorSpec:
     return replace(spec, activation_range="static" if calibrated else "dynamic")
 
 
-def _convert(model: nn.Module, target: Target, spec: TensorSpec) -> None:
+def _convert(model: nn.Module, target: Target, spec: TensorSpec) -> tuple[nn.Module, nn.Module]:
+    """Put the quantized twin in the place of a target; (old, new)."""
     module = model.get_submodule(target.path)
     row_group, input_groups = group_layout(target, spec)
     quantizer = WeightQuantizer(row_group, input_groups, spec).to(module.weight.device)  # type: ignore[arg-type]
@@ -95,31 +113,48 @@ def _convert(model: nn.Module, target: Target, spec: TensorSpec) -> None:
             activation = ActivationQuantizer(spec.activation_bits, spec.activation_range or "dynamic")
             activation.to(module.weight.device)  # type: ignore[arg-type]
         converted = QuantLinear.from_float(module, quantizer, activation)  # type: ignore[arg-type]
-    replace_everywhere(model, module, converted)
+    return _replace(model, module, converted)
 
 
-def _convert_tied(model: nn.Module) -> None:
+def _replace(model: nn.Module, old: nn.Module, new: nn.Module) -> tuple[nn.Module, nn.Module]:
+    """Put `new`, with the hooks of `old`, in its place."""
+    for name in _HOOKS:
+        setattr(new, name, getattr(old, name))
+    replace_everywhere(model, old, new)
+    return old, new
+
+
+def _convert_tied(model: nn.Module) -> list[tuple[nn.Module, nn.Module]]:
     """Give a float matrix that shares its weight with a quantized embedding that embedding's quantizer."""
+    converted = []
     tables = {id(m.weight): m for m in model.modules() if isinstance(m, QuantEmbedding)}
     for module in list(model.modules()):
         if type(module) is nn.Linear and id(module.weight) in tables:
             quantizer = tables[id(module.weight)].weight_quantizer
-            replace_everywhere(model, module, QuantLinear.from_float(module, quantizer, None))
+            converted.append(_replace(model, module, QuantLinear.from_float(module, quantizer, None)))
+    return converted
+
+
+def _check_model(model: nn.Module) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected an encoder (nn.Module), got {type(model).__name__}")
+    if isinstance(model, (nn.Linear, nn.Embedding)):
+        raise ValueError(
+            f"model: a bare {type(model).__name__} has no place to be replaced in; pass nn.Sequential of it"
+        )
+    for path, module in model.named_modules():
+        if hasattr(module, "quantized_weight"):
+            raise ValueError(f"model: {path} is quantized already; pass an encoder that is not quantized yet")
 
 
 def _check_weights(targets: Mapping[str, Target], specs: Mapping[str, TensorSpec]) -> None:
     for path in specs:
-        weight = targets[path].module.weight
-        if not bool(torch.isfinite(weight).all()):  # type: ignore[arg-type]
+        module = targets[path].module
+        weight = module.weight
+        assert isinstance(weight, Tensor)
+        if getattr(module, "max_norm", None) is not None:
+            raise ValueError(f"model: {path} rescales its rows when they are used (max_norm); set max_norm to None")
+        if weight.is_meta:
+            raise ValueError(f"model: {path} has no values (device 'meta'); load the weights first")
+        if not bool(torch.isfinite(weight).all()):
             raise ValueError(f"model: the weight of {path} holds NaN or infinity; reload or retrain the model")
-
-
-def _check_ties(targets: Mapping[str, Target], specs: Mapping[str, TensorSpec]) -> None:
-    seen: dict[int, str] = {}
-    for path, spec in specs.items():
-        first = seen.setdefault(id(targets[path].module.weight), path)
-        if first != path and specs[first].bits != spec.bits:
-            raise ValueError(
-                f"{first} and {path} share one weight but are given {specs[first].bits} and {spec.bits} bits; "
-                "give both the same, or name only one"
-            )

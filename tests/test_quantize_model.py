@@ -81,11 +81,14 @@ def test_mixed_bits_reach_their_layers() -> None:
     assert {b for n, b in bits.items() if "embeddings" in n} == {4}
 
 
+def masked_lm(vocabulary: int = 100) -> nn.Module:
+    """A model whose decoder [V, D] is its table of words; its default of 128 row groups is not a group a row."""
+    sizes = {"hidden_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 96}
+    return AutoModelForMaskedLM.from_config(BertConfig(**sizes, vocab_size=vocabulary)).eval()
+
+
 def test_tied_language_model_head_stays_tied() -> None:
-    config = BertConfig(
-        hidden_size=48, num_hidden_layers=1, num_attention_heads=4, intermediate_size=96, vocab_size=100
-    )
-    student = qbert.quantize_model(AutoModelForMaskedLM.from_config(config), {"embeddings": 4, "*": 4})
+    student = qbert.quantize_model(masked_lm(), {"embeddings": 4, "*": 4})
     table, decoder = student.bert.embeddings.word_embeddings, student.cls.predictions.decoder
     assert decoder.weight is table.weight
     assert torch.equal(decoder.quantized_weight(), table.quantized_weight())
@@ -94,12 +97,25 @@ def test_tied_language_model_head_stays_tied() -> None:
     assert torch.equal(decoder.quantized_weight(), table.quantized_weight())
 
 
-def test_different_bits_for_a_tied_weight_are_refused() -> None:
-    config = BertConfig(
-        hidden_size=48, num_hidden_layers=1, num_attention_heads=4, intermediate_size=96, vocab_size=100
-    )
-    with pytest.raises(ValueError, match="share one weight"):
-        qbert.quantize_model(AutoModelForMaskedLM.from_config(config), {"embeddings": 8, "cls.predictions.decoder": 4})
+@pytest.mark.parametrize(
+    ("decoder", "table"),
+    [(4, 8), (8, {"bits": 8, "scheme": "symmetric"}), (4, 32), ({"bits": 8, "groups": 100}, 8)],
+    ids=["bits", "scheme", "float table", "groups"],
+)
+def test_different_grids_for_a_tied_weight_are_refused(decoder, table) -> None:
+    config = {"embeddings.word_embeddings": table, "cls.predictions.decoder": decoder, "*": 4}
+    for use in (qbert.quantize_model, qbert.model_size):
+        with pytest.raises(ValueError, match="share one weight but are given"):
+            use(masked_lm(200), config)
+
+
+def test_a_named_head_has_the_grid_of_the_table_it_is_tied_to() -> None:
+    model, config = masked_lm(200), {"embeddings": 8, "cls.predictions.decoder": 8, "*": 4}
+    student = qbert.quantize_model(model, config)
+    table, decoder = student.bert.embeddings.word_embeddings, student.cls.predictions.decoder
+    assert torch.equal(decoder.quantized_weight(), table.quantized_weight())
+    sizes = [qbert.model_size(*m).total for m in ((model, config), (student,), (qbert.pack(student),))]
+    assert len(set(sizes)) == 1, sizes
 
 
 def test_a_module_used_twice_is_still_one_module() -> None:
@@ -173,6 +189,66 @@ def test_refusals_leave_the_model_untouched() -> None:
     with pytest.raises(ValueError, match=r"layer\.1\.output\.dense holds NaN"):
         qbert.quantize_model(model, 4, inplace=True)
     assert not quantized_modules(model)
+
+
+def test_what_cannot_be_quantized_is_named() -> None:
+    with pytest.raises(TypeError, match=r"model: expected an encoder .*, got str"):
+        qbert.quantize_model("bert-base-uncased", 4)
+    with pytest.raises(ValueError, match="model: a bare Linear"):
+        qbert.quantize_model(nn.Linear(3, 4), 4)
+    staged = qbert.quantize_model(build("bert"), qbert.BitsConfig(4, embedding_bits=32))
+    with pytest.raises(ValueError, match="query is quantized already"):  # not: the tables alone, in silence
+        qbert.quantize_model(staged, 2)
+    with torch.device("meta"):
+        empty = build("bert")
+    with pytest.raises(ValueError, match="word_embeddings has no values"):
+        qbert.quantize_model(empty, 4)
+    renormalized = build("bert")
+    renormalized.bert.embeddings.position_embeddings.max_norm = 1.0
+    with pytest.raises(ValueError, match=r"position_embeddings .*max_norm"):
+        qbert.quantize_model(renormalized, 4, inplace=True)
+    assert not quantized_modules(renormalized)
+
+
+@pytest.mark.parametrize(
+    ("batch", "error", "message"),
+    [
+        ({"input_ids": [[1, 2, 3]]}, TypeError, r"dict of tensors, .*; got a dict of input_ids"),
+        ({"input_ids": torch.ones(1, 3).long(), "attention_mask": torch.zeros(1, 3).long()}, ValueError, "unmasked"),
+        ({"input_ids": torch.full((1, 3), 1000)}, IndexError, "out of range"),
+    ],
+    ids=["lists", "masked", "no such token"],
+)
+def test_calibration_that_fails_leaves_the_model_as_it_was(batch, error, message: str) -> None:
+    model = masked_lm()
+    before = dict(model.named_modules())
+    with pytest.raises(error, match=message):
+        qbert.quantize_model(model, 4, calibration_data=[batch], inplace=True)
+    assert dict(model.named_modules()) == before
+
+
+def test_calibration_names_the_layer_that_sees_infinity() -> None:
+    model = build("bert")
+    with torch.no_grad():
+        model.bert.encoder.layer[0].output.dense.bias[0] = float("inf")
+    data = [inputs_for("bert"), inputs_for("bert")]
+    with pytest.raises(
+        ValueError, match=r"the input of bert\.encoder\.layer\.1\.attention\.self\.query runs from -inf"
+    ):
+        qbert.quantize_model(model, 4, calibration_data=data)
+
+
+def test_hooks_go_with_the_place() -> None:
+    model, batch, seen = build("bert").eval(), inputs_for("bert"), []
+    dense = model.bert.encoder.layer[0].output.dense
+    handle = dense.register_forward_hook(lambda module, args, output: seen.append(type(module)))
+    dense.register_forward_pre_hook(lambda module, args, kwargs: seen.append("before"), with_kwargs=True)
+    logits(qbert.quantize_model(model, 4), batch)
+    assert seen == ["before", QuantLinear]
+    qbert.quantize_model(model, 4, inplace=True)
+    handle.remove()
+    logits(model, batch)
+    assert seen == ["before", QuantLinear, "before"]
 
 
 def test_a_bits_file_is_accepted(tmp_path) -> None:

@@ -11,6 +11,7 @@ References: Shen et al. 2020, section 3.1 (8-bit activations); Yao et al. 2022, 
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -175,9 +176,18 @@ class ActivationObserver:
         self.histogram: Tensor | None = None
 
     def see_extent(self, x: Tensor) -> None:
-        """First pass: widen the extent to hold `x`."""
-        low, high = torch.aminmax(x.detach())
-        self.low, self.high = min(self.low, float(low)), max(self.high, float(high))
+        """First pass: widen the extent to hold `x`; NaN makes it infinite."""
+        if x.numel() == 0:
+            return
+        low, high = (float(v) for v in torch.aminmax(x.detach()))
+        if math.isnan(low):
+            low, high = -math.inf, math.inf
+        self.low, self.high = min(self.low, low), max(self.high, high)
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether anything was seen, and neither NaN nor infinity."""
+        return math.isfinite(self.low) and math.isfinite(self.high)
 
     def see_values(self, x: Tensor) -> None:
         """Second pass: count the values of `x` in 2048 bins over the extent."""
