@@ -16,9 +16,7 @@ The student is trained in place; `save_student` and the student's own methods ne
 from __future__ import annotations
 
 import copy
-import itertools
 import json
-import math
 import os
 import shutil
 import warnings
@@ -29,7 +27,6 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
-from torch.utils.data import DataLoader, Subset
 from transformers import (
     DataCollatorWithPadding,
     PreTrainedModel,
@@ -47,6 +44,7 @@ from qbert.distill.cost import estimate_cost
 from qbert.distill.curves import save_curves
 from qbert.distill.objective import Distillation, forward_arguments
 from qbert.distill.recipe import Recipe
+from qbert.distill.rows import first_rows, sample_batches
 from qbert.distill.step_sizes import (
     StepSizeCallback,
     begin_training,
@@ -54,8 +52,7 @@ from qbert.distill.step_sizes import (
     quantized_matrices,
     step_groups,
 )
-
-_TEACHER_CHECK_ROWS = 256
+from qbert.distill.term_means import TermMeans
 
 
 class Distiller(Trainer):
@@ -116,7 +113,7 @@ class Distiller(Trainer):
         if collator is None:
             padding = processing_class is not None
             collator = DataCollatorWithPadding(processing_class) if padding else default_data_collator
-        example = collator(self._first_rows(train_dataset, 2))
+        example = collator(first_rows(train_dataset, 2, self._columns))
         student.to(args.device)
         self.distillation = Distillation(student, teacher, recipe, dict(example))
         super().__init__(
@@ -129,8 +126,7 @@ class Distiller(Trainer):
         )
         self.label_names = find_labels(type(student)) if args.label_names is None else args.label_names
         self._signature_columns = sorted({*self._columns, *self.label_names})  # type: ignore[assignment]
-        self._term_sums: dict[str, Tensor] = {}
-        self._term_counts: dict[str, int] = {}
+        self._term_means = TermMeans()
         self._check_teacher = check_teacher
         self._interrupt = InterruptCallback()
         for callback in (StageCallback(self), StepSizeCallback(self), self._interrupt):
@@ -160,7 +156,8 @@ class Distiller(Trainer):
             resume_from_checkpoint = str(found)
         check_checkpointing(self.student, self.args)
         if self._check_teacher and self.distillation.recipe.stages[0].uses_teacher:
-            check_teacher_is_trained(self.distillation.teacher, self._labelled_batches())
+            collate = self._get_collator_with_removed_columns(self.data_collator)
+            check_teacher_is_trained(self.distillation.teacher, sample_batches(self.rows, collate))
         try:
             result = super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
         finally:
@@ -249,9 +246,7 @@ class Distiller(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the mean of each loss term since the last log."""
         if "loss" in logs:
-            logs = logs | {f"loss_{n}": float(s) / self._term_counts[n] for n, s in self._term_sums.items()}
-            self._term_sums.clear()
-            self._term_counts.clear()
+            logs = logs | {f"loss_{name}": mean for name, mean in self._term_means.pop().items()}
         super().log(logs, start_time)
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:
@@ -263,13 +258,9 @@ class Distiller(Trainer):
 
     def _note_terms(self, terms: Tensor, loss: Tensor) -> None:
         names = [match.term for match in self.distillation.stage.matches]
-        if not bool(torch.isfinite(terms).all() & torch.isfinite(loss)):
-            values = dict(zip([*names, "sum"], [*terms.tolist(), float(loss.detach())], strict=True))
-            name = next(n for n, v in values.items() if not math.isfinite(v))
-            raise FloatingPointError(self._diverged(f"loss term {name!r}", values[name]))
-        for name, value in zip(names, terms, strict=True):
-            self._term_sums[name] = self._term_sums.get(name, torch.zeros_like(value)) + value
-            self._term_counts[name] = self._term_counts.get(name, 0) + 1
+        broken = self._term_means.add(names, terms, loss)
+        if broken is not None:
+            raise FloatingPointError(self._diverged(*broken))
 
     def _diverged(self, what: str, value: float) -> str:
         rate = f"lower learning_rate ({self.args.learning_rate:g}) or check the data"
@@ -323,17 +314,3 @@ class Distiller(Trainer):
         for module in quantized_matrices(self.student):
             module.weight_quantizer.change_bits(bits, module.weight.detach())
             module.spec = module.weight_quantizer.spec
-
-    def _first_rows(self, dataset: Any, count: int) -> list[Any]:
-        rows = (
-            [dataset[i] for i in range(count)] if hasattr(dataset, "__getitem__") else itertools.islice(dataset, count)
-        )
-        return [{k: v for k, v in row.items() if k in self._columns} for row in rows]
-
-    def _labelled_batches(self) -> list[Any]:
-        if not hasattr(self.rows, "__len__"):
-            return []
-        rows = range(0, len(self.rows), max(len(self.rows) // _TEACHER_CHECK_ROWS, 1))
-        subset: Any = Subset(self.rows, list(rows)[:_TEACHER_CHECK_ROWS])
-        collate = self._get_collator_with_removed_columns(self.data_collator)
-        return list(DataLoader(subset, 64, collate_fn=collate))

@@ -394,3 +394,22 @@ def test_static_activation_ranges_are_trained_and_then_kept(how: Any, tmp_path: 
         torch.testing.assert_close(packed(**batch).logits, student(**batch).logits, atol=1e-5, rtol=1e-5)
     with pytest.raises(ValueError, match="finds them at run time"):
         distiller(tmp_path, recipe=recipe)
+
+
+def test_one_row_is_enough_and_none_is_refused(tmp_path: Path) -> None:
+    distiller(tmp_path, data=rows(1), max_steps=1).train()
+    with pytest.raises(ValueError, match="train_dataset is empty"):
+        distiller(tmp_path, data=[])
+
+
+class Stream(torch.utils.data.IterableDataset[Any]):
+    """Rows without a number."""
+
+    def __iter__(self) -> Any:
+        return iter(rows(16))
+
+
+def test_rows_may_come_as_a_stream(tmp_path: Path) -> None:
+    trainer = distiller(tmp_path, data=Stream(), max_steps=2, check_teacher=True)
+    trainer.train()
+    assert trainer.state.global_step == 2
