@@ -26,6 +26,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from qbert.fast_forward import remove_fast_forwards
 from qbert.hub_files import Saver, check_digest
+from qbert.hub_loading import configuration, find_module, load_complete
 from qbert.hub_records import FORMAT_VERSION, METHOD, describe, read_layout
 from qbert.hub_trainable import RECORD, load_trainable
 from qbert.modules import replace_everywhere
@@ -135,7 +136,7 @@ def swap_in_packed(model: nn.Module, config: QBertConfig) -> None:
     prefix, base = base_model(model)
     placed: dict[str, PackedTensor] = {}
     for name in sorted(config.tensors, key=lambda n: n in config.tied):
-        path = _resolve(model, prefix, base, name)
+        path = find_module(model, prefix, base, name)
         if path is None:
             continue
         source = placed.get(config.tied[name]) if name in config.tied else None
@@ -149,22 +150,6 @@ def swap_in_packed(model: nn.Module, config: QBertConfig) -> None:
             "config.json belongs to another model"
         )
     _pack_tied_heads(model)
-
-
-def _resolve(model: nn.Module, prefix: str, base: nn.Module, name: str) -> str | None:
-    """Path in `model` of a name relative to its base model, or of a module outside of it."""
-    for path in ((f"{prefix}.{name}" if prefix else name), name):
-        try:
-            model.get_submodule(path)
-            return path
-        except AttributeError:
-            continue
-    first = name.split(".")[0]
-    if "." in name and any(isinstance(getattr(parent, first, None), nn.Module) for parent in (base, model)):
-        raise ValueError(
-            f"quantization_config: {type(model).__name__} has no module {name!r}; config.json belongs to another model"
-        )
-    return None
 
 
 def _empty_twin(module: nn.Module, name: str, layout: PackedLayout, source: PackedTensor | None) -> PackedTensor:
@@ -245,21 +230,12 @@ def load(path: str | os.PathLike[str], **kwargs: Any) -> Any:
         ValueError: if the model is not packed, or its files are damaged or incomplete.
         OSError: if there is no such model.
     """
-    import transformers
-
-    if (Path(path) / RECORD).is_file():
-        return load_trainable(path, **kwargs)
+    if (folder := Path(path) / kwargs.get("subfolder", "")).joinpath(RECORD).is_file():
+        return load_trainable(folder, **{k: v for k, v in kwargs.items() if k != "subfolder"})
     hub = {k: kwargs[k] for k in ("revision", "token", "cache_dir", "subfolder", "local_files_only") if k in kwargs}
-    values, _ = transformers.PreTrainedConfig.get_config_dict(path, **hub)
-    method = (values.get("quantization_config") or {}).get("quant_method")
+    values = configuration(path, **hub)
+    record = values.get("quantization_config")
+    method = record.get("quant_method") if isinstance(record, dict) else record
     if method != METHOD:
         raise ValueError(f"{path} is not a packed model (quant_method is {method!r}); load it with from_pretrained")
-    architecture = (values.get("architectures") or ["AutoModel"])[0]
-    model_class = getattr(transformers, architecture, None)
-    if model_class is None:
-        raise ValueError(f"{path}: transformers {transformers.__version__} has no class {architecture!r}")
-    model, report = model_class.from_pretrained(path, output_loading_info=True, **kwargs)
-    incomplete = sorted(report["missing_keys"]) + sorted(report["unexpected_keys"])
-    if incomplete:
-        raise ValueError(f"{path}: tensor {incomplete[0]!r} does not fit {architecture}; the files are not one model")
-    return model
+    return load_complete(path, values, **kwargs)

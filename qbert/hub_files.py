@@ -9,6 +9,7 @@ every tensor in the files; it is kept in ``config.json`` and checked before a te
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 import os
 import re
@@ -22,6 +23,8 @@ from safetensors import SafetensorError, safe_open
 
 from qbert.hub_records import METHOD, describe
 
+# What `qbert.hub_trainable` writes beside a float checkpoint; it means nothing once other weights lie there.
+GRIDS, TRAINABLE_RECORD = "qbert_grids.safetensors", "qbert_grids.json"
 _WEIGHTS = re.compile(r"model.*\.safetensors(\.index\.json)?")
 _CARD = """---
 library_name: transformers
@@ -60,15 +63,15 @@ class Saver:
     def __init__(self, model: Any) -> None:
         self.model = model
 
-    def __call__(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
+    def __call__(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
         """Write config.json, safetensors and README.md (unless there is one) into `save_directory`.
 
-        Every argument of transformers' ``save_pretrained`` is accepted. Raises ValueError if `save_directory` is a
-        file.
+        Every argument of transformers' ``save_pretrained`` is accepted. What another model left there under names of
+        weights is removed. Raises ValueError if `save_directory` is a file.
         """
-        folder = Path(save_directory)
-        if folder.is_file():
-            raise ValueError(f"save_directory: {folder} is a file; give the name of a folder")
+        folder = output_folder("save_directory", save_directory)
+        positional = list(inspect.signature(type(self.model).save_pretrained).parameters)[2:]
+        kwargs |= dict(zip(positional, args, strict=False))
         push, repo_id = kwargs.pop("push_to_hub", False), kwargs.pop("repo_id", folder.name)
         if not kwargs.get("is_main_process", True):
             type(self.model).save_pretrained(self.model, folder, **kwargs)
@@ -92,11 +95,19 @@ class Saver:
             (aside / "README.md").write_text(model_card(self.model, folder.name), encoding="utf-8")
         written = {path.name for path in aside.iterdir()}
         for old in folder.iterdir():
-            if _WEIGHTS.fullmatch(old.name) and old.name not in written:
+            if (_WEIGHTS.fullmatch(old.name) or old.name in (GRIDS, TRAINABLE_RECORD)) and old.name not in written:
                 old.unlink()
         # The configuration last: until it is there, the digest of the old one refuses the new tensors.
         for path in sorted(aside.iterdir(), key=lambda p: p.name == "config.json"):
             os.replace(path, folder / path.name)
+
+
+def output_folder(name: str, folder: str | os.PathLike[str]) -> Path:
+    """`folder` as a path. Raises ValueError, naming the argument `name`, if it is a file."""
+    path = Path(folder)
+    if path.is_file():
+        raise ValueError(f"{name}: {path} is a file; give the name of a folder")
+    return path
 
 
 def digest(files: Iterable[str | os.PathLike[str]], record: Mapping[str, Any]) -> str:

@@ -11,7 +11,6 @@ reads all of it back into the same trainable model. (The deployed form is saved 
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 from typing import Any
@@ -21,14 +20,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from qbert.files import read_json, write_json, write_whole
-from qbert.hub_files import check_digest, digest
+from qbert.hub_files import GRIDS, TRAINABLE_RECORD, check_digest, digest, output_folder
+from qbert.hub_loading import configuration, find_module, load_complete
 from qbert.hub_records import FORMAT_VERSION, read_layout, record_layouts
-from qbert.modules import QuantEmbedding, QuantLinear, WeightQuantizer
+from qbert.modules import QuantEmbedding, QuantLinear, WeightQuantizer, replace_everywhere
 from qbert.packed_layout import PackedLayout, layout_of, row_group_of
 from qbert.quantizers.activations import ActivationQuantizer
 from qbert.targets import base_model
 
-GRIDS, RECORD = "qbert_grids.safetensors", "qbert_grids.json"
+RECORD = TRAINABLE_RECORD
 _GRID_PARTS = (".weight_quantizer.", ".activation_quantizer.")
 
 
@@ -40,7 +40,8 @@ def save_trainable(student: Any, folder: str | os.PathLike[str]) -> None:
         folder: made if it does not exist.
 
     Raises:
-        ValueError: if the model has no fake-quantized layer; TypeError if it is not a transformers model.
+        ValueError: if the model has no fake-quantized layer, or `folder` is a file; TypeError if it is not a
+            transformers model.
     """
     from transformers import PreTrainedModel
 
@@ -50,7 +51,7 @@ def save_trainable(student: Any, folder: str | os.PathLike[str]) -> None:
     layers = {p: m for p, m in student.named_modules() if isinstance(m, (QuantLinear, QuantEmbedding))}
     if not layers:
         raise ValueError(f"student: {type(student).__name__} has no fake-quantized layer; call quantize_model first")
-    target = Path(folder)
+    target = output_folder("folder", folder)
     (target / RECORD).unlink(missing_ok=True)
     state = {k: v for k, v in student.state_dict().items() if not any(part in k for part in _GRID_PARTS)}
     student.save_pretrained(target, state_dict=state)
@@ -75,25 +76,24 @@ def load_trainable(folder: str | os.PathLike[str], **kwargs: Any) -> Any:
     Raises:
         ValueError: if a file is damaged, of another version, or does not belong to the others.
     """
-    import transformers
-
     source = Path(folder)
     record = read_json(source / RECORD)
     if not isinstance(record, dict) or record.get("format_version") != FORMAT_VERSION or "tensors" not in record:
         raise ValueError(f"{source / RECORD} is not of format {FORMAT_VERSION}; it is damaged or of another version")
     check_digest(_files(source), record)
-    architecture = json.loads((source / "config.json").read_text(encoding="utf-8"))["architectures"][0]
-    model = getattr(transformers, architecture).from_pretrained(source, **kwargs)
+    model = load_complete(source, configuration(source), **kwargs)
     grids = load_file(source / GRIDS)
-    prefix, _ = base_model(model)
+    prefix, base = base_model(model)
     quantizers: dict[int, WeightQuantizer] = {}
     for name, label in record["tensors"].items():
-        path = f"{prefix}.{name}" if prefix and f"{prefix}.{name}" in dict(model.named_modules()) else name
-        module = model.get_submodule(path)
+        path = find_module(model, prefix, base, name)
+        if path is None:
+            raise ValueError(f"{source / RECORD}: {type(model).__name__} has no module {name!r}; copy the folder again")
+        module: Any = model.get_submodule(path)
         layout = read_layout(name, label, record["specs"])
         # Layers that share a weight share its grids too, as quantize_model has it.
         quantizer = quantizers.setdefault(id(module.weight), _quantizer(name, layout, module, grids))
-        _replace(model, module, _converted(name, layout, module, quantizer, grids))
+        replace_everywhere(model, module, _converted(name, layout, module, quantizer, grids))
     return model.eval()
 
 
@@ -124,10 +124,3 @@ def _converted(
             activation.zero.copy_(grids[f"{name}.input_zero"])
         activation.to(module.weight.device)
     return QuantLinear.from_float(module, quantizer, activation)
-
-
-def _replace(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
-    for parent in list(model.modules()):
-        for name, child in parent._modules.items():
-            if child is old:
-                parent._modules[name] = new

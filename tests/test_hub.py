@@ -176,6 +176,14 @@ def test_saving_keeps_a_card_and_replaces_old_weights(tmp_path: Path) -> None:
         packed.save_pretrained(tmp_path / "config.json")
 
 
+def test_arguments_may_be_positional_as_in_transformers(tmp_path: Path) -> None:
+    packed = pack(qbert.quantize_model(build("bert"), 4))
+    packed.save_pretrained(tmp_path / "worker", False)
+    assert not (tmp_path / "worker" / "model.safetensors").exists()
+    packed.save_pretrained(tmp_path / "main", True, None, False, "10KB")
+    assert len(list((tmp_path / "main").glob("model-*"))) > 2 and same_state(qbert.load(tmp_path / "main"), packed)
+
+
 def test_push_to_hub_uploads_what_save_pretrained_writes(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = qbert.load(saved)
     pushed: list[Path] = []

@@ -110,6 +110,13 @@ def test_a_config_of_another_model(broken: Path) -> None:
         tf.AutoModelForSequenceClassification.from_pretrained(broken)
 
 
+@pytest.mark.parametrize("content", ["[1]", '{"quantization_config": [1]}', '{"quantization_config": "gptq"}'])
+def test_a_configuration_that_is_none(broken: Path, content: str) -> None:
+    (broken / "config.json").write_text(content)
+    with pytest.raises(ValueError, match=r"config\.json does not hold|is not a packed model"):
+        qbert.load(broken)
+
+
 def test_foreign_files(broken: Path, tmp_path: Path) -> None:
     plain = tmp_path / "plain"
     build("bert").save_pretrained(plain)

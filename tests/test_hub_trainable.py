@@ -78,3 +78,43 @@ def test_damage_and_wrong_models_are_refused(tmp_path: Path) -> None:
     (tmp_path / RECORD).write_text("{")
     with pytest.raises(ValueError, match="not valid JSON"):
         qbert.load(tmp_path)
+
+
+def test_a_folder_is_reused_for_the_other_form(tmp_path: Path) -> None:
+    student, batch = qbert.quantize_model(build("bert"), 4).eval(), inputs_for("bert")
+    packed = qbert.pack(student)
+    save_trainable(student, tmp_path)
+    packed.save_pretrained(tmp_path)
+    assert torch.equal(outputs(qbert.load(tmp_path), batch), outputs(packed, batch))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["README.md", "config.json", "model.safetensors"]
+    save_trainable(student, tmp_path)
+    assert same_state(qbert.load(tmp_path), student)
+
+
+def test_subfolders_are_read_and_files_are_not_folders(tmp_path: Path) -> None:
+    student = qbert.quantize_model(build("bert"), 4).eval()
+    save_trainable(student, tmp_path / "inner")
+    assert same_state(qbert.load(tmp_path, subfolder="inner"), student)
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match=r"folder: .*file is a file"):
+        save_trainable(student, tmp_path / "file")
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        ({"architectures": None}, "does not fit AutoModel"),
+        ({"architectures": ["BertForNothing"]}, "no model class 'BertForNothing'"),
+        ({"architectures": ["BertConfig"]}, "no model class 'BertConfig'"),
+        ({"num_hidden_layers": 3}, "layer.2.* does not fit"),
+        ({"num_hidden_layers": 1}, "layer.1.* does not fit"),
+    ],
+)
+def test_a_changed_configuration_is_refused(change: dict[str, Any], match: str, tmp_path: Path) -> None:
+    student = qbert.quantize_model(build("bert"), 4)
+    config = tmp_path / "config.json"
+    for save in (lambda: save_trainable(student, tmp_path), lambda: qbert.pack(student).save_pretrained(tmp_path)):
+        save()
+        config.write_text(json.dumps({**json.loads(config.read_text()), **change}))
+        with pytest.raises(ValueError, match=match.replace("fit", "fit|has no module 'encoder.layer.1")):
+            qbert.load(tmp_path)
