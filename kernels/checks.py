@@ -87,12 +87,13 @@ def check_embedding(
 
 
 def check_activations(xq: Tensor, x_scale: Tensor, row_sum: Tensor | None) -> None:
-    """int8 activations [T, I], their scale [T] or [1], their row sums [T]."""
+    """int8 activations [T, I], their scale [T], [1] or, with offsets, [2, T], their row sums [T]."""
     check_dtype("xq", xq, torch.int8)
     check_shape("xq", xq, "tokens", "in")
     check_dtype("x_scale", x_scale, torch.float32)
-    if x_scale.shape not in ((1,), (xq.shape[0],)):
-        raise ValueError(f"x_scale must have shape [1] or [{xq.shape[0]}], got {list(x_scale.shape)}.")
+    tokens = xq.shape[0]
+    if x_scale.shape not in ((1,), (tokens,), (2, tokens)):
+        raise ValueError(f"x_scale must have shape [1], [{tokens}] or [2, {tokens}], got {list(x_scale.shape)}.")
     check_shape("row_sum", row_sum, xq.shape[0])
     check_dtype("row_sum", row_sum, torch.int32)
 
@@ -114,18 +115,39 @@ def check_row_sum(zero: Tensor | None, row_sum: Tensor | None) -> None:
         raise ValueError("row_sum must be given with zero: quantize_rows returns it.")
 
 
+def check_weight_sum(x_scale: Tensor, weight_sum: Tensor | None, scale: Tensor) -> None:
+    """Weight sums float32 [O], given with offsets (x_scale [2, T]) and only with them; `scale` is [O]."""
+    if (weight_sum is not None) != (x_scale.dim() == 2):
+        given = "no weight_sum" if weight_sum is None else "weight_sum"
+        raise ValueError(f"x_scale [2, tokens] and weight_sum go together, got {list(x_scale.shape)} and {given}.")
+    check_shape("weight_sum", weight_sum, scale.shape[0])
+    check_dtype("weight_sum", weight_sum, torch.float32)
+    check_same_device(scale=scale, weight_sum=weight_sum)
+
+
 def check_rows(name: str, x: Tensor) -> None:
     """Activations [T, I] in a floating dtype."""
     check_dtype(name, x, *ACTIVATIONS)
     check_shape(name, x, "tokens", "in")
 
 
-def check_static(scale: float, zero: int) -> None:
-    """A static quantization: scale 0 (none) or positive, zero in the range of int8."""
+def check_static(scale: float, zero: int, asymmetric: bool = False) -> None:
+    """A static quantization: scale 0 (none) or positive, zero in the range of int8; none where asymmetric."""
     if not scale >= 0:
         raise ValueError(f"a static scale must be positive, or 0 for one scale a token, got {scale}.")
     if not -128 <= zero <= 127:
         raise ValueError(f"a static zero must lie in -128..127, got {zero}.")
+    if asymmetric and scale:
+        raise ValueError(f"asymmetric ranges are found per token; leave out the static scale, got {scale}.")
+
+
+def check_range(activation_bits: int, scale: float, zero: int, asymmetric: bool) -> None:
+    """The range of a layer's input: `check_static`, and nothing to be asymmetric in float."""
+    check_static(scale, zero, asymmetric)
+    if asymmetric and not activation_bits:
+        raise ValueError(
+            "asymmetric ranges are those of 8-bit activations; got asymmetric=True without activation_bits."
+        )
 
 
 def check_requantized(scale: float, zero: int, row_sum: Tensor | None, like: Tensor) -> None:
@@ -153,12 +175,14 @@ def check_matmul_a8(
     bits: int,
     out_dtype: torch.dtype,
     out_scale: float,
+    weight_sum: Tensor | None,
 ) -> None:
     """The arguments of `operators.matmul_a8`."""
     check_activations(xq, x_scale, row_sum)
     formats.check_packed(packed, bits, xq.shape[1])
     check_terms(packed.shape[0], scale, zero, bias, torch.float32, torch.int32)
     check_row_sum(zero, row_sum)
+    check_weight_sum(x_scale, weight_sum, scale)
     check_shape("residual", residual, xq.shape[0], packed.shape[0])
     check_dtype("residual", residual, *ACTIVATIONS)
     check_same_device(xq=xq, x_scale=x_scale, row_sum=row_sum, packed=packed, scale=scale, zero=zero, bias=bias)
@@ -179,6 +203,7 @@ def check_matmul_a8_mixed(
     zero: Tensor | None,
     bias: Tensor | None,
     out_dtype: torch.dtype,
+    weight_sum: Tensor | None,
 ) -> None:
     """The arguments of `operators.matmul_a8_mixed`."""
     if len(packed) != 3 or len(bits) != 3:
@@ -190,6 +215,7 @@ def check_matmul_a8_mixed(
             raise ValueError(f"packed[{index}] has {weight.shape[0]} rows, packed[0] has {packed[0].shape[0]}.")
     check_terms(3 * packed[0].shape[0], scale, zero, bias, torch.float32, torch.int32)
     check_row_sum(zero, row_sum)
+    check_weight_sum(x_scale, weight_sum, scale)
     if out_dtype not in ACTIVATIONS:
         raise TypeError(f"out_dtype must be float32, float16 or bfloat16, got {out_dtype}.")
     check_same_device(xq=xq, x_scale=x_scale, row_sum=row_sum, query=packed[0], key=packed[1], value=packed[2])

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from qbert.kernels import cpu, formats, reference
-from qbert.kernels.checks import check_embedding, check_linear
+from qbert.kernels.checks import check_embedding, check_linear, check_range
 from qbert.kernels.prepared import PreparedCache
 
 _cache = PreparedCache()
@@ -36,12 +36,14 @@ def linear(
     activation_bits: int | None = 8,
     activation_scale: float | None = None,
     activation_zero: int = 0,
+    asymmetric: bool = False,
 ) -> Tensor:
     """y [..., O] = x W^T + bias in the dtype of x, W [O, I] packed in `bits` bits, x [..., I] quantized to int8 or not.
 
     packed uint8 [O, row bytes] (`formats.pack`); scale, zero [G, K]; row_group [O] (None: G = O or 1); bias [O].
-    `activation_bits` 8: per token, or with the static `activation_scale` and `activation_zero` (-128..127); None: x
-    as it is. Raises TypeError or ValueError, before any work, for dtypes, shapes and devices that do not fit.
+    `activation_bits` 8: per token, symmetrically, with `asymmetric` from its smallest to its largest value, or with
+    the static `activation_scale` and `activation_zero` (-128..127); None: x as it is. Raises TypeError or ValueError,
+    before any work, for dtypes, shapes, devices and settings that do not fit.
     """
     static = 0.0 if activation_scale is None else activation_scale
     return torch.ops.qbert.linear(
@@ -55,6 +57,7 @@ def linear(
         0 if activation_bits is None else activation_bits,
         static,
         activation_zero,
+        asymmetric,
     )
 
 
@@ -102,12 +105,14 @@ def _linear(
     activation_bits: int,
     activation_scale: float,
     activation_zero: int,
+    asymmetric: bool = False,
 ) -> Tensor:
     check_linear(x, packed, scale, zero, row_group, bias, bits, activation_bits)
+    check_range(activation_bits, activation_scale, activation_zero, asymmetric)
     tensors = (packed, scale, zero, row_group, bias)
     how = implementation(x.device)
-    settings = (how, bits, x.shape[-1], activation_bits, activation_scale, activation_zero)
-    activation = (activation_bits, activation_scale, activation_zero)
+    activation = (activation_bits, activation_scale, activation_zero, asymmetric)
+    settings = (how, bits, x.shape[-1], *activation)
     if how == "cpu":
         prepared = _cache.get(
             tensors,
@@ -123,6 +128,7 @@ def _linear(
                 activation_bits=activation_bits or None,
                 activation_scale=activation_scale or None,
                 activation_zero=activation_zero,
+                asymmetric=asymmetric,
             ),
         )
         return prepared.forward(x)
@@ -144,7 +150,7 @@ def _dense_linear(
     row_group: Tensor | None,
     bias: Tensor | None,
     bits: int,
-    activation: tuple[int, float, int],
+    activation: tuple[int, float, int, bool],
 ) -> Tensor:
     rows = x.reshape(-1, x.shape[-1])
     spread = (reference.expand_groups(t.float(), row_group, packed.shape[0]) for t in (scale, zero))
@@ -156,8 +162,11 @@ def _dense_linear(
 
 
 @_linear.register_fake
-def _(x, packed, scale, zero, row_group, bias, bits, activation_bits, activation_scale, activation_zero):  # type: ignore[no-untyped-def]
+def _(  # type: ignore[no-untyped-def]
+    x, packed, scale, zero, row_group, bias, bits, activation_bits, activation_scale, activation_zero, asymmetric=False
+):
     check_linear(x, packed, scale, zero, row_group, bias, bits, activation_bits)
+    check_range(activation_bits, activation_scale, activation_zero, asymmetric)
     return x.new_empty((*x.shape[:-1], packed.shape[0]))
 
 

@@ -9,7 +9,8 @@
     embed_layernorm      rows of up to three packed tables + LayerNorm + int8
 
 Static activations are described by a positive scale and an integer zero, x ~ scale (code - zero); a scale of 0 stands
-for one symmetric scale a token.
+for one symmetric scale a token, or, with `asymmetric`, for a step and an offset a token, float32 [2, T]:
+x ~ scale[0] code + scale[1] (`reference.quantize_rows`).
 
 On CUDA (sm_80 on) they run the Triton kernels of `gpu/`, elsewhere the exact and slow functions of `reference`. Each
 has a fake implementation, so torch.compile and torch.export pass through, and checks its arguments first.
@@ -39,22 +40,24 @@ from qbert.kernels.dispatch import implementation
 
 
 @torch.library.custom_op("qbert::quantize_rows", mutates_args=())
-def quantize_rows(x: Tensor, static_scale: float = 0.0, static_zero: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-    """x [T, I] -> (int8 codes [T, I], scale float32 [T], row sums int32 [T]), symmetric per token or static."""
+def quantize_rows(
+    x: Tensor, static_scale: float = 0.0, static_zero: int = 0, asymmetric: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
+    """x [T, I] -> (int8 codes [T, I], scale float32 [T] or [2, T], row sums int32 [T]), per token or static."""
     check_rows("x", x)
-    check_static(static_scale, static_zero)
+    check_static(static_scale, static_zero, asymmetric)
     if implementation(x.device) == "triton":
         from qbert.kernels.gpu.quantize_rows import quantize_rows as kernel
 
-        return kernel(x.contiguous(), static_scale, static_zero)
-    return _quantize(x, static_scale, static_zero)
+        return kernel(x.contiguous(), static_scale, static_zero, asymmetric)
+    return _quantize(x, static_scale, static_zero, asymmetric)
 
 
 @quantize_rows.register_fake
-def _(x, static_scale=0.0, static_zero=0):  # type: ignore[no-untyped-def]
+def _(x, static_scale=0.0, static_zero=0, asymmetric=False):  # type: ignore[no-untyped-def]
     check_rows("x", x)
-    rows = x.shape[0]
-    return _like(x, torch.int8), x.new_empty(rows, dtype=torch.float32), x.new_empty(rows, dtype=torch.int32)
+    check_static(static_scale, static_zero, asymmetric)
+    return _like(x, torch.int8), *_fake_scale(x, x.shape[0], asymmetric)
 
 
 @torch.library.custom_op("qbert::matmul_a8", mutates_args=("out_row_sum",))
@@ -68,6 +71,7 @@ def matmul_a8(
     bias: Tensor | None = None,
     residual: Tensor | None = None,
     out_row_sum: Tensor | None = None,
+    weight_sum: Tensor | None = None,
     *,
     bits: int,
     gelu: bool = False,
@@ -79,10 +83,12 @@ def matmul_a8(
 
     xq int8 [T, I], x_scale float32 [T] or [1], row_sum int32 [T] (needed with zero), packed uint8 [O, row bytes],
     scale and bias float32 [O], zero [O] float32 or, times 2^(8 - bits), int32 (`terms.fixed_point_zero`).
+    x_scale [2, T], steps and offsets, adds offset weight_sum before the bias; weight_sum float32 [O] is the sum of each
+    row of the real weights.
     out_dtype int8 needs `out_scale`: clamp(round(y / out_scale) + out_zero, -128, 127); the sum of every row is then
     added to `out_row_sum` (int32 [T], zeroed by the caller), where given.
     """
-    check_matmul_a8(xq, x_scale, row_sum, packed, scale, zero, bias, residual, bits, out_dtype, out_scale)
+    check_matmul_a8(xq, x_scale, row_sum, packed, scale, zero, bias, residual, bits, out_dtype, out_scale, weight_sum)
     check_requantized(out_scale, out_zero, out_row_sum, xq)
     if implementation(xq.device) == "triton":
         from qbert.kernels.gpu.matmul_a8 import matmul_a8 as kernel
@@ -95,6 +101,7 @@ def matmul_a8(
             bits=bits,
             zero=_dense(zero),
             row_sum=_dense(row_sum),
+            weight_sum=_dense(weight_sum),
             bias=_dense(bias),
             gelu=gelu,
             residual=_dense(residual),
@@ -103,14 +110,9 @@ def matmul_a8(
             out_zero=out_zero,
             out_row_sum=out_row_sum,
         )
-    codes = formats.unpack(packed, bits, xq.shape[1]).to(torch.float64)
-    # float64 sums of these integers are exact, and faster than int64 ones.
-    acc = xq.to(torch.float64) @ codes.T
-    if zero is not None and row_sum is not None:
-        unit = 1 << (8 - bits) if zero.dtype == torch.int32 else 1
-        acc -= row_sum.to(torch.float64)[:, None] * (zero.to(torch.float64) / unit)
-    y = acc * scale.to(torch.float64) * x_scale.to(torch.float64)[:, None]
-    y = y if bias is None else y + bias
+    codes = formats.unpack(packed, bits, xq.shape[1])
+    real_zero = zero if zero is None or zero.dtype != torch.int32 else zero.double() / (1 << (8 - bits))
+    y = _product(xq, x_scale, row_sum, codes, scale, real_zero, bias, weight_sum)
     y = reference.gelu(y) if gelu else y
     y = y if residual is None else y + residual
     return _requantize(y, out_scale, out_zero, out_row_sum) if out_scale else y.to(out_dtype)
@@ -118,10 +120,10 @@ def matmul_a8(
 
 @matmul_a8.register_fake
 def _(  # type: ignore[no-untyped-def]
-    xq, x_scale, row_sum, packed, scale, zero=None, bias=None, residual=None, out_row_sum=None, *, bits, gelu=False,
-    out_dtype=torch.float16, out_scale=0.0, out_zero=0,
+    xq, x_scale, row_sum, packed, scale, zero=None, bias=None, residual=None, out_row_sum=None, weight_sum=None, *,
+    bits, gelu=False, out_dtype=torch.float16, out_scale=0.0, out_zero=0,
 ):  # fmt: skip
-    check_matmul_a8(xq, x_scale, row_sum, packed, scale, zero, bias, residual, bits, out_dtype, out_scale)
+    check_matmul_a8(xq, x_scale, row_sum, packed, scale, zero, bias, residual, bits, out_dtype, out_scale, weight_sum)
     check_requantized(out_scale, out_zero, out_row_sum, xq)
     return xq.new_empty((xq.shape[0], packed.shape[0]), dtype=out_dtype)
 
@@ -136,14 +138,15 @@ def matmul_a8_mixed(
     scale: Tensor,
     zero: Tensor | None = None,
     bias: Tensor | None = None,
+    weight_sum: Tensor | None = None,
     *,
     out_dtype: torch.dtype = torch.float16,
 ) -> Tensor:
     """Query, key and value [T, 3 O] in one launch from three weights [O, row bytes] of different bits.
 
-    scale, zero and bias [3 O]; zero float32, or int32 where zeros are integers.
+    scale, zero, bias and weight_sum [3 O]; zero float32, or int32 where zeros are integers.
     """
-    check_matmul_a8_mixed(xq, x_scale, row_sum, packed, bits, scale, zero, bias, out_dtype)
+    check_matmul_a8_mixed(xq, x_scale, row_sum, packed, bits, scale, zero, bias, out_dtype, weight_sum)
     if implementation(xq.device) == "triton":
         from qbert.kernels.gpu.matmul_a8_mixed import matmul_a8_mixed as kernel
 
@@ -157,17 +160,19 @@ def matmul_a8_mixed(
             scale.contiguous(),
             zero=_dense(zero),
             row_sum=_dense(row_sum),
+            weight_sum=_dense(weight_sum),
             bias=_dense(bias),
             out_dtype=out_dtype,
         )
     codes = torch.cat([formats.unpack(p, b, xq.shape[1]) for p, b in zip(packed, bits, strict=True)])
-    no_zero = torch.zeros_like(scale) if zero is None else zero
-    return reference.matmul_a8(xq, x_scale, codes, scale[:, None], no_zero[:, None], bias).to(out_dtype)
+    return _product(xq, x_scale, row_sum, codes, scale, zero, bias, weight_sum).to(out_dtype)
 
 
 @matmul_a8_mixed.register_fake
-def _(xq, x_scale, row_sum, packed, bits, scale, zero=None, bias=None, *, out_dtype=torch.float16):  # type: ignore[no-untyped-def]
-    check_matmul_a8_mixed(xq, x_scale, row_sum, packed, bits, scale, zero, bias, out_dtype)
+def _(  # type: ignore[no-untyped-def]
+    xq, x_scale, row_sum, packed, bits, scale, zero=None, bias=None, weight_sum=None, *, out_dtype=torch.float16
+):
+    check_matmul_a8_mixed(xq, x_scale, row_sum, packed, bits, scale, zero, bias, out_dtype, weight_sum)
     return xq.new_empty((xq.shape[0], 3 * packed[0].shape[0]), dtype=out_dtype)
 
 
@@ -203,10 +208,11 @@ def layernorm_quantize(
     eps: float,
     static_scale: float = 0.0,
     static_zero: int = 0,
+    asymmetric: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """y = LayerNorm(x + residual) [T, I] in the dtype of x, with the int8 codes, scale [T] and row sums [T] of y."""
+    """y = LayerNorm(x + residual) [T, I] in the dtype of x, and its `quantize_rows`: int8 codes, scale, row sums."""
     check_layernorm(x, residual, weight, bias)
-    check_static(static_scale, static_zero)
+    check_static(static_scale, static_zero, asymmetric)
     if implementation(x.device) == "triton":
         from qbert.kernels.gpu.layernorm_quant import layernorm_quantize as kernel
 
@@ -218,17 +224,17 @@ def layernorm_quantize(
             eps,
             static_scale,
             static_zero,
+            asymmetric,
         )
     y = reference.layernorm_quantize(x, residual, weight, bias, eps)[0].to(x.dtype)
-    return (y, *_quantize(y, static_scale, static_zero))
+    return (y, *_quantize(y, static_scale, static_zero, asymmetric))
 
 
 @layernorm_quantize.register_fake
-def _(x, residual, weight, bias, eps, static_scale=0.0, static_zero=0):  # type: ignore[no-untyped-def]
+def _(x, residual, weight, bias, eps, static_scale=0.0, static_zero=0, asymmetric=False):  # type: ignore[no-untyped-def]
     check_layernorm(x, residual, weight, bias)
-    rows = x.shape[0]
-    scale, row_sum = x.new_empty(rows, dtype=torch.float32), x.new_empty(rows, dtype=torch.int32)
-    return torch.empty_like(x, memory_format=torch.contiguous_format), _like(x, torch.int8), scale, row_sum
+    check_static(static_scale, static_zero, asymmetric)
+    return _like(x, x.dtype), _like(x, torch.int8), *_fake_scale(x, x.shape[0], asymmetric)
 
 
 @torch.library.custom_op("qbert::embed_layernorm", mutates_args=())
@@ -246,15 +252,16 @@ def embed_layernorm(
     out_dtype: torch.dtype = torch.float16,
     static_scale: float = 0.0,
     static_zero: int = 0,
+    asymmetric: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """LayerNorm of the sum of one to three packed tables' rows: y [T, I], its int8 codes, scale [T], row sums [T].
+    """LayerNorm of the sum of one to three packed tables' rows: y [T, I] and its `quantize_rows`.
 
     Table i: ids[i] int32 or int64 [T], packed[i] uint8 [V, row bytes], scale[i] and zero[i] float32 [G, K],
     row_group[i] int32 [V], empty where G = V or 1. An id outside its table raises IndexError on a CPU; on a GPU its row
     is NaN.
     """
     check_embed_layernorm(ids, packed, scale, zero, row_group, bits, weight, bias, out_dtype)
-    check_static(static_scale, static_zero)
+    check_static(static_scale, static_zero, asymmetric)
     groups = [g if g.numel() else None for g in row_group]
     if implementation(weight.device) == "triton":
         from qbert.kernels.gpu.embedding import Table
@@ -262,7 +269,8 @@ def embed_layernorm(
 
         tables = [Table.of(*t, weight.shape[0]) for t in zip(packed, scale, zero, groups, bits, strict=True)]
         pairs = [(i.contiguous(), table) for i, table in zip(ids, tables, strict=True)]
-        return kernel(pairs, weight.contiguous(), bias.contiguous(), eps, out_dtype, static_scale, static_zero)
+        norm = (weight.contiguous(), bias.contiguous(), eps)
+        return kernel(pairs, *norm, out_dtype, static_scale, static_zero, asymmetric)
     features = weight.shape[0]
     rows = [
         cpu.embedding(i, p, s, z, g, bits=b, features=features)
@@ -270,19 +278,18 @@ def embed_layernorm(
     ]
     total = torch.stack([r.double() for r in rows]).sum(dim=0)
     y = reference.layernorm_quantize(total, None, weight, bias, eps)[0].to(out_dtype)
-    return (y, *_quantize(y, static_scale, static_zero))
+    return (y, *_quantize(y, static_scale, static_zero, asymmetric))
 
 
 @embed_layernorm.register_fake
 def _(  # type: ignore[no-untyped-def]
     ids, packed, scale, zero, row_group, bits, weight, bias, eps, *, out_dtype=torch.float16, static_scale=0.0,
-    static_zero=0,
+    static_zero=0, asymmetric=False,
 ):  # fmt: skip
     check_embed_layernorm(ids, packed, scale, zero, row_group, bits, weight, bias, out_dtype)
-    rows = ids[0].shape[0]
-    y = weight.new_empty((rows, weight.shape[0]), dtype=out_dtype)
-    scales, row_sum = weight.new_empty(rows, dtype=torch.float32), weight.new_empty(rows, dtype=torch.int32)
-    return y, _like(y, torch.int8), scales, row_sum
+    check_static(static_scale, static_zero, asymmetric)
+    y = weight.new_empty((ids[0].shape[0], weight.shape[0]), dtype=out_dtype)
+    return y, _like(y, torch.int8), *_fake_scale(y, y.shape[0], asymmetric)
 
 
 @torch.library.custom_op("qbert::attention", mutates_args=("out_row_sum",))
@@ -323,18 +330,46 @@ def _like(x: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
 
 
+def _fake_scale(x: Tensor, rows: int, asymmetric: bool) -> tuple[Tensor, Tensor]:
+    """Scale and row sums of `rows` quantized tokens, on the device of `x`."""
+    scale = x.new_empty((2, rows) if asymmetric else (rows,), dtype=torch.float32)
+    return scale, x.new_empty(rows, dtype=torch.int32)
+
+
 def _dense(tensor: Tensor | None) -> Tensor | None:
     """What a kernel can read: it knows no strides of vectors."""
     return None if tensor is None else tensor.contiguous()
 
 
-def _quantize(x: Tensor, static_scale: float, static_zero: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Codes, scales [T] and row sums of x [T, I]: the slow twin of the row kernels."""
+def _quantize(x: Tensor, static_scale: float, static_zero: int, asymmetric: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes, scales and row sums of x [T, I]: the slow twin of the row kernels."""
     if not static_scale:
-        return reference.quantize_rows(x.float())
+        return reference.quantize_rows(x.float(), asymmetric)
     codes = reference.requantize(x.float(), static_scale, static_zero)
     scale = torch.full(x.shape[:1], static_scale, dtype=torch.float32, device=x.device)
     return codes, scale, codes.sum(dim=1, dtype=torch.int32)
+
+
+def _product(
+    xq: Tensor,
+    x_scale: Tensor,
+    row_sum: Tensor | None,
+    codes: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    bias: Tensor | None,
+    weight_sum: Tensor | None,
+) -> Tensor:
+    """Product and bias, float64 [T, O]: the slow twin of the matrix kernels, from what they are given."""
+    # float64 sums of these integers are exact, and faster than int64 ones.
+    acc = xq.to(torch.float64) @ codes.to(torch.float64).T
+    if zero is not None and row_sum is not None:
+        acc -= row_sum.to(torch.float64)[:, None] * zero.to(torch.float64)
+    grid = x_scale.to(torch.float64)
+    y = acc * scale.to(torch.float64) * (grid if weight_sum is None else grid[0])[:, None]
+    if weight_sum is not None:
+        y += grid[1][:, None] * weight_sum.to(torch.float64)
+    return y if bias is None else y + bias
 
 
 def _requantize(y: Tensor, scale: float, zero: int, row_sum: Tensor | None) -> Tensor:

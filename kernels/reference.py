@@ -10,6 +10,11 @@ in which both sums are integers: only the epilogue is real arithmetic (the per-c
 arXiv 2405.04532, section 5.2.1, eq. 8-13; Q-BERT's row groups, arXiv 1909.05840, section 3.3, are rows that share a
 scale and cost nothing here).
 
+Asymmetrically quantized tokens, from their smallest to their largest value, have an offset beside the scale, the value
+of code 0, and codes in [-128, 127]: ``x[t, i] ~ x_scale[0, t] * xq[t, i] + x_scale[1, t]``. It is a real number, not a
+whole number of steps, because the range need not hold 0. The product then has one more term, x_scale[1, t] times
+``weight_sum[o] = sum_i W[o, i]``, which is known beforehand.
+
 Sums run in int64 and epilogues in float64 unless a function says otherwise. Nothing here is meant to be fast.
 
     xq, x_scale, row_sum = quantize_rows(x)
@@ -24,6 +29,7 @@ import torch
 from torch import Tensor
 
 A8_MAX = 127  # symmetric int8: -128 is not used, so that negation is exact
+A8_STEPS = 255  # asymmetric int8: from code -128, the smallest value, to 127, the largest
 
 
 def expand_groups(table: Tensor, row_group: Tensor | None, rows: int) -> Tensor:
@@ -59,15 +65,27 @@ def dequantize(codes: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
     return ((grouped - zero[:, :, None]) * scale[:, :, None]).reshape(rows, columns)
 
 
-def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Symmetric int8 per token: x [T, I] to codes int8 [T, I], scale [T] (dtype of x) and row sums int32 [T].
+def quantize_rows(x: Tensor, asymmetric: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+    """int8 per token: x [T, I] to codes int8 [T, I], scale [T] (dtype of x) and row sums int32 [T] of the codes.
 
     scale = max |x| / 127, codes = round-half-even(x / scale). A row of zeros gets scale 0 and codes 0.
+    With `asymmetric` scale is [2, T]: step = (max x - min x) / 255, and offset = min x + 128 step, the value of code 0;
+    codes = round-half-even((x - min x) / step) - 128. A row of one value gets step 0 and codes -128.
     """
+    if asymmetric:
+        return _quantize_asymmetric(x)
     scale = x.abs().amax(dim=1) / A8_MAX if x.shape[1] else x.new_zeros(x.shape[0])
     safe = torch.where(scale > 0, scale, torch.ones_like(scale))
     codes = torch.round(x / safe[:, None]).clamp(-A8_MAX, A8_MAX).to(torch.int8)
     return codes, scale, codes.sum(dim=1, dtype=torch.int32)
+
+
+def _quantize_asymmetric(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    low, high = torch.aminmax(x, dim=1) if x.shape[1] else (x.new_zeros(x.shape[0]),) * 2
+    step = (high - low) / A8_STEPS
+    safe = torch.where(step > 0, step, torch.ones_like(step))
+    codes = (torch.round((x - low[:, None]) / safe[:, None]).clamp(0, A8_STEPS) - 128).to(torch.int8)
+    return codes, torch.stack([step, low + 128 * step]), codes.sum(dim=1, dtype=torch.int32)
 
 
 def requantize(y: Tensor, scale: float, zero: int = 0) -> Tensor:
@@ -75,12 +93,14 @@ def requantize(y: Tensor, scale: float, zero: int = 0) -> Tensor:
     return (torch.round(y / scale) + zero).clamp(-128, 127).to(torch.int8)
 
 
-def fake_quantize(x: Tensor, static_scale: float = 0.0, static_zero: int = 0) -> Tensor:
-    """x [T, I] rounded to its int8 codes and back, per token (`static_scale` 0) or with a static scale."""
+def fake_quantize(x: Tensor, static_scale: float = 0.0, static_zero: int = 0, asymmetric: bool = False) -> Tensor:
+    """x [T, I] rounded to its int8 codes and back, with a static scale or (`static_scale` 0) per token."""
     if static_scale > 0:
         codes = requantize(x.float(), static_scale, static_zero).float()
         return ((codes - static_zero) * static_scale).to(x.dtype)
-    codes, scale, _ = quantize_rows(x.float())
+    codes, scale, _ = quantize_rows(x.float(), asymmetric)
+    if asymmetric:
+        return (codes * scale[0, :, None] + scale[1, :, None]).to(x.dtype)
     return (codes * scale[:, None]).to(x.dtype)
 
 
@@ -107,9 +127,10 @@ def matmul_a8(
 ) -> Tensor:
     """y [T, O] in float64 from int8 activations and low-bit weights, with the kernels' epilogues.
 
-    xq int8 [T, I], x_scale [T] or [1], codes [O, I], scale and zero [O, K], bias [O], residual [T, O];
-    `activation` is "none" or "gelu", applied after the bias and before the residual.
+    xq int8 [T, I], x_scale [T], [1] or [2, T] with the offsets (`quantize_rows`), codes [O, I], scale and zero [O, K],
+    bias [O], residual [T, O]; `activation` is "none" or "gelu", applied after the bias and before the residual.
     """
+    step, offset = x_scale.double() if x_scale.dim() == 2 else (x_scale.double(), None)
     columns, groups = codes.shape[1], scale.shape[1]
     width = columns // groups
     y = torch.zeros(xq.shape[0], codes.shape[0], dtype=torch.float64)
@@ -118,7 +139,9 @@ def matmul_a8(
         acc = accumulate(xq[:, part], codes[:, part]).double()
         row_sum = xq[:, part].sum(dim=1, dtype=torch.int64).double()
         y += (acc - row_sum[:, None] * zero[:, k].double()) * scale[:, k].double()
-    y *= x_scale.double()[:, None]
+    y *= step[:, None]
+    if offset is not None:
+        y += offset[:, None] * dequantize(codes, scale.double(), zero.double()).sum(dim=1)
     if bias is not None:
         y += bias.double()
     if activation == "gelu":

@@ -7,6 +7,9 @@ goes into the bias:
 
     sum_i (xq - x_zero)(q - zero) = acc - zero row_sum - x_zero (sum_i q - I zero)
 
+Asymmetric activations have an offset a token, x ~ x_scale xq + x_offset: the term x_offset[t] weight_sum[o] is added,
+with weight_sum = scale (sum_i q - I zero), the sums of the real weights.
+
     terms = Terms.prepare(packed, 768, scale, zero, row_group, bias, bits=4)
     y = operators.matmul_a8(xq, x_scale, row_sum, packed, terms.scale, terms.zero, terms.bias, bits=4)
 """
@@ -39,13 +42,14 @@ class Terms(NamedTuple):
     """The terms of one layer, or of several with one input whose rows lie under each other.
 
     scale float32 [O]; zero [O] as `fixed_point_zero` gives it; row_zero float32 [O], the zero itself; bias float32 [O]
-    or None, the part of a static activation zero included.
+    or None, the part of a static activation zero included; weight_sum float32 [O], for asymmetric activations only.
     """
 
     scale: Tensor
     zero: Tensor | None
     row_zero: Tensor
     bias: Tensor | None
+    weight_sum: Tensor | None
 
     @classmethod
     def prepare(
@@ -59,21 +63,25 @@ class Terms(NamedTuple):
         bits: int,
         static_scale: float = 0.0,
         static_zero: int = 0,
+        asymmetric: bool = False,
     ) -> Terms:
         """From packed uint8 [O, row bytes], scale and zero [G, 1], row_group [O] or None, bias [O] or None.
 
-        `static_scale` and `static_zero` describe the input where it is quantized statically. Nothing returned shares
-        memory with an argument.
+        `static_scale` and `static_zero` describe the input where it is quantized statically, `asymmetric` says that its
+        tokens have offsets. Nothing returned shares memory with an argument.
         """
         rows = packed.shape[0]
         row_scale = reference.expand_groups(scale, row_group, rows)[:, 0].float().contiguous().clone()
         row_zero = reference.expand_groups(zero, row_group, rows)[:, 0].float().contiguous().clone()
         whole = None if bias is None else bias.detach().float().clone()
-        if static_scale > 0 and static_zero:
-            sums = formats.unpack(packed, bits, columns).sum(dim=1, dtype=torch.int64).float()
-            shift = static_scale * static_zero * row_scale * (sums - columns * row_zero)
-            whole = -shift if whole is None else whole - shift
-        return cls(row_scale, fixed_point_zero(row_zero, bits, columns), row_zero, whole)
+        weight_sum = None
+        if asymmetric or (static_scale > 0 and static_zero):
+            sums = formats.unpack(packed, bits, columns).sum(dim=1, dtype=torch.int64).double()
+            weight_sum = (row_scale.double() * (sums - columns * row_zero.double())).float()
+        if weight_sum is not None and not asymmetric:
+            shift = static_scale * static_zero * weight_sum
+            whole, weight_sum = -shift if whole is None else whole - shift, None
+        return cls(row_scale, fixed_point_zero(row_zero, bits, columns), row_zero, whole, weight_sum)
 
     @classmethod
     def join(cls, parts: list[Terms], columns: int) -> Terms:
@@ -81,9 +89,11 @@ class Terms(NamedTuple):
         row_zero = torch.cat([p.row_zero for p in parts])
         some = any(p.bias is not None for p in parts)
         biases = [torch.zeros_like(p.scale) if p.bias is None else p.bias for p in parts]
+        sums = [p.weight_sum for p in parts if p.weight_sum is not None]
         return cls(
             torch.cat([p.scale for p in parts]),
             fixed_point_zero(row_zero, 8, columns),
             row_zero,
             torch.cat(biases) if some else None,
+            torch.cat(sums) if sums else None,
         )

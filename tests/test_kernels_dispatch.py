@@ -56,12 +56,13 @@ def test_any_other_device_gets_plain_torch_with_the_same_numbers(monkeypatch):
     codes, parts = packed_layer(input_groups=2)
     x = torch.randn(5, 96)
     expected = {}
-    for options in ({}, {"activation_bits": None}, {"activation_scale": 0.03, "activation_zero": 5}):
+    settings = [{}, {"activation_bits": None}, {"activation_scale": 0.03, "activation_zero": 5}, {"asymmetric": True}]
+    for options in settings:
         expected[str(options)] = dispatch.linear(x, *parts, bits=4, **options)
     ids = torch.randint(0, 24, (3, 2))
     rows = dispatch.embedding(ids, *parts[:4], bits=4, features=96)
     monkeypatch.setattr(dispatch, "implementation", lambda device: "dense")
-    for options in ({}, {"activation_bits": None}, {"activation_scale": 0.03, "activation_zero": 5}):
+    for options in settings:
         y = dispatch.linear(x, *parts, bits=4, **options)
         torch.testing.assert_close(y, expected[str(options)], rtol=1e-4, atol=1e-4)
     assert torch.equal(dispatch.embedding(ids, *parts[:4], bits=4, features=96), rows)
@@ -97,6 +98,8 @@ def operator_calls():
     ids = [torch.tensor([1, 2]), torch.tensor([23, 0], dtype=torch.int32)]
     tables = (ids, [parts[0]] * 2, [parts[1]] * 2, [parts[2]] * 2, [group] * 2, [4, 4])
     a8 = (xq, x_scale, row_sum, parts[0], scale, zero, parts[4])
+    affine, norm = reference.quantize_rows(x, asymmetric=True), (torch.ones(96), torch.ones(96), 1e-5)
+    three = (*affine, [parts[0]] * 3, [4] * 3, scale.repeat(3), zero.repeat(3), None, scale.repeat(3))
     return [
         (ops.linear, (x, *parts, 4, 8, 0.0, 0), {}),
         (ops.embedding, (torch.tensor([1, 2]), *parts[:4], 4, 96, torch.float32), {}),
@@ -117,10 +120,16 @@ def operator_calls():
         (ops.quantize_rows, (x, 0.02, 9), {}),
         (ops.layernorm_quantize, (x, x, torch.ones(96), torch.ones(96), 1e-5, 0.02, 9), {}),
         (ops.embed_layernorm, (*tables, torch.ones(96), torch.ones(96), 1e-5), {"out_dtype": torch.float32}),
+        (ops.linear, (x, *parts, 4, 8, 0.0, 0, True), {}),
+        (ops.quantize_rows, (x, 0.0, 0, True), {}),
+        (ops.matmul_a8, (*affine, *a8[3:], None, None, scale), {"bits": 4}),
+        (ops.matmul_a8_mixed, three, {}),
+        (ops.layernorm_quantize, (x, x, *norm, 0.0, 0, True), {}),
+        (ops.embed_layernorm, (*tables, *norm), {"asymmetric": True}),
     ]
 
 
-@pytest.mark.parametrize("index", range(15))
+@pytest.mark.parametrize("index", range(21))
 def test_operators_keep_what_torch_expects_of_operators(index):
     """Schema, fake tensors and tracing, by torch's own checker."""
     operator, arguments, options = operator_calls()[index]
@@ -145,6 +154,17 @@ def test_single_kernels_on_a_cpu_are_the_reference():
         xq, x_scale, row_sum, [parts[0]] * 3, [4] * 3, scale.repeat(3), zero.repeat(3), parts[4].repeat(3)
     )
     one = operators.matmul_a8(xq, x_scale, row_sum, parts[0], scale, zero, parts[4], bits=4)
+    assert torch.equal(three, one.repeat(1, 3))
+    affine = operators.quantize_rows(x, asymmetric=True)
+    weight_sum = reference.dequantize(codes, *spread(parts)).sum(dim=1)
+    options |= {"weight_sum": weight_sum}
+    y = operators.matmul_a8(*affine, parts[0], scale, fixed, parts[4], residual, **options)
+    expected = reference.matmul_a8(*affine[:2], codes, *spread(parts), parts[4], activation="gelu", residual=residual)
+    torch.testing.assert_close(y.double(), expected, rtol=1e-5, atol=1e-5)
+    three = operators.matmul_a8_mixed(
+        *affine, [parts[0]] * 3, [4] * 3, scale.repeat(3), zero.repeat(3), parts[4].repeat(3), weight_sum.repeat(3)
+    )
+    one = operators.matmul_a8(*affine, parts[0], scale, zero, parts[4], weight_sum=weight_sum, bits=4)
     assert torch.equal(three, one.repeat(1, 3))
     h, codes_h, *_ = operators.layernorm_quantize(x, None, torch.ones(96), torch.zeros(96), 1e-5, 0.05)
     assert torch.equal(codes_h, reference.requantize(h, 0.05))
@@ -219,7 +239,7 @@ def test_bad_input_is_refused_by_name():
         operators.matmul_a8(xq, x_scale, None, packed, row_scale, row_scale, bits=4)
     with pytest.raises(ValueError, match="out_scale must be positive"):
         operators.matmul_a8(xq, x_scale, row_sum, packed, row_scale, bits=4, out_dtype=torch.int8)
-    with pytest.raises(ValueError, match=r"x_scale must have shape \[1\] or \[3\]"):
+    with pytest.raises(ValueError, match=r"x_scale must have shape \[1\], \[3\] or \[2, 3\]"):
         operators.matmul_a8(xq, x_scale[:2], row_sum, packed, row_scale, bits=4)
     with pytest.raises(ValueError, match="three weights, got 2 and 3"):
         operators.matmul_a8_mixed(xq, x_scale, row_sum, [packed] * 2, [4] * 3, row_scale.repeat(3))
@@ -237,6 +257,25 @@ def test_bad_input_is_refused_by_name():
         dispatch.linear(x, packed, scale, zero, row_group.float(), bits=4)
     with pytest.raises(ValueError, match=r"static zero must lie in -128\.\.127, got 200"):
         operators.quantize_rows(x, 0.1, 200)
+    offsets = reference.quantize_rows(x, asymmetric=True)[1]
+    with pytest.raises(ValueError, match=r"go together, got \[2, 3\] and no weight_sum"):
+        operators.matmul_a8(xq, offsets, row_sum, packed, row_scale, bits=4)
+    with pytest.raises(ValueError, match=r"go together, got \[3\] and weight_sum"):
+        operators.matmul_a8_mixed(
+            xq, x_scale, row_sum, [packed] * 3, [4] * 3, row_scale.repeat(3), weight_sum=row_scale.repeat(3)
+        )
+    with pytest.raises(ValueError, match=r"weight_sum must have shape \[24\]"):
+        operators.matmul_a8(xq, offsets, row_sum, packed, row_scale, weight_sum=row_scale[:5], bits=4)
+    for operator, arguments in (
+        (operators.quantize_rows, (x,)),
+        (operators.layernorm_quantize, (x, None, *x[:2], 1.0)),
+    ):
+        with pytest.raises(ValueError, match=r"asymmetric ranges are found per token; .* got 0\.1"):
+            operator(*arguments, 0.1, 0, True)
+    with pytest.raises(ValueError, match="asymmetric=True without activation_bits"):
+        dispatch.linear(x, *parts, bits=4, activation_bits=None, asymmetric=True)
+    with pytest.raises(ValueError, match="leave out the static scale"):
+        dispatch.linear(x, *parts, bits=4, activation_scale=0.1, asymmetric=True)
     with pytest.raises(ValueError, match="not int8; set out_scale"):
         operators.matmul_a8(xq, x_scale, row_sum, packed, row_scale, out_row_sum=row_sum, bits=4)
     with pytest.raises(ValueError, match=r"one to three tables, got \[4\]"):
@@ -259,6 +298,7 @@ def test_empty_batches_and_unusual_strides():
     assert dispatch.embedding(torch.zeros(0, dtype=torch.int64), *parts[:4], bits=4, features=96).shape == (0, 96)
     none = torch.zeros(0, 96)
     xq, x_scale, row_sum = operators.quantize_rows(none)
+    assert operators.quantize_rows(none, asymmetric=True)[1].shape == (2, 0)
     scale = torch.ones(24)
     sums = torch.zeros(0, dtype=torch.int32)
     requantized = {"bits": 4, "out_dtype": torch.int8, "out_scale": 0.1}

@@ -25,6 +25,7 @@ A8_TYPES = {
     "scale_ptr": "*fp32",
     "zero_ptr": "*i32",
     "row_sum_ptr": "*i32",
+    "weight_sum_ptr": "*fp32",
     "bias_ptr": "*fp32",
     "residual_ptr": "*fp16",
     "out_sum_ptr": "*i32",
@@ -58,7 +59,7 @@ def compile_a8(bits: int, tile: Tile, target: str, columns: int = 768, **changes
         "TAIL": tail,
         "TAIL_PAD": tail_pad,
         "ASM": True,
-        "X_SCALE_PER_TOKEN": True,
+        "X_SCALE": "token",
         "ZERO": "int32",
         "HAS_BIAS": True,
         "GELU": False,
@@ -136,6 +137,23 @@ def test_last_blocks_and_requantizing_epilogue_do_not_spill(bits):
         check_a8(compile_a8(bits, rule(512, 3072, 768, bits), "sm_90", OUT="int8", GELU=True, OUT_SUM=True), bits)
 
 
+ASYMMETRIC = [  # tokens, bits, epilogue
+    (16, 4, {}),
+    (512, 3, {"OUT": "int8", "GELU": True, "OUT_SUM": True}),
+    (8192, 2, {"HAS_RESIDUAL": True}),
+    (8192, 4, {"GELU": True}),
+    (8192, 8, {"HAS_RESIDUAL": True, "ZERO": "none"}),
+]
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_90"])
+@pytest.mark.parametrize(("tokens", "bits", "epilogue"), ASYMMETRIC)
+def test_offsets_of_tokens_cost_no_spills_and_no_second_program(tokens, bits, epilogue, target):
+    report = compile_a8(bits, rule(tokens, 3072, 768, bits), target, X_SCALE="asymmetric", **epilogue)
+    check_a8(report, bits)
+    assert report.programs_per_processor >= (2 if tokens < 8192 or target == "sm_90" else 1)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("target", ["sm_80", "sm_90"])
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
@@ -164,24 +182,26 @@ def types_of(kernel, pointers: dict[str, str], integers: list[str], floats: list
 
 
 @pytest.mark.parametrize("target", ["sm_80", "sm_90"])
-def test_row_kernels(target):
+@pytest.mark.parametrize("range_", ["dynamic", "asymmetric"])
+def test_row_kernels(range_, target):
     pointers = {"x_ptr": "*fp16", "q_ptr": "*i8", "scale_ptr": "*fp32", "row_sum_ptr": "*i32", "y_ptr": "*fp16"}
     pointers |= {"residual_ptr": "*fp16", "weight_ptr": "*fp16", "bias_ptr": "*fp16"}
     integers, floats = ["width", "stride_x", "stride_r"], ["eps", "static_scale", "static_zero"]
     kernel = quantize_rows.quantize_rows_kernel
-    constants = {"STATIC": False, "BLOCK": 1024}
+    constants = {"RANGE": range_, "BLOCK": 1024}
     report = compile_report(kernel, types_of(kernel, pointers, integers, floats), constants, target=target)
-    assert report.spills == 0 and report.registers <= 64
+    assert report.spills == 0 and report.registers <= (64 if range_ == "dynamic" else 80)
     kernel = layernorm_quant.layernorm_quantize_kernel
-    constants = {"HAS_RESIDUAL": True, "STATIC": False, "BLOCK": 1024}
+    constants |= {"HAS_RESIDUAL": True}
     report = compile_report(kernel, types_of(kernel, pointers, integers, floats), constants, target=target)
     assert report.spills == 0 and report.registers <= 64
 
 
 @pytest.mark.parametrize("target", ["sm_80", "sm_90"])
-def test_embedding_kernels(target):
+@pytest.mark.parametrize("range_", ["dynamic", "asymmetric"])
+def test_embedding_kernels(range_, target):
     pointers = {"ids": "*i64", "packed": "*u8", "scale": "*fp32", "zero": "*fp32", "group": "*i32"}
-    types, constants = {}, {"STATIC": False, "BLOCK": 1024}
+    types, constants = {}, {"RANGE": range_, "BLOCK": 1024}
     for table, (bits, groups) in enumerate([(4, "table"), (3, "row"), (8, "one")]):
         types |= {f"{name}{table}": type_ for name, type_ in pointers.items()}
         types |= {f"{name}{table}": "i32" for name in ("input_group", "input_groups", "stride", "rows")}
@@ -210,16 +230,16 @@ def test_attention(quantize, target):
 
 
 @pytest.mark.parametrize("target", ["sm_80", "sm_90"])
-@pytest.mark.parametrize("tokens", [16, 512])
-def test_query_key_and_value_of_different_bits(tokens, target):
+@pytest.mark.parametrize(("tokens", "x_scale"), [(16, "token"), (512, "token"), (512, "asymmetric")])
+def test_query_key_and_value_of_different_bits(tokens, x_scale, target):
     kernel = matmul_a8_mixed.matmul_a8_mixed_kernel
     tile = rule(tokens, 768, 768, 3)
     types = dict.fromkeys(("x_ptr", "query_ptr", "key_ptr", "value_ptr"), "*i8") | {"y_ptr": "*fp16"}
     types |= {"x_scale_ptr": "*fp32", "scale_ptr": "*fp32", "zero_ptr": "*i32", "row_sum_ptr": "*i32"}
-    types |= {"bias_ptr": "*fp32"} | dict.fromkeys(["M", "N", "K"], "i32")
+    types |= {"weight_sum_ptr": "*fp32", "bias_ptr": "*fp32"} | dict.fromkeys(["M", "N", "K"], "i32")
     types |= {n: "i32" for n in kernel.arg_names if n.startswith("stride")}
     constants = {"BM": tile.bm, "BN": tile.bn, "BK": tile.bk, "ASM": True}
-    constants |= {"X_SCALE_PER_TOKEN": True, "ZERO": "int32", "HAS_BIAS": True}
+    constants |= {"X_SCALE": x_scale, "ZERO": "int32", "HAS_BIAS": True}
     for name, bits in (("QUERY", 2), ("KEY", 3), ("VALUE", 4)):
         constants |= {f"BITS_{name}": bits, f"TAIL_{name}": 0, f"PAD_{name}": 0}
     report = compile_report(
@@ -259,5 +279,5 @@ def test_attention_and_layernorm_for_amd():
     pointers = dict.fromkeys(["x_ptr", "y_ptr", "residual_ptr", "weight_ptr", "bias_ptr"], "*fp16")
     pointers |= {"q_ptr": "*i8", "scale_ptr": "*fp32", "row_sum_ptr": "*i32"}
     types = types_of(kernel, pointers, ["width", "stride_x", "stride_r"], ["eps", "static_scale", "static_zero"])
-    constants = {"HAS_RESIDUAL": True, "STATIC": False, "BLOCK": 1024}
+    constants = {"HAS_RESIDUAL": True, "RANGE": "dynamic", "BLOCK": 1024}
     assert compile_report(kernel, types, constants, target="gfx942").spills == 0

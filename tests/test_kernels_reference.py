@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qbert.kernels import formats, reference
+from qbert.quantizers.activations import ActivationQuantizer
 
 
 def problem(tokens, rows, columns, bits, groups=1, seed=0):
@@ -48,6 +49,44 @@ def test_row_quantization_is_within_half_a_step_and_reaches_the_ends():
     assert int(codes.abs().max()) == 127 and int(codes.min()) >= -127
     assert bool(((x - codes * scale[:, None]).abs() <= 0.5001 * scale[:, None]).all())
     assert scale[7] == 0 and not codes[7].any()
+
+
+def adversarial_rows(width=64):
+    """Rows whose range does not hold 0, is one point, has an end far out, or is as wide or as fine as fp16 allows."""
+    x = torch.randn(12, width) * torch.logspace(-4, 4, 12)[:, None]
+    x[0], x[1], x[2] = 0, 3.7, -250
+    x[3] = 100 + torch.rand(width)
+    x[4] = -1 - torch.rand(width)
+    x[5, 0], x[6, -1] = 1000, -1000
+    x[7] = torch.where(torch.arange(width) % 2 > 0, 65504.0, -65504.0)
+    x[8] = torch.arange(width) % 3 * 2.0**-24
+    return x
+
+
+@pytest.mark.parametrize("width", [1, 64])
+def test_asymmetric_rows_are_within_half_a_step_and_are_those_of_the_quantizer(width):
+    x = adversarial_rows(width)
+    codes, (step, offset), row_sum = reference.quantize_rows(x, asymmetric=True)
+    assert torch.equal(row_sum.long(), codes.long().sum(1)) and bool((codes.amin(1) == -128).all())
+    constant = x.amin(1) == x.amax(1)
+    assert bool((codes.amax(1) == torch.where(constant, -128, 127)).all()) and bool((step[constant] == 0).all())
+    assert torch.equal(offset[constant], x[constant, 0])
+    seen = reference.fake_quantize(x, asymmetric=True)
+    assert bool(((x - seen).abs() <= 0.5001 * step[:, None] + 1e-6 * x.abs()).all())
+    theirs = ActivationQuantizer(8, "asymmetric")(x)
+    # The same codes, so no more than rounding between them; but for steps below 1e-8, the quantizer's smallest.
+    assert bool(((seen - theirs).abs() <= 1e-8 + 3e-7 * x.abs().amax(1, keepdim=True)).all())
+    assert reference.quantize_rows(x[:, :0], asymmetric=True)[1].tolist() == [[0.0] * 12] * 2
+
+
+@pytest.mark.parametrize("groups", [1, 4])
+def test_the_asymmetric_product_is_that_of_dequantized_matrices(groups):
+    _, codes, scale, zero, bias = problem(12, 8, 64, 4, groups)
+    x = adversarial_rows()
+    expected = reference.matmul_a16(reference.fake_quantize(x.double(), asymmetric=True), codes, scale, zero, bias)
+    grid = reference.quantize_rows(x, asymmetric=True)[:2]
+    got = reference.matmul_a8(*grid, codes, scale, zero, bias)
+    assert bool(((got - expected).abs() <= 1e-6 * expected.abs().amax(1, keepdim=True)).all())
 
 
 def test_epilogues():

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from qbert.kernels import formats
 from qbert.kernels.gpu.layernorm_quant import MAX_COLUMNS, normalize_row, store_quantized
+from qbert.kernels.gpu.quantize_rows import empty_scale, range_kind
 
 
 class Table(NamedTuple):
@@ -142,7 +143,7 @@ def embed_layernorm_kernel(
     TAIL0: tl.constexpr, BITS0: tl.constexpr, GROUPS0: tl.constexpr,
     TAIL1: tl.constexpr, BITS1: tl.constexpr, GROUPS1: tl.constexpr,
     TAIL2: tl.constexpr, BITS2: tl.constexpr, GROUPS2: tl.constexpr,
-    STATIC: tl.constexpr, BLOCK: tl.constexpr,
+    RANGE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Grid (T,). A table of 0 bits is absent."""
     token = tl.program_id(0)
@@ -167,7 +168,7 @@ def embed_layernorm_kernel(
     tl.store(y_ptr + token.to(tl.int64) * width + column, stored, mask=inside)
     store_quantized(
         stored.to(tl.float32), token, column, inside, width, q_ptr, scale_ptr, row_sum_ptr, static_scale, static_zero,
-        STATIC,
+        RANGE,
     )  # fmt: skip
 
 
@@ -204,11 +205,13 @@ def embed_layernorm(
     dtype: torch.dtype = torch.float16,
     static_scale: float = 0.0,
     static_zero: int = 0,
+    asymmetric: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """LayerNorm of the sum of one to three tables' rows: (y [T, I], its int8 codes, their scale [T], row sums [T]).
 
     `tables` holds (ids [T], table); all tables have the same number of features, at most 16,384. A positive
-    `static_scale` takes the place of one scale a token; an id outside its table gives a row of NaN.
+    `static_scale` takes the place of one scale a token; with `asymmetric` the scale is [2, T], steps and offsets. An id
+    outside its table gives a row of NaN.
     """
     if not 1 <= len(tables) <= 3:
         raise ValueError(f"tables must hold one to three tables, got {len(tables)}.")
@@ -218,7 +221,7 @@ def embed_layernorm(
         raise ValueError(f"embed_layernorm keeps a row in registers: at most {MAX_COLUMNS} features, got {columns}.")
     y = torch.empty((tokens, columns), dtype=dtype, device=ids.device)
     codes = torch.empty((tokens, columns), dtype=torch.int8, device=ids.device)
-    scale = torch.empty(tokens, dtype=torch.float32, device=ids.device)
+    scale = empty_scale(tokens, asymmetric, ids.device)
     row_sum = torch.empty(tokens, dtype=torch.int32, device=ids.device)
     if tokens == 0:
         return y, codes, scale, row_sum
@@ -232,7 +235,7 @@ def embed_layernorm(
         constants += _constants(table) if present else (0, 0, "one")
     embed_layernorm_kernel[(tokens,)](
         *arguments, weight, bias, y, codes, scale, row_sum, columns, eps, static_scale, float(static_zero), *constants,
-        static_scale > 0, triton.next_power_of_2(columns),
+        range_kind(static_scale, asymmetric), triton.next_power_of_2(columns),
     )  # fmt: skip
     return y, codes, scale, row_sum
 

@@ -1,6 +1,7 @@
 """What happens to an integer product before it is stored: scale, zero, bias, GELU, residual, int8 again.
 
     y = act((acc / 2^(8 - b) - zero[o] row_sum[t]) scale[o] x_scale[t] + bias[o]) + residual[t, o]
+    with offsets, x ~ x_scale[0] xq + x_scale[1]: the bias is bias[o] + x_scale[1, t] weight_sum[o]
 
 acc is [O, T], the transpose of what is stored, because weights are the left operand (`matmul_a8`).
 """
@@ -42,19 +43,20 @@ def epilogue(
     scale_ptr,
     zero_ptr,
     row_sum_ptr,
+    weight_sum_ptr,
     bias_ptr,
     residual_ptr,
     out_sum_ptr,
     inv_out_scale,
     out_zero,
-    rm,
+    first_m,
     rn,
     M,
     N,
     stride_y,
     stride_r,
     BITS: tl.constexpr,
-    X_SCALE_PER_TOKEN: tl.constexpr,
+    X_SCALE: tl.constexpr,
     ZERO: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     GELU: tl.constexpr,
@@ -62,34 +64,51 @@ def epilogue(
     OUT: tl.constexpr,
     OUT_SUM: tl.constexpr,
 ):
-    """From acc = 2^(8 - BITS) * integer product [BN, BM] to the stored output."""
-    inside = (rn[:, None] < N) & (rm[None, :] < M)
-    y_ptrs = y_ptr + rm[None, :].to(tl.int64) * stride_y + rn[:, None]
-    if OUT == "int32":
-        tl.store(y_ptrs, acc >> (8 - BITS), mask=inside)
-    else:
-        y = acc.to(tl.float32) * (1.0 / (1 << (8 - BITS)))
-        if ZERO == "float":
-            zero = tl.load(zero_ptr + rn, mask=rn < N, other=0.0)
-            row_sum = tl.load(row_sum_ptr + rm, mask=rm < M, other=0).to(tl.float32)
-            y -= zero[:, None] * row_sum[None, :]
-        y *= tl.load(scale_ptr + rn, mask=rn < N, other=0.0)[:, None]
-        if X_SCALE_PER_TOKEN:
-            y *= tl.load(x_scale_ptr + rm, mask=rm < M, other=0.0)[None, :]
+    """From acc = 2^(8 - BITS) * integer product [BN, BM] to the stored output.
+
+    X_SCALE: "one" for all tokens, one a "token", or "asymmetric": M steps with M offsets behind them.
+    """
+    # A second vector over tokens, the offsets, does not fit beside a large tile: such tiles are finished in two halves.
+    PARTS: tl.constexpr = 2 if X_SCALE == "asymmetric" and acc.shape[1] >= 64 else 1
+    WIDTH: tl.constexpr = acc.shape[1] // PARTS
+    if PARTS == 2:
+        left, right = tl.split(tl.permute(tl.reshape(acc, (acc.shape[0], 2, WIDTH)), (0, 2, 1)))
+    for part in tl.static_range(PARTS):
+        if PARTS == 2:
+            acc = left if part == 0 else right
+        rm = first_m + part * WIDTH + tl.arange(0, WIDTH)
+        inside = (rn[:, None] < N) & (rm[None, :] < M)
+        y_ptrs = y_ptr + rm[None, :].to(tl.int64) * stride_y + rn[:, None]
+        if OUT == "int32":
+            tl.store(y_ptrs, acc >> (8 - BITS), mask=inside)
         else:
-            y *= tl.load(x_scale_ptr)
-        if HAS_BIAS:
-            y += tl.load(bias_ptr + rn, mask=rn < N, other=0.0)[:, None]
-        if GELU:
-            y = gelu(y)
-        if HAS_RESIDUAL:
-            r_ptrs = residual_ptr + rm[None, :].to(tl.int64) * stride_r + rn[:, None]
-            y += tl.load(r_ptrs, mask=inside, other=0.0).to(tl.float32)
-        if OUT == "int8":
-            q = to_int8(y * inv_out_scale, out_zero)
-            tl.store(y_ptrs, q, mask=inside)
-            if OUT_SUM:
-                total = tl.sum(tl.where(inside, q.to(tl.int32), 0), axis=0)
-                tl.atomic_add(out_sum_ptr + rm, total, mask=rm < M, sem="relaxed")
-        else:
-            tl.store(y_ptrs, y.to(y_ptr.dtype.element_ty), mask=inside)
+            y = acc.to(tl.float32) * (1.0 / (1 << (8 - BITS)))
+            if ZERO == "float":
+                zero = tl.load(zero_ptr + rn, mask=rn < N, other=0.0)
+                row_sum = tl.load(row_sum_ptr + rm, mask=rm < M, other=0).to(tl.float32)
+                y -= zero[:, None] * row_sum[None, :]
+            if X_SCALE == "asymmetric":  # before the other factor, so that steps are done with when offsets are loaded
+                y *= tl.load(x_scale_ptr + rm, mask=rm < M, other=0.0)[None, :]
+            y *= tl.load(scale_ptr + rn, mask=rn < N, other=0.0)[:, None]
+            if X_SCALE == "one":
+                y *= tl.load(x_scale_ptr)
+            elif X_SCALE == "token":
+                y *= tl.load(x_scale_ptr + rm, mask=rm < M, other=0.0)[None, :]
+            else:
+                offset = tl.load(x_scale_ptr + M + rm, mask=rm < M, other=0.0)
+                y += tl.load(weight_sum_ptr + rn, mask=rn < N, other=0.0)[:, None] * offset[None, :]
+            if HAS_BIAS:
+                y += tl.load(bias_ptr + rn, mask=rn < N, other=0.0)[:, None]
+            if GELU:
+                y = gelu(y)
+            if HAS_RESIDUAL:
+                r_ptrs = residual_ptr + rm[None, :].to(tl.int64) * stride_r + rn[:, None]
+                y += tl.load(r_ptrs, mask=inside, other=0.0).to(tl.float32)
+            if OUT == "int8":
+                q = to_int8(y * inv_out_scale, out_zero)
+                tl.store(y_ptrs, q, mask=inside)
+                if OUT_SUM:
+                    total = tl.sum(tl.where(inside, q.to(tl.int32), 0), axis=0)
+                    tl.atomic_add(out_sum_ptr + rm, total, mask=rm < M, sem="relaxed")
+            else:
+                tl.store(y_ptrs, y.to(y_ptr.dtype.element_ty), mask=inside)

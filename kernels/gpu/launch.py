@@ -22,6 +22,11 @@ def device_name(x: Tensor) -> str:
     return torch.cuda.get_device_name(x.device) if x.is_cuda else "interpreter"
 
 
+def scale_kind(x_scale: Tensor) -> str:
+    """What the products call x_scale: one for all tokens, [T], or [2, T] with offsets."""
+    return "asymmetric" if x_scale.dim() == 2 else "token" if x_scale.numel() > 1 else "one"
+
+
 def registers_option(tile: Tile, x: Tensor) -> dict[str, int]:
     """The tile's cap on registers as a compile option, where it is known to cause no spills."""
     capped = tile.registers is not None and x.is_cuda and torch.cuda.get_device_capability(x.device)[0] >= 9

@@ -17,7 +17,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from qbert.kernels.gpu.quantize_rows import quantize_values, to_int8
+from qbert.kernels.gpu.quantize_rows import (
+    asymmetric_codes,
+    asymmetric_grid,
+    empty_scale,
+    quantize_values,
+    range_kind,
+    to_int8,
+)
 
 MAX_COLUMNS = 16384
 
@@ -35,12 +42,17 @@ def normalize_row(h, weight_ptr, bias_ptr, width, eps, column, inside):
 
 @triton.jit
 def store_quantized(
-    y, row, column, inside, width, q_ptr, scale_ptr, row_sum_ptr, static_scale, static_zero, STATIC: tl.constexpr
+    y, row, column, inside, width, q_ptr, scale_ptr, row_sum_ptr, static_scale, static_zero, RANGE: tl.constexpr
 ):
-    """Codes, row sum and scale of one row y, float32 [BLOCK]."""
-    if STATIC:
+    """Codes, row sum and scale (with RANGE "asymmetric" offset too) of one row y, float32 [BLOCK], in a grid (T,)."""
+    if RANGE == "static":
         q = to_int8(tl.div_rn(y, static_scale), static_zero)
         scale = static_scale
+    elif RANGE == "asymmetric":
+        low = tl.min(tl.where(inside, y, float("inf")), axis=0)
+        scale, offset = asymmetric_grid(low, tl.max(tl.where(inside, y, float("-inf")), axis=0))
+        q = asymmetric_codes(y, low, scale)
+        tl.store(scale_ptr + tl.num_programs(0) + row, offset)
     else:
         q, scale = quantize_values(y, tl.max(tl.abs(y), axis=0))
     tl.store(scale_ptr + row, scale)
@@ -65,7 +77,7 @@ def layernorm_quantize_kernel(
     stride_x,
     stride_r,
     HAS_RESIDUAL: tl.constexpr,
-    STATIC: tl.constexpr,
+    RANGE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Grid (T,)."""
@@ -81,7 +93,7 @@ def layernorm_quantize_kernel(
     tl.store(y_ptr + row.to(tl.int64) * width + column, stored, mask=inside)
     store_quantized(
         stored.to(tl.float32), row, column, inside, width, q_ptr, scale_ptr, row_sum_ptr, static_scale, static_zero,
-        STATIC,
+        RANGE,
     )  # fmt: skip
 
 
@@ -93,18 +105,19 @@ def layernorm_quantize(
     eps: float,
     static_scale: float = 0.0,
     static_zero: int = 0,
+    asymmetric: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Launches `layernorm_quantize_kernel`: x, residual [T, I] -> (y [T, I], int8 [T, I], float32 [T], int32 [T]).
 
-    A positive `static_scale` takes the place of one scale a token; the third result is then filled with it. At most
-    16,384 columns.
+    A positive `static_scale` takes the place of one scale a token; the third result is then filled with it. With
+    `asymmetric` it is [2, T], steps and offsets. At most 16,384 columns.
     """
     tokens, columns = x.shape
     if columns > MAX_COLUMNS:
         raise ValueError(f"layernorm_quantize keeps a row in registers: at most {MAX_COLUMNS} columns, got {columns}.")
     y = torch.empty((tokens, columns), dtype=x.dtype, device=x.device)
     codes = torch.empty((tokens, columns), dtype=torch.int8, device=x.device)
-    scale = torch.empty(tokens, dtype=torch.float32, device=x.device)
+    scale = empty_scale(tokens, asymmetric, x.device)
     row_sum = torch.empty(tokens, dtype=torch.int32, device=x.device)
     if tokens:
         block = triton.next_power_of_2(columns)
@@ -124,7 +137,7 @@ def layernorm_quantize(
             x.stride(0),
             0 if residual is None else residual.stride(0),
             HAS_RESIDUAL=residual is not None,
-            STATIC=static_scale > 0,
+            RANGE=range_kind(static_scale, asymmetric),
             BLOCK=block,
             num_warps=4 if block <= 2048 else 8,
         )

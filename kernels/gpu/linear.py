@@ -36,16 +36,17 @@ class GpuLinear:
         activation_bits: int,
         activation_scale: float,
         activation_zero: int,
+        asymmetric: bool,
     ) -> None:
         self.bits, self.columns = bits, columns
-        self.activation_bits, self.static, self.static_zero = activation_bits, activation_scale, activation_zero
+        self.activation_bits, self.input_grid = activation_bits, (activation_scale, activation_zero, asymmetric)
         self.grouped = scale.shape[1] > 1
         self.groups = None if row_group is None else row_group.int().contiguous().clone()
         self.table_scale, self.table_zero = (t.float().contiguous().clone() for t in (scale, zero))
-        # Elsewhere the input is dequantized before the product, its zero with it.
+        # Elsewhere the input is dequantized before the product, its zero or offsets with it.
         in_int8 = activation_bits == 8 and not self.grouped
-        input_grid = (activation_scale, activation_zero) if in_int8 else (0.0, 0)
-        self.terms = Terms.prepare(packed, columns, scale, zero, row_group, bias, bits, *input_grid)
+        of_input = self.input_grid if in_int8 else ()
+        self.terms = Terms.prepare(packed, columns, scale, zero, row_group, bias, bits, *of_input)
 
     def forward(self, x: Tensor, packed: Tensor) -> Tensor:
         """x [..., I] to y [..., O] in the dtype of x."""
@@ -53,7 +54,7 @@ class GpuLinear:
         if self.grouped or self.activation_bits == 0:
             y = self._float(rows, packed)
         else:
-            xq, x_scale, row_sum = quantize_rows(rows, self.static, self.static_zero)
+            xq, x_scale, row_sum = quantize_rows(rows, *self.input_grid)
             y = matmul_a8(
                 xq,
                 x_scale,
@@ -62,6 +63,7 @@ class GpuLinear:
                 bits=self.bits,
                 zero=self.terms.zero,
                 row_sum=row_sum,
+                weight_sum=self.terms.weight_sum,
                 bias=self.terms.bias,
                 out_dtype=x.dtype,
             )
@@ -70,7 +72,7 @@ class GpuLinear:
     def _float(self, x: Tensor, packed: Tensor) -> Tensor:
         terms = self.terms
         if self.activation_bits == 8:
-            x = reference.fake_quantize(x, self.static, self.static_zero)
+            x = reference.fake_quantize(x, *self.input_grid)
         elif x.shape[0] <= MAX_A16_TOKENS and x.dtype != torch.float32 and not self.grouped:
             zero = None if terms.zero is None else terms.row_zero
             return matmul_a16(x, packed, terms.scale, bits=self.bits, zero=zero, bias=terms.bias)

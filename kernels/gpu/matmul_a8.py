@@ -1,6 +1,8 @@
 """y = x W^T with int8 activations and 2-, 3-, 4- or 8-bit weights on int8 tensor cores; the sum is an exact int32.
 
-    y[t, o] = act((acc - zero[o] row_sum[t]) scale[o] x_scale[t] + bias[o]) + residual[t, o]
+    y[t, o] = act((acc - zero[o] row_sum[t]) scale[o] x_scale[t] + x_offset[t] weight_sum[o] + bias[o]) + residual[t, o]
+
+x_offset is there for activations that are quantized asymmetrically, x ~ x_scale xq + x_offset.
 
 Weights are the LEFT operand of the tensor-core product, acc [O, T] = W x^T: their unpacked bytes go from registers
 straight into it (register-A wgmma on sm_90) and never back to shared memory. Per-row scale and zero live in the
@@ -23,7 +25,7 @@ import triton.language as tl
 from torch import Tensor
 
 from qbert.kernels.gpu.epilogue import epilogue, start_value
-from qbert.kernels.gpu.launch import device_name, registers_option, split_workspace, tail_of
+from qbert.kernels.gpu.launch import device_name, registers_option, scale_kind, split_workspace, tail_of
 from qbert.kernels.gpu.tiles import Tile, choose_tile
 from qbert.kernels.gpu.unpack import load_weight_tile, tile_columns
 
@@ -81,6 +83,7 @@ def matmul_a8_kernel(
     scale_ptr,
     zero_ptr,
     row_sum_ptr,
+    weight_sum_ptr,
     bias_ptr,
     residual_ptr,
     out_sum_ptr,
@@ -103,7 +106,7 @@ def matmul_a8_kernel(
     TAIL: tl.constexpr,
     TAIL_PAD: tl.constexpr,
     ASM: tl.constexpr,
-    X_SCALE_PER_TOKEN: tl.constexpr,
+    X_SCALE: tl.constexpr,
     ZERO: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     GELU: tl.constexpr,
@@ -115,7 +118,8 @@ def matmul_a8_kernel(
     n_tiles = tl.cdiv(N, BN)
     tile = tl.program_id(0)
     rn = (tile % n_tiles) * BN + tl.arange(0, BN)
-    rm = (tile // n_tiles) * BM + tl.arange(0, BM)
+    first_m = (tile // n_tiles) * BM
+    rm = first_m + tl.arange(0, BM)
     # Rows beyond the matrix repeat the last one: no mask in the loop, and the surplus is not stored.
     rows_w = tl.minimum(rn, N - 1)
     rows_x = tl.minimum(rm, M - 1)
@@ -168,19 +172,20 @@ def matmul_a8_kernel(
             scale_ptr,
             zero_ptr,
             row_sum_ptr,
+            weight_sum_ptr,
             bias_ptr,
             residual_ptr,
             out_sum_ptr,
             inv_out_scale,
             out_zero,
-            rm,
+            first_m,
             rn,
             M,
             N,
             stride_y,
             stride_r,
             BITS,
-            X_SCALE_PER_TOKEN,
+            X_SCALE,
             ZERO,
             HAS_BIAS,
             GELU,
@@ -199,6 +204,7 @@ def matmul_a8(
     bits: int,
     zero: Tensor | None = None,
     row_sum: Tensor | None = None,
+    weight_sum: Tensor | None = None,
     bias: Tensor | None = None,
     gelu: bool = False,
     residual: Tensor | None = None,
@@ -211,8 +217,9 @@ def matmul_a8(
 ) -> Tensor:
     """Launches `matmul_a8_kernel`: xq int8 [T, I], packed uint8 [O, row bytes] -> y [T, O].
 
-    x_scale float32 [T] or [1]; scale, bias float32 [O]; residual [T, O]. zero [O] (None = 0) is either int32, holding
-    zero * 2^(8 - bits) where that is an integer (exact, and faster), or float32; it needs row_sum int32 [T].
+    x_scale float32 [T], [1], or [2, T] with offsets, which need weight_sum; scale, bias, weight_sum float32 [O];
+    residual [T, O]. zero [O] (None = 0) is either int32, holding zero * 2^(8 - bits) where that is an integer (exact,
+    and faster), or float32; it needs row_sum int32 [T].
     out_dtype int8 requantizes with the static `out_scale` and `out_zero` and, where `out_row_sum` (int32 [T], zeroed)
     is given, adds every row's sum to it; int32 returns the bare integer product, zero term included.
     The caller has checked shapes and devices (`qbert.kernels.dispatch`).
@@ -235,6 +242,7 @@ def matmul_a8(
         scale,
         zero,
         row_sum,
+        weight_sum,
         bias,
         residual,
         out_row_sum,
@@ -257,7 +265,7 @@ def matmul_a8(
         TAIL=tail,
         TAIL_PAD=tail_pad,
         ASM=asm,
-        X_SCALE_PER_TOKEN=x_scale.numel() > 1,
+        X_SCALE=scale_kind(x_scale),
         ZERO="none" if zero is None else "int32" if zero.dtype == torch.int32 else "float",
         HAS_BIAS=bias is not None,
         GELU=gelu,

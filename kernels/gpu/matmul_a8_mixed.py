@@ -3,7 +3,8 @@
 Q-BERT's allocation may give the three projections of a layer different bits. A program belongs to one of them (a scalar
 branch over three inlined loops) and writes its slice of the fused output [T, 3 O]:
 
-    y[t, s O + o] = (acc_s[o, t] - zero[s, o] row_sum[t]) scale[s, o] x_scale[t] + bias[s, o],   s = query, key, value
+    y[t, s O + o] = (acc_s[o, t] - zero[s, o] row_sum[t]) scale[s, o] x_scale[t] + x_offset[t] weight_sum[s, o]
+                    + bias[s, o],   s = query, key, value
 
 Weights of equal bits are one packed matrix (rows are packed one by one, so they concatenate) and need no more than
 `matmul_a8`.
@@ -21,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from qbert.kernels.gpu.epilogue import epilogue
-from qbert.kernels.gpu.launch import device_name, tail_of
+from qbert.kernels.gpu.launch import device_name, scale_kind, tail_of
 from qbert.kernels.gpu.matmul_a8 import accumulate
 from qbert.kernels.gpu.tiles import Tile, choose_tile
 
@@ -42,20 +43,21 @@ def _product(
 
 @triton.jit
 def matmul_a8_mixed_kernel(
-    x_ptr, query_ptr, key_ptr, value_ptr, y_ptr, x_scale_ptr, scale_ptr, zero_ptr, row_sum_ptr, bias_ptr,
-    M, N, K, stride_x, stride_query, stride_key, stride_value, stride_y,
+    x_ptr, query_ptr, key_ptr, value_ptr, y_ptr, x_scale_ptr, scale_ptr, zero_ptr, row_sum_ptr,
+    weight_sum_ptr, bias_ptr, M, N, K, stride_x, stride_query, stride_key, stride_value, stride_y,
     BITS_QUERY: tl.constexpr, TAIL_QUERY: tl.constexpr, PAD_QUERY: tl.constexpr,
     BITS_KEY: tl.constexpr, TAIL_KEY: tl.constexpr, PAD_KEY: tl.constexpr,
     BITS_VALUE: tl.constexpr, TAIL_VALUE: tl.constexpr, PAD_VALUE: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, ASM: tl.constexpr,
-    X_SCALE_PER_TOKEN: tl.constexpr, ZERO: tl.constexpr, HAS_BIAS: tl.constexpr,
+    X_SCALE: tl.constexpr, ZERO: tl.constexpr, HAS_BIAS: tl.constexpr,
 ):  # fmt: skip
     """Grid (3 * tiles of O * tiles of T)."""
     n_tiles = tl.cdiv(N, BN)
     tile = tl.program_id(0)
     segment = (tile // n_tiles) % 3
     rn = (tile % n_tiles) * BN + tl.arange(0, BN)
-    rm = (tile // (3 * n_tiles)) * BM + tl.arange(0, BM)
+    first_m = (tile // (3 * n_tiles)) * BM
+    rm = first_m + tl.arange(0, BM)
     rows_w = tl.minimum(rn, N - 1)
     rows_x = tl.minimum(rm, M - 1)
     if segment == 0:
@@ -78,8 +80,9 @@ def matmul_a8_mixed_kernel(
         acc -= zero[:, None] * tl.load(row_sum_ptr + rm, mask=rm < M, other=0)[None, :]
     epilogue(
         acc, y_ptr + first, x_scale_ptr, scale_ptr + first, zero_ptr + first if ZERO == "float" else zero_ptr,
-        row_sum_ptr, bias_ptr + first if HAS_BIAS else bias_ptr, None, None, 0.0, 0.0, rm, rn, M, N, stride_y, 0,
-        8, X_SCALE_PER_TOKEN, ZERO, HAS_BIAS, False, False, "float", False,
+        row_sum_ptr, weight_sum_ptr + first if X_SCALE == "asymmetric" else weight_sum_ptr,
+        bias_ptr + first if HAS_BIAS else bias_ptr, None, None, 0.0, 0.0, first_m, rn, M, N, stride_y, 0,
+        8, X_SCALE, ZERO, HAS_BIAS, False, False, "float", False,
     )  # fmt: skip
 
 
@@ -92,6 +95,7 @@ def matmul_a8_mixed(
     *,
     zero: Tensor | None = None,
     row_sum: Tensor | None = None,
+    weight_sum: Tensor | None = None,
     bias: Tensor | None = None,
     out_dtype: torch.dtype = torch.float16,
     tile: Tile | None = None,
@@ -100,7 +104,8 @@ def matmul_a8_mixed(
     """Launches `matmul_a8_mixed_kernel`: xq int8 [T, I], three packed weights [O, row bytes] -> y [T, 3 O].
 
     scale, bias float32 [3 O]; zero [3 O], int32 where zeros are integers (not scaled, unlike in `matmul_a8`, because
-    the bits differ) or float32; row_sum int32 [T], needed with zero; x_scale float32 [T] or [1].
+    the bits differ) or float32; row_sum int32 [T], needed with zero; x_scale float32 [T], [1], or [2, T] with offsets,
+    which need weight_sum float32 [3 O].
     """
     tokens, columns = xq.shape
     rows = packed[0].shape[0]
@@ -121,6 +126,7 @@ def matmul_a8_mixed(
         scale,
         zero,
         row_sum,
+        weight_sum,
         bias,
         tokens,
         rows,
@@ -133,7 +139,7 @@ def matmul_a8_mixed(
         BN=tile.bn,
         BK=tile.bk,
         ASM=asm,
-        X_SCALE_PER_TOKEN=x_scale.numel() > 1,
+        X_SCALE=scale_kind(x_scale),
         ZERO="none" if zero is None else "int32" if zero.dtype == torch.int32 else "float",
         HAS_BIAS=bias is not None,
         num_warps=tile.warps,

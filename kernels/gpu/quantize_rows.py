@@ -1,7 +1,10 @@
-"""int8 codes of activations, one symmetric scale a token or a static scale and zero, with the row sums zeros need.
+"""int8 codes of activations, one grid a token or a static one, with the row sums that zeros of weights need.
 
-    x_scale[t] = max_i |x[t, i]| / 127,  xq[t, i] = round-half-even(x[t, i] / x_scale[t]),  row_sum[t] = sum_i xq[t, i]
-    static:   xq[t, i] = clamp(round-half-even(x[t, i] / static_scale) + static_zero, -128, 127)
+    dynamic:     x_scale[t] = max_i |x[t, i]| / 127,  xq[t, i] = round-half-even(x[t, i] / x_scale[t])
+    asymmetric:  x_scale[0, t] = (high - low) / 255,  x_scale[1, t] = low + 128 x_scale[0, t],  the value of code 0,
+                 xq[t, i] = round-half-even((x[t, i] - low) / x_scale[0, t]) - 128,  low, high the ends of row t
+    static:      xq[t, i] = clamp(round-half-even(x[t, i] / static_scale) + static_zero, -128, 127)
+    always:      row_sum[t] = sum_i xq[t, i]
 
 One program a token; arithmetic in float32 with correctly rounded division: codes equal `reference.quantize_rows`.
 
@@ -35,6 +38,20 @@ def quantize_values(x, largest):
 
 
 @triton.jit
+def asymmetric_grid(low, high):
+    """Step and value of code 0 of a row between `low` and `high`, float32."""
+    step = tl.div_rn(high - low, 255.0)
+    # 128 steps are exact in float32, so a fused multiply-add gives the same.
+    return step, low + 128.0 * step
+
+
+@triton.jit
+def asymmetric_codes(x, low, step):
+    """int8 codes of float32 values from `low` on; -128 for a row of one value."""
+    return to_int8(tl.div_rn(x - low, tl.where(step > 0, step, 1.0)), -128.0)
+
+
+@triton.jit
 def quantize_rows_kernel(
     x_ptr,
     q_ptr,
@@ -44,16 +61,16 @@ def quantize_rows_kernel(
     static_scale,
     static_zero,
     stride_x,
-    STATIC: tl.constexpr,
+    RANGE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Grid (T,). Rows longer than BLOCK are read twice, in pieces."""
+    """Grid (T,). Rows longer than BLOCK are read twice, in pieces. RANGE: "dynamic", "asymmetric" or "static"."""
     row = tl.program_id(0)
     x_ptr += row.to(tl.int64) * stride_x
     q_ptr += row.to(tl.int64) * width
     column = tl.arange(0, BLOCK)
     peak = 0.0
-    if not STATIC:
+    if RANGE == "dynamic":
         largest = tl.zeros((BLOCK,), dtype=tl.float32)
         for start in range(0, width, BLOCK):
             x = tl.load(x_ptr + start + column, mask=start + column < width, other=0.0)
@@ -61,11 +78,24 @@ def quantize_rows_kernel(
         peak = tl.max(largest, axis=0)
     total = tl.zeros((BLOCK,), dtype=tl.int32)
     scale = static_scale
+    if RANGE == "asymmetric":
+        least = tl.full((BLOCK,), float("inf"), dtype=tl.float32)
+        largest = tl.full((BLOCK,), float("-inf"), dtype=tl.float32)
+        for start in range(0, width, BLOCK):
+            inside = start + column < width
+            x = tl.load(x_ptr + start + column, mask=inside, other=0.0).to(tl.float32)
+            least = tl.minimum(least, tl.where(inside, x, float("inf")))
+            largest = tl.maximum(largest, tl.where(inside, x, float("-inf")))
+        low = tl.min(least, axis=0)
+        scale, offset = asymmetric_grid(low, tl.max(largest, axis=0))
+        tl.store(scale_ptr + tl.num_programs(0) + row, offset)
     for start in range(0, width, BLOCK):
         inside = start + column < width
         x = tl.load(x_ptr + start + column, mask=inside, other=0.0).to(tl.float32)
-        if STATIC:
+        if RANGE == "static":
             q = tl.where(inside, to_int8(tl.div_rn(x, static_scale), static_zero), 0)
+        elif RANGE == "asymmetric":
+            q = tl.where(inside, asymmetric_codes(x, low, scale), 0)
         else:
             q, scale = quantize_values(x, peak)
         tl.store(q_ptr + start + column, q, mask=inside)
@@ -74,18 +104,32 @@ def quantize_rows_kernel(
     tl.store(row_sum_ptr + row, tl.sum(total, axis=0))
 
 
-def quantize_rows(x: Tensor, static_scale: float = 0.0, static_zero: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+def range_kind(static_scale: float, asymmetric: bool) -> str:
+    """What the row kernels call the range of their output."""
+    return "asymmetric" if asymmetric else "static" if static_scale > 0 else "dynamic"
+
+
+def empty_scale(tokens: int, asymmetric: bool, device: torch.device) -> Tensor:
+    """Scales [T], or steps and offsets [2, T], to be written."""
+    return torch.empty((2, tokens) if asymmetric else (tokens,), dtype=torch.float32, device=device)
+
+
+def quantize_rows(
+    x: Tensor, static_scale: float = 0.0, static_zero: int = 0, asymmetric: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
     """Launches `quantize_rows_kernel`: x [T, I] with unit column stride -> (int8 [T, I], float32 [T], int32 [T]).
 
-    A positive `static_scale` takes the place of one scale a token; the second result is then filled with it.
+    A positive `static_scale` takes the place of one scale a token; the second result is then filled with it. With
+    `asymmetric` the second result is [2, T], steps and offsets.
     """
     tokens, columns = x.shape
     codes = torch.empty((tokens, columns), dtype=torch.int8, device=x.device)
-    # Not filled where the kernel writes them: a fill is a launch of its own.
-    new = torch.empty if codes.numel() else torch.zeros
-    scale = new(tokens, dtype=torch.float32, device=x.device)
-    row_sum = new(tokens, dtype=torch.int32, device=x.device)
-    if codes.numel():
+    scale = empty_scale(tokens, asymmetric, x.device)
+    row_sum = torch.empty(tokens, dtype=torch.int32, device=x.device)
+    if not codes.numel():  # only here, because a fill is a launch of its own
+        scale.zero_()
+        row_sum.zero_()
+    else:
         block = min(4096, triton.next_power_of_2(columns))
         quantize_rows_kernel[(tokens,)](
             x,
@@ -96,7 +140,7 @@ def quantize_rows(x: Tensor, static_scale: float = 0.0, static_zero: int = 0) ->
             static_scale,
             float(static_zero),
             x.stride(0),
-            STATIC=static_scale > 0,
+            RANGE=range_kind(static_scale, asymmetric),
             BLOCK=block,
             num_warps=4 if block <= 2048 else 8,
         )

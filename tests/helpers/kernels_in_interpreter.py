@@ -278,7 +278,9 @@ def test_a_whole_linear_layer(bits, zero_kind, activation, input_groups):
     spread = [reference.expand_groups(t, row_group, rows) for t in (scale, zero)]
     x = torch.randn(3, 5, columns)
     step, offset = 0.03125, -7
-    settings = {"dynamic": (8, 0.0, 0), "static": (8, step, offset), "none": (0, 0.0, 0)}[activation]
+    settings = {"dynamic": (8, 0.0, 0, False), "static": (8, step, offset, False), "none": (0, 0.0, 0, False)}[
+        activation
+    ]
     layer = GpuLinear(packed, columns, scale, zero, row_group, bias, bits, *settings)
     for dtype, tolerance in ((torch.float32, 2e-5), (torch.float16, 2e-3)):
         flat = x.to(dtype).float().reshape(15, columns)
@@ -342,9 +344,15 @@ def test_strided_arguments_give_the_same(monkeypatch):
                     of(t) if torch.is_tensor(t) else t for t in tensors]  # fmt: skip
 
         yield operators.quantize_rows(*some(x))
+        yield operators.quantize_rows(*some(x), asymmetric=True)
+        affine, weight_sum = some(torch.stack([x_scale, x_scale + 1]), scale)
+        product = some(xq, affine, row_sum, packed, scale, zero, bias)
+        yield operators.matmul_a8(*product, weight_sum=weight_sum, bits=4)
         yield operators.matmul_a8(*some(xq, x_scale, row_sum, packed, scale, zero, bias, residual), bits=4)
         three = [t.repeat(3) for t in (scale, zero, bias)]
         yield operators.matmul_a8_mixed(*some(xq, x_scale, row_sum, [packed] * 3), [4] * 3, *some(*three))
+        three = some(*three, scale.repeat(3))
+        yield operators.matmul_a8_mixed(*some(xq, affine, row_sum, [packed] * 3), [4] * 3, *three)
         yield operators.matmul_a16(*some(x, packed, scale, zero, bias), bits=4)
         yield operators.layernorm_quantize(*some(x, x, norm, norm), 1e-5)
         yield operators.embed_layernorm(*some(*table), 1e-5)
