@@ -10,9 +10,9 @@ A layer is seven kernels where its inputs are quantized statically:
     ffn out              int8 product + bias + residual
     LayerNorm            + quantization, as the next layer wants it
 
-With a range per token, which is known only when a whole row is there, attention and ffn in write fp16 and two row
-quantizations follow: nine kernels. All are operators of `qbert.kernels.operators`, so on a CPU the same chain runs
-their slow twins, which is what tests compare with.
+With a range per token, symmetric or not, which is known only when a whole row is there, attention and ffn in write
+fp16 and two row quantizations follow: nine kernels. All are operators of `qbert.kernels.operators`, so on a CPU the
+same chain runs their slow twins, which is what tests compare with.
 """
 
 from __future__ import annotations
@@ -40,21 +40,28 @@ _MAX_WIDTH = 16384
 
 
 class InputGrid(NamedTuple):
-    """How a product's input is quantized: x ~ scale (code - zero), or one symmetric scale a token where scale is 0."""
+    """How a product's input is quantized: x ~ scale (code - zero).
+
+    Where scale is 0, with one symmetric scale a token, or, if asymmetric, from its smallest to its largest value.
+    """
 
     scale: float = 0.0
     zero: int = 0
+    asymmetric: bool = False
 
     @classmethod
     def of(cls, layer: PackedLinear) -> InputGrid:
         """The grid of a layer with 8-bit input."""
         if layer.input_scale is None or layer.input_zero is None:
-            return cls()
+            return cls(asymmetric=layer.spec.activation_range == "asymmetric")
         return cls(float(layer.input_scale), int(layer.input_zero))
 
 
 class Tokens(NamedTuple):
-    """What passes between layers: x [T, H] in the model's dtype, its int8 codes [T, H], scale [T] and row sums [T]."""
+    """What passes between layers: x [T, H] in the model's dtype, and its int8 codes [T, H] with their grid.
+
+    scale float32 [T], or steps and offsets [2, T] where asymmetric; row_sum int32 [T].
+    """
 
     x: Tensor
     codes: Tensor
@@ -74,9 +81,8 @@ class Projection:
         assert layer.owner.codes is not None
         self.packed, self.bits, self.columns = layer.owner.codes, layer.layout.bits, layer.columns
         self.grid = InputGrid.of(layer)
-        self.terms = Terms.prepare(
-            self.packed, self.columns, *layer.row_grids(), None, layer.bias, self.bits, *self.grid
-        )
+        scale, zero = layer.row_grids()
+        self.terms = Terms.prepare(self.packed, self.columns, scale, zero, None, layer.bias, self.bits, *self.grid)
         self.static_scale = self.terms.scale.new_full((1,), self.grid.scale)
 
     def __call__(self, codes: Tensor, scale: Tensor, row_sum: Tensor, residual: Tensor) -> Tensor:
@@ -84,7 +90,7 @@ class Projection:
         terms = self.terms
         return operators.matmul_a8(
             codes, scale, row_sum, self.packed, terms.scale, terms.zero, terms.bias, residual,
-            bits=self.bits, out_dtype=residual.dtype,
+            bits=self.bits, out_dtype=residual.dtype, weight_sum=terms.weight_sum,
         )  # fmt: skip
 
 
@@ -117,26 +123,30 @@ class FusedGpuLayer:
         terms, output = self.qkv_terms, self.attention_output
         fused = operators.matmul_a8_mixed(
             tokens.codes, tokens.scale, tokens.row_sum, [p.packed for p in self.qkv], [p.bits for p in self.qkv],
-            terms.scale, terms.zero, terms.bias, out_dtype=_half(tokens.x),
+            terms.scale, terms.zero, terms.bias, out_dtype=_half(tokens.x), weight_sum=terms.weight_sum,
         )  # fmt: skip
         count = fused.shape[0]
         query, key, value = fused.view(count, 3, self.heads, -1).unbind(1)
         scale = query.shape[-1] ** -0.5
         if not output.grid.scale:
             mixed = operators.attention(query, key, value, starts, longest, scale)
-            return operators.quantize_rows(mixed.view(count, -1))
-        mixed = operators.attention(query, key, value, starts, longest, scale, *output.grid, sums)
+            return operators.quantize_rows(mixed.view(count, -1), *output.grid)
+        mixed = operators.attention(
+            query, key, value, starts, longest, scale, output.grid.scale, output.grid.zero, sums
+        )
         return mixed.view(count, -1), output.static_scale, sums
 
     def _expand(self, tokens: Tokens, sums: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         terms, grid = self.ffn_in.terms, self.ffn_out.grid
         arguments = (tokens.codes, tokens.scale, tokens.row_sum, self.ffn_in.packed, *terms[:2], terms.bias, None)
         if not grid.scale:
-            options = {"bits": self.ffn_in.bits, "gelu": True, "out_dtype": _half(tokens.x)}
-            return operators.quantize_rows(operators.matmul_a8(*arguments, **options))
+            hidden = operators.matmul_a8(
+                *arguments, bits=self.ffn_in.bits, gelu=True, out_dtype=_half(tokens.x), weight_sum=terms.weight_sum
+            )
+            return operators.quantize_rows(hidden, *grid)
         hidden = operators.matmul_a8(
             *arguments, sums, bits=self.ffn_in.bits, gelu=True, out_dtype=torch.int8, out_scale=grid.scale,
-            out_zero=grid.zero,
+            out_zero=grid.zero, weight_sum=terms.weight_sum,
         )  # fmt: skip
         return hidden, self.ffn_out.static_scale, sums
 
@@ -186,6 +196,7 @@ class FusedGpuEmbeddings:
             *operators.embed_layernorm(
                 list(ids), self.packed, self.scale, self.zero, self.row_group, self.bits, norm.weight, norm.bias,
                 norm.eps, out_dtype=norm.weight.dtype, static_scale=grid.scale, static_zero=grid.zero,
+                asymmetric=grid.asymmetric,
             )
         )  # fmt: skip
 
@@ -205,8 +216,6 @@ def reason_not_to_fuse_on_gpu(layer: Any) -> str:
     parts += [layer.intermediate.dense, layer.output.dense]
     if any(p.spec.activation_bits != 8 for p in parts):
         return "some of its inputs are in float"
-    if any(p.spec.activation_range not in ("dynamic", "static") for p in parts):
-        return f"its inputs are quantized with ranges of the kind {parts[0].spec.activation_range!r}"
     if len({p.rows for p in parts[:3]}) > 1:
         return "query, key and value differ in height"
     activation = type(layer.intermediate.intermediate_act_fn).__name__

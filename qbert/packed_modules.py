@@ -216,7 +216,7 @@ class PackedLinear(PackedTensor):
         self._fast_device = self.owner.codes.device
         if self._fast_device.type == "cpu":
             self._fast = self.cpu_linear(exact)
-        elif self.spec.activation_range in (None, "dynamic", "static"):  # what the GPU kernels know
+        else:
             self._fast = self._gpu_linear()
 
     def cpu_linear(self, exact: bool = True) -> CpuLinear:
@@ -244,7 +244,7 @@ class PackedLinear(PackedTensor):
         )
 
     def activation_arguments(self) -> dict[str, Any]:
-        """How the input is quantized, as the arguments of `CpuLinear.prepare`."""
+        """How the input is quantized, as the arguments of `CpuLinear.prepare` and `dispatch.linear`."""
         arguments: dict[str, Any] = {"activation_bits": self.spec.activation_bits}
         if self.activation_quantizer is not None and self.activation_quantizer.mode == "asymmetric":
             arguments["asymmetric"] = True

@@ -18,12 +18,12 @@ from qbert.packed import pack
 FUSED = ("bert", "roberta", "electra")
 
 
-def packed_encoder(family: str, static: bool = False, bits: Any = 4, **settings: Any) -> Any:
+def packed_encoder(family: str, calibrated: bool = False, bits: Any = 4, **settings: Any) -> Any:
     model = AutoModel.from_config(build(family).config).eval()
     for norm in (m for m in model.modules() if isinstance(m, nn.LayerNorm)):
         nn.init.normal_(norm.weight, 1, 0.3)
         nn.init.normal_(norm.bias, 0, 0.3)
-    data = [inputs_for(family, 4, 12) for _ in range(4)] if static else None
+    data = [inputs_for(family, 4, 12) for _ in range(4)] if calibrated else None
     return pack(qbert.quantize_model(model, qbert.BitsConfig(bits, **settings), calibration_data=data))
 
 
@@ -36,27 +36,44 @@ def error(got: torch.Tensor, expected: torch.Tensor) -> float:
     return float((got - expected).norm() / expected.norm())
 
 
-@pytest.mark.parametrize("static", [False, True], ids=["dynamic", "static"])
+@pytest.mark.parametrize("ranges", ["dynamic", "asymmetric", "static", "asymmetric, some static"])
 @pytest.mark.parametrize("family", FUSED)
-def test_fused_layers_give_the_outputs_of_the_packed_model(family: str, static: bool) -> None:
-    mixed = {
+def test_fused_layers_give_the_outputs_of_the_packed_model(family: str, ranges: str) -> None:
+    mixed: dict[str, Any] = {
         "encoder.layer.0.attention.self.query": 2,
         "encoder.layer.0.attention.self.value": 8,
         "embeddings": 4,
         "*": 3,
     }
-    packed = packed_encoder(family, static, mixed)
+    if ranges == "asymmetric, some static":  # these kernels take offsets and write static codes, or the reverse
+        mixed |= {"*.output.dense": {"bits": 3, "activation_range": "static"}}
+        mixed |= {"encoder.layer.1.attention.self.*": {"bits": 3, "activation_range": "static"}}
+    packed = packed_encoder(family, "static" in ranges, mixed, activation_range=ranges.partition(",")[0])
     batch = inputs_for(family, 3, 11)
     if family == "bert":
         batch["token_type_ids"] = torch.randint(0, 2, batch["input_ids"].shape)
     expected = hidden(packed, batch)
     encoder = GpuEncoder(packed)
     assert all(encoder.layers) and encoder.embeddings is not None and encoder.graphs is None
+    assert encoder.grids[0].asymmetric == ranges.startswith("asymmetric")
+    assert [grid.scale > 0 for grid in encoder.grids] == [ranges == "static", "static" in ranges, False]
     packed.forward = encoder
     keep = batch["attention_mask"].bool()
     got = hidden(packed, batch)
     assert error(got[keep], expected[keep]) < 0.02
     assert bool((got[~keep] == 0).all())
+
+
+@pytest.mark.parametrize("ranges", ["dynamic", "asymmetric", "static"])
+def test_a_layer_by_itself_tells_its_kernel_how_its_input_is_quantized(ranges: str) -> None:
+    data = [{"input": torch.randn(50, 48)}] if ranges == "static" else None
+    config = qbert.BitsConfig(4, activation_range=ranges)
+    layer = pack(qbert.quantize_model(nn.Sequential(nn.Linear(48, 24)), config, calibration_data=data))[0]
+    x = torch.randn(40, 48) + torch.arange(40)[:, None] / 4
+    with torch.no_grad():
+        expected, run = layer(x), layer._gpu_linear()
+    assert error(run(x), expected) < 1e-5
+    assert error(run(x, activation_bits=None, activation_scale=None, asymmetric=False), expected) > 5e-4
 
 
 def test_any_mask_no_mask_and_other_dtypes() -> None:
@@ -221,7 +238,7 @@ def test_a_bucket_is_captured_at_its_second_use_and_the_oldest_is_dropped(caplog
 
 
 def test_the_encoder_gives_the_same_through_padded_buckets() -> None:
-    packed = packed_encoder("bert", static=True)
+    packed = packed_encoder("bert", calibrated=True)
     eager = GpuEncoder(packed)
     capture = Recorder()
     through = GpuEncoder(packed, graphs=GraphCache(eager._run, capture=capture))

@@ -62,8 +62,8 @@ def test_a_thousand_repeats_give_one_answer(bits, tokens):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("bits", formats.BITS)
-@pytest.mark.parametrize("activation_bits", [8, None])
-def test_linear_equals_the_cpu(bits, dtype, activation_bits):
+@pytest.mark.parametrize(("activation_bits", "asymmetric"), [(8, False), (8, True), (None, False)])
+def test_linear_equals_the_cpu(bits, dtype, activation_bits, asymmetric):
     codes, packed = random_weight(384, 384, bits)
     row_group = torch.arange(384) // 3
     scale, zero, bias = torch.rand(128, 1) * 0.01 + 0.01, torch.randint(-3, 3, (128, 1)).float(), torch.randn(384)
@@ -72,9 +72,9 @@ def test_linear_equals_the_cpu(bits, dtype, activation_bits):
     tolerance = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 4e-2}[dtype]
     for tokens in (1, 33, 500):
         x = torch.randn(2, tokens, 384, device=DEVICE).to(dtype)
-        y = dispatch.linear(x, *grid, bits=bits, activation_bits=activation_bits)
+        y = dispatch.linear(x, *grid, bits=bits, activation_bits=activation_bits, asymmetric=asymmetric)
         flat = x.float().cpu().reshape(-1, 384)
-        seen = reference.fake_quantize(flat) if activation_bits else flat
+        seen = reference.fake_quantize(flat, asymmetric=asymmetric) if activation_bits else flat
         expected = reference.matmul_a16(seen, codes, *spread, bias).reshape(2, tokens, 384)
         error = (y.double().cpu() - expected).abs().max() / expected.abs().max()
         assert y.dtype == dtype and float(error) < tolerance
@@ -83,13 +83,14 @@ def test_linear_equals_the_cpu(bits, dtype, activation_bits):
 def test_other_kernels_equal_the_reference():
     x, residual = torch.randn(77, 768).half(), torch.randn(77, 768).half()
     weight, bias = torch.randn(768), torch.randn(768)
-    y, codes, scale, row_sum = operators.layernorm_quantize(
-        x.to(DEVICE), residual.to(DEVICE), weight.to(DEVICE), bias.to(DEVICE), 1e-12
-    )
+    given = [t.to(DEVICE) for t in (x, residual, weight, bias)]
     expected = reference.layernorm_quantize(x, residual, weight, bias, 1e-12)[0]
-    torch.testing.assert_close(y.double().cpu(), expected, rtol=2e-3, atol=2e-3)
-    for got, wanted in zip((codes, scale, row_sum), reference.quantize_rows(y.float().cpu()), strict=True):
-        assert torch.equal(got.cpu(), wanted)
+    for asymmetric in (False, True):
+        y, *quantized = operators.layernorm_quantize(*given, 1e-12, asymmetric=asymmetric)
+        torch.testing.assert_close(y.double().cpu(), expected, rtol=2e-3, atol=2e-3)
+        wanted = reference.quantize_rows(y.float().cpu(), asymmetric)
+        for ours in (quantized, operators.quantize_rows(y, asymmetric=asymmetric)):
+            assert all(torch.equal(a.cpu(), b) for a, b in zip(ours, wanted, strict=True))
     starts = torch.tensor([0, 5, 133, 133, 140, 652], dtype=torch.int32)
     fused = torch.randn(652, 3, 12, 64).half()
     query, key, value = fused.unbind(1)
@@ -125,8 +126,8 @@ def test_tiles_are_measured_and_used():
     assert best == tiles.choose_tile("matmul_a8", 200, 768, 768, 4, torch.cuda.get_device_name())
 
 
-@pytest.mark.parametrize("static", [False, True])
-def test_whole_encoders_eagerly_and_through_graphs(static):
+@pytest.mark.parametrize("ranges", ["dynamic", "asymmetric", "static"])
+def test_whole_encoders_eagerly_and_through_graphs(ranges):
     import transformers as tf
 
     import qbert
@@ -143,7 +144,9 @@ def test_whole_encoders_eagerly_and_through_graphs(static):
         return {"input_ids": torch.randint(5, 500, mask.shape, generator=draw), "attention_mask": mask.long()}
 
     bits = {"encoder.layer.0.attention.self.query": 2, "encoder.layer.1": 3, "embeddings": 4, "*": 8}
-    packed = qbert.pack(qbert.quantize_model(model, bits, calibration_data=[batch(4, 32)] if static else None))
+    data = [batch(4, 32)] if ranges == "static" else None
+    config = qbert.BitsConfig(bits, activation_range=ranges)
+    packed = qbert.pack(qbert.quantize_model(model, config, calibration_data=data))
     fast = qbert.optimize_for_inference(packed.to(DEVICE))
     slow = GpuEncoder(packed.to("cpu"))  # the kernels' slow twins
     assert fast.forward.graphs is not None

@@ -16,11 +16,17 @@ from qbert.packed import pack
 BITS = {"encoder.layer.0.attention.self.query": 2, "encoder.layer.0.attention.self.key": 4, "embeddings": 4, "*": 3}
 
 
-@pytest.mark.parametrize(("family", "static"), [("bert", False), ("electra", True)])
-def test_the_kernels_of_a_fused_encoder_work_together(family, static, monkeypatch):
+@pytest.mark.parametrize(
+    ("family", "ranges"), [("bert", "dynamic"), ("electra", "static"), ("bert", "asymmetric"), ("roberta", "mixed")]
+)
+def test_the_kernels_of_a_fused_encoder_work_together(family, ranges, monkeypatch):
     model = AutoModel.from_config(build(family).config).eval()
-    data = [inputs_for(family, 4, 12)] if static else None
-    packed = pack(qbert.quantize_model(model, BITS, calibration_data=data))
+    kind = "asymmetric" if ranges == "mixed" else ranges
+    # "mixed": the kernels with a static int8 output between those with offsets.
+    rules = BITS | ({"*.output.dense": {"bits": 4, "activation_range": "static"}} if ranges == "mixed" else {})
+    data = [inputs_for(family, 4, 12)] if ranges in ("static", "mixed") else None
+    config = qbert.BitsConfig(rules, activation_range=kind)
+    packed = pack(qbert.quantize_model(model, config, calibration_data=data))
     batch = inputs_for(family, 2, 7)
     packed.forward = GpuEncoder(packed)
     expected = packed(**batch)[0]
@@ -28,7 +34,7 @@ def test_the_kernels_of_a_fused_encoder_work_together(family, static, monkeypatc
     monkeypatch.setattr(operators, "implementation", lambda device: used.append(device) or "triton")
     got = packed(**batch)[0]
     # Per token range: products q, k, v | attention | quantize | output | norm | in | quantize | out | norm.
-    assert len(used) == 1 + 2 * (7 if static else 9) + (family == "electra")
+    assert len(used) == 1 + 2 * (7 if data else 9) + (family == "electra")
     keep = batch["attention_mask"].bool()
     assert float((got - expected)[keep].norm() / expected[keep].norm()) < 0.01
     assert bool((got[~keep] == 0).all())
