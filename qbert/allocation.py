@@ -19,29 +19,16 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
+from qbert.arguments import real_number
 from qbert.bits import BitsConfig
+from qbert.block_config import write_config
 from qbert.budgets import Latency, check_bounds, explain_infeasible, make_budgets
-from qbert.choices import (
-    Block,
-    Choice,
-    Fixed,
-    Measured,
-    best_rules,
-    check_widths,
-    fixed_value,
-    free_targets,
-    make_choices,
-    measured_blocks,
-)
+from qbert.choices import Fixed, Measured, check_widths, make_choices, measured_blocks
+from qbert.damage import Damage, Errors, damage_table
 from qbert.knapsack import choose
-from qbert.patterns import covers
 from qbert.perturbation import weight_errors
-from qbert.targets import base_model
-
-Damage = Mapping[str, Mapping[int, float]]
-Errors = Mapping[str, Mapping[int, float]]
 
 
 def allocate_bits(
@@ -92,6 +79,7 @@ def allocate_bits(
     Raises:
         ValueError: a budget that cannot be kept (the sentence names the smallest that can), a budget without `model`,
             an impossible width or setting, a spectrum of another model.
+        TypeError: a spectrum, model, `fixed` or `tied` of another type.
     """
     problem = Problem(
         spectrum,
@@ -139,11 +127,11 @@ class Problem:
         embedding_bits: int = 8,
     ):
         self.widths = check_widths(bits)
-        check_bounds(**bounds)
+        bounds = check_bounds(**bounds)
         self.limited = any(value is not None for value in bounds.values())
         _check_arguments(self.widths, self.limited, model, share, bounds.get("max_latency"), latency)
         self.model, self.damage, self.share, self.fixed = model, damage, share, fixed
-        self.tied = [list(names) for names in tied]
+        self.tied = [names if isinstance(names, str) else list(names) for names in tied]  # strings are refused
         self.embedding_bits, self.settings = embedding_bits, settings
         self.blocks = measured_blocks(spectrum, model)
         self.choices = make_choices(self.blocks, fixed=fixed, tied=self.tied, model=model)
@@ -196,47 +184,6 @@ class Problem:
         return found
 
 
-def damage_table(
-    spectrum: Measured | Mapping[str, float],
-    choices: Sequence[Choice],
-    widths: Sequence[int],
-    model: nn.Module,
-    damage: Damage | None,
-    settings: Mapping[str, Any],
-    *,
-    errors: Errors | None = None,
-) -> list[list[float]]:
-    """Predicted damage of every choice at every width, [choices][widths]; `errors` are those of the weights, if known.
-
-    Raises:
-        ValueError: if `damage` lacks a block or a width, or holds a number that is not finite.
-    """
-    own = getattr(spectrum, "damage", None)
-    if damage is None and callable(own):
-        damage = own()
-    if damage is not None:
-        for block in (b for c in choices for b in c.blocks):
-            for width in widths:
-                value = damage.get(block.name, {}).get(width, math.nan)
-                if not math.isfinite(value):
-                    raise ValueError(f"damage: it has no finite number for {block.name!r} at {width} bits; add one")
-        return [[math.fsum(damage[b.name][w] for b in c.blocks) for w in widths] for c in choices]
-    if errors is None:
-        errors = weight_errors(model, widths, names=[m for c in choices for m in c.members], **settings)
-    targets = free_targets(model)
-    table = []
-    for choice in choices:
-        weights: dict[int, tuple[float, str]] = {}  # a weight in several blocks is as sensitive as the most sensitive
-        for block in choice.blocks:
-            for member in (m for m in block.members if m in choice.members):
-                weight = targets[member].module.weight
-                assert isinstance(weight, Tensor)
-                known, _ = weights.get(id(weight), (block.sensitivity, member))
-                weights[id(weight)] = max(known, block.sensitivity), member
-        table.append([math.fsum(omega * errors[member][w] for omega, member in weights.values()) for w in widths])
-    return table
-
-
 def split_by_rank(sensitivities: Sequence[float], widths: int, share: float | None = None) -> list[int]:
     """Index of the width (ascending) of every block: monotone in the ranking, equal parts or `share` for two widths.
 
@@ -257,40 +204,6 @@ def split_by_rank(sensitivities: Sequence[float], widths: int, share: float | No
     return picked
 
 
-def write_config(
-    blocks: Sequence[Block],
-    chosen: Mapping[str, int],
-    widths: Sequence[int],
-    fixed: Fixed | None,
-    model: nn.Module | None,
-    embedding_bits: int,
-    settings: Mapping[str, Any],
-) -> BitsConfig:
-    """The configuration that gives every block its chosen bits and every fixed matrix its fixed ones."""
-    prefix = base_model(model)[0] if model is not None else ""
-    rules: dict[str, int | Mapping[str, Any]] = {}
-    for block in blocks:
-        if block.name in chosen:
-            names = [block.name] if _stands_for(block, blocks) else block.members
-            rules.update(dict.fromkeys(names, chosen[block.name]))
-    rules.update(fixed or {})
-    rules.setdefault("*", max(widths))
-    for block in blocks:
-        for member in block.members:
-            wanted = fixed_value(member, fixed, prefix)
-            if wanted is None:
-                wanted = chosen[block.name]
-            if any(value != wanted for value in best_rules(member, rules, prefix)):
-                rules[member] = wanted
-    return BitsConfig(rules, embedding_bits=embedding_bits, **settings)
-
-
-def _stands_for(block: Block, blocks: Sequence[Block]) -> bool:
-    """Whether the block's name, as a pattern, matches its own matrices and nobody else's."""
-    others = [m for b in blocks if b is not block for m in b.members]
-    return all(covers(block.name, (m,)) for m in block.members) and not any(covers(block.name, (m,)) for m in others)
-
-
 def _check_arguments(
     widths: Sequence[int],
     limited: bool,
@@ -307,5 +220,5 @@ def _check_arguments(
         return
     if limited or len(widths) != 2:
         raise ValueError("share: it cuts a ranking into two bit widths; give two numbers in bits and no budget")
-    if not 0 <= share <= 1:
+    if not 0 <= real_number("share", share) <= 1:
         raise ValueError(f"share={share!r} is not a share of the blocks; use a number from 0 to 1")

@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qbert.allocation import Problem
+from qbert.arguments import whole_number
 from qbert.hessian.spectrum import HessianSpectrum
 
 _BOUNDS = ("size_mb", "average_bits", "bit_operations", "max_latency")
@@ -64,16 +65,19 @@ def bit_shares(
         seed: for the draws.
 
     Raises:
-        ValueError: as `allocate_bits`; fewer than two runs or one draw; `damage`.
+        ValueError, TypeError: as `allocate_bits`; fewer than two runs or one draw; `damage`; a spectrum without runs.
     """
-    if draws < 1:
-        raise ValueError(f"draws: {draws} is not a number of resampled spectra; use 1 or more")
+    if not isinstance(spectrum, HessianSpectrum):
+        raise TypeError(f"spectrum: expected a HessianSpectrum with its runs, got {type(spectrum).__name__}")
+    draws = whole_number("draws", draws, least=1)
     if arguments.get("damage") is not None:
         raise ValueError("damage: it does not depend on the runs, so that there is nothing to resample; leave it out")
     bounds = {name: arguments.pop(name, None) for name in _BOUNDS}
     given = {name: arguments.pop(name) for name in _PROBLEM if name in arguments}
     problem = Problem(spectrum, bits, bounds=bounds, settings=arguments, **given)
-    chosen = problem.chosen(problem.solve(spectrum))
+    picked = problem.solve(spectrum)
+    problem.config(picked)  # which refuses settings that there are not, or that do not fit
+    chosen = problem.chosen(picked)
     found = np.zeros((len(chosen), len(problem.widths)))
     same = 0
     for sensitivity in spectrum.resampled(draws, seed=seed):

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any
 
 from torch import Tensor, nn
@@ -44,10 +45,9 @@ class Budget:
     table: list[list[float]]
 
     @property
-    def smallest(self) -> float:
-        """The least that can be spent, in the unit of the argument, rounded up to four digits after the point."""
-        least = self.constant + sum(min(row) for row in self.table)
-        return math.ceil(least / self.unit * 1e4) / 1e4
+    def smallest(self) -> str:
+        """The least that can be spent, in the unit of the argument, as `rounded_up` text."""
+        return rounded_up((self.constant + sum(min(row) for row in self.table)) / self.unit)
 
     @property
     def room(self) -> float:
@@ -82,9 +82,8 @@ def make_budgets(
         max_latency, latency: a table block or matrix name -> bits -> time, and the bound of its sum.
 
     Raises:
-        ValueError: a bound that is not positive, or a latency table that lacks an entry.
+        ValueError: a latency table that lacks an entry.
     """
-    check_bounds(size_mb=size_mb, average_bits=average_bits, bit_operations=bit_operations, max_latency=max_latency)
     specs = {b: target_specs(model, b, **settings) for b in widths}
     targets = free_targets(model)
     given = reference.resolve(model)
@@ -96,7 +95,12 @@ def make_budgets(
         ]
 
     def budget(argument: str, limit: float, unit: float, whole: float, costs: list[list[float]]) -> Budget:
-        return Budget(argument, limit * unit, unit, whole - math.fsum(row[0] for row in costs), costs)
+        spend = limit * unit
+        if unit != 1:  # the largest whole number that comes to `limit` in the unit: what model_size(...).mb says fits
+            spend = max(
+                n for n in (math.floor(spend) - 1, math.floor(spend), math.floor(spend) + 1) if n / unit <= limit
+            )
+        return Budget(argument, spend, unit, whole - math.fsum(row[0] for row in costs), costs)
 
     members = [m for b in blocks for m in b.members]
     budgets = []
@@ -123,17 +127,24 @@ def make_budgets(
     return budgets
 
 
-def check_bounds(**bounds: float | None) -> None:
-    """Refuse bounds that are not positive numbers.
+def check_bounds(**bounds: float | None) -> dict[str, float | None]:
+    """The bounds as Python's numbers.
 
     Raises:
-        ValueError: naming the argument.
+        ValueError: naming one that is not a positive number.
     """
     for name, value in bounds.items():
         if value is None:
             continue
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0 or math.isinf(value):
+        if isinstance(value, bool) or not isinstance(value, Real) or not 0 < value < math.inf:
             raise ValueError(f"{name}={value!r} is not a bound; use a positive number")
+    return {name: None if value is None else float(value) for name, value in bounds.items()}
+
+
+def rounded_up(value: float) -> str:
+    """`value` in decimals, never less than it is: at least four after the point, and six significant ones."""
+    digits = max(4, 5 - math.floor(math.log10(value))) if value > 0 else 4
+    return f"{math.ceil(value * 10**digits) / 10**digits:.{digits}f}"
 
 
 def explain_infeasible(budgets: Sequence[Budget], widths: Sequence[int]) -> str:
@@ -145,7 +156,7 @@ def explain_infeasible(budgets: Sequence[Budget], widths: Sequence[int]) -> str:
             rest = ""
             if b.argument == "size_mb":
                 rest = f"{b.constant / b.unit:.4f} MB is not chosen here (embeddings, biases, heads), and "
-            return f"{b.argument}={given:g} is too small {choices}: {rest}the smallest possible is {b.smallest:.4f}"
+            return f"{b.argument}={given:g} is too small {choices}: {rest}the smallest possible is {b.smallest}"
     first, others = budgets[0], budgets[1:]
     least = choose(first.table, [b.table for b in others], [b.room for b in others])
     assert least is not None or len(others) > 1
@@ -155,7 +166,7 @@ def explain_infeasible(budgets: Sequence[Budget], widths: Sequence[int]) -> str:
     needed = (first.constant + sum(row[p] for row, p in zip(first.table, least, strict=True))) / first.unit
     return (
         f"{first.argument}={first.limit / first.unit:g} is too small {choices} together with {names}: the smallest "
-        f"possible is {math.ceil(needed * 1e4) / 1e4:.4f}"
+        f"possible is {rounded_up(needed)}"
     )
 
 

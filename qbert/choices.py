@@ -8,10 +8,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any, Protocol
 
 from torch import nn
 
+from qbert.arguments import is_whole
 from qbert.bits import FLOAT_BITS, QUANTIZED_BITS
 from qbert.patterns import covers, longest
 from qbert.targets import HEAD_ROLE, Target, base_model, find_targets
@@ -67,27 +69,39 @@ def check_widths(bits: Iterable[int]) -> tuple[int, ...]:
     """`bits` in ascending order.
 
     Raises:
-        ValueError: if it is empty, holds a number twice or one that is not a bit width.
+        ValueError: if it is one number, is empty, holds a number twice or one that is not a bit width.
     """
-    if isinstance(bits, int):
-        raise ValueError(f"bits={bits} is one number; give the widths to choose from, such as bits=(2, 3)")
+    if not isinstance(bits, Iterable):
+        raise ValueError(f"bits={bits!r} is one number; give the widths to choose from, such as bits=(2, 3)")
     widths = tuple(bits)
     known = QUANTIZED_BITS + FLOAT_BITS
-    wrong = [b for b in widths if isinstance(b, bool) or b not in known]
+    wrong = [b for b in widths if not is_whole(b) or b not in known]
     if wrong or not widths or len(set(widths)) < len(widths):
         raise ValueError(f"bits={widths!r} is not possible; give different widths out of {', '.join(map(str, known))}")
-    return tuple(sorted(widths))
+    return tuple(sorted(int(b) for b in widths))
 
 
 def measured_blocks(measured: Measured | Mapping[str, float], model: nn.Module | None = None) -> list[Block]:
     """The blocks of a spectrum, of a sensitivity report, or of a plain mapping from block name to sensitivity.
 
     Raises:
-        ValueError: no block, a sensitivity that is not finite, or a block that `model` does not have.
+        ValueError: no block, a sensitivity that is not a finite number, or a block that `model` does not have.
+        TypeError: if `measured` is none of the three, or `model` no module.
     """
+    if not (model is None or isinstance(model, nn.Module)):
+        raise TypeError(f"model: expected the float model (nn.Module), got {type(model).__name__}")
     if isinstance(measured, Mapping):
-        names, values = list(measured), [float(v) for v in measured.values()]
+        names = list(measured)
+        for name, value in measured.items():
+            if isinstance(value, bool) or not isinstance(value, Real):
+                raise ValueError(f"spectrum: the sensitivity of {name} is {value!r}; use a number")
+        values = [float(v) for v in measured.values()]
         members: Mapping[str, Sequence[str]] = {name: members_of(name, model) for name in names}
+    elif not all(hasattr(measured, attribute) for attribute in ("names", "members", "sensitivity")):
+        raise TypeError(
+            f"spectrum: expected a HessianSpectrum (HessianSpectrum.load reads a file), the result of "
+            f"qbert.sensitivity or a mapping from block name to sensitivity, got {type(measured).__name__}"
+        )
     else:
         names, values, members = list(measured.names), [float(v) for v in measured.sensitivity], measured.members
     if not names:
@@ -137,8 +151,14 @@ def make_choices(
         model: to find shared weights.
 
     Raises:
-        ValueError: if `tied` names an unknown block.
+        ValueError: if `tied` names an unknown block; TypeError if it holds names instead of sets of names, or `fixed`
+            is no mapping.
     """
+    if not (fixed is None or isinstance(fixed, Mapping)):
+        raise TypeError(f"fixed: expected a mapping from name patterns to bits, got {type(fixed).__name__}")
+    sets = list(tied)
+    if any(isinstance(names, str) for names in sets):
+        raise TypeError(f"tied: {sets!r} holds names; give sets of names, such as [({sets[0]!r}, ...)]")
     parent = {b.name: b.name for b in blocks}
 
     def root(name: str) -> str:
@@ -146,7 +166,7 @@ def make_choices(
             name = parent[name]
         return name
 
-    for names in [list(g) for g in tied] + _sharing(blocks, model):
+    for names in [list(g) for g in sets] + _sharing(blocks, model):
         for name in names:
             if name not in parent:
                 raise ValueError(f"tied: {name!r} is no measured block; use names such as {blocks[0].name!r}")

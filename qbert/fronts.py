@@ -16,10 +16,11 @@ from typing import Any
 
 from torch import nn
 
-from qbert.allocation import Damage, damage_table, write_config
 from qbert.bits import BitsConfig
-from qbert.budgets import make_budgets
+from qbert.block_config import write_config
+from qbert.budgets import make_budgets, rounded_up
 from qbert.choices import Fixed, Measured, check_widths, make_choices, measured_blocks
+from qbert.damage import Damage, damage_table
 from qbert.files import read_json, write_json, write_whole
 from qbert.knapsack import front
 
@@ -54,7 +55,8 @@ class ParetoFront:
         """
         fitting = [p for p in self.points if p.mb <= size_mb]
         if not fitting:
-            raise ValueError(f"size_mb={size_mb!r} is too small: the smallest allocation takes {self.points[0].mb:.4f}")
+            smallest = rounded_up(self.points[0].mb)
+            raise ValueError(f"size_mb={size_mb!r} is too small: the smallest allocation takes {smallest}")
         return fitting[-1].config
 
     def plot(self, path: str | os.PathLike[str], *, marks: Mapping[str, tuple[float, float]] | None = None) -> None:

@@ -14,6 +14,8 @@ from spectra import Spectrum, bits_by_block, spectrum_of
 
 from qbert.allocation import allocate_bits
 from qbert.bits import BitsConfig
+from qbert.budgets import Budget, make_budgets
+from qbert.choices import free_targets, make_choices, measured_blocks
 from qbert.knapsack import choose, front, total
 from qbert.perturbation import weight_errors
 from qbert.quantize import quantize_model
@@ -335,6 +337,12 @@ def test_weight_errors_are_those_of_the_quantized_model() -> None:
         ({"max_latency": 3, "model": MODEL}, "latency and max_latency go together"),
         ({"bits": (2, 3, 4), "share": 0.5}, "share: "),
         ({"share": 1.5}, "share=1.5"),
+        ({"share": "half"}, "share: 'half' is not a number"),
+        ({"bits": 2.5}, r"bits=2\.5 is one number"),
+        ({"bits": (2.0, 3.0)}, r"bits=\(2\.0, 3\.0\)"),
+        ({"fixed": "encoder.layer.0"}, "fixed: expected a mapping"),
+        ({"tied": ["encoder.layer.0", "encoder.layer.1"]}, r"tied: .* such as \[\('encoder\.layer\.0', \.\.\.\)\]"),
+        ({"model": "bert"}, "model: expected the float model"),
         ({"fixed": {"nowhere": 4}, "model": MODEL}, "pattern 'nowhere' matches no tensor"),
         ({"gruops": 4}, "unknown setting 'gruops'"),
         ({"groups": 5, "model": MODEL}, "groups=5 does not divide"),
@@ -355,6 +363,58 @@ def test_bad_spectra_are_refused() -> None:
         allocate_bits(spectrum_of(build("bert", num_hidden_layers=5)), model=MODEL)
     with pytest.raises(ValueError, match=r"'encoder.layers.0'"):
         allocate_bits({"encoder.layers.0": 1.0}, model=MODEL)
+
+
+@pytest.mark.parametrize("value", [None, "1", [1.0], True])
+def test_sensitivities_that_are_no_numbers_are_refused(value) -> None:
+    with pytest.raises(ValueError, match=r"sensitivity of encoder\.layer\.0 is .*; use a number"):
+        allocate_bits({"encoder.layer.0": value})
+    with pytest.raises(TypeError, match="spectrum: expected a HessianSpectrum"):
+        allocate_bits(value)
+
+
+def test_negative_sensitivities_rank_blocks_but_predict_no_damage() -> None:
+    signed = {"encoder.layer.0": -5.0, "encoder.layer.1": 1.0, "encoder.layer.2": 2.0}
+    assert allocate_bits(signed, model=MODEL, groups=4).rules["encoder.layer.0"] == {"bits": 2}
+    with pytest.raises(ValueError, match=r"sensitivity of encoder\.layer\.0 is -5\.0, .*magnitudes"):
+        allocate_bits(signed, average_bits=2.5, model=MODEL, groups=4)
+
+
+def test_numpy_numbers_are_numbers(tmp_path) -> None:
+    spectrum = spectrum_of(MODEL)
+    config = allocate_bits(spectrum, bits=np.array([2, 4]), size_mb=np.float32(1.0), model=MODEL, groups=4)
+    config.save(tmp_path / "bits.json")
+    assert config == allocate_bits(spectrum, bits=(2, 4), size_mb=1.0, model=MODEL, groups=4)
+
+
+@pytest.mark.parametrize("bits", [2.1, 7 / 3, 2.7])
+def test_a_bound_that_was_read_off_admits_what_it_was_read_off(bits: float) -> None:
+    # 1.000009 * 1e6 is 1000008.9999999999: the very size of a model must not be too small for it.
+    for size in (1_000_009, 1_000_012, 16_077_004):
+        assert budget_of(size_mb=size / 1e6).limit == size
+    spectrum = spectrum_of(MODEL, "matrix")
+    config = allocate_bits(spectrum, bits=(2, 3), average_bits=bits, model=MODEL, groups=4)
+    targets = free_targets(MODEL)
+    found = config.resolve(MODEL)
+    weights = [targets[m].module.weight.numel() for n in spectrum.names for m in spectrum.members[n]]
+    used = [found[targets[m].path].bits for n in spectrum.names for m in spectrum.members[n]]
+    mean = sum(w * b for w, b in zip(weights, used, strict=True)) / sum(weights)
+    assert allocate_bits(spectrum, bits=(2, 3), average_bits=mean, model=MODEL, groups=4) == config
+
+
+def budget_of(**bounds: float) -> Budget:
+    blocks = measured_blocks(spectrum_of(MODEL), MODEL)
+    choices = make_choices(blocks, model=MODEL)
+    (budget,) = make_budgets(blocks, choices, (2, 3), MODEL, BitsConfig(2, groups=4), {"groups": 4}, **bounds)
+    return budget
+
+
+def test_the_smallest_bound_is_named_in_any_unit() -> None:
+    spectrum = spectrum_of(MODEL)
+    times = {name: {2: 1.234e-5, 3: 2e-5} for name in spectrum.names}
+    with pytest.raises(ValueError, match=r"max_latency=3e-05 is too small .* the smallest possible is 0\.0000493600$"):
+        allocate_bits(spectrum, latency=times, max_latency=3e-5, model=MODEL, groups=4)
+    allocate_bits(spectrum, latency=times, max_latency=0.0000493600, model=MODEL, groups=4)
 
 
 def test_the_model_is_left_alone() -> None:

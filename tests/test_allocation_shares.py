@@ -74,5 +74,24 @@ def test_what_cannot_be_resampled_is_refused() -> None:
         bit_shares(spectrum(model, [[4, 3, 2, 1]]))
     with pytest.raises(ValueError, match="draws: 0"):
         bit_shares(two, draws=0)
+    with pytest.raises(TypeError, match=r"draws: 2\.5 .*a whole number"):
+        bit_shares(two, draws=2.5)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="spectrum: expected a HessianSpectrum with its runs, got dict"):
+        bit_shares({"encoder.layer.0": 1.0})  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="damage"):
         bit_shares(two, damage={})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"size": 12}, "unknown setting 'size'"),
+        ({"fixed": {"encoder.layer.0": 5}}, "bits=5"),
+        ({"groups": 0}, "groups=0"),
+    ],
+)
+def test_what_allocate_bits_refuses_is_refused(arguments, message: str) -> None:
+    two = spectrum(build("bert", num_hidden_layers=4), [[4, 3, 2, 1], [1, 2, 3, 4]])
+    for use in (allocate_bits, bit_shares):
+        with pytest.raises(ValueError, match=message):
+            use(two, **arguments)

@@ -35,7 +35,7 @@ def test_front_is_what_budgets_give(granularity: str) -> None:
     for point in front.points[:: max(1, len(front.points) // 12)]:
         assert model_size(MODEL, point.config).total == point.bytes
         assert harm(spectrum, point.config) == pytest.approx(point.damage, rel=1e-12)
-        budget = allocate_bits(spectrum, size_mb=point.mb + 1e-9, model=MODEL, **KWARGS)
+        budget = allocate_bits(spectrum, size_mb=point.mb, model=MODEL, **KWARGS)
         assert harm(spectrum, budget) == pytest.approx(point.damage, rel=1e-9)
 
 
@@ -45,8 +45,9 @@ def test_config_by_size_and_refusal() -> None:
     middle = front.points[len(front.points) // 2]
     assert front.config(middle.mb) == middle.config
     assert front.config(1e9) == front.points[-1].config
-    with pytest.raises(ValueError, match=r"size_mb=0\.001 is too small: the smallest allocation takes"):
+    with pytest.raises(ValueError, match=r"size_mb=0\.001 is too small: the smallest allocation takes") as caught:
         front.config(0.001)
+    assert front.config(float(str(caught.value).rsplit(" ", 1)[1])) == front.points[0].config
 
 
 def test_fixed_and_tied_blocks() -> None:
