@@ -13,9 +13,12 @@ def write_whole(path: str | os.PathLike[str], write: Callable[[Path], Any]) -> N
     """Call ``write(aside)`` on a temporary name beside `path`, then rename it to `path`.
 
     Folders on the way are made. If `write` fails or is interrupted, nothing is left behind and an existing file
-    stays as it was. The temporary name keeps the suffix, which some writers look at.
+    stays as it was. The temporary name keeps the suffix, which some writers look at. Raises IsADirectoryError, before
+    `write` is called, if `path` is a folder.
     """
     target = Path(path)
+    if target.is_dir():
+        raise IsADirectoryError(f"{target} is a folder; give the name of a file to write")
     target.parent.mkdir(parents=True, exist_ok=True)
     aside = target.with_name(f".{os.getpid()}.part.{target.name}")
     try:

@@ -1,12 +1,18 @@
 """`export_onnx`: ONNX Runtime computes what the packed model does, from weights in as few bits."""
 
+import copy
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from encoders import build, inputs_for
-from transformers import AutoModel
+from transformers import (
+    AutoModel,
+    AutoModelForMultipleChoice,
+    AutoModelForQuestionAnswering,
+    AutoModelForSequenceClassification,
+)
 
 import qbert
 
@@ -72,10 +78,71 @@ def test_weights_are_stored_in_few_bits(tmp_path: Path) -> None:
     assert sizes[8] - sizes[4] > 0.8 * weights / 2 and sizes[4] - sizes[2] > 0.8 * weights / 4
 
 
+def test_a_model_that_answers_questions_has_both_ends(tmp_path: Path) -> None:
+    model = AutoModelForQuestionAnswering.from_config(build("bert").config)
+    packed = qbert.pack(qbert.quantize_model(model, qbert.BitsConfig(4, activation_bits=None)))
+    qbert.export_onnx(packed, tmp_path / "model.onnx")
+    session = ort.InferenceSession(str(tmp_path / "model.onnx"), providers=["CPUExecutionProvider"])
+    assert [o.name for o in session.get_outputs()] == ["start_logits", "end_logits"]
+    batch = inputs_for("bert", 3, 12)
+    got = session.run(None, {k: v.numpy() for k, v in batch.items()})
+    with torch.no_grad():
+        wanted = packed(**batch)
+    for values, name in zip(got, ("start_logits", "end_logits"), strict=True):
+        assert torch.allclose(torch.from_numpy(values), wanted[name], atol=2e-5)
+
+
+def test_axes_are_named_after_what_they_follow(tmp_path: Path) -> None:
+    config = build("bert", num_labels=9).config
+    for kind, wanted in ((AutoModelForSequenceClassification, ["batch", 9]), (AutoModel, ["batch", "length", 48])):
+        packed = qbert.pack(qbert.quantize_model(kind.from_config(config), 4))
+        qbert.export_onnx(packed, tmp_path / "model.onnx")
+        session = ort.InferenceSession(str(tmp_path / "model.onnx"), providers=["CPUExecutionProvider"])
+        assert session.get_outputs()[0].shape == wanted
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_every_dtype_is_exported_as_float32(dtype: torch.dtype, tmp_path: Path) -> None:
+    model, batch = AutoModel.from_config(build("bert").config), inputs_for("bert")
+    packed = qbert.pack(qbert.quantize_model(model, qbert.BitsConfig(4, activation_bits=None)))
+    keep, wanted = batch["attention_mask"].bool(), expected(packed, batch)
+    packed.to(dtype)
+    qbert.export_onnx(packed, tmp_path / "model.onnx")
+    got = run(tmp_path / "model.onnx", batch)
+    assert packed.dtype == dtype and got.dtype == torch.float32
+    assert torch.allclose(got[keep], wanted[keep], atol=0.02 if dtype == torch.bfloat16 else 0.003)
+
+
+def test_an_optimized_model_is_exported_like_the_packed_one(tmp_path: Path) -> None:
+    packed = qbert.pack(qbert.quantize_model(AutoModel.from_config(build("bert").config), 4))
+    qbert.export_onnx(packed, tmp_path / "packed.onnx")
+    qbert.export_onnx(qbert.optimize_for_inference(packed), tmp_path / "optimized.onnx")
+    assert (tmp_path / "packed.onnx").read_bytes() == (tmp_path / "optimized.onnx").read_bytes()
+
+
+@pytest.mark.parametrize("inputs", [("input_ids", "segments"), "input_ids", ()])
+def test_inputs_that_the_model_does_not_have_are_named(inputs: Any, tmp_path: Path) -> None:
+    packed = qbert.pack(qbert.quantize_model(AutoModel.from_config(build("bert").config), 4))
+    with pytest.raises(ValueError, match=r"inputs: .* is not among the inputs of BertModel.*token_type_ids"):
+        qbert.export_onnx(packed, tmp_path / "model.onnx", inputs=inputs)
+
+
+def test_what_is_no_text_encoder_is_named(tmp_path: Path) -> None:
+    choices = AutoModelForMultipleChoice.from_config(build("bert").config)
+    packed = qbert.pack(qbert.quantize_model(choices, 4))
+    with pytest.raises(ValueError, match=r"BertForMultipleChoice cannot be called with input_ids, attention_mask"):
+        qbert.export_onnx(packed, tmp_path / "model.onnx")
+    packed = qbert.pack(qbert.quantize_model(build("vit"), 4))
+    with pytest.raises(ValueError, match=r"not among the inputs of ViT.*pixel_values"):
+        qbert.export_onnx(packed, tmp_path / "model.onnx")
+
+
 def test_what_cannot_be_exported_is_said(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"call qbert\.pack first"):
         qbert.export_onnx(build("bert"), tmp_path / "model.onnx")
     packed = qbert.pack(qbert.quantize_model(build("bert"), 4))
     with pytest.raises(ValueError, match="not on the CPU"):
-        qbert.export_onnx(packed.to("meta"), tmp_path / "model.onnx")
+        qbert.export_onnx(copy.deepcopy(packed).to("meta"), tmp_path / "model.onnx")
+    with pytest.raises(IsADirectoryError, match="is a folder; give the name of a file"):
+        qbert.export_onnx(packed, tmp_path)
     assert not list(tmp_path.iterdir())
