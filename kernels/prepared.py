@@ -9,6 +9,7 @@ layout of an int8 product, scales spread over rows) is made from them at the fir
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Hashable
 from typing import Any, TypeVar
 
@@ -19,9 +20,13 @@ Value = TypeVar("Value")
 
 
 class PreparedCache:
-    """Values by the identity of tensors. A value must not keep the tensors' memory alive itself."""
+    """Values by the identity of tensors, for any number of threads.
+
+    A value must not keep the tensors' memory alive itself.
+    """
 
     def __init__(self) -> None:
+        self._lock = threading.RLock()  # taken to change the entries only: finding one stays as fast as it was
         self._entries: dict[Hashable, tuple[tuple[int, ...], list[StorageWeakRef], Any]] = {}
 
     def __len__(self) -> int:
@@ -39,17 +44,22 @@ class PreparedCache:
         entry = self._entries.get(key)
         if entry is not None and entry[0] == versions:
             return entry[2]
-        self.drop_dead()
-        value = build()
-        # The weak references also keep the storages' addresses from being used again, so that keys stay unique.
-        self._entries[key] = (versions, [StorageWeakRef(t.untyped_storage()) for t in present], value)
+        with self._lock:
+            entry = self._entries.get(key)
+            if entry is not None and entry[0] == versions:
+                return entry[2]  # another thread built it while this one waited
+            self.drop_dead()
+            value = build()
+            # The weak references also keep the storages' addresses from being used again, so that keys stay unique.
+            self._entries[key] = (versions, [StorageWeakRef(t.untyped_storage()) for t in present], value)
         return value
 
     def drop_dead(self) -> None:
         """Forgets values whose tensors are gone."""
-        dead = [key for key, (_, references, _) in self._entries.items() if any(r.expired() for r in references)]
-        for key in dead:
-            del self._entries[key]
+        with self._lock:
+            dead = [key for key, (_, references, _) in self._entries.items() if any(r.expired() for r in references)]
+            for key in dead:
+                del self._entries[key]
 
 
 def _identity(tensor: Tensor) -> Hashable:

@@ -1,6 +1,7 @@
 """The torch operators: same numbers as the reference, visible to torch.compile and torch.export, clear refusals."""
 
 import gc
+import threading
 
 import pytest
 import torch
@@ -206,6 +207,25 @@ def test_what_was_prepared_dies_with_its_tensors():
     gc.collect()
     dispatch._cache.drop_dead()
     assert len(dispatch._cache) < size  # the prepared layer does not keep its own tensors alive
+
+
+def test_threads_prepare_once_and_share():
+    cache, tensors = PreparedCache(), (torch.ones(3),)
+    built, values = [], []
+
+    def ask():
+        values.append(cache.get(tensors, "a", build))
+
+    def build():
+        built.append(other := threading.Thread(target=ask))
+        if len(built) == 1:
+            other.start()
+            other.join(timeout=0.2)  # it has to wait for this one, or it would build a second value
+        return object()
+
+    ask()
+    built[0].join()
+    assert len(built) == 1 and values[0] is values[1] and len(values) == 2
 
 
 def test_bad_input_is_refused_by_name():
