@@ -21,6 +21,7 @@ The integer product knows codes, not the zero of their grid. Three ways, the fir
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -30,6 +31,8 @@ from torch import Tensor, nn
 from qbert.kernels import formats, reference
 from qbert.kernels.cpu_chains import AsymmetricChain, FloatChain, Rounding, StaticChain, SymmetricChain, compiled
 from qbert.kernels.cpu_gemm import Int8Gemm, available_engine, fit_pairs, saturates, takes_zero
+
+logger = logging.getLogger(__name__)
 
 _FOLD_LIMIT = 64  # 7 bits: wider operands could saturate 16-bit pair sums on CPUs without VNNI
 
@@ -66,9 +69,9 @@ class CpuLinear:
         `activation_bits` 8 quantizes x per token, symmetrically; with `activation_scale` (and `activation_zero`, in
         -128..127) with that one static scale; with `asymmetric` per token from its smallest to its largest value;
         None leaves x alone. More than one input group (K > 1) and `activation_bits` None run in float, as does a torch
-        without int8 operators; `reason` then says why. `exact` False rounds rows of 8-bit weights once more where this
-        CPU would have to take them apart (`cpu_gemm.fit_pairs`): faster there, with a little more error; on other CPUs
-        and for fewer bits it changes nothing.
+        without int8 operators; `reason` and the log then say why. `exact` False rounds rows of 8-bit weights once more
+        where this CPU would have to take them apart (`cpu_gemm.fit_pairs`): faster there, with a little more error; on
+        other CPUs and for fewer bits it changes nothing.
         Raises TypeError or ValueError for codes outside `bits` bits and for shapes that do not fit.
         """
         low, high = formats.code_range(bits)
@@ -91,6 +94,7 @@ class CpuLinear:
         offset = int(activation_zero) + 128
         reason = _reason_for_float(codes, scale, activation_bits)
         if reason:
+            logger.info("a matrix [%d, %d] multiplies in float, at four bytes a weight: %s", rows, columns, reason)
             quantize = Rounding(asymmetric, activation_scale or 0.0, offset) if activation_bits else None
             chain: nn.Module = FloatChain(reference.dequantize(codes, scale, zero), bias, quantize)
             return cls(chain, bias, columns, bits, "float", reason)

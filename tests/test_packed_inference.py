@@ -296,6 +296,16 @@ def test_what_cannot_be_optimized_is_said(caplog: pytest.LogCaptureFixture) -> N
     assert "not fused" in caplog.text and "in float" in caplog.text
 
 
+def test_matrices_that_run_in_float_are_named_with_the_reason(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, logger="qbert.kernels.cpu"):
+        optimize_for_inference(encoder("bert"))
+        assert not caplog.records
+        optimize_for_inference(encoder("bert", input_group_size=12))
+        optimize_for_inference(encoder("albert", activation_bits=None))
+    assert "[48, 96] multiplies in float, at four bytes a weight: 8 input groups" in caplog.text
+    assert "activations are not quantized" in caplog.text
+
+
 def test_small_tables_are_read_in_float_with_the_same_values() -> None:
     packed = encoder("bert")
     fast = optimize_for_inference(packed)
