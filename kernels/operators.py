@@ -8,9 +8,9 @@
     attention            over a packed batch of sequences of different lengths
     embed_layernorm      rows of up to three packed tables + LayerNorm + int8
 
-Static activations are described by a positive scale and an integer zero, x ~ scale (code - zero); a scale of 0 stands
-for one symmetric scale a token, or, with `asymmetric`, for a step and an offset a token, float32 [2, T]:
-x ~ scale[0] code + scale[1] (`reference.quantize_rows`).
+The three products are defined in `products`, the others here. Static activations are described by a positive scale and
+an integer zero, x ~ scale (code - zero); a scale of 0 stands for one symmetric scale a token, or, with `asymmetric`,
+for a step and an offset a token, float32 [2, T]: x ~ scale[0] code + scale[1] (`reference.quantize_rows`).
 
 On CUDA (sm_80 on) they run the Triton kernels of `gpu/`, elsewhere the exact and slow functions of `reference`. Each
 has a fake implementation, so torch.compile and torch.export pass through, and checks its arguments first.
@@ -24,19 +24,27 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from qbert.kernels import cpu, formats, reference
+from qbert.kernels import cpu, dispatch, reference
 from qbert.kernels.checks import (
     check_attention,
     check_embed_layernorm,
     check_layernorm,
-    check_matmul_a8,
-    check_matmul_a8_mixed,
-    check_matmul_a16,
     check_requantized,
     check_rows,
     check_static,
 )
-from qbert.kernels.dispatch import implementation
+from qbert.kernels.products import matmul_a8, matmul_a8_mixed, matmul_a16
+from qbert.kernels.twins import dense, empty_like, empty_scale, quantize, requantize
+
+__all__ = [
+    "attention",
+    "embed_layernorm",
+    "layernorm_quantize",
+    "matmul_a8",
+    "matmul_a8_mixed",
+    "matmul_a16",
+    "quantize_rows",
+]
 
 
 @torch.library.custom_op("qbert::quantize_rows", mutates_args=())
@@ -46,157 +54,18 @@ def quantize_rows(
     """x [T, I] -> (int8 codes [T, I], scale float32 [T] or [2, T], row sums int32 [T]), per token or static."""
     check_rows("x", x)
     check_static(static_scale, static_zero, asymmetric)
-    if implementation(x.device) == "triton":
+    if dispatch.implementation(x.device) == "triton":
         from qbert.kernels.gpu.quantize_rows import quantize_rows as kernel
 
         return kernel(x.contiguous(), static_scale, static_zero, asymmetric)
-    return _quantize(x, static_scale, static_zero, asymmetric)
+    return quantize(x, static_scale, static_zero, asymmetric)
 
 
 @quantize_rows.register_fake
 def _(x, static_scale=0.0, static_zero=0, asymmetric=False):  # type: ignore[no-untyped-def]
     check_rows("x", x)
     check_static(static_scale, static_zero, asymmetric)
-    return _like(x, torch.int8), *_fake_scale(x, x.shape[0], asymmetric)
-
-
-@torch.library.custom_op("qbert::matmul_a8", mutates_args=("out_row_sum",))
-def matmul_a8(
-    xq: Tensor,
-    x_scale: Tensor,
-    row_sum: Tensor | None,
-    packed: Tensor,
-    scale: Tensor,
-    zero: Tensor | None = None,
-    bias: Tensor | None = None,
-    residual: Tensor | None = None,
-    out_row_sum: Tensor | None = None,
-    weight_sum: Tensor | None = None,
-    *,
-    bits: int,
-    gelu: bool = False,
-    out_dtype: torch.dtype = torch.float16,
-    out_scale: float = 0.0,
-    out_zero: int = 0,
-) -> Tensor:
-    """y [T, O] = act((xq W_q^T - zero row_sum) x_scale scale + bias) + residual, in `out_dtype`.
-
-    xq int8 [T, I], x_scale float32 [T] or [1], row_sum int32 [T] (needed with zero), packed uint8 [O, row bytes],
-    scale and bias float32 [O], zero [O] float32 or, times 2^(8 - bits), int32 (`terms.fixed_point_zero`).
-    x_scale [2, T], steps and offsets, adds offset weight_sum before the bias; weight_sum float32 [O] is the sum of each
-    row of the real weights.
-    out_dtype int8 needs `out_scale`: clamp(round(y / out_scale) + out_zero, -128, 127); the sum of every row is then
-    added to `out_row_sum` (int32 [T], zeroed by the caller), where given.
-    """
-    check_matmul_a8(xq, x_scale, row_sum, packed, scale, zero, bias, residual, bits, out_dtype, out_scale, weight_sum)
-    check_requantized(out_scale, out_zero, out_row_sum, xq)
-    if implementation(xq.device) == "triton":
-        from qbert.kernels.gpu.matmul_a8 import matmul_a8 as kernel
-
-        return kernel(
-            xq.contiguous(),
-            x_scale.contiguous(),
-            packed.contiguous(),
-            scale.contiguous(),
-            bits=bits,
-            zero=_dense(zero),
-            row_sum=_dense(row_sum),
-            weight_sum=_dense(weight_sum),
-            bias=_dense(bias),
-            gelu=gelu,
-            residual=_dense(residual),
-            out_dtype=out_dtype,
-            out_scale=out_scale,
-            out_zero=out_zero,
-            out_row_sum=out_row_sum,
-        )
-    codes = formats.unpack(packed, bits, xq.shape[1])
-    real_zero = zero if zero is None or zero.dtype != torch.int32 else zero.double() / (1 << (8 - bits))
-    y = _product(xq, x_scale, row_sum, codes, scale, real_zero, bias, weight_sum)
-    y = reference.gelu(y) if gelu else y
-    y = y if residual is None else y + residual
-    return _requantize(y, out_scale, out_zero, out_row_sum) if out_scale else y.to(out_dtype)
-
-
-@matmul_a8.register_fake
-def _(  # type: ignore[no-untyped-def]
-    xq, x_scale, row_sum, packed, scale, zero=None, bias=None, residual=None, out_row_sum=None, weight_sum=None, *,
-    bits, gelu=False, out_dtype=torch.float16, out_scale=0.0, out_zero=0,
-):  # fmt: skip
-    check_matmul_a8(xq, x_scale, row_sum, packed, scale, zero, bias, residual, bits, out_dtype, out_scale, weight_sum)
-    check_requantized(out_scale, out_zero, out_row_sum, xq)
-    return xq.new_empty((xq.shape[0], packed.shape[0]), dtype=out_dtype)
-
-
-@torch.library.custom_op("qbert::matmul_a8_mixed", mutates_args=())
-def matmul_a8_mixed(
-    xq: Tensor,
-    x_scale: Tensor,
-    row_sum: Tensor | None,
-    packed: list[Tensor],
-    bits: list[int],
-    scale: Tensor,
-    zero: Tensor | None = None,
-    bias: Tensor | None = None,
-    weight_sum: Tensor | None = None,
-    *,
-    out_dtype: torch.dtype = torch.float16,
-) -> Tensor:
-    """Query, key and value [T, 3 O] in one launch from three weights [O, row bytes] of different bits.
-
-    scale, zero, bias and weight_sum [3 O]; zero float32, or int32 where zeros are integers.
-    """
-    check_matmul_a8_mixed(xq, x_scale, row_sum, packed, bits, scale, zero, bias, out_dtype, weight_sum)
-    if implementation(xq.device) == "triton":
-        from qbert.kernels.gpu.matmul_a8_mixed import matmul_a8_mixed as kernel
-
-        weights = (packed[0].contiguous(), packed[1].contiguous(), packed[2].contiguous())
-        widths = (bits[0], bits[1], bits[2])
-        return kernel(
-            xq.contiguous(),
-            x_scale.contiguous(),
-            weights,
-            widths,
-            scale.contiguous(),
-            zero=_dense(zero),
-            row_sum=_dense(row_sum),
-            weight_sum=_dense(weight_sum),
-            bias=_dense(bias),
-            out_dtype=out_dtype,
-        )
-    codes = torch.cat([formats.unpack(p, b, xq.shape[1]) for p, b in zip(packed, bits, strict=True)])
-    return _product(xq, x_scale, row_sum, codes, scale, zero, bias, weight_sum).to(out_dtype)
-
-
-@matmul_a8_mixed.register_fake
-def _(  # type: ignore[no-untyped-def]
-    xq, x_scale, row_sum, packed, bits, scale, zero=None, bias=None, weight_sum=None, *, out_dtype=torch.float16
-):
-    check_matmul_a8_mixed(xq, x_scale, row_sum, packed, bits, scale, zero, bias, out_dtype, weight_sum)
-    return xq.new_empty((xq.shape[0], 3 * packed[0].shape[0]), dtype=out_dtype)
-
-
-@torch.library.custom_op("qbert::matmul_a16", mutates_args=())
-def matmul_a16(
-    x: Tensor, packed: Tensor, scale: Tensor, zero: Tensor | None = None, bias: Tensor | None = None, *, bits: int
-) -> Tensor:
-    """y [T, O] = x W^T + bias in the dtype of x; scale, zero, bias float32 [O]. Meant for up to 64 tokens."""
-    check_matmul_a16(x, packed, scale, zero, bias, bits)
-    if implementation(x.device) == "triton" and x.dtype != torch.float32:
-        from qbert.kernels.gpu.matmul_a16 import matmul_a16 as kernel
-
-        return kernel(
-            x.contiguous(), packed.contiguous(), scale.contiguous(), bits=bits, zero=_dense(zero), bias=_dense(bias)
-        )
-    codes = formats.unpack(packed, bits, x.shape[1])
-    no_zero = torch.zeros_like(scale) if zero is None else zero
-    return reference.matmul_a16(x, codes, scale[:, None], no_zero[:, None], bias).to(x.dtype)
-
-
-@matmul_a16.register_fake
-def _(x, packed, scale, zero=None, bias=None, *, bits):  # type: ignore[no-untyped-def]
-    check_matmul_a16(x, packed, scale, zero, bias, bits)
-    return x.new_empty((x.shape[0], packed.shape[0]))
+    return empty_like(x, torch.int8), *empty_scale(x, x.shape[0], asymmetric)
 
 
 @torch.library.custom_op("qbert::layernorm_quantize", mutates_args=())
@@ -213,12 +82,12 @@ def layernorm_quantize(
     """y = LayerNorm(x + residual) [T, I] in the dtype of x, and its `quantize_rows`: int8 codes, scale, row sums."""
     check_layernorm(x, residual, weight, bias)
     check_static(static_scale, static_zero, asymmetric)
-    if implementation(x.device) == "triton":
+    if dispatch.implementation(x.device) == "triton":
         from qbert.kernels.gpu.layernorm_quant import layernorm_quantize as kernel
 
         return kernel(
             x.contiguous(),
-            _dense(residual),
+            dense(residual),
             weight.contiguous(),
             bias.contiguous(),
             eps,
@@ -227,14 +96,14 @@ def layernorm_quantize(
             asymmetric,
         )
     y = reference.layernorm_quantize(x, residual, weight, bias, eps)[0].to(x.dtype)
-    return (y, *_quantize(y, static_scale, static_zero, asymmetric))
+    return (y, *quantize(y, static_scale, static_zero, asymmetric))
 
 
 @layernorm_quantize.register_fake
 def _(x, residual, weight, bias, eps, static_scale=0.0, static_zero=0, asymmetric=False):  # type: ignore[no-untyped-def]
     check_layernorm(x, residual, weight, bias)
     check_static(static_scale, static_zero, asymmetric)
-    return _like(x, x.dtype), _like(x, torch.int8), *_fake_scale(x, x.shape[0], asymmetric)
+    return empty_like(x, x.dtype), empty_like(x, torch.int8), *empty_scale(x, x.shape[0], asymmetric)
 
 
 @torch.library.custom_op("qbert::embed_layernorm", mutates_args=())
@@ -263,7 +132,7 @@ def embed_layernorm(
     check_embed_layernorm(ids, packed, scale, zero, row_group, bits, weight, bias, out_dtype)
     check_static(static_scale, static_zero, asymmetric)
     groups = [g if g.numel() else None for g in row_group]
-    if implementation(weight.device) == "triton":
+    if dispatch.implementation(weight.device) == "triton":
         from qbert.kernels.gpu.embedding import Table
         from qbert.kernels.gpu.embedding import embed_layernorm as kernel
 
@@ -278,7 +147,7 @@ def embed_layernorm(
     ]
     total = torch.stack([r.double() for r in rows]).sum(dim=0)
     y = reference.layernorm_quantize(total, None, weight, bias, eps)[0].to(out_dtype)
-    return (y, *_quantize(y, static_scale, static_zero, asymmetric))
+    return (y, *quantize(y, static_scale, static_zero, asymmetric))
 
 
 @embed_layernorm.register_fake
@@ -289,7 +158,7 @@ def _(  # type: ignore[no-untyped-def]
     check_embed_layernorm(ids, packed, scale, zero, row_group, bits, weight, bias, out_dtype)
     check_static(static_scale, static_zero, asymmetric)
     y = weight.new_empty((ids[0].shape[0], weight.shape[0]), dtype=out_dtype)
-    return y, _like(y, torch.int8), *_fake_scale(y, y.shape[0], asymmetric)
+    return y, empty_like(y, torch.int8), *empty_scale(y, y.shape[0], asymmetric)
 
 
 @torch.library.custom_op("qbert::attention", mutates_args=("out_row_sum",))
@@ -311,70 +180,16 @@ def attention(
     """
     check_attention(query, key, value, cu_seqlens)
     check_requantized(out_scale, out_zero, out_row_sum, query)
-    if implementation(query.device) == "triton" and query.dtype != torch.float32:
+    if dispatch.implementation(query.device) == "triton" and query.dtype != torch.float32:
         from qbert.kernels.gpu.attention import attention as kernel
 
         return kernel(query, key, value, cu_seqlens.contiguous(), longest, scale, out_scale, out_zero, out_row_sum)
     out = reference.attention(query, key, value, cu_seqlens, scale)
-    return _requantize(out, out_scale, out_zero, out_row_sum) if out_scale else out.to(query.dtype)
+    return requantize(out, out_scale, out_zero, out_row_sum) if out_scale else out.to(query.dtype)
 
 
 @attention.register_fake
 def _(query, key, value, cu_seqlens, longest, scale, out_scale=0.0, out_zero=0, out_row_sum=None):  # type: ignore[no-untyped-def]
     check_attention(query, key, value, cu_seqlens)
     check_requantized(out_scale, out_zero, out_row_sum, query)
-    return _like(query, torch.int8 if out_scale else query.dtype)
-
-
-def _like(x: Tensor, dtype: torch.dtype) -> Tensor:
-    return torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
-
-
-def _fake_scale(x: Tensor, rows: int, asymmetric: bool) -> tuple[Tensor, Tensor]:
-    """Scale and row sums of `rows` quantized tokens, on the device of `x`."""
-    scale = x.new_empty((2, rows) if asymmetric else (rows,), dtype=torch.float32)
-    return scale, x.new_empty(rows, dtype=torch.int32)
-
-
-def _dense(tensor: Tensor | None) -> Tensor | None:
-    """What a kernel can read: it knows no strides of vectors."""
-    return None if tensor is None else tensor.contiguous()
-
-
-def _quantize(x: Tensor, static_scale: float, static_zero: int, asymmetric: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Codes, scales and row sums of x [T, I]: the slow twin of the row kernels."""
-    if not static_scale:
-        return reference.quantize_rows(x.float(), asymmetric)
-    codes = reference.requantize(x.float(), static_scale, static_zero)
-    scale = torch.full(x.shape[:1], static_scale, dtype=torch.float32, device=x.device)
-    return codes, scale, codes.sum(dim=1, dtype=torch.int32)
-
-
-def _product(
-    xq: Tensor,
-    x_scale: Tensor,
-    row_sum: Tensor | None,
-    codes: Tensor,
-    scale: Tensor,
-    zero: Tensor | None,
-    bias: Tensor | None,
-    weight_sum: Tensor | None,
-) -> Tensor:
-    """Product and bias, float64 [T, O]: the slow twin of the matrix kernels, from what they are given."""
-    # float64 sums of these integers are exact, and faster than int64 ones.
-    acc = xq.to(torch.float64) @ codes.to(torch.float64).T
-    if zero is not None and row_sum is not None:
-        acc -= row_sum.to(torch.float64)[:, None] * zero.to(torch.float64)
-    grid = x_scale.to(torch.float64)
-    y = acc * scale.to(torch.float64) * (grid if weight_sum is None else grid[0])[:, None]
-    if weight_sum is not None:
-        y += grid[1][:, None] * weight_sum.to(torch.float64)
-    return y if bias is None else y + bias
-
-
-def _requantize(y: Tensor, scale: float, zero: int, row_sum: Tensor | None) -> Tensor:
-    """Static codes of y [T, ...], their sums added to `row_sum` [T]: the slow twin of the int8 epilogues."""
-    codes = reference.requantize(y, scale, zero)
-    if row_sum is not None:
-        row_sum += codes.flatten(1).sum(dim=1, dtype=torch.int32)
-    return codes
+    return empty_like(query, torch.int8 if out_scale else query.dtype)

@@ -10,7 +10,7 @@ from transformers import AutoModel
 
 import qbert
 from qbert.inference_gpu import GpuEncoder
-from qbert.kernels import operators
+from qbert.kernels import dispatch
 from qbert.packed import pack
 
 BITS = {"encoder.layer.0.attention.self.query": 2, "encoder.layer.0.attention.self.key": 4, "embeddings": 4, "*": 3}
@@ -31,7 +31,7 @@ def test_the_kernels_of_a_fused_encoder_work_together(family, ranges, monkeypatc
     packed.forward = GpuEncoder(packed)
     expected = packed(**batch)[0]
     used = []
-    monkeypatch.setattr(operators, "implementation", lambda device: used.append(device) or "triton")
+    monkeypatch.setattr(dispatch, "implementation", lambda device: used.append(device) or "triton")
     got = packed(**batch)[0]
     # Per token range: products q, k, v | attention | quantize | output | norm | in | quantize | out | norm.
     assert len(used) == 1 + 2 * (7 if data else 9) + (family == "electra")
