@@ -103,16 +103,19 @@ def load(arguments: argparse.Namespace) -> tuple[Any, Any, Any]:
 
 
 def check_request(arguments: argparse.Namespace, model: Any) -> None:
-    """Refuse bits, groups, sizes and subsets that cannot work for this architecture.
+    """Refuse bits, groups, sizes, subsets and tolerances that cannot work for this architecture.
 
     Raises:
         ValueError: naming the argument and what would do.
     """
     import qbert
+    from qbert.hessian.measure import checked_settings
     from qbert.targets import encoder_layers
 
     if arguments.fraction is not None and not 0 < arguments.fraction <= 1:
         raise ValueError(f"--fraction {arguments.fraction} is not a share of the data; use a number in (0, 1]")
+    asked = {name: getattr(arguments, name) for name in ("runs", "method", "tol", "bound", "confidence", "seed")}
+    checked_settings({**asked, "fraction": arguments.fraction or 0.1, "precision": "fp32", "max_products": 200})
     settings = {"groups": arguments.groups} if arguments.groups else {}
     equal = {name: 1.0 for name, _ in encoder_layers(model)}
     qbert.allocate_bits(equal, bits=tuple(arguments.bits), size_mb=arguments.size_mb, model=model, **settings)

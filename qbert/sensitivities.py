@@ -17,12 +17,13 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from qbert.arguments import whole_number
 from qbert.bits import BitsConfig
 from qbert.choices import check_widths
 from qbert.hessian import HessianOperator, HessianSpectrum, estimate_trace, hessian_spectrum, parameter_blocks
 from qbert.hessian.operator import LossFunction
-from qbert.hessian.samples import Batch, as_samples
-from qbert.hessian.subsets import draw, micro_batches
+from qbert.hessian.samples import Batch, batch_size
+from qbert.hessian.subsets import random_subset
 from qbert.loss_change import LossChanges
 from qbert.perturbation import quantized_weight, target_specs
 from qbert.sensitivity_report import TRUTH, Sensitivities
@@ -72,7 +73,8 @@ def sensitivity(
     widths = check_widths(bits)
     if widths[-1] > 8:
         raise ValueError(f"bits={tuple(bits)!r}: 16 and 32 bits leave the weights as they are; use 2, 3, 4, 8")
-    if probes < 4 or (samples is not None and samples < 1):
+    probes = whole_number("probes", probes)
+    if probes < 4 or (samples is not None and whole_number("samples", samples) < 1):
         raise ValueError(f"probes={probes!r}, samples={samples!r}: use at least 4 probes (for an error) and 1 sample")
     if spectrum is not None:
         granularity = str(spectrum.settings.get("granularity", granularity))
@@ -83,11 +85,9 @@ def sensitivity(
     if spectrum is not None and list(blocks) != [n for n in spectrum.names if spectrum.members[n]]:
         raise ValueError("spectrum: its blocks are not those of the model; measure this model, or leave it out")
     specs = {b: target_specs(model, b, **settings) for b in widths}
-    pad = getattr(getattr(model, "config", None), "pad_token_id", None)
-    data = as_samples(batches, collate_fn=collate_fn, pad_token_id=pad or 0)
-    share = 1.0 if samples is None else min(1.0, samples / len(data))
-    chosen = draw(len(data), fraction=share, seed=seed, run=0)
-    subset = micro_batches(data, chosen, micro_batch_size or data.default_batch_size, seed=seed)
+    subset = random_subset(
+        model, batches, samples=samples, seed=seed, collate_fn=collate_fn, micro_batch_size=micro_batch_size
+    )
     if spectrum is None:
         spectrum = hessian_spectrum(
             model,
@@ -113,7 +113,7 @@ def sensitivity(
         settings={
             "granularity": granularity,
             "spectrum": spectrum.settings,
-            "samples": len(chosen),
+            "samples": sum(map(batch_size, subset)),
             "probes": probes,
             "seed": seed,
             "quantizer": BitsConfig(4, **settings).to_dict(),

@@ -114,6 +114,7 @@ def test_interrupt_and_resume_give_the_same_numbers(world: Path) -> None:
         (("--output-dir", "/proc/nothing"), "--output-dir /proc/nothing"),
         (("--groups", "7"), "groups=7"),
         (("--fraction", "2"), "fraction"),
+        (("--tol", "3"), "tol: 3"),
         (("--size-mb", "0.0001"), "size_mb"),
     ],
 )

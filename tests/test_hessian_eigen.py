@@ -227,6 +227,13 @@ def test_bad_arguments_are_named(changes: Any, message: Any) -> None:
         lanczos(lambda v: v, 5, **changes)
 
 
+@pytest.mark.parametrize("solve", [lanczos, power_iteration])
+def test_an_operator_has_a_size(solve: Any) -> None:
+    for size, error in ((0, ValueError), (-1, ValueError), (2.5, TypeError)):
+        with pytest.raises(error, match=f"size: {size} is not possible; use a whole number of at least 1"):
+            solve(lambda v: v, size)
+
+
 def test_more_eigenpairs_than_there_are_is_refused() -> None:
     with pytest.raises(ValueError, match="k: 6"):
         top_eigenpairs(lambda v: v, 5, k=6)

@@ -14,7 +14,7 @@ from encoders import FAMILIES, build, inputs_for
 from torch.utils.data import DataLoader
 from transformers import BertConfig, BertForSequenceClassification
 
-from qbert.hessian import HessianOperator, HessianSpectrum, hessian_spectrum, parameter_blocks
+from qbert.hessian import HessianOperator, HessianSpectrum, hessian_spectrum, hessian_traces, parameter_blocks
 from qbert.hessian.measure import check_finite
 from qbert.hessian.samples import as_samples
 from qbert.hessian.subsets import draw, micro_batches
@@ -382,10 +382,43 @@ def test_bad_arguments_are_named_with_their_value(changes: Any, message: Any) ->
         measure(**changes)
 
 
+@pytest.mark.parametrize("name", ["runs", "fraction", "tol", "confidence", "max_products", "micro_batch_size", "seed"])
+def test_arguments_of_another_type_are_named(name: Any) -> None:
+    with pytest.raises(TypeError, match=f"{name}: 'much' is not "):
+        measure(**{name: "much"})
+    with pytest.raises(TypeError, match=f"{name}: (True|\\[1\\]) is not "):
+        measure(**{name: True if name != "confidence" else [1]})
+
+
+def test_numpy_numbers_are_numbers_and_can_be_saved(tmp_path: Any) -> None:
+    numbers = {"runs": np.int64(2), "fraction": np.float64(0.5), "tol": np.float64(1e-2), "max_products": np.int32(9)}
+    spectrum = measure(**numbers, seed=np.int64(3), checkpoint=tmp_path / "parts")
+    spectrum.save(tmp_path / "spectrum.json")
+    assert HessianSpectrum.load(tmp_path / "spectrum.json").settings == spectrum.settings
+    plain = measure(runs=2, fraction=0.5, tol=1e-2, max_products=9, seed=3)
+    assert np.array_equal(spectrum.eigenvalues, plain.eigenvalues) and spectrum.settings == plain.settings
+
+
 @pytest.mark.parametrize("data", [{"input_ids": torch.ones(1, 3)}, 5, iter([])])
 def test_data_of_an_unknown_kind_is_refused(data: Any) -> None:
     with pytest.raises(TypeError, match="batches"):
         hessian_spectrum(tiny_bert(), data, progress=False)
+
+
+def test_what_is_no_model_is_refused() -> None:
+    for use in (hessian_spectrum, hessian_traces):
+        with pytest.raises(TypeError, match=r"model: expected an encoder \(nn\.Module\), got str"):
+            use("bert-base-uncased", [], progress=False)  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("level", [0, 1, 95, float("nan")])
+def test_an_interval_needs_a_probability(level: Any) -> None:
+    spectrum = made_up([[1.0, 2.0], [2.0, 1.5]])
+    for interval in (spectrum.confidence_interval, spectrum.indistinct):
+        with pytest.raises(ValueError, match="level: "):
+            interval(level)
+    with pytest.raises(ValueError, match="draws: 0"):
+        spectrum.confidence_interval(draws=0)
 
 
 def test_no_samples_and_not_finite_weights_are_refused() -> None:

@@ -52,8 +52,10 @@ def parameter_blocks(model: nn.Module, granularity: str = "layer") -> list[Param
             for query, key and value the rows of a head each. They are called ``<matrix>.rows.<first>-<last>``.
 
     Raises:
-        ValueError: unknown granularity, or a model without encoder layers.
+        ValueError: unknown granularity, or a model without encoder layers; TypeError if `model` is no module.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected an encoder (nn.Module), got {type(model).__name__}")
     if granularity not in GRANULARITIES:
         raise ValueError(f"granularity: {granularity!r} is unknown; use one of {', '.join(GRANULARITIES)}")
     targets = [t for t in find_targets(model) if t.layer is not None and isinstance(t.module, nn.Linear)]

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from scipy.linalg import eigh_tridiagonal
 from torch import nn
 
+from qbert.arguments import whole_number
 from qbert.files import write_whole
 from qbert.hessian.blocks import find_block
 from qbert.hessian.eigen import Product, check_product
@@ -58,7 +59,9 @@ class SpectralDensity:
     def curve(self, points: int = 400, width: float | None = None) -> tuple[Array, Array]:
         """The density smoothed by Gaussians of standard deviation `width` (default: 1 % of the range), ([X], [X])."""
         low, high = float(self.nodes.min()), float(self.nodes.max())
-        width = width or 0.01 * (high - low) or 1e-3 * max(abs(high), 1e-12)
+        # Nodes that are equal up to rounding are one point.
+        spread = high - low if high - low > 1e-9 * max(abs(low), abs(high)) else 0.0
+        width = width or 0.01 * spread or 1e-3 * max(abs(high), 1e-12)
         x = np.linspace(low - 4 * width, high + 4 * width, points)
         bumps = np.exp(-0.5 * ((x[:, None, None] - self.nodes) / width) ** 2) / (width * np.sqrt(2 * np.pi))
         return x, (bumps * self.weights).sum(axis=2).mean(axis=1)
@@ -100,11 +103,10 @@ def spectral_density(
     """Density of the symmetric operator `product`, [size] -> [size], from probes * steps products.
 
     Raises:
-        ValueError: probes or steps that are not positive.
+        TypeError, ValueError: probes or steps that are no whole number of at least 1.
         ArithmeticError: products that are not finite.
     """
-    if probes < 1 or steps < 1:
-        raise ValueError(f"probes={probes}, steps={steps}: use at least one of each")
+    probes, steps = whole_number("probes", probes, least=1), whole_number("steps", steps, least=1)
     generator = torch.Generator().manual_seed(seed)
     steps = min(steps, size)
     nodes, weights = np.zeros((probes, steps)), np.zeros((probes, steps))

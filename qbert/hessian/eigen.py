@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qbert.arguments import real_number, whole_number
+
 Product = Callable[[Tensor], Tensor]
 
 
@@ -117,6 +119,7 @@ def start_vector(
     of length `random_share` (1 without warm vectors): it makes sure that a warm vector that is an eigenvector of the
     wrong eigenvalue cannot keep the right one out.
     """
+    whole_number("size", size, least=1)
     share = random_share if warm else 1.0
     deviation = share / size**0.5
     # Drawn on the CPU, so that all devices start alike.
@@ -159,7 +162,7 @@ def top_eigenpairs(product: Product, size: int, *, k: int, seed: int = 0, **sett
     Raises:
         ValueError: if k is not in 1..size.
     """
-    if not 1 <= k <= size:
+    if not 1 <= whole_number("k", k) <= size:
         raise ValueError(f"k: {k} eigenpairs of an operator of size {size} were asked for; use 1 to {size}")
     pairs: list[Eigenpair] = []
     for index in range(k):
@@ -189,11 +192,16 @@ def error_bound(value: float, residual: float, gap: float = math.nan) -> float:
 
 
 def check_limits(tol: float, max_products: int) -> None:
-    """Refuse a tolerance or a product limit that cannot be used with a ValueError."""
-    if not 0 < tol < 1:
+    """Refuse a tolerance or a product limit that cannot be used with a ValueError or TypeError."""
+    if not 0 < real_number("tol", tol) < 1:
         raise ValueError(f"tol: {tol} is not a relative tolerance; use a number between 0 and 1, such as 1e-3")
-    if max_products < 1:
-        raise ValueError(f"max_products: {max_products} allows no product; use at least 1")
+    whole_number("max_products", max_products, least=1)
+
+
+def check_confidence(confidence: float | None) -> None:
+    """Refuse what is neither None nor a probability with a ValueError or TypeError."""
+    if confidence is not None and not 0 < real_number("confidence", confidence) < 1:
+        raise ValueError(f"confidence: {confidence} is not a probability; use a number such as 0.99, or None")
 
 
 def all_finite(vector: Tensor) -> bool:

@@ -35,7 +35,16 @@ from numpy.typing import NDArray
 from scipy.linalg import eigh
 from torch import Tensor
 
-from qbert.hessian.eigen import Eigenpair, check_limits, check_product, error_bound, relative, start_vector
+from qbert.arguments import whole_number
+from qbert.hessian.eigen import (
+    Eigenpair,
+    check_confidence,
+    check_limits,
+    check_product,
+    error_bound,
+    relative,
+    start_vector,
+)
 
 BOUNDS = ("residual", "gap")
 Array = NDArray[np.float64]
@@ -91,8 +100,8 @@ class Lanczos:
         check_limits(tol, max_products)
         if bound not in BOUNDS:
             raise ValueError(f"bound: {bound!r} is unknown; use one of {', '.join(BOUNDS)}")
-        if confidence is not None and not 0 < confidence < 1:
-            raise ValueError(f"confidence: {confidence} is not a probability; use a number such as 0.99, or None")
+        check_confidence(confidence)
+        whole_number("size", size, least=1)
         if basis_size is None:
             basis_size = min(max_products + 1, max(40, 2**28 // (size * dtype.itemsize)))
             basis_size = max(8, basis_size)

@@ -20,6 +20,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from qbert.arguments import real_number, whole_number
 from qbert.files import write_whole
 from qbert.hessian.blocks import find_block
 from qbert.hessian.eigen import top_eigenpairs
@@ -89,12 +90,12 @@ def loss_landscape(
     Raises:
         ValueError: an unknown block, an even number of steps, a radius that is not positive.
     """
-    if steps < 3 or steps % 2 == 0:
+    if whole_number("steps", steps) < 3 or steps % 2 == 0:
         raise ValueError(f"steps: {steps} has no middle point; use an odd number from 3 on, such as 11")
     block = find_block(model, name, granularity)
     if radius is None:
         radius = _RADIUS_SHARE * float(sum(p.detach().double().square().sum() for p in block.parameters)) ** 0.5
-    if not radius > 0:
+    if not real_number("radius", radius) > 0:
         raise ValueError(f"radius: {radius} spans no surface; use a positive distance")
     subset = random_subset(
         model, batches, samples=samples, seed=seed, collate_fn=collate_fn, micro_batch_size=micro_batch_size

@@ -14,9 +14,10 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
+from qbert.arguments import real_number, whole_number
 from qbert.hessian.blocks import parameter_blocks
 from qbert.hessian.checkpoint import Checkpoint, model_fingerprint
-from qbert.hessian.eigen import check_limits
+from qbert.hessian.eigen import check_confidence, check_limits
 from qbert.hessian.krylov import BOUNDS
 from qbert.hessian.operator import LossFunction, masks_padding
 from qbert.hessian.parallel import check_same, own_share, rank_and_world, wait_for_all
@@ -24,7 +25,7 @@ from qbert.hessian.runs import Measurement, assemble
 from qbert.hessian.samples import Batch, as_samples
 from qbert.hessian.solve import METHODS, PRECISIONS
 from qbert.hessian.spectrum import HessianSpectrum
-from qbert.hessian.subsets import BATCH_COST, draw, fingerprint, micro_batches
+from qbert.hessian.subsets import BATCH_COST, draw, fingerprint, micro_batch, micro_batches
 
 
 def hessian_spectrum(
@@ -87,19 +88,20 @@ def hessian_spectrum(
         ValueError, TypeError: an argument that cannot be used, named with its value; a foreign checkpoint.
         ArithmeticError: a Hessian that is not finite.
     """
-    settings = {"runs": runs, "fraction": fraction, "granularity": granularity, "method": method, "tol": tol}
-    settings |= {"bound": bound, "confidence": confidence, "precision": precision}
+    settings: dict[str, Any] = {"runs": runs, "fraction": fraction, "granularity": granularity, "method": method}
+    settings |= {"tol": tol, "bound": bound, "confidence": confidence, "precision": precision}
     settings |= {"max_products": max_products, "seed": seed}
-    _check(settings, resume=resume and checkpoint is None)
+    settings = checked_settings(settings)
+    runs, fraction, seed = settings["runs"], settings["fraction"], settings["seed"]
+    if resume and checkpoint is None:
+        raise ValueError("resume: there is nothing to go on from without a checkpoint; give checkpoint=FOLDER")
+    blocks = parameter_blocks(model, granularity)
     check_finite(model)
     if precision == "bf16" and any(p.dtype == torch.float64 for p in model.parameters()):
         raise ValueError("precision: 'bf16' is for float32 models, and this one is float64; use model.float()")
-    blocks = parameter_blocks(model, granularity)
     pad = getattr(getattr(model, "config", None), "pad_token_id", None)
     samples = as_samples(batches, collate_fn=collate_fn, pad_token_id=pad or 0, trim=masks_padding(model, loss_fn))
-    size = samples.default_batch_size if micro_batch_size is None else micro_batch_size
-    if size < 1:
-        raise ValueError(f"micro_batch_size: {size} is not a number of samples; use 1 or more")
+    size = micro_batch(micro_batch_size, samples)
     settings["samples"] = len(samples)
     device = next(model.parameters()).device
 
@@ -145,13 +147,23 @@ def check_finite(model: nn.Module) -> None:
             raise ValueError(f"model: the parameter {name} holds NaN or infinity; load or train the model again")
 
 
-def _check(settings: Mapping[str, Any], *, resume: bool) -> None:
-    runs, fraction, method = settings["runs"], settings["fraction"], settings["method"]
-    confidence = settings["confidence"]
-    if runs < 1:
-        raise ValueError(f"runs: {runs} is not a number of data subsets; use 1 or more")
-    if not 0 < fraction <= 1:
-        raise ValueError(f"fraction: {fraction} is not a share of the samples; use a number in (0, 1]")
+def checked_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """`settings` with Python's numbers, which JSON holds, in the place of numpy's.
+
+    Args:
+        settings: the arguments ``runs``, ``fraction``, ``method``, ``tol``, ``bound``, ``confidence``, ``precision``,
+            ``max_products`` and ``seed`` of `hessian_spectrum`; others are left as they are.
+
+    Raises:
+        ValueError, TypeError: naming the one that cannot be used.
+    """
+    method, confidence = settings["method"], settings["confidence"]
+    numbers: dict[str, Any] = {name: whole_number(name, settings[name], least=1) for name in ("runs", "max_products")}
+    numbers |= {name: real_number(name, settings[name]) for name in ("fraction", "tol")}
+    numbers["seed"] = whole_number("seed", settings["seed"])
+    numbers["confidence"] = None if confidence is None else real_number("confidence", confidence)
+    if not 0 < numbers["fraction"] <= 1:
+        raise ValueError(f"fraction: {settings['fraction']} is not a share of the samples; use a number in (0, 1]")
     if method not in METHODS:
         raise ValueError(f"method: {method!r} is unknown; use one of {', '.join(METHODS)}")
     if settings["bound"] not in BOUNDS:
@@ -163,8 +175,6 @@ def _check(settings: Mapping[str, Any], *, resume: bool) -> None:
             "precision: 'bf16' goes with method='lanczos' or 'power' and without confidence, since rounded products "
             "prove nothing; use 'fp32'"
         )
-    if confidence is not None and not 0 < confidence < 1:
-        raise ValueError(f"confidence: {confidence} is not a probability; use a number such as 0.99, or None")
-    check_limits(settings["tol"], settings["max_products"])
-    if resume:
-        raise ValueError("resume: there is nothing to go on from without a checkpoint; give checkpoint=FOLDER")
+    check_confidence(numbers["confidence"])
+    check_limits(numbers["tol"], numbers["max_products"])
+    return {**settings, **numbers}

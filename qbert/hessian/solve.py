@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qbert.arguments import whole_number
 from qbert.hessian.blocks import ParameterBlock
 from qbert.hessian.eigen import Eigenpair, PowerIteration
 from qbert.hessian.krylov import Lanczos
@@ -74,7 +75,7 @@ def chunks(blocks: Sequence[ParameterBlock], block_chunk: int | None) -> list[Se
     """`blocks` in groups that are solved together, `block_chunk` or as many as half of the free memory allows.
 
     Raises:
-        ValueError: if `block_chunk` is not positive.
+        TypeError, ValueError: if `block_chunk` is no whole number of at least 1.
     """
     if not blocks:
         return []
@@ -84,6 +85,5 @@ def chunks(blocks: Sequence[ParameterBlock], block_chunk: int | None) -> list[Se
         block_chunk = max(1, min(len(blocks), int(0.5 * free_bytes(blocks[0].parameters[0].device) / bytes_each)))
         if block_chunk < len(blocks):
             _log.warning("free memory allows %d of %d blocks at a time (block_chunk)", block_chunk, len(blocks))
-    if block_chunk < 1:
-        raise ValueError(f"block_chunk: {block_chunk} is not a number of blocks; use 1 or more")
+    block_chunk = whole_number("block_chunk", block_chunk, least=1)
     return [blocks[first : first + block_chunk] for first in range(0, len(blocks), block_chunk)]

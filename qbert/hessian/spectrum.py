@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from qbert.arguments import real_number, whole_number
 from qbert.files import read_json, write_json
 
 FORMAT = "qbert.hessian_spectrum/1"
@@ -81,10 +82,10 @@ class HessianSpectrum:
         """Bootstrap interval of the sensitivity over runs (percentile method), ([L] low, [L] high).
 
         Raises:
-            ValueError: with fewer than two runs, which have no spread to resample.
+            ValueError: with fewer than two runs, which have no spread to resample; a level outside of (0, 1).
         """
+        tail = _tail(level)
         resampled = self.resampled(draws, seed=seed)
-        tail = (1 - level) / 2
         low, high = np.quantile(resampled, [tail, 1 - tail], axis=0)
         return low, high
 
@@ -95,11 +96,11 @@ class HessianSpectrum:
         for both) holds zero.
 
         Raises:
-            ValueError: with fewer than two runs.
+            ValueError: with fewer than two runs; a level outside of (0, 1).
         """
+        tail = _tail(level)
         resampled = self.resampled(draws, seed=seed)
         order = np.argsort(-self.sensitivity, kind="stable")
-        tail = (1 - level) / 2
         pairs = []
         for first, second in itertools.pairwise(order):
             low, high = np.quantile(resampled[:, first] - resampled[:, second], [tail, 1 - tail])
@@ -116,6 +117,7 @@ class HessianSpectrum:
         runs = len(self.eigenvalues)
         if runs < 2:
             raise ValueError(f"spectrum: {runs} run has no spread to resample; measure with runs=2 or more")
+        draws = whole_number("draws", draws, least=1)
         picks = np.random.default_rng(seed).integers(runs, size=(draws, runs))
         return _omega(np.moveaxis(self.eigenvalues[picks], 1, 0))  # [draws, L]
 
@@ -198,6 +200,13 @@ class HessianSpectrum:
                 + "."
             )
         return notes
+
+
+def _tail(level: float) -> float:
+    """Probability beyond either end of an interval of probability `level`."""
+    if not 0 < real_number("level", level) < 1:
+        raise ValueError(f"level: {level} is not a probability; use a number between 0 and 1, such as 0.95")
+    return (1 - level) / 2
 
 
 def _omega(eigenvalues: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qbert.arguments import whole_number
 from qbert.hessian.samples import Batch, Samples, as_samples, loss_weight, preserved_random_state
 
 # What launching the kernels of one more micro-batch costs, in tokens of computing, by device; on GPUs more than is won.
@@ -80,13 +81,20 @@ def random_subset(
     Raises:
         ValueError, TypeError: data that cannot be used, or a count that is not positive.
     """
-    if samples is not None and samples < 1:
-        raise ValueError(f"samples: {samples} is not a number of samples; use 1 or more, or None for all")
     pad = getattr(getattr(model, "config", None), "pad_token_id", None)
     view = as_samples(batches, collate_fn=collate_fn, pad_token_id=pad or 0)
-    fraction = 1.0 if samples is None else min(1.0, samples / len(view))
-    size = view.default_batch_size if micro_batch_size is None else micro_batch_size
-    return micro_batches(view, draw(len(view), fraction=fraction, seed=seed, run=0), size, seed=seed)
+    fraction = 1.0 if samples is None else min(1.0, whole_number("samples", samples, least=1) / len(view))
+    chosen = draw(len(view), fraction=fraction, seed=whole_number("seed", seed), run=0)
+    return micro_batches(view, chosen, micro_batch(micro_batch_size, view), seed=seed)
+
+
+def micro_batch(size: int | None, samples: Samples) -> int:
+    """`size`, or where it is None the batch size that `samples` came with.
+
+    Raises:
+        TypeError, ValueError: if it is no whole number of at least 1.
+    """
+    return samples.default_batch_size if size is None else whole_number("micro_batch_size", size, least=1)
 
 
 def fingerprint(batches: Iterable[Batch]) -> str:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from qbert.arguments import whole_number
 from qbert.hessian.blocks import parameter_blocks
 from qbert.hessian.eigen import Product
 from qbert.hessian.operator import HessianOperator, LossFunction
@@ -62,9 +63,7 @@ def estimate_trace(
     """
     if method not in METHODS:
         raise ValueError(f"method: {method!r} is unknown; use one of {', '.join(METHODS)}")
-    least = 3 if method == "hutch++" else 1
-    if probes < least:
-        raise ValueError(f"probes: {probes} are too few for {method}; use at least {least}")
+    probes = whole_number("probes", probes, least=3 if method == "hutch++" else 1)
     generator = torch.Generator().manual_seed(seed)
 
     def signs() -> Tensor:
