@@ -20,7 +20,8 @@ from qbert.bits import TensorSpec
 from qbert.modules import QuantEmbedding, QuantLinear, WeightQuantizer
 
 StoredZero: TypeAlias = Literal["none", "int8", "float32"]
-_FIXED_ZERO = {"symmetric": 0.0, "midrise": -0.5}
+# The zero point of schemes in which it is always the same, and so not stored.
+FIXED_ZERO = {"symmetric": 0.0, "midrise": -0.5}
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,7 @@ def layout_of(module: QuantLinear | QuantEmbedding) -> PackedLayout:
 def stored_zero(quantizer: WeightQuantizer) -> StoredZero:
     """The smallest storage that keeps the zero points exactly: none, int8, or float32 for learned ones."""
     zero = quantizer.zero.detach()
-    fixed = _FIXED_ZERO.get(quantizer.spec.scheme)
+    fixed = FIXED_ZERO.get(quantizer.spec.scheme)
     if fixed is not None and bool((zero == fixed).all()):
         return "none"
     if bool(((zero == zero.round()) & (zero >= -128) & (zero <= 127)).all()):
