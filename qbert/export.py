@@ -32,7 +32,8 @@ from qbert.export_layers import OnnxTable, onnx_linear
 from qbert.fast_forward import remove_fast_forwards
 from qbert.files import write_whole
 from qbert.modules import replace_everywhere
-from qbert.packed_modules import PackedEmbedding, PackedTensor
+from qbert.packed_modules import PackedEmbedding
+from qbert.packed_tensor import PackedTensor, check_module
 
 _OPSET = 18
 
@@ -59,8 +60,10 @@ def export_onnx(
 
     Raises:
         ValueError: if the model has no packed layer, is not on the CPU, or cannot be called with these inputs.
+        TypeError: if it is not a torch module.
         ImportError: if the package ``onnx`` is not installed.
     """
+    check_module("packed", packed)
     layers = [m for m in packed.modules() if isinstance(m, PackedTensor)]
     if not layers:
         raise ValueError(f"packed: {type(packed).__name__} has no packed layer; call qbert.pack first")

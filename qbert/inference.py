@@ -28,7 +28,7 @@ from qbert.fast_forward import FastForward, reason_not_to_replace
 from qbert.inference_cpu_layers import FusedLayers, LayerParts, reason_not_to_fuse_layer
 from qbert.inference_model import FusedModel
 from qbert.kernels.cpu_chains import compiled
-from qbert.packed_modules import PackedTensor
+from qbert.packed_tensor import PackedTensor, check_module
 from qbert.targets import base_model
 
 logger = logging.getLogger(__name__)
@@ -61,8 +61,9 @@ def optimize_for_inference(packed: Model, *, inplace: bool = False, exact: bool 
             0.060 with asymmetric activation ranges. On other CPUs, on GPUs and for fewer bits it changes nothing.
 
     Raises:
-        ValueError: if the model has no packed layer, or is on another device.
+        ValueError: if the model has no packed layer, or is on another device; TypeError if it is not a torch module.
     """
+    check_module("packed", packed)
     layers = [m for m in packed.modules() if isinstance(m, PackedTensor)]
     if not layers:
         raise ValueError(f"packed: {type(packed).__name__} has no packed layer; call qbert.pack first")

@@ -19,7 +19,8 @@ from torch import nn
 from qbert.fast_forward import remove_fast_forwards
 from qbert.modules import QuantEmbedding, QuantLinear, WeightQuantizer
 from qbert.packed_layout import layout_of
-from qbert.packed_modules import PackedEmbedding, PackedLinear, PackedTensor
+from qbert.packed_modules import PackedEmbedding, PackedLinear
+from qbert.packed_tensor import PackedTensor, check_module
 from qbert.quantizers.activations import ActivationQuantizer
 
 __all__ = ["PackedEmbedding", "PackedLinear", "PackedTensor", "pack", "unpack"]
@@ -41,15 +42,19 @@ def pack(model: Model) -> Model:
         layers stay shared and tied weights tied. A transformers model can be saved with ``save_pretrained``.
 
     Raises:
-        ValueError: if the model has no quantized layer, row groups that no number of groups describes, or a quantized
-            layer whose weight another module reads past its quantizer (MobileBERT's language-model head).
+        ValueError: if the model has no quantized layer, row groups that no number of groups describes, a weight or
+            scale that is not finite, or a quantized layer whose weight another module reads past its quantizer
+            (MobileBERT's language-model head).
+        TypeError: if it is not a torch module.
     """
+    check_module("model", model)
     quantized = [m for m in model.modules() if isinstance(m, (QuantLinear, QuantEmbedding))]
     if not quantized:
         done = any(isinstance(m, PackedTensor) for m in model.modules())
         mend = "it is packed already" if done else "call qbert.quantize_model first"
         raise ValueError(f"model: {type(model).__name__} has no fake-quantized layer; {mend}")
     _check_weights_are_not_read(model)
+    _check_finite(model)
     # Packed layers are put into the memo of the copy, so that the float weights they replace are never copied.
     memo: dict[int, Any] = {}
     packed: list[tuple[nn.Module, PackedTensor]] = []
@@ -76,8 +81,9 @@ def unpack(packed: Model) -> Model:
         A copy in eval mode with `QuantLinear` and `QuantEmbedding`, whose outputs and `quantized_weight` are the same.
 
     Raises:
-        ValueError: if the model has no packed layer.
+        ValueError: if the model has no packed layer; TypeError if it is not a torch module.
     """
+    check_module("packed", packed)
     layers = [m for m in packed.modules() if isinstance(m, PackedTensor)]
     if not layers:
         raise ValueError(f"packed: {type(packed).__name__} has no packed layer; it is unpacked already")
@@ -106,6 +112,19 @@ def _check_weights_are_not_read(model: nn.Module) -> None:
                     "layer, past its quantizer, so a packed model would give other outputs; leave the embeddings and "
                     "the head in float ({'embeddings': 32, ...}), or pack the base model alone"
                 )
+
+
+def _check_finite(model: nn.Module) -> None:
+    """Integer codes know no NaN: the packed model would go on with numbers where the quantized one has none."""
+    for path, module in model.named_modules():
+        if isinstance(module, (QuantLinear, QuantEmbedding)):
+            quantizer = module.weight_quantizer
+            for name, tensor in (("weight", module.weight), ("scale", quantizer.scale), ("zero point", quantizer.zero)):
+                if not bool(torch.isfinite(tensor).all()):
+                    raise ValueError(
+                        f"model: the {name} of {path} holds NaN or infinity, so training has diverged; "
+                        "load an earlier checkpoint, or train again with a lower learning rate"
+                    )
 
 
 def _same_weight(one: nn.Module, other: nn.Module) -> bool:

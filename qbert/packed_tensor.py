@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +27,14 @@ from qbert.bits import TensorSpec
 from qbert.kernels import formats
 from qbert.modules import WeightQuantizer
 from qbert.packed_layout import FIXED_ZERO, PackedLayout, row_group_of
+
+
+def check_module(name: str, value: Any) -> None:
+    """Raises TypeError unless the argument `name` is a torch module."""
+    if not isinstance(value, nn.Module):
+        raise TypeError(
+            f"{name}: a {type(value).__name__} is not a model; give what qbert.load or from_pretrained returns"
+        )
 
 
 class PackedTensor(nn.Module):

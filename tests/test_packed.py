@@ -199,6 +199,24 @@ def test_row_groups_of_no_known_kind_are_refused() -> None:
         pack(student)
 
 
+@pytest.mark.parametrize("where", ["weight", "scale", "zero point"])
+@pytest.mark.parametrize("layer", ["bert.encoder.layer.1.output.dense", "bert.embeddings.word_embeddings"])
+def test_what_is_not_finite_is_not_packed(where: str, layer: str) -> None:
+    student = qbert.quantize_model(build("bert"), 4)
+    module = student.get_submodule(layer)
+    quantizer = module.weight_quantizer
+    tensor = {"weight": module.weight, "scale": quantizer.scale, "zero point": quantizer.zero}[where]
+    tensor.data[3, 0] = float("nan") if where == "weight" else float("inf")
+    with pytest.raises(ValueError, match=f"the {where} of {layer} holds NaN or infinity"):
+        pack(student)
+
+
+@pytest.mark.parametrize("call", [pack, unpack, qbert.optimize_for_inference, lambda m: qbert.export_onnx(m, "x")])
+def test_what_is_no_model_is_refused(call: Any) -> None:
+    with pytest.raises(TypeError, match=r"a str is not a model.*qbert\.load"):
+        call("out")
+
+
 def test_training_and_wrong_models_are_refused_in_one_sentence() -> None:
     model, batch = build("bert"), inputs_for("bert")
     with pytest.raises(ValueError, match="quantize_model first"):
