@@ -30,6 +30,7 @@ from qbert.sensitivity_report import TRUTH, Sensitivities
 from qbert.targets import Target, find_targets
 
 
+@torch.inference_mode(False)
 def sensitivity(
     model: nn.Module,
     batches: Any,

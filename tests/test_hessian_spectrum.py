@@ -16,6 +16,7 @@ from transformers import BertConfig, BertForSequenceClassification
 
 from qbert.hessian import HessianOperator, HessianSpectrum, hessian_spectrum, hessian_traces, parameter_blocks
 from qbert.hessian.measure import check_finite
+from qbert.hessian.operator import model_loss as operator_loss
 from qbert.hessian.samples import as_samples
 from qbert.hessian.subsets import draw, micro_batches
 
@@ -403,6 +404,72 @@ def test_numpy_numbers_are_numbers_and_can_be_saved(tmp_path: Any) -> None:
 def test_data_of_an_unknown_kind_is_refused(data: Any) -> None:
     with pytest.raises(TypeError, match="batches"):
         hessian_spectrum(tiny_bert(), data, progress=False)
+
+
+def test_samples_that_need_a_collator_say_so() -> None:
+    unpadded = [{"input_ids": row["input_ids"].tolist(), "labels": int(row["labels"])} for row in rows()]
+    even = [{"input_ids": [1, 2, 3], "labels": i % 2} for i in range(24)]
+    for data, message in ((unpadded, "default_collate cannot .*give a collate_fn"), (even, "'input_ids' is a list")):
+        for view in (Plain(data), DataLoader(Plain(data), batch_size=4)):
+            with pytest.raises(ValueError, match=message):
+                measure(data=view, fraction=1.0)
+
+
+class Plain:
+    """A data set of rows as they are."""
+
+    def __init__(self, data: Any):
+        self.data = data
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, index: int) -> Any:
+        return self.data[index]
+
+
+def test_batches_whose_tensors_disagree_are_refused() -> None:
+    (batch, *_) = batches()
+    with pytest.raises(ValueError, match=r"'weights' has the shape \(3,\) in a batch of 6 samples"):
+        measure(data=[{**batch, "weights": torch.ones(3)}])
+    with pytest.raises(ValueError, match=r"'labels' has the shape \(2,\)"):
+        measure(data=[{**batch, "labels": batch["labels"][:2]}])
+    with pytest.raises(ValueError, match="'labels' is a list"):
+        measure(data=[{**batch, "labels": batch["labels"].tolist()}])
+    scalar = measure(data=[{**b, "temperature": torch.tensor(2.0)} for b in batches()], runs=1)
+    assert np.array_equal(scalar.eigenvalues, measure(runs=1).eigenvalues)
+
+
+@pytest.mark.parametrize("method", ["lanczos", "power", "ggn"])
+@pytest.mark.parametrize(
+    ("loss_fn", "message"),
+    [
+        (lambda model, batch: model(**batch).logits, "scalar"),
+        (lambda model, batch: 1.0, "scalar"),
+        (lambda model, batch: model(**batch).loss.detach(), "no parameter|no logits"),
+        (lambda model, batch: torch.tensor(1.0), "no parameter|no logits"),
+        (lambda model, batch: operator_loss(tuple_model(model), batch), "return_dict = True"),
+    ],
+    ids=["vector", "float", "detached", "constant", "tuple"],
+)
+def test_losses_that_cannot_be_differentiated_are_refused(loss_fn: Any, message: str, method: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        measure(runs=1, loss_fn=loss_fn, method=method)
+
+
+def tuple_model(model: Any) -> Any:
+    model.config.return_dict = False
+    return model
+
+
+def test_inference_mode_makes_no_difference() -> None:
+    outside = tiny_bert()
+    with torch.inference_mode():
+        inside = measure(outside, runs=1)
+        model = tiny_bert()
+    assert np.array_equal(inside.eigenvalues, measure(runs=1).eigenvalues)
+    with pytest.raises(ValueError, match=r"was made in torch\.inference_mode"):
+        measure(model)
 
 
 def test_what_is_no_model_is_refused() -> None:

@@ -119,6 +119,7 @@ def spectral_density(
     return SpectralDensity(name, nodes, weights, size)
 
 
+@torch.inference_mode(False)
 def hessian_density(
     model: nn.Module,
     batches: Any,

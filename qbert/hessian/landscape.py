@@ -56,6 +56,7 @@ class LossLandscape:
         return float(self.losses[middle, middle])
 
 
+@torch.inference_mode(False)
 def loss_landscape(
     model: nn.Module,
     batches: Any,

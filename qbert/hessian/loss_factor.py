@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qbert.hessian.operator import LossFunction
+from qbert.hessian.operator import LossFunction, check_scalar
 from qbert.hessian.samples import Batch, batch_size
 
 _MOST_OUTPUTS = 4096
@@ -94,8 +94,11 @@ def _first_derivative(model: nn.Module, batch: Batch, loss_fn: LossFunction) -> 
         loss = loss_fn(model, batch)
     finally:
         handle.remove()
+    check_scalar(loss)
     outputs = _logits(captured[0]) if len(captured) == 1 else []
-    gradients = torch.autograd.grad(loss, outputs, create_graph=True, allow_unused=True) if outputs else (None,)
+    gradients: tuple[Tensor | None, ...] = (None,)
+    if outputs and loss.requires_grad:
+        gradients = torch.autograd.grad(loss, outputs, create_graph=True, allow_unused=True)
     rows = batch_size(batch)
     size = sum(z.numel() for z in outputs) // rows
     if any(g is None for g in gradients) or size > _MOST_OUTPUTS:

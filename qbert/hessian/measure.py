@@ -28,6 +28,7 @@ from qbert.hessian.spectrum import HessianSpectrum
 from qbert.hessian.subsets import BATCH_COST, draw, fingerprint, micro_batch, micro_batches
 
 
+@torch.inference_mode(False)
 def hessian_spectrum(
     model: nn.Module,
     batches: Any,
@@ -137,12 +138,14 @@ def hessian_spectrum(
 
 
 def check_finite(model: nn.Module) -> None:
-    """Refuse weights that hold NaN or infinity.
+    """Refuse weights that hold NaN or infinity, or can have no gradients.
 
     Raises:
         ValueError: naming the first such parameter.
     """
     for name, parameter in model.named_parameters():
+        if parameter.is_inference():
+            raise ValueError(f"model: {name} was made in torch.inference_mode(); load the model outside of it")
         if not torch.isfinite(parameter).all():
             raise ValueError(f"model: the parameter {name} holds NaN or infinity; load or train the model again")
 

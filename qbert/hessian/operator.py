@@ -144,6 +144,7 @@ class HessianOperator:
             with evaluating(self.model, parameters):
                 loss = self._finite_loss(index, torch.enable_grad())
                 if not loss.requires_grad:  # every block unused: the Hessian is zero
+                    self._refuse_detached(index)
                     self._graphs[index] = _Graph({})
                 else:
                     share = torch.full_like(loss, self._shares[index])
@@ -158,14 +159,21 @@ class HessianOperator:
         casting = contextlib.nullcontext() if self._autocast is None else torch.autocast(device, self._autocast)
         with grad_mode, casting:
             loss = self.loss_fn(self.model, to_device(self.batches[index], self.model))
-        if not isinstance(loss, Tensor) or loss.numel() != 1:
-            raise ValueError("loss_fn: it must return the mean loss of a batch as a scalar tensor")
+        check_scalar(loss)
         if not torch.isfinite(loss):
             raise ValueError(
                 f"model: the loss of micro-batch {index} is {loss.item()}; check the weights and the labels for "
                 "NaN and infinity"
             )
         return loss.reshape(())
+
+    def _refuse_detached(self, index: int) -> None:
+        with evaluating(self.model, list(self.model.parameters())):
+            if not self._finite_loss(index, torch.enable_grad()).requires_grad:
+                raise ValueError(
+                    "loss_fn: the loss that it returns depends on no parameter of the model; compute it from the "
+                    "model's output, without detach(), item() or no_grad()"
+                )
 
 
 @dataclass
@@ -208,6 +216,8 @@ def model_loss(model: nn.Module, batch: Batch) -> Tensor:
         output = model(**accepted_arguments(model, batch))
     except IndexError as error:
         raise ValueError(f"batches: a label or token id is out of the model's range ({error})") from error
+    if isinstance(output, tuple):
+        raise ValueError(f"model: {type(model).__name__} returned a tuple; set model.config.return_dict = True")
     loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
     if not isinstance(loss, Tensor):
         raise ValueError(
@@ -215,6 +225,12 @@ def model_loss(model: nn.Module, batch: Batch) -> Tensor:
             "'labels' to the batches, use a model with a task head, or pass loss_fn"
         )
     return loss
+
+
+def check_scalar(loss: object) -> None:
+    """Refuse what is no scalar tensor with a ValueError."""
+    if not isinstance(loss, Tensor) or loss.numel() != 1:
+        raise ValueError("loss_fn: it must return the mean loss of a batch as a scalar tensor")
 
 
 def masks_padding(model: nn.Module, loss_fn: LossFunction | None) -> bool:

@@ -83,8 +83,21 @@ class DatasetSamples:
         return 0 if ids is None else len(ids)
 
     def collate(self, indices: Sequence[int]) -> list[Batch]:
-        """One batch, made by the collator."""
-        batch = self.collate_fn([self.dataset[int(i)] for i in indices])
+        """One batch, made by the collator.
+
+        Raises:
+            ValueError: if torch's own collator cannot put the samples together.
+        """
+        samples = [self.dataset[int(i)] for i in indices]
+        try:
+            batch = self.collate_fn(samples)
+        except (RuntimeError, TypeError) as error:
+            if self.collate_fn is not default_collate:
+                raise
+            raise ValueError(
+                f"batches: torch's default_collate cannot make a batch of these samples ({error}); give a collate_fn, "
+                "such as DataCollatorWithPadding(tokenizer)"
+            ) from error
         return [_checked_batch(batch)]
 
 
@@ -149,8 +162,8 @@ class BatchSamples:
         signature: list[Any] = []
         paddable = True
         for key, value in row.items():
-            if not isinstance(value, Tensor):
-                signature.append((key, repr(value)))
+            if not isinstance(value, Tensor) or value.ndim == 0:
+                signature.append((key, value.item() if isinstance(value, Tensor) else repr(value)))
                 continue
             shape = tuple(value.shape[1:])
             if tokens and shape == (tokens,):
@@ -163,7 +176,7 @@ class BatchSamples:
         tokens = max(self._tokens(row) for row in rows)
         merged: dict[str, Any] = {}
         for key, first in rows[0].items():
-            if not isinstance(first, Tensor):
+            if not isinstance(first, Tensor) or first.ndim == 0:
                 merged[key] = first
                 continue
             values = [row[key] for row in rows]
@@ -203,7 +216,10 @@ def as_samples(
             collate_fn = collate_fn or batches.collate_fn
             samples = DatasetSamples(batches.dataset, collate_fn, batches.batch_size)
     elif isinstance(batches, Mapping):
-        raise TypeError("batches: one dict of tensors was given; pass a list of dicts, even if it holds only one")
+        raise TypeError(
+            f"batches: one {type(batches).__name__} was given; pass a list of dicts of tensors, even if it holds only "
+            "one, or one split of a DatasetDict"
+        )
     elif isinstance(batches, list | tuple) and batches and collate_fn is None:
         samples = BatchSamples(batches, pad_token_id, trim)
     elif hasattr(batches, "__len__") and hasattr(batches, "__getitem__"):
@@ -241,7 +257,17 @@ def _checked_batch(batch: Any) -> Batch:
             "argument names; give a collate_fn that makes one"
         )
     converted = {k: torch.from_numpy(v) if isinstance(v, np.ndarray) else v for k, v in batch.items()}
-    batch_size(converted)
+    size = batch_size(converted)
+    for key, value in converted.items():
+        if isinstance(value, list | tuple) and not all(isinstance(entry, str) for entry in value):
+            raise ValueError(
+                f"batches: {key!r} is a {type(value).__name__}; make a tensor of it, in a collate_fn or before"
+            )
+        if isinstance(value, Tensor) and value.ndim > 0 and value.shape[0] not in (1, size):
+            raise ValueError(
+                f"batches: {key!r} has the shape {tuple(value.shape)} in a batch of {size} samples; its first "
+                "dimension must be that of the samples (constants belong into loss_fn)"
+            )
     ids = converted.get("input_ids")
     if isinstance(ids, Tensor) and ids.ndim < 2:
         raise ValueError(

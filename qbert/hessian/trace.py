@@ -85,6 +85,7 @@ def estimate_trace(
     return _finite(_average(values, exact, probes))
 
 
+@torch.inference_mode(False)
 def hessian_traces(
     model: nn.Module,
     batches: Any,
