@@ -137,19 +137,22 @@ def test_last_blocks_and_requantizing_epilogue_do_not_spill(bits):
         check_a8(compile_a8(bits, rule(512, 3072, 768, bits), "sm_90", OUT="int8", GELU=True, OUT_SUM=True), bits)
 
 
-ASYMMETRIC = [  # tokens, bits, epilogue
-    (16, 4, {}),
-    (512, 3, {"OUT": "int8", "GELU": True, "OUT_SUM": True}),
-    (8192, 2, {"HAS_RESIDUAL": True}),
-    (8192, 4, {"GELU": True}),
-    (8192, 8, {"HAS_RESIDUAL": True, "ZERO": "none"}),
+FULL = [  # tokens, bits, x_scale, rest of the epilogue
+    (16, 4, "asymmetric", {}),
+    (512, 3, "asymmetric", {"OUT": "int8", "GELU": True, "OUT_SUM": True}),
+    (8192, 2, "asymmetric", {"HAS_RESIDUAL": True}),
+    (8192, 4, "asymmetric", {"GELU": True}),
+    (8192, 8, "asymmetric", {"HAS_RESIDUAL": True, "ZERO": "none"}),
+    (8192, 3, "token", {"HAS_RESIDUAL": True}),
+    (8192, 4, "token", {"HAS_RESIDUAL": True, "ZERO": "none"}),
+    (8192, 8, "token", {"GELU": True, "ZERO": "float"}),
 ]
 
 
 @pytest.mark.parametrize("target", ["sm_80", "sm_90"])
-@pytest.mark.parametrize(("tokens", "bits", "epilogue"), ASYMMETRIC)
-def test_offsets_of_tokens_cost_no_spills_and_no_second_program(tokens, bits, epilogue, target):
-    report = compile_a8(bits, rule(tokens, 3072, 768, bits), target, X_SCALE="asymmetric", **epilogue)
+@pytest.mark.parametrize(("tokens", "bits", "x_scale", "rest"), FULL)
+def test_full_epilogues_cost_no_spills_and_no_second_program(tokens, bits, x_scale, rest, target):
+    report = compile_a8(bits, rule(tokens, 3072, 768, bits), target, X_SCALE=x_scale, **rest)
     check_a8(report, bits)
     assert report.programs_per_processor >= (2 if tokens < 8192 or target == "sm_90" else 1)
 

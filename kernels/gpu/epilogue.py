@@ -68,8 +68,10 @@ def epilogue(
 
     X_SCALE: "one" for all tokens, one a "token", or "asymmetric": M steps with M offsets behind them.
     """
-    # A second vector over tokens, the offsets, does not fit beside a large tile: such tiles are finished in two halves.
-    PARTS: tl.constexpr = 2 if X_SCALE == "asymmetric" and acc.shape[1] >= 64 else 1
+    # Two vectors over tokens (steps, offsets, row sums), or one and a residual, do not fit into the registers beside a
+    # large tile: it is finished in two halves.
+    CROWDED: tl.constexpr = X_SCALE == "asymmetric" or (X_SCALE == "token" and (HAS_RESIDUAL or ZERO == "float"))
+    PARTS: tl.constexpr = 2 if CROWDED and acc.shape[1] >= 64 else 1
     WIDTH: tl.constexpr = acc.shape[1] // PARTS
     if PARTS == 2:
         left, right = tl.split(tl.permute(tl.reshape(acc, (acc.shape[0], 2, WIDTH)), (0, 2, 1)))
