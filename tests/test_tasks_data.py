@@ -165,6 +165,27 @@ def test_bad_regression_and_tag_rows_are_named(tmp_path: Path) -> None:
         load_task("wnut17", data_dir=tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("tags", "message"),
+    [
+        ([0, 3], r"row 1 of split 'train' .*tag 0 is no name; write tags as text"),
+        ([["O"], "O"], r"row 1 .*tag \['O'\] is no name"),
+        (None, r"row 1 .*2 tokens but None tags"),
+    ],
+)
+def test_tags_that_are_no_names_are_named(tags: Any, message: str, tmp_path: Path) -> None:
+    rows = [{"tokens": ["a", "b"], "tags": given} for given in (["O", "B-X"], tags)]
+    with pytest.raises(ValueError, match=message):
+        load_task("mine", data_dir=write_task(tmp_path, "mine", _two(rows)))
+
+
+def test_a_byte_order_mark_is_passed_over(tmp_path: Path) -> None:
+    write_task(tmp_path, "mine", _two([{"text": "a", "label": 0}, {"text": "b", "label": 1}]))
+    for file in (tmp_path / "mine").iterdir():
+        file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes())
+    assert load_task("mine", data_dir=tmp_path).rows("train")[0] == {"text": "a", "label": 0}
+
+
 def test_single_class_is_refused(tmp_path: Path) -> None:
     write_task(tmp_path, "mine", _two([{"text": "a", "label": 0}]))
     with pytest.raises(ValueError, match=r"1 class\(es\).*at least two"):

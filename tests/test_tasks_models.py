@@ -1,5 +1,6 @@
 """Batches, windows over contexts, heads, evaluation and sentence similarity."""
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 from tiny_tasks import sentiment_rows, tiny_encoder, write_task
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertModel
 
+import qbert
 from qbert.targets import base_model, encoder_layers
 from qbert.tasks import Task, build_model, build_sentence_model, evaluate, load_task, prepare, sentence_similarity_score
 from qbert.tasks.encoding import training_order
@@ -123,6 +125,32 @@ def test_windows_cover_the_context_and_find_the_answer(folder: Path, encoder: Pa
         text = task.rows("train")[window.row]["context"][window.offsets[start, 0] : window.offsets[end, 1]]
         assert text == ("Acme" if window.row == 0 else "Anna")
     assert 1 <= holding < len(windows)
+
+
+def test_windows_that_a_question_narrows_overlap_less(folder: Path, encoder: Path) -> None:
+    task = load_task("squad", data_dir=folder)
+    _, tokenizer = build_model(task, encoder)
+    question = task.rows("train")[0] | {"question": "who works for Acme in Rome , and who wrote the book ?"}
+    narrow = dataclasses.replace(task, splits={**task.splits, "train": [question]})
+    length = len(tokenizer.tokenize(question["question"]))
+    data = prepare(narrow, tokenizer, "train", max_length=length + 3 + 9)
+    held = np.zeros(len(question["context"]), dtype=bool)
+    for span in data.spans:
+        places = span.offsets[span.offsets[:, 0] >= 0]
+        held[places.min() : places.max()] = True
+    assert held.all()
+    with pytest.raises(ValueError, match=rf"leaves 7 tokens .*question of {length}; use at least {length + 11}"):
+        prepare(narrow, tokenizer, "train", max_length=length + 10)
+
+
+def test_batches_of_no_rows_are_refused(folder: Path, encoder: Path) -> None:
+    task = load_task("sst2", data_dir=folder)
+    model, tokenizer = build_model(task, encoder)
+    for size in (0, -4):
+        with pytest.raises(ValueError, match=f"batch_size={size} is not an integer of at least 1"):
+            evaluate(model, task, tokenizer, batch_size=size, progress=False)
+        with pytest.raises(ValueError, match=f"batch_size={size}"):
+            prepare(task, tokenizer).batches(size)
 
 
 def test_perfect_logits_decode_to_the_answers(folder: Path, encoder: Path) -> None:
@@ -254,6 +282,16 @@ def test_checkpoint_with_another_label_order_is_put_into_ours(folder: Path, enco
     again, _ = build_model(task, tmp_path)
     assert torch.equal(evaluate(again, task, tokenizer, progress=False).logits, expected.logits)
     assert again.config.id2label == dict(enumerate(task.label_names))
+
+
+def test_a_quantized_head_with_another_label_order_is_refused(folder: Path, encoder: Path, tmp_path: Path) -> None:
+    task = load_task("sst2", data_dir=folder)
+    model, tokenizer = build_model(task, encoder)
+    tokenizer.save_pretrained(tmp_path)
+    model.config.id2label = {0: "positive", 1: "negative"}
+    qbert.pack(qbert.quantize_model(model, {"*": 4, "classifier": 8})).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="negative, positive has its outputs in another order"):
+        build_model(task, tmp_path)
 
 
 def test_checkpoint_for_other_labels_is_refused(folder: Path, encoder: Path, tmp_path: Path) -> None:

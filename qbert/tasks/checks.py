@@ -69,6 +69,8 @@ def _check_tags(row: Row, task: Task) -> str:
     if not isinstance(tags, list) or len(tags) != len(tokens):
         return f"{len(tokens)} tokens but {len(tags) if isinstance(tags, list) else tags!r} tags, expected one a token"
     for tag in tags:
+        if not isinstance(tag, str):
+            return f"tag {tag!r} is no name; write tags as text, such as O and B-PER"
         if tag not in task.label_names:
             return f"unknown tag {tag!r}, expected one of {', '.join(task.label_names)}"
     return ""

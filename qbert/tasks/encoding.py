@@ -65,7 +65,11 @@ class Prepared(Dataset):
         return isinstance(self.collate, PairCollator)
 
     def batches(self, batch_size: int = 32, *, seed: int | None = 0) -> list[Batch]:
-        """All examples as padded batches, in an order drawn by `seed`; in the order of the rows for None."""
+        """All examples as padded batches, in an order drawn by `seed`; in the order of the rows for None.
+
+        Raises ValueError for a batch size below 1.
+        """
+        _check_batch_size(batch_size)
         count = len(self)
         order = np.arange(count) if seed is None else np.random.default_rng(seed).permutation(count)
         return [
@@ -73,11 +77,20 @@ class Prepared(Dataset):
         ]
 
     def by_length(self, batch_size: int) -> Iterator[tuple[list[int], Batch]]:
-        """(example indices, batch) over all examples, longest first: least padding, and memory peaks at once."""
+        """(example indices, batch) over all examples, longest first: least padding, and memory peaks at once.
+
+        Raises ValueError for a batch size below 1.
+        """
+        _check_batch_size(batch_size)
         order = np.argsort(-self.lengths, kind="stable").tolist()
         for at in range(0, len(order), batch_size):
             chosen = order[at : at + batch_size]
             yield chosen, self.collate([self.examples[i] for i in chosen])
+
+
+def _check_batch_size(batch_size: int) -> None:
+    if batch_size < 1:
+        raise ValueError(f"batch_size={batch_size!r} is not an integer of at least 1")
 
 
 def training_order(lengths: np.ndarray, batch_size: int, seed: int, epoch: int) -> list[list[int]]:

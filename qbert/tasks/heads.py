@@ -42,7 +42,7 @@ def build_model(
 
     Raises:
         ValueError: the checkpoint is damaged, lacks encoder weights (or, if `tuned`, the head), or has a head for other
-            labels.
+            labels, or a quantized one for the same labels in another order.
         FileNotFoundError: no such model (or no package for the embedded one).
     """
     source = str(model_name_or_path or embedded_encoder())
@@ -137,7 +137,13 @@ def _refuse_incomplete(model: Any, report: dict[str, Any], source: str, task: Ta
 
 
 def _reorder_head(model: Any, order: list[int], task: Task) -> None:
-    head = [m for m in model.modules() if isinstance(m, nn.Linear) and m.out_features == len(order)][-1]
+    heads = [m for m in model.modules() if getattr(m, "out_features", None) == len(order)]
+    if not heads or not isinstance(heads[-1], nn.Linear):
+        raise ValueError(
+            f"the head for {', '.join(task.label_names)} has its outputs in another order and is no nn.Linear whose "
+            "rows could be moved; quantize the model with its head in float, or with its labels in this order"
+        )
+    head = heads[-1]
     rows = torch.tensor([order.index(i) for i in range(len(order))])
     with torch.no_grad():
         head.weight.copy_(head.weight[rows])

@@ -126,8 +126,9 @@ def load_task(name: str = "reviews", *, data_dir: str | Path | None = None, drop
 
     Args:
         name: one of `TASK_NAMES`, or with `data_dir` the name of any folder in it. A folder of an unknown name is
-            read by its fields: `text` or `sentence` or a pair of them with `label` (int or name: classification;
-            float: regression), `tokens` with `tags` or `ner_tags`, or SQuAD's JSON layout.
+            read by its fields: `text` (after its `title`, where it has one) or `sentence` or a pair of them with
+            `label` (int or name: classification; float: regression), `tokens` with `tags` or `ner_tags` (names), or
+            SQuAD's JSON layout.
         data_dir: folder with one folder a task (``sst2/train.jsonl.gz``), or itself the folder of the task.
         drop_inexact_spans: leave out training questions whose answer position is marked as a guess
             (``start_exact`` false).
@@ -175,7 +176,9 @@ def _inferred_spec(kind: Kind, fields: tuple[str, ...], splits: Mapping[str, Seq
     if kind == "classification":
         names = local.infer_label_names(splits)
     elif kind == "token":
-        tags = {tag for rows in splits.values() for row in rows for tag in row["tags"]}
+        # What is no list of names is left for the check of the rows, which names it.
+        lists = [row["tags"] for rows in splits.values() for row in rows if isinstance(row["tags"], list)]
+        tags = {tag for tags in lists for tag in tags if isinstance(tag, str)}
         names = ("O", *sorted(tags - {"O"}, key=lambda tag: (tag[2:], tag)))
     metrics: tuple[str, ...] = {
         "classification": ("accuracy", "f1"),

@@ -23,6 +23,7 @@ import numpy as np
 from qbert.tasks.task import Row
 
 _MAX_QUESTION_TOKENS = 64  # as in run_squad: a longer question would leave no room for the context
+_LEAST_CONTEXT = 8  # tokens of context in a window; fewer hold no answer
 
 
 @dataclass(frozen=True)
@@ -42,10 +43,21 @@ def span_examples(
     Args:
         rows: {"question", "context", "answers"}.
         max_length: tokens of question and window together.
-        stride: tokens that neighbouring windows share.
+        stride: tokens that neighbouring windows share, at most; fewer beside a question that leaves no more room.
+
+    Raises:
+        ValueError: `max_length` leaves hardly any context beside the longest question.
     """
+    questions, longest = _shortened_questions(rows, tokenizer)
+    taken = longest + tokenizer.num_special_tokens_to_add(pair=True)
+    if max_length - taken < _LEAST_CONTEXT:
+        raise ValueError(
+            f"max_length={max_length} leaves {max(max_length - taken, 0)} tokens of context beside a question of "
+            f"{longest}; use at least {taken + _LEAST_CONTEXT}"
+        )
+    stride = min(stride, max_length - taken - 1)
     encoded = tokenizer(
-        _shortened_questions(rows, tokenizer),
+        questions,
         [row["context"] for row in rows],
         truncation="only_second",
         max_length=max_length,
@@ -67,13 +79,15 @@ def span_examples(
     return examples, spans
 
 
-def _shortened_questions(rows: Sequence[Row], tokenizer: Any) -> list[str]:
+def _shortened_questions(rows: Sequence[Row], tokenizer: Any) -> tuple[list[str], int]:
+    """The questions, cut where they are very long, and the number of tokens of the longest."""
     questions = [row["question"].strip() for row in rows]
     offsets = tokenizer(questions, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
-    return [
+    shortened = [
         text[: places[_MAX_QUESTION_TOKENS - 1][1]] if len(places) > _MAX_QUESTION_TOKENS else text
         for text, places in zip(questions, offsets, strict=True)
     ]
+    return shortened, max(min(len(places), _MAX_QUESTION_TOKENS) for places in offsets)
 
 
 def token_span(places: np.ndarray, start: int, length: int) -> tuple[int, int]:
