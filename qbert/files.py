@@ -34,6 +34,18 @@ def write_json(path: str | os.PathLike[str], content: Mapping[str, Any] | list[A
     write_whole(path, lambda aside: aside.write_text(text, encoding="utf-8"))
 
 
+def read_saved(path: str | os.PathLike[str], tag: str, what: str) -> dict[str, Any]:
+    """Content of a JSON file that `what`, a class, has written with ``"format": tag``.
+
+    Raises:
+        FileNotFoundError: no such file; ValueError: not valid JSON, or not of this format.
+    """
+    content = read_json(path)
+    if not isinstance(content, dict) or content.get("format") != tag:
+        raise ValueError(f"path: {path} is not a saved {what} ({tag}); write one with its save method")
+    return content
+
+
 def read_json(path: str | os.PathLike[str]) -> Any:
     """Parsed content of a JSON file.
 

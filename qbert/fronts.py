@@ -9,6 +9,7 @@ the blocks (`qbert.knapsack.front`); its points are what `allocate_bits` finds f
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from qbert.block_config import write_config
 from qbert.budgets import make_budgets, rounded_up
 from qbert.choices import Fixed, Measured, check_widths, make_choices, measured_blocks
 from qbert.damage import Damage, damage_table
-from qbert.files import read_json, write_json, write_whole
+from qbert.files import read_saved, write_json, write_whole
 from qbert.knapsack import front
 
 FORMAT = "qbert.pareto/1"
@@ -98,16 +99,18 @@ class ParetoFront:
         Raises:
             ValueError: if the file is not a whole front.
         """
-        content = read_json(path)
-        if not isinstance(content, dict) or content.get("format") != FORMAT:
-            raise ValueError(f"path: {path} is not a saved ParetoFront ({FORMAT}); write one with front.save")
+        content = read_saved(path, FORMAT, "ParetoFront")
         try:
-            points = [
-                (int(p["bytes"]), float(p["damage"]), BitsConfig.from_dict(p["config"])) for p in content["points"]
-            ]
+            points = tuple(
+                ParetoPoint(int(p["bytes"]), float(p["damage"]), BitsConfig.from_dict(p["config"]))
+                for p in content["points"]
+            )
+            rising = all(a.bytes < b.bytes and a.damage > b.damage for a, b in itertools.pairwise(points))
+            if not (points and rising):
+                raise ValueError("its points are not a front: none, or not each larger and less damaging")
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"path: {path} is a damaged front ({error!r}); compute it again") from error
-        return cls(tuple(ParetoPoint(*p) for p in points))
+        return cls(points)
 
     def __str__(self) -> str:
         lines = [f"{'MB (1e6)':>10}{'damage':>14}  bits of the blocks"]

@@ -29,12 +29,13 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import kendalltau, spearmanr
 
-from qbert.files import read_json, write_json
+from qbert.files import read_saved, write_json
 
 FORMAT = "qbert.sensitivity/1"
 METRICS = ("omega", "eigenvalue", "trace", "weight_error", "curvature", "taylor", "loss_change")
 TRUTH = "loss_change"
-_ARRAYS = ("omega", "eigenvalue", "trace", "trace_error", "weight_error", "curvature", "gradient", "loss_change")
+_BY_BLOCK = ("omega", "eigenvalue", "trace", "trace_error")
+_ARRAYS = (*_BY_BLOCK, "weight_error", "curvature", "gradient", "loss_change")
 
 
 class RankCorrelation(NamedTuple):
@@ -143,9 +144,7 @@ class Sensitivities:
         Raises:
             ValueError: if the file is not a whole report.
         """
-        content = read_json(path)
-        if not isinstance(content, dict) or content.get("format") != FORMAT:
-            raise ValueError(f"path: {path} is not a saved Sensitivities ({FORMAT}); write one with report.save")
+        content = read_saved(path, FORMAT, "Sensitivities")
         try:
             names, bits = [str(n) for n in content["names"]], tuple(int(b) for b in content["bits"])
             arrays = {name: np.array(content[name], dtype=np.float64) for name in _ARRAYS}
@@ -155,7 +154,7 @@ class Sensitivities:
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"path: {path} is a damaged sensitivity file ({error!r}); measure it again") from error
         for name, array in arrays.items():
-            if array.shape not in ((len(names),), (len(names), len(bits))):
+            if array.shape != ((len(names),) if name in _BY_BLOCK else (len(names), len(bits))):
                 raise ValueError(f"path: {path} is a damaged sensitivity file ({name} has another shape)")
         return report
 

@@ -1,5 +1,6 @@
 """The Pareto front agrees with the allocation under every budget, and with model_size."""
 
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -67,9 +68,12 @@ def test_save_load_print_plot(tmp_path: Path) -> None:
     paper = allocate_bits(spectrum_of(MODEL), bits=(2, 4), model=MODEL, groups=4)
     front.plot(tmp_path / "front.png", marks={"by rank": (model_size(MODEL, paper).mb, 1.0)})
     assert (tmp_path / "front.png").stat().st_size > 10_000
-    (tmp_path / "front.json").write_text('{"format": "qbert.pareto/1"}')
-    with pytest.raises(ValueError, match="damaged front"):
-        ParetoFront.load(tmp_path / "front.json")
+    content = json.loads((tmp_path / "front.json").read_text())
+    spoiled = [content | {"points": points} for points in (None, [], content["points"][::-1], [{"bytes": 3}])]
+    for damaged in (*spoiled, {"format": "qbert.pareto/1"}):
+        (tmp_path / "front.json").write_text(json.dumps(damaged))
+        with pytest.raises(ValueError, match="damaged front"):
+            ParetoFront.load(tmp_path / "front.json")
     (tmp_path / "front.json").write_text("{}")
     with pytest.raises(ValueError, match="not a saved ParetoFront"):
         ParetoFront.load(tmp_path / "front.json")

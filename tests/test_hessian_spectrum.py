@@ -253,6 +253,27 @@ def test_damaged_checkpoints_are_refused(tmp_path: Any) -> None:
         measure(**settings, resume=True)
 
 
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda state: state["results"]["0"].pop("gap"),
+        lambda state: state["results"]["0"].pop("loss"),
+        lambda state: state["results"]["0"].update(value="much"),
+        lambda state: state["results"].update({"0": 3}),
+        lambda state: state.update(results=[]),
+        lambda state: state.update(signature=None),
+    ],
+)
+def test_damaged_records_are_refused(tmp_path: Any, spoil: Any) -> None:
+    measure(checkpoint=tmp_path)
+    file = next(tmp_path.glob("*.json"))
+    state = json.loads(file.read_text())
+    spoil(state)
+    file.write_text(json.dumps(state))
+    with pytest.raises(ValueError, match=rf"checkpoint: .*{file.name} is damaged; remove .* and start again"):
+        measure(checkpoint=tmp_path, resume=True)
+
+
 def test_without_resume_an_earlier_checkpoint_is_replaced(tmp_path: Any) -> None:
     measure(checkpoint=tmp_path, seed=1)
     fresh = measure(checkpoint=tmp_path)
@@ -341,12 +362,14 @@ def test_a_damaged_spectrum_file_is_refused(tmp_path: Any, spoil: Any) -> None:
         HessianSpectrum.load(path)
 
 
-def test_a_spectrum_file_with_arrays_of_the_wrong_shape_is_refused(tmp_path: Any) -> None:
+@pytest.mark.parametrize(
+    "changes",
+    [{"eigenvalues": [[1.0]]}, {"eigenvalues": [[1.0, None]]}, {"losses": 3.0}, {"losses": []}, {"names": ["a", "a"]}],
+)
+def test_a_spectrum_file_with_arrays_that_cannot_be_is_refused(tmp_path: Any, changes: Any) -> None:
     path = tmp_path / "spectrum.json"
     made_up([[1.0, 2.0]]).save(path)
-    content = json.loads(path.read_text())
-    content["eigenvalues"] = [[1.0]]
-    path.write_text(json.dumps(content))
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
     with pytest.raises(ValueError, match="damaged"):
         HessianSpectrum.load(path)
 

@@ -1,5 +1,6 @@
 """Sensitivity measures against dense Hessians, exact losses and a model left as it was."""
 
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -230,6 +231,8 @@ def test_save_and_load(tmp_path: Path) -> None:
         ("{}", "not a saved Sensitivities"),
         (text.replace('"omega"', '"omage"'), "damaged sensitivity file"),
         (text.replace('"trace": [', '"trace": [1.0, '), "another shape"),
+        (json.dumps({**json.loads(text), "omega": report.weight_error.tolist()}), "omega has another shape"),
+        (json.dumps({**json.loads(text), "gradient": report.omega.tolist()}), "gradient has another shape"),
     ):
         (tmp_path / "report.json").write_text(damaged)
         with pytest.raises(ValueError, match=message):

@@ -59,10 +59,15 @@ class Checkpoint:
     def _files(self) -> list[Path]:
         return sorted(self.folder.glob("*.json"))
 
+    def _file(self, name: str) -> Path:
+        return self.folder / f"{hashlib.sha256(name.encode()).hexdigest()[:16]}.json"
+
     def _check(self, file: Path, state: Any) -> None:
         if not isinstance(state, dict) or state.get("format") != FORMAT or not {"block", "results"} <= state.keys():
             raise ValueError(f"checkpoint: {file} is not part of a checkpoint ({FORMAT}); give another folder")
-        found = state.get("signature", {})
+        found = state.get("signature")
+        if not isinstance(found, dict) or not isinstance(state["results"], dict):
+            raise ValueError(_damaged(file))
         different = sorted(k for k in self.signature.keys() | found.keys() if self.signature.get(k) != found.get(k))
         if different:
             raise ValueError(
@@ -87,21 +92,28 @@ class Checkpoint:
                 vector.unlink()
 
     def get(self, run: int, name: str) -> tuple[Eigenpair, float] | None:
-        """Eigenpair (without its vector) and subset loss of a finished (run, block), None if it is still to be done."""
+        """Eigenpair (without its vector) and subset loss of a finished (run, block), None if it is still to be done.
+
+        Raises:
+            ValueError: if the record is damaged.
+        """
         record = self._blocks.get(name, {}).get("results", {}).get(str(run))
         if record is None:
             return None
-        numbers: dict[str, Any] = {
-            key: float(value) if isinstance(value, str) else value for key, value in record.items()
-        }
-        loss = numbers.pop("loss")
-        return Eigenpair(vector=_NO_VECTOR, **numbers), loss
+        try:
+            numbers: dict[str, Any] = {
+                key: float(value) if isinstance(value, str) else value for key, value in record.items()
+            }
+            loss = numbers.pop("loss")
+            return Eigenpair(vector=_NO_VECTOR, **numbers), loss
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(_damaged(self._file(name))) from error
 
     def put(self, run: int, name: str, pair: Eigenpair, loss: float) -> None:
         """Record a finished (run, block); its vector becomes the block's latest one."""
-        stem = hashlib.sha256(name.encode()).hexdigest()[:16]
+        file = self._file(name)
         vector = pair.vector.detach().cpu().contiguous()
-        vector_file = f"{stem}-{run}.safetensors"
+        vector_file = f"{file.stem}-{run}.safetensors"
         write_whole(self.folder / vector_file, lambda aside: save_file({"vector": vector}, aside))
         state = self._blocks.setdefault(
             name, {"format": FORMAT, "signature": self.signature, "block": name, "results": {}, "vector": None}
@@ -112,7 +124,7 @@ class Checkpoint:
             key: str(value) if isinstance(value, float) and not math.isfinite(value) else value
             for key, value in record.items()
         }
-        write_json(self.folder / f"{stem}.json", state)
+        write_json(file, state)
         if older and older != vector_file:
             (self.folder / older).unlink(missing_ok=True)
 
@@ -146,8 +158,12 @@ class Checkpoint:
             state = self._blocks.get(name, {"vector": None})
             file, state["vector"] = state["vector"], None
             if file is not None:
-                write_json(self.folder / f"{hashlib.sha256(name.encode()).hexdigest()[:16]}.json", state)
+                write_json(self._file(name), state)
                 (self.folder / file).unlink(missing_ok=True)
+
+
+def _damaged(file: Path) -> str:
+    return f"checkpoint: {file} is damaged; remove {file.parent} and start again"
 
 
 def model_fingerprint(model: nn.Module) -> str:

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qbert.arguments import real_number, whole_number
-from qbert.files import read_json, write_json
+from qbert.files import read_saved, write_json
 
 FORMAT = "qbert.hessian_spectrum/1"
 _ARRAYS = ("eigenvalues", "other_end", "residuals", "errors", "upper_bounds", "products", "converged", "losses")
@@ -137,9 +137,7 @@ class HessianSpectrum:
         Raises:
             ValueError: if the file is not a whole spectrum of a known format.
         """
-        content = read_json(path)
-        if not isinstance(content, dict) or content.get("format") != FORMAT:
-            raise ValueError(f"path: {path} is not a saved HessianSpectrum ({FORMAT}); write one with spectrum.save")
+        content = read_saved(path, FORMAT, "HessianSpectrum")
         try:
             names = [str(name) for name in content["names"]]
             arrays: dict[str, Any] = {name: np.array(content[name], dtype=_dtype(name)) for name in _ARRAYS}
@@ -152,8 +150,11 @@ class HessianSpectrum:
             )
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"path: {path} is a damaged spectrum file ({error!r}); measure it again") from error
-        shape = (len(spectrum.losses), len(names))
-        if any(getattr(spectrum, name).shape != shape for name in _ARRAYS if name != "losses"):
+        shape = (spectrum.losses.size, len(names))
+        if not (np.isfinite(spectrum.eigenvalues).all() and np.isfinite(spectrum.losses).all()):
+            raise ValueError(f"path: {path} is a damaged spectrum file (not all numbers are finite); measure it again")
+        fit = all(getattr(spectrum, name).shape == (shape[:1] if name == "losses" else shape) for name in _ARRAYS)
+        if not fit or len(set(names)) < len(names):
             raise ValueError(f"path: {path} is a damaged spectrum file (arrays are not {shape}); measure it again")
         return spectrum
 
