@@ -232,23 +232,35 @@ def test_attention(quantize, target):
     assert report.count("wgmma.mma_async" if target == "sm_90" else "mma.sync") >= 2
 
 
-@pytest.mark.parametrize("target", ["sm_80", "sm_90"])
-@pytest.mark.parametrize(("tokens", "x_scale"), [(16, "token"), (512, "token"), (512, "asymmetric")])
-def test_query_key_and_value_of_different_bits(tokens, x_scale, target):
+def compile_mixed(bits: tuple[int, int, int], tile: Tile, target: str, x_scale: str = "token") -> Report:
     kernel = matmul_a8_mixed.matmul_a8_mixed_kernel
-    tile = rule(tokens, 768, 768, 3)
     types = dict.fromkeys(("x_ptr", "query_ptr", "key_ptr", "value_ptr"), "*i8") | {"y_ptr": "*fp16"}
     types |= {"x_scale_ptr": "*fp32", "scale_ptr": "*fp32", "zero_ptr": "*i32", "row_sum_ptr": "*i32"}
     types |= {"weight_sum_ptr": "*fp32", "bias_ptr": "*fp32"} | dict.fromkeys(["M", "N", "K"], "i32")
     types |= {n: "i32" for n in kernel.arg_names if n.startswith("stride")}
     constants = {"BM": tile.bm, "BN": tile.bn, "BK": tile.bk, "ASM": True}
     constants |= {"X_SCALE": x_scale, "ZERO": "int32", "HAS_BIAS": True}
-    for name, bits in (("QUERY", 2), ("KEY", 3), ("VALUE", 4)):
-        constants |= {f"BITS_{name}": bits, f"TAIL_{name}": 0, f"PAD_{name}": 0}
-    report = compile_report(
+    loops, (key, value) = matmul_a8_mixed.loops_of(bits, 768)
+    names = [f"{name}{loop}" for loop in range(3) for name in ("BITS", "TAIL", "PAD")]
+    constants |= dict(zip(names, loops, strict=True)) | {"LOOP_KEY": key, "LOOP_VALUE": value}
+    return compile_report(
         kernel, types, constants, target=target, aligned=("N", "K"), num_warps=tile.warps, num_stages=tile.stages
     )
-    check_a8(report, 3)
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_90"])
+@pytest.mark.parametrize(("tokens", "x_scale"), [(16, "token"), (512, "token"), (512, "asymmetric")])
+def test_query_key_and_value_of_different_bits(tokens, x_scale, target):
+    check_a8(compile_mixed((2, 3, 4), rule(tokens, 768, 768, 3), target, x_scale), 3)
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_90"])
+@pytest.mark.parametrize(("bits", "tokens"), [((8, 8, 8), 8192), ((8, 8, 4), 8192), ((8, 4, 8), 512), ((4, 8, 8), 16)])
+def test_query_key_and_value_take_the_memory_of_one(bits, tokens, target):
+    tile = rule(tokens, 768, 768, 8)
+    report = compile_mixed(bits, tile, target)
+    assert report.spills == 0 and report.fits and report.int8_products > 0
+    assert report.shared == compile_a8(8, tile, target).shared
 
 
 def needs_amd_backend() -> None:

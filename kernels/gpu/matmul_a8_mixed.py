@@ -1,13 +1,10 @@
 """Query, key and value in one launch although each has its own bits: `matmul_a8` over three weights of one height.
 
 Q-BERT's allocation may give the three projections of a layer different bits. A program belongs to one of them (a scalar
-branch over three inlined loops) and writes its slice of the fused output [T, 3 O]:
+branch over up to three inlined loops) and writes its slice of the fused output [T, 3 O]:
 
     y[t, s O + o] = (acc_s[o, t] - zero[s, o] row_sum[t]) scale[s, o] x_scale[t] + x_offset[t] weight_sum[s, o]
                     + bias[s, o],   s = query, key, value
-
-Weights of equal bits are one packed matrix (rows are packed one by one, so they concatenate) and need no more than
-`matmul_a8`.
 
     y = matmul_a8_mixed(xq, x_scale, (query, key, value), (2, 3, 2), scale, zero=zero, row_sum=row_sum, bias=bias)
 """
@@ -45,13 +42,18 @@ def _product(
 def matmul_a8_mixed_kernel(
     x_ptr, query_ptr, key_ptr, value_ptr, y_ptr, x_scale_ptr, scale_ptr, zero_ptr, row_sum_ptr,
     weight_sum_ptr, bias_ptr, M, N, K, stride_x, stride_query, stride_key, stride_value, stride_y,
-    BITS_QUERY: tl.constexpr, TAIL_QUERY: tl.constexpr, PAD_QUERY: tl.constexpr,
-    BITS_KEY: tl.constexpr, TAIL_KEY: tl.constexpr, PAD_KEY: tl.constexpr,
-    BITS_VALUE: tl.constexpr, TAIL_VALUE: tl.constexpr, PAD_VALUE: tl.constexpr,
+    BITS0: tl.constexpr, TAIL0: tl.constexpr, PAD0: tl.constexpr,
+    BITS1: tl.constexpr, TAIL1: tl.constexpr, PAD1: tl.constexpr,
+    BITS2: tl.constexpr, TAIL2: tl.constexpr, PAD2: tl.constexpr,
+    LOOP_KEY: tl.constexpr, LOOP_VALUE: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, ASM: tl.constexpr,
     X_SCALE: tl.constexpr, ZERO: tl.constexpr, HAS_BIAS: tl.constexpr,
 ):  # fmt: skip
-    """Grid (3 * tiles of O * tiles of T)."""
+    """Grid (3 * tiles of O * tiles of T).
+
+    One loop for each different number of bits, BITS0 (the query's), BITS1 and BITS2, which are 0 where there are fewer;
+    LOOP_KEY and LOOP_VALUE are those of the key and the value.
+    """
     n_tiles = tl.cdiv(N, BN)
     tile = tl.program_id(0)
     segment = (tile // n_tiles) % 3
@@ -60,20 +62,20 @@ def matmul_a8_mixed_kernel(
     rm = first_m + tl.arange(0, BM)
     rows_w = tl.minimum(rn, N - 1)
     rows_x = tl.minimum(rm, M - 1)
-    if segment == 0:
-        acc = _product(
-            x_ptr, query_ptr, rows_x, rows_w, K, stride_x, stride_query, BM, BN, BK, BITS_QUERY, TAIL_QUERY, PAD_QUERY,
-            ASM,
-        )  # fmt: skip
-    elif segment == 1:
-        acc = _product(
-            x_ptr, key_ptr, rows_x, rows_w, K, stride_x, stride_key, BM, BN, BK, BITS_KEY, TAIL_KEY, PAD_KEY, ASM
-        )
+    w_ptr = tl.where(segment == 0, query_ptr, tl.where(segment == 1, key_ptr, value_ptr))
+    stride_w = tl.where(segment == 0, stride_query, tl.where(segment == 1, stride_key, stride_value))
+    loop = tl.where(segment == 0, 0, tl.where(segment == 1, LOOP_KEY, LOOP_VALUE))
+    # Loops that are alike would not share their memory, so there are not more of them than different numbers of bits.
+    if BITS1 == 0:  # noqa: SIM114  decided when the kernel is compiled, unlike the next
+        acc = _product(x_ptr, w_ptr, rows_x, rows_w, K, stride_x, stride_w, BM, BN, BK, BITS0, TAIL0, PAD0, ASM)
+    elif loop == 0:
+        acc = _product(x_ptr, w_ptr, rows_x, rows_w, K, stride_x, stride_w, BM, BN, BK, BITS0, TAIL0, PAD0, ASM)
+    elif BITS2 == 0:  # noqa: SIM114
+        acc = _product(x_ptr, w_ptr, rows_x, rows_w, K, stride_x, stride_w, BM, BN, BK, BITS1, TAIL1, PAD1, ASM)
+    elif loop == 1:
+        acc = _product(x_ptr, w_ptr, rows_x, rows_w, K, stride_x, stride_w, BM, BN, BK, BITS1, TAIL1, PAD1, ASM)
     else:
-        acc = _product(
-            x_ptr, value_ptr, rows_x, rows_w, K, stride_x, stride_value, BM, BN, BK, BITS_VALUE, TAIL_VALUE, PAD_VALUE,
-            ASM,
-        )  # fmt: skip
+        acc = _product(x_ptr, w_ptr, rows_x, rows_w, K, stride_x, stride_w, BM, BN, BK, BITS2, TAIL2, PAD2, ASM)
     first = segment * N
     if ZERO == "int32":
         zero = tl.load(zero_ptr + first + rn, mask=rn < N, other=0)
@@ -84,6 +86,15 @@ def matmul_a8_mixed_kernel(
         bias_ptr + first if HAS_BIAS else bias_ptr, None, None, 0.0, 0.0, first_m, rn, M, N, stride_y, 0,
         8, X_SCALE, ZERO, HAS_BIAS, False, False, "float", False,
     )  # fmt: skip
+
+
+def loops_of(bits: tuple[int, int, int], columns: int) -> tuple[list[int], tuple[int, int]]:
+    """Bits, tail and padded tail of the kernel's three loops, and which of them the key and the value take."""
+    different = list(dict.fromkeys(bits))
+    constants: list[int] = []
+    for width in different:
+        constants += [width, *tail_of(columns, width)]
+    return constants + [0] * (9 - len(constants)), (different.index(bits[1]), different.index(bits[2]))
 
 
 def matmul_a8_mixed(
@@ -114,9 +125,7 @@ def matmul_a8_mixed(
         return y
     if tile is None:
         tile = choose_tile("matmul_a8_mixed", tokens, rows, columns, max(bits), device_name(xq))
-    constants: list[int] = []
-    for width in bits:
-        constants += [width, *tail_of(columns, width)]
+    constants, loops = loops_of(bits, columns)
     grid = (3 * triton.cdiv(rows, tile.bn) * triton.cdiv(tokens, tile.bm),)
     matmul_a8_mixed_kernel[grid](
         xq,
@@ -135,6 +144,7 @@ def matmul_a8_mixed(
         *(p.stride(0) for p in packed),
         y.stride(0),
         *constants,
+        *loops,
         BM=tile.bm,
         BN=tile.bn,
         BK=tile.bk,
