@@ -2,7 +2,7 @@
 
 Every budget is linear in the choices: a constant (what is not decided) plus one cost a choice and bit width.
 
->>> budgets = make_budgets(choices, widths, model, reference, settings, size_mb=12)
+>>> budgets = make_budgets(blocks, choices, widths, model, reference, settings, size_mb=12)
 """
 
 from __future__ import annotations

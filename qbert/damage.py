@@ -1,6 +1,6 @@
 """The predicted damage of every choice at every bit width: what an exact allocation minimises the sum of.
 
-    >>> table = damage_table(spectrum, choices, widths=(2, 4), model=model)  # [choices][widths]
+    >>> damage_table(spectrum, choices, (2, 4), model, None, {})  # [choices][widths]
 
 The damage is what `qbert.sensitivity` predicts or measured, or what the caller gives, or, for a spectrum, sensitivity
 times squared weight error (Dong et al. 2020, HAWQ-V2, section 3.2).

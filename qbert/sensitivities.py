@@ -22,6 +22,7 @@ from qbert.bits import BitsConfig
 from qbert.choices import check_widths
 from qbert.hessian import HessianOperator, HessianSpectrum, estimate_trace, hessian_spectrum, parameter_blocks
 from qbert.hessian.operator import LossFunction
+from qbert.hessian.parts import vector_options
 from qbert.hessian.samples import Batch, batch_size
 from qbert.hessian.subsets import random_subset
 from qbert.loss_change import LossChanges
@@ -148,9 +149,8 @@ def _measure(
                 bar.update()
                 return operator.product(name, vector)
 
-            size, dtype = operator.size(name), torch.promote_types(weights[name][0].dtype, torch.float32)
-            device = weights[name][0].device
-            trace = estimate_trace(product, size, probes=probes, seed=seed, dtype=dtype, device=device)
+            size = operator.size(name)
+            trace = estimate_trace(product, size, probes=probes, seed=seed, **vector_options(weights[name]))
             found["trace"][i], found["trace_error"][i] = trace.value / size, trace.error / size
             slope = operator.gradient(name).double()
             for j, by_path in enumerate(specs.values()):

@@ -27,6 +27,7 @@ from qbert.files import write_whole
 from qbert.hessian.blocks import find_block
 from qbert.hessian.eigen import Product, check_product
 from qbert.hessian.operator import HessianOperator, LossFunction
+from qbert.hessian.parts import vector_options
 from qbert.hessian.subsets import random_subset
 
 Array = NDArray[np.float64]
@@ -100,7 +101,16 @@ def spectral_density(
     dtype: torch.dtype = torch.float64,
     device: torch.device | str = "cpu",
 ) -> SpectralDensity:
-    """Density of the symmetric operator `product`, [size] -> [size], from probes * steps products.
+    """Density of a symmetric operator from probes * steps products.
+
+    Args:
+        product: v -> H v, both [size].
+        size: dimension of the operator.
+        probes: number of random start vectors to average over.
+        steps: Lanczos steps from each, which are the nodes it gives; at most `size`.
+        seed: of the start vectors.
+        name: of the operator, for the picture.
+        dtype, device: of the vectors that `product` gets.
 
     Raises:
         TypeError, ValueError: probes or steps that are no whole number of at least 1.
@@ -134,7 +144,17 @@ def hessian_density(
     collate_fn: Callable[[list[Any]], Mapping[str, Any]] | None = None,
     micro_batch_size: int | None = None,
 ) -> SpectralDensity:
-    """Spectral density of one block of `model`; arguments as for `hessian_traces` and `spectral_density`.
+    """Spectral density of one block of `model`.
+
+    Args:
+        model: as for `hessian_spectrum`.
+        batches: labelled data.
+        name: a block of `granularity`, such as ``encoder.layer.0``.
+        granularity: ``layer``, ``block``, ``matrix`` or ``group``.
+        probes, steps: as for `spectral_density`; their product is the number of Hessian products.
+        samples: number of samples, drawn by `seed`; None: all.
+        seed: for samples and random vectors.
+        loss_fn, collate_fn, micro_batch_size: as for `hessian_spectrum`.
 
     Raises:
         ValueError, TypeError, ArithmeticError: an argument or a Hessian that cannot be used.
@@ -144,7 +164,6 @@ def hessian_density(
         model, batches, samples=samples, seed=seed, collate_fn=collate_fn, micro_batch_size=micro_batch_size
     )
     operator = HessianOperator(model, subset, {name: block.parameters}, loss_fn=loss_fn)
-    first = block.parameters[0]
     return spectral_density(
         lambda v: operator.product(name, v),
         block.size,
@@ -152,8 +171,7 @@ def hessian_density(
         steps=steps,
         seed=seed,
         name=name,
-        dtype=first.dtype if first.dtype == torch.float64 else torch.float32,
-        device=first.device,
+        **vector_options(block.parameters),
     )
 
 

@@ -135,13 +135,19 @@ def start_vector(
 
 
 def lanczos(product: Product, size: int, *, seed: int = 0, **settings: Any) -> Eigenpair:
-    """Eigenpair of largest magnitude of the symmetric operator `product`, [size] -> [size].
+    """Eigenpair of largest magnitude of a symmetric operator.
 
     Unless told otherwise it goes on until the value is proven to the tolerance with 99 % probability
-    (``confidence=0.99``); `settings` are those of `qbert.hessian.krylov.Lanczos`.
+    (``confidence=0.99``; Kuczynski and Wozniakowski 1992).
+
+    Args:
+        product: v -> H v, both [size] in the dtype and on the device of `settings` (default: float64, CPU).
+        size: dimension of the operator.
+        seed: of the start vector.
+        **settings: those of `qbert.hessian.krylov.Lanczos`, such as ``tol`` (relative error, default 1e-3).
 
     Raises:
-        ArithmeticError: if a product is not finite.
+        ValueError, TypeError: a size or setting that cannot be used; ArithmeticError if a product is not finite.
     """
     from qbert.hessian.krylov import Lanczos
 
@@ -150,17 +156,29 @@ def lanczos(product: Product, size: int, *, seed: int = 0, **settings: Any) -> E
 
 
 def power_iteration(product: Product, size: int, *, seed: int = 0, **settings: Any) -> Eigenpair:
-    """Power iteration on `product`, [size] -> [size]; see `PowerIteration` for what its stopping rule is worth."""
+    """Power iteration on `product`, [size] -> [size]; see `PowerIteration` for what its stopping rule is worth.
+
+    Args:
+        product, size, seed: as for `lanczos`.
+        **settings: those of `PowerIteration`.
+
+    Raises:
+        ValueError, TypeError, ArithmeticError: as `lanczos`.
+    """
     return run(PowerIteration(size, generator=torch.Generator().manual_seed(seed), **settings), product)
 
 
 def top_eigenpairs(product: Product, size: int, *, k: int, seed: int = 0, **settings: Any) -> list[Eigenpair]:
     """The `k` eigenpairs of largest magnitude, multiplicities included, largest first.
 
-    Found one after the other, each orthogonal to those before; `settings` as for `lanczos`.
+    Found one after the other, each orthogonal to those before (deflation; Parlett 1998, section 5.1).
+
+    Args:
+        product, size, seed, settings: as for `lanczos`.
+        k: number of eigenpairs.
 
     Raises:
-        ValueError: if k is not in 1..size.
+        ValueError: if k is not in 1..size; ValueError, TypeError, ArithmeticError as `lanczos`.
     """
     if not 1 <= whole_number("k", k) <= size:
         raise ValueError(f"k: {k} eigenpairs of an operator of size {size} were asked for; use 1 to {size}")

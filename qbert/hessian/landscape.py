@@ -25,7 +25,7 @@ from qbert.files import write_whole
 from qbert.hessian.blocks import find_block
 from qbert.hessian.eigen import top_eigenpairs
 from qbert.hessian.operator import HessianOperator, LossFunction
-from qbert.hessian.parts import Part
+from qbert.hessian.parts import Part, vector_options
 from qbert.hessian.subsets import random_subset
 
 _RADIUS_SHARE = 0.01
@@ -102,7 +102,6 @@ def loss_landscape(
         model, batches, samples=samples, seed=seed, collate_fn=collate_fn, micro_batch_size=micro_batch_size
     )
     operator = HessianOperator(model, subset, {name: block.parameters}, loss_fn=loss_fn)
-    dtype = torch.float64 if block.parameters[0].dtype == torch.float64 else torch.float32
     pairs = top_eigenpairs(
         lambda v: operator.product(name, v),
         block.size,
@@ -110,8 +109,7 @@ def loss_landscape(
         tol=tol,
         seed=seed,
         confidence=None,
-        dtype=dtype,
-        device=block.parameters[0].device,
+        **vector_options(block.parameters),
     )
     operator.release()
     first, second = pairs[0], pairs[-1]

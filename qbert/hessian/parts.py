@@ -6,8 +6,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -60,6 +61,11 @@ def whole(part: Part) -> nn.Parameter:
 def cut(part: Part, tensor: Tensor) -> Tensor:
     """The part's entries of a tensor of its parameter's shape (a view)."""
     return tensor[part.start : part.stop] if isinstance(part, Rows) else tensor
+
+
+def vector_options(parts: Sequence[Part]) -> dict[str, Any]:
+    """``dtype`` and ``device`` of the vectors [n] of a block: those of its first part, but at least float32."""
+    return {"dtype": torch.promote_types(parts[0].dtype, torch.float32), "device": parts[0].device}
 
 
 def distinct_parameters(parts: Iterable[Part]) -> list[nn.Parameter]:

@@ -20,6 +20,7 @@ from qbert.hessian.eigen import Eigenpair, PowerIteration
 from qbert.hessian.krylov import Lanczos
 from qbert.hessian.memory import free_bytes
 from qbert.hessian.operator import HessianOperator
+from qbert.hessian.parts import vector_options
 from qbert.hessian.refine import COARSE_TOL
 
 METHODS = ("lanczos", "power", "ggn")
@@ -32,14 +33,12 @@ _log = logging.getLogger(__name__)
 def new_solver(block: ParameterBlock, warm: Sequence[Tensor], run: int, settings: Mapping[str, Any]) -> Solver:
     """The iteration for one block; its random vectors depend on seed, run and block name alone."""
     digest = hashlib.sha256(f"start/{settings['seed']}/{run}/{block.name}".encode()).digest()
-    first = block.parameters[0]
     common: dict[str, Any] = {
         "tol": COARSE_TOL if settings["precision"] == "bf16" else settings["tol"],
         "max_products": settings["max_products"],
         "warm": warm,
         "generator": torch.Generator().manual_seed(int.from_bytes(digest[:7], "big")),
-        "dtype": first.dtype if first.dtype == torch.float64 else torch.float32,
-        "device": first.device,
+        **vector_options(block.parameters),
     }
     if settings["method"] == "power":
         return PowerIteration(block.size, **common)

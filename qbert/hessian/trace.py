@@ -23,6 +23,7 @@ from qbert.arguments import whole_number
 from qbert.hessian.blocks import parameter_blocks
 from qbert.hessian.eigen import Product
 from qbert.hessian.operator import HessianOperator, LossFunction
+from qbert.hessian.parts import vector_options
 from qbert.hessian.subsets import random_subset
 
 METHODS = ("hutch++", "hutchinson")
@@ -53,12 +54,19 @@ def estimate_trace(
     dtype: torch.dtype = torch.float64,
     device: torch.device | str = "cpu",
 ) -> TraceEstimate:
-    """Trace of the symmetric operator `product`, [size] -> [size], from `probes` products.
+    """Trace of a symmetric operator from products with random vectors.
 
-    Where `probes` reach the size, the trace is exact. Hutch++ holds a third of the probes as vectors [size].
+    Args:
+        product: v -> H v, both [size].
+        size: dimension of the operator.
+        probes: number of products; where they reach `size`, the trace is exact.
+        method: ``hutch++`` (holds a third of the probes as vectors [size]) or ``hutchinson``.
+        seed: of the random vectors.
+        dtype, device: of the vectors that `product` gets.
 
     Raises:
         ValueError: unknown method, fewer than three probes for Hutch++, fewer than one for Hutchinson.
+        TypeError: probes that are no whole number.
         ArithmeticError: products that are not finite.
     """
     if method not in METHODS:
@@ -124,7 +132,6 @@ def hessian_traces(
     estimates = {}
     with tqdm(total=len(blocks) * probes, desc="trace", unit="product", disable=not progress, smoothing=0) as bar:
         for block in blocks:
-            first = block.parameters[0]
 
             def product(v: Tensor, name: str = block.name) -> Tensor:
                 bar.update(1)
@@ -136,8 +143,7 @@ def hessian_traces(
                 probes=probes,
                 method=method,
                 seed=seed,
-                dtype=first.dtype if first.dtype == torch.float64 else torch.float32,
-                device=first.device,
+                **vector_options(block.parameters),
             )
     return estimates
 

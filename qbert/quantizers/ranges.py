@@ -53,7 +53,10 @@ def find_ranges(
         scheme, method, percentile: as in `TensorSpec`.
 
     Returns:
-        `GroupRanges` with scale and zero [G, K] in float32.
+        `GroupRanges` with scale and zero [G, K] in float32, on the device of `weight`.
+
+    Raises:
+        RuntimeError: if `input_groups` does not divide the columns.
     """
     blocks = weight.detach().float().unflatten(1, (input_groups, -1))  # [O, K, I/K]
     low, high = _extent(blocks, row_group, method, percentile)
