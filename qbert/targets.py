@@ -34,8 +34,9 @@ _LINEAR_ROLES: tuple[tuple[str, str], ...] = (
 )
 _HEAD_SPLIT_ROLES = frozenset({"query", "key", "value", "qkv"})
 
-# DeBERTa reads this table's `.weight` directly and never calls the module, so a module swap would change nothing.
-_READ_WITHOUT_FORWARD = re.compile(r"(^|\.)rel_embeddings$")
+# DeBERTa and LayoutLM 2 and 3 read the `.weight` of these directly and never call the module, so that a module swap
+# would change nothing before packing, and the output after it.
+_READ_WITHOUT_FORWARD = re.compile(r"(^|\.)(rel_embeddings|rel_pos_(x_|y_)?bias)$")
 
 
 @dataclass(frozen=True, eq=False)

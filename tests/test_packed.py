@@ -9,7 +9,7 @@ from encoders import FAMILIES, build, inputs_for
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
-from transformers import AutoModelForMaskedLM
+from transformers import AutoModel, AutoModelForMaskedLM, LayoutLMv3Config
 
 import qbert
 from qbert.kernels import formats
@@ -126,6 +126,19 @@ def test_a_head_that_reads_a_weight_past_its_quantizer_is_refused() -> None:
     packed, batch = pack(student), inputs_for("mobilebert")
     with torch.no_grad():
         assert torch.allclose(packed(**batch).logits, student(**batch).logits, rtol=1e-4, atol=1e-5)
+
+
+def test_matrices_that_are_only_read_stay_in_float() -> None:
+    sizes: dict[str, Any] = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 100}
+    boxes = {"input_size": 32, "patch_size": 16, "coordinate_size": 8, "shape_size": 8}
+    model = AutoModel.from_config(LayoutLMv3Config(**sizes, **boxes, intermediate_size=96)).eval()
+    batch = inputs_for("bert")
+    batch["bbox"] = torch.randint(0, 500, (*batch["input_ids"].shape, 4)).sort(dim=-1)[0]
+    student = qbert.quantize_model(model, 2)
+    packed = pack(student)
+    assert type(packed.encoder.rel_pos_x_bias) is nn.Linear
+    with torch.no_grad():
+        assert torch.allclose(packed(**batch)[0], student(**batch)[0], rtol=1e-5, atol=1e-6)
 
 
 def test_shared_layers_stay_shared() -> None:
