@@ -27,7 +27,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from qbert.fast_forward import remove_fast_forwards
 from qbert.hub_files import Saver, check_digest
 from qbert.hub_loading import configuration, find_module, load_complete
-from qbert.hub_records import FORMAT_VERSION, METHOD, describe, read_layout
+from qbert.hub_records import FORMAT_VERSION, METHOD, describe, is_complete, read_layout
 from qbert.hub_trainable import RECORD, load_trainable
 from qbert.modules import replace_everywhere
 from qbert.packed_layout import PackedLayout
@@ -198,11 +198,13 @@ def mark_packed(model: nn.Module) -> None:
     for inner in reversed(list(model.modules())):
         if isinstance(inner, PreTrainedModel) and any(isinstance(m, PackedTensor) for m in inner.modules()):
             module: Any = inner
+            module.save_pretrained = Saver(module)
+            if not is_complete(module):
+                continue  # saving it alone is refused by name
             config = QBertConfig(**describe(module))
             module.config.quantization_config = config
             module.hf_quantizer = QBertHfQuantizer(config, pre_quantized=True)
             module.is_quantized, module.quantization_method = True, METHOD
-            module.save_pretrained = Saver(module)
             _pack_tied_heads(module)
 
 

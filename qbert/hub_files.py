@@ -84,10 +84,11 @@ class Saver:
             self.model.push_to_hub(repo_id, **hub)
 
     def _write(self, aside: Path, folder: Path, **kwargs: Any) -> None:
+        layouts = describe(self.model)
         type(self.model).save_pretrained(self.model, aside, **kwargs)
         files = sorted(aside.glob("*.safetensors"))
         config = json.loads((aside / "config.json").read_text(encoding="utf-8"))
-        record = {**describe(self.model), "quant_method": METHOD}
+        record = {**layouts, "quant_method": METHOD}
         record["sha256"] = digest(files, record)
         config["quantization_config"] = record
         (aside / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -29,14 +29,30 @@ def describe(model: nn.Module) -> dict[str, Any]:
     """The record of `model`: format_version, specs {label: values}, tensors {name: label} and tied {name: name}.
 
     Raises:
-        ValueError: if two packed modules have the same name relative to the base model.
+        ValueError: if two packed modules have the same name relative to the base model, or a layer is tied to one
+            outside of `model`.
     """
     prefix, _ = base_model(model)
     layers = {path: m for path, m in model.named_modules() if isinstance(m, PackedTensor)}
     specs, tensors = record_layouts(prefix, {path: layer.layout for path, layer in layers.items()})
     names = {id(layer): name for layer, name in zip(layers.values(), tensors, strict=True)}
-    tied = {names[id(layer)]: names[id(layer.owner)] for layer in layers.values() if layer.owner is not layer}
+    tied: dict[str, str] = {}
+    for layer in layers.values():
+        if id(layer.owner) not in names:
+            raise ValueError(
+                f"model: the codes of {names[id(layer)]} belong to a layer outside of {type(model).__name__}; "
+                "save the whole model"
+            )
+        if layer.owner is not layer:
+            tied[names[id(layer)]] = names[id(layer.owner)]
     return {"format_version": FORMAT_VERSION, "specs": specs, "tensors": tensors, "tied": tied}
+
+
+def is_complete(model: nn.Module) -> bool:
+    """Whether `model` has packed layers and all of their codes: a part of a model may be tied to another part."""
+    layers = [m for m in model.modules() if isinstance(m, PackedTensor)]
+    inside = {id(layer) for layer in layers}
+    return bool(layers) and all(id(layer.owner) in inside for layer in layers)
 
 
 def record_layouts(

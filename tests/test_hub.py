@@ -78,6 +78,22 @@ def test_every_masked_language_model_comes_back_with_its_tied_head(family: str, 
     assert same_state(packed, loaded) and (outputs(loaded, batch) - outputs(packed, batch)).abs().max() <= 1e-6
 
 
+def test_a_table_that_two_parts_share_is_saved_with_the_whole(tmp_path: Path) -> None:
+    config = tf.T5Config(vocab_size=100, d_model=48, d_kv=12, d_ff=96, num_layers=2, num_heads=4)
+    model, batch = tf.T5EncoderModel(config).eval(), inputs_for("bert")
+    student = qbert.quantize_model(model, 4)
+    packed = pack(student)
+    packed.save_pretrained(tmp_path / "whole")
+    loaded = qbert.load(tmp_path / "whole")
+    assert loaded.encoder.embed_tokens.owner is loaded.shared
+    with torch.no_grad():
+        wanted = student(**batch)[0]
+        assert torch.allclose(packed(**batch)[0], wanted, rtol=1e-5, atol=1e-6)
+        assert torch.allclose(loaded(**batch)[0], wanted, rtol=1e-5, atol=1e-6)
+    with pytest.raises(ValueError, match=r"embed_tokens belong to a layer outside of T5Stack; save the whole model"):
+        packed.encoder.save_pretrained(tmp_path / "part")
+
+
 @pytest.mark.parametrize(
     "auto",
     ["", "ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering", "ForMaskedLM"],
