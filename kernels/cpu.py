@@ -22,6 +22,7 @@ The integer product knows codes, not the zero of their grid. Three ways, the fir
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -85,6 +86,8 @@ class CpuLinear:
             raise ValueError(f"activation_bits must be 8 or None, got {activation_bits!r}.")
         if asymmetric and (activation_bits is None or activation_scale is not None):
             raise ValueError("asymmetric is for 8-bit activations without a static scale; leave one of the two out.")
+        if activation_scale is not None and not 0 < abs(activation_scale) < math.inf:
+            raise ValueError(f"activation_scale must be a positive number or None, got {activation_scale}.")
         rows, columns = codes.shape
         scale = reference.expand_groups(scale, row_group, rows).float().contiguous()
         zero = reference.expand_groups(zero, row_group, rows).float().contiguous()

@@ -43,8 +43,8 @@ def pack(model: Model) -> Model:
 
     Raises:
         ValueError: if the model has no quantized layer, row groups that no number of groups describes, a weight or
-            scale that is not finite, or a quantized layer whose weight another module reads past its quantizer
-            (MobileBERT's language-model head).
+            scale that is not finite, a static activation range that was never calibrated, or a quantized layer whose
+            weight another module reads past its quantizer (MobileBERT's language-model head).
         TypeError: if it is not a torch module.
     """
     check_module("model", model)
@@ -125,6 +125,12 @@ def _check_finite(model: nn.Module) -> None:
                         f"model: the {name} of {path} holds NaN or infinity, so training has diverged; "
                         "load an earlier checkpoint, or train again with a lower learning rate"
                     )
+            activation = getattr(module, "activation_quantizer", None)
+            if activation is not None and activation.mode == "static" and not bool(torch.isfinite(activation.scale)):
+                raise ValueError(
+                    f"model: the static activation range of {path} is {float(activation.scale)}, so it was never "
+                    "calibrated; pass calibration_data to quantize_model"
+                )
 
 
 def _same_weight(one: nn.Module, other: nn.Module) -> bool:

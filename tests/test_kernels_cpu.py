@@ -355,6 +355,9 @@ def test_bad_input_is_refused():
         CpuLinear.prepare(codes.long(), scale, zero, row_group, bias, 4)
     with pytest.raises(ValueError, match="bias must have shape"):
         CpuLinear.prepare(codes, scale, zero, row_group, bias[:-1], 4)
+    for scale in (0.0, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="activation_scale must be a positive number"):
+            CpuLinear.prepare(*layer(8, 16, 4), bits=4, activation_scale=scale)
     with pytest.raises(ValueError, match="activation_bits"):
         CpuLinear.prepare(codes, scale, zero, row_group, bias, 4, activation_bits=4)
 

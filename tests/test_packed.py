@@ -224,6 +224,14 @@ def test_what_is_not_finite_is_not_packed(where: str, layer: str) -> None:
         pack(student)
 
 
+def test_static_ranges_that_were_never_calibrated_are_not_packed() -> None:
+    batch = inputs_for("bert")
+    student = qbert.quantize_model(build("bert"), 4, calibration_data=[batch])
+    student.bert.encoder.layer[0].attention.self.key.activation_quantizer.scale.fill_(float("nan"))
+    with pytest.raises(ValueError, match=r"static activation range of .*layer\.0\.attention\.self\.key is nan"):
+        pack(student)
+
+
 @pytest.mark.parametrize("call", [pack, unpack, qbert.optimize_for_inference, lambda m: qbert.export_onnx(m, "x")])
 def test_what_is_no_model_is_refused(call: Any) -> None:
     with pytest.raises(TypeError, match=r"a str is not a model.*qbert\.load"):
