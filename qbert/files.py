@@ -8,6 +8,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 
 def write_whole(path: str | os.PathLike[str], write: Callable[[Path], Any]) -> None:
     """Call ``write(aside)`` on a temporary name beside `path`, then rename it to `path`.
@@ -32,6 +34,20 @@ def write_json(path: str | os.PathLike[str], content: Mapping[str, Any] | list[A
     """Write `content` as indented JSON; ValueError where it holds NaN or infinity, which JSON has not."""
     text = json.dumps(content, indent=1, allow_nan=False) + "\n"
     write_whole(path, lambda aside: aside.write_text(text, encoding="utf-8"))
+
+
+def json_array(values: np.ndarray) -> list[Any]:
+    """Nested lists of an array; JSON has no NaN and no infinity, so they become null and text.
+
+    ``np.array(values, dtype=np.float64)`` reads them back.
+    """
+    if values.dtype.kind != "f":
+        return values.tolist()
+    kept = values.astype(object)
+    kept[np.isnan(values)] = None
+    kept[np.isposinf(values)] = "inf"
+    kept[np.isneginf(values)] = "-inf"
+    return kept.tolist()
 
 
 def read_saved(path: str | os.PathLike[str], tag: str, what: str) -> dict[str, Any]:

@@ -79,6 +79,8 @@ def sensitivity(
     if probes < 4 or (samples is not None and whole_number("samples", samples) < 1):
         raise ValueError(f"probes={probes!r}, samples={samples!r}: use at least 4 probes (for an error) and 1 sample")
     if spectrum is not None:
+        if not isinstance(spectrum, HessianSpectrum):
+            raise TypeError(f"spectrum: expected a HessianSpectrum or None, got {type(spectrum).__name__}")
         granularity = str(spectrum.settings.get("granularity", granularity))
     if granularity == "group":
         raise ValueError("granularity: 'group' is finer than what gets bits of its own; use layer, block or matrix")

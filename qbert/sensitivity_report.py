@@ -29,7 +29,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import kendalltau, spearmanr
 
-from qbert.files import read_saved, write_json
+from qbert.files import json_array, read_saved, write_json
 
 FORMAT = "qbert.sensitivity/1"
 METRICS = ("omega", "eigenvalue", "trace", "weight_error", "curvature", "taylor", "loss_change")
@@ -135,7 +135,7 @@ class Sensitivities:
         """Write as JSON (aside first, then renamed)."""
         content: dict[str, Any] = {"format": FORMAT, "names": self.names, "members": self.members}
         content |= {"bits": list(self.bits), "loss": self.loss, "metric": self.metric, "settings": self.settings}
-        write_json(path, content | {name: getattr(self, name).tolist() for name in _ARRAYS})
+        write_json(path, content | {name: json_array(getattr(self, name)) for name in _ARRAYS})
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Sensitivities:

@@ -239,6 +239,16 @@ def test_save_and_load(tmp_path: Path) -> None:
             Sensitivities.load(tmp_path / "report.json")
 
 
+def test_a_model_that_breaks_at_few_bits_can_be_saved_and_is_not_allocated(tmp_path: Path) -> None:
+    report = sensitivity(tiny(), labelled(), bits=(2, 3), **FAST)
+    report.loss_change[0] = [np.inf, np.nan]
+    report.save(tmp_path / "report.json")
+    again = Sensitivities.load(tmp_path / "report.json")
+    assert np.array_equal(again.loss_change, report.loss_change, equal_nan=True)
+    with pytest.raises(ValueError, match=r"sensitivity of encoder\.layer\.0 is inf"):
+        allocate_bits(again, bits=(2, 3), average_bits=2.5, model=tiny(), groups=2)
+
+
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qbert.arguments import real_number, whole_number
-from qbert.files import read_saved, write_json
+from qbert.files import json_array, read_saved, write_json
 
 FORMAT = "qbert.hessian_spectrum/1"
 _ARRAYS = ("eigenvalues", "other_end", "residuals", "errors", "upper_bounds", "products", "converged", "losses")
@@ -126,7 +126,7 @@ class HessianSpectrum:
         content: dict[str, Any] = {"format": FORMAT, "names": self.names, "members": self.members}
         content["parameters"] = self.parameters
         for name in _ARRAYS:
-            content[name] = _json_array(getattr(self, name))
+            content[name] = json_array(getattr(self, name))
         content["settings"] = self.settings
         write_json(path, content)
 
@@ -213,16 +213,6 @@ def _tail(level: float) -> float:
 def _omega(eigenvalues: NDArray[np.float64]) -> NDArray[np.float64]:
     """|mean| + std over the first axis."""
     return np.abs(eigenvalues.mean(axis=0)) + eigenvalues.std(axis=0)
-
-
-def _json_array(values: NDArray[Any]) -> list[Any]:
-    """Nested lists; JSON has no NaN and no infinity, so they become null and text."""
-    if values.dtype.kind != "f":
-        return values.tolist()
-    kept = values.astype(object)
-    kept[np.isnan(values)] = None
-    kept[np.isposinf(values)] = "inf"
-    return kept.tolist()
 
 
 def _dtype(name: str) -> type:
