@@ -143,6 +143,7 @@ FULL = [  # tokens, bits, x_scale, rest of the epilogue
     (8192, 2, "asymmetric", {"HAS_RESIDUAL": True}),
     (8192, 4, "asymmetric", {"GELU": True}),
     (8192, 8, "asymmetric", {"HAS_RESIDUAL": True, "ZERO": "none"}),
+    (8192, 4, "token", {"OUT": "int8", "GELU": True, "OUT_SUM": True}),
     (8192, 3, "token", {"HAS_RESIDUAL": True}),
     (8192, 4, "token", {"HAS_RESIDUAL": True, "ZERO": "none"}),
     (8192, 8, "token", {"GELU": True, "ZERO": "float"}),

@@ -68,11 +68,12 @@ def epilogue(
 
     X_SCALE: "one" for all tokens, one a "token", or "asymmetric": M steps with M offsets behind them.
     """
-    # Two vectors over tokens (steps, offsets, row sums), or one and a residual, do not fit into the registers beside a
-    # large tile: it is finished in two halves.
-    CROWDED: tl.constexpr = X_SCALE == "asymmetric" or (X_SCALE == "token" and (HAS_RESIDUAL or ZERO == "float"))
-    PARTS: tl.constexpr = 2 if CROWDED and acc.shape[1] >= 64 else 1
-    WIDTH: tl.constexpr = acc.shape[1] // PARTS
+    # Two vectors over tokens (steps, offsets, row sums in or out), or one and a residual, do not fit into the registers
+    # beside a large tile: it is finished in two halves.
+    BM: tl.constexpr = acc.shape[1]
+    MORE: tl.constexpr = X_SCALE == "token" and (HAS_RESIDUAL or OUT_SUM or ZERO == "float")
+    PARTS: tl.constexpr = 2 if (X_SCALE == "asymmetric" and BM >= 64) or (MORE and BM >= 128) else 1
+    WIDTH: tl.constexpr = BM // PARTS
     if PARTS == 2:
         left, right = tl.split(tl.permute(tl.reshape(acc, (acc.shape[0], 2, WIDTH)), (0, 2, 1)))
     for part in tl.static_range(PARTS):

@@ -82,7 +82,7 @@ def test_embeddings_summed_normalized_and_quantized(features):
 
 
 # The large tiles are finished in two halves, the small one is not.
-TILES = [Tile(16, 32, 256), Tile(64, 32, 128), Tile(64, 32, 256, split=2)]
+TILES = [Tile(16, 32, 256), Tile(128, 32, 128), Tile(128, 32, 256, split=2)]
 
 
 @pytest.mark.parametrize("tile", TILES, ids=str)
@@ -148,7 +148,7 @@ def test_epilogues_equal_the_reference(tile, bits):
     assert torch.equal(bare.long(), reference.accumulate(xq, codes))
 
 
-@pytest.mark.parametrize("bits", [(2, 3, 2), (8, 4, 3)])
+@pytest.mark.parametrize("bits", [(2, 3, 3), (3, 3, 8)])
 @pytest.mark.parametrize("zero_kind", ["none", "int32", "float"])
 @pytest.mark.parametrize("tile", TILES[:2], ids=str)
 def test_query_key_and_value_of_different_bits(tile, zero_kind, bits):

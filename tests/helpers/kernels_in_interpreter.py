@@ -79,9 +79,9 @@ def float_parts(rows, tokens):
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 @pytest.mark.parametrize("zero_kind", ["none", "int32", "float"])
-@pytest.mark.parametrize("tile", [Tile(16, 32, 256), Tile(64, 32, 256, split=2)], ids=["small", "large, split"])
+@pytest.mark.parametrize("tile", [Tile(16, 32, 256), Tile(128, 32, 256, split=2)], ids=["small", "large, split"])
 def test_epilogues_equal_the_reference(bits, zero_kind, tile):
-    tokens, rows, columns = 39, 37, 512
+    tokens, rows, columns = 19 if tile.bm == 16 else 75, 37, 512
     codes, xq, packed = problem(tokens, rows, columns, bits)
     scale, x_scale, bias, residual = float_parts(rows, tokens)
     zero = {
@@ -115,9 +115,11 @@ def test_epilogues_equal_the_reference(bits, zero_kind, tile):
 
 
 @pytest.mark.parametrize("bits", [2, 4])
-@pytest.mark.parametrize(("gelu", "zero", "split"), [(False, 0, 1), (True, -100, 2)])
-def test_requantized_output_and_its_row_sums(bits, gelu, zero, split):
-    tokens, rows, columns = 19, 70, 512
+@pytest.mark.parametrize(
+    ("gelu", "zero", "tile"), [(False, 0, Tile(16, 32, 256)), (True, -100, Tile(128, 32, 256, split=2))]
+)
+def test_requantized_output_and_its_row_sums(bits, gelu, zero, tile):
+    tokens, rows, columns = 75, 70, 512
     codes, xq, packed = problem(tokens, rows, columns, bits)
     scale, x_scale, bias, _ = float_parts(rows, tokens)
     real = reference.matmul_a8(
@@ -137,7 +139,7 @@ def test_requantized_output_and_its_row_sums(bits, gelu, zero, split):
         out_scale=out_scale,
         out_zero=zero,
         out_row_sum=sums,
-        tile=Tile(16, 32, 256, split=split),
+        tile=tile,
     )
     expected = reference.requantize(real, out_scale, zero)
     assert int((y.int() - expected.int()).abs().max()) <= 1  # a tie may fall either way
