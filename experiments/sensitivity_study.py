@@ -153,11 +153,11 @@ def main() -> None:
     if arguments.collect:
         write_page(collected(arguments.collect), target)
         return print(f"written to {target}")
-    from qbert.choices import check_widths
     from qbert.perturbation import target_specs
+    from qbert.sensitivities import quantized_widths
     from qbert.tasks import build_model, load_task
 
-    check_widths(arguments.bits)
+    quantized_widths(arguments.bits)
     if arguments.probes < 4:
         raise ValueError(f"--probes {arguments.probes} gives no error of the trace; use at least 4")
     settings = {"groups": arguments.groups} if arguments.groups else {}

@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qbert.hessian.operator import LossFunction, evaluating, model_loss, to_device
+from qbert.hessian.evaluating import evaluating
+from qbert.hessian.losses import LossFunction, model_loss, to_device
 from qbert.hessian.samples import Batch, loss_weight
 from qbert.targets import encoder_layers, find_targets
 

@@ -21,7 +21,7 @@ from qbert.arguments import whole_number
 from qbert.bits import BitsConfig
 from qbert.choices import check_widths
 from qbert.hessian import HessianOperator, HessianSpectrum, estimate_trace, hessian_spectrum, parameter_blocks
-from qbert.hessian.operator import LossFunction
+from qbert.hessian.losses import LossFunction
 from qbert.hessian.parts import vector_options
 from qbert.hessian.samples import Batch, batch_size
 from qbert.hessian.subsets import random_subset
@@ -72,9 +72,7 @@ def sensitivity(
     Raises:
         ValueError, TypeError: an argument that cannot be used, named with its value.
     """
-    widths = check_widths(bits)
-    if widths[-1] > 8:
-        raise ValueError(f"bits={tuple(bits)!r}: 16 and 32 bits leave the weights as they are; use 2, 3, 4, 8")
+    widths = quantized_widths(bits)
     probes = whole_number("probes", probes)
     if probes < 4 or (samples is not None and whole_number("samples", samples) < 1):
         raise ValueError(f"probes={probes!r}, samples={samples!r}: use at least 4 probes (for an error) and 1 sample")
@@ -124,6 +122,18 @@ def sensitivity(
         },
         **measured,
     )
+
+
+def quantized_widths(bits: Sequence[int]) -> tuple[int, ...]:
+    """`bits` in ascending order.
+
+    Raises:
+        ValueError: as `check_widths`, or a width that leaves weights as they are.
+    """
+    widths = check_widths(bits)
+    if widths[-1] > 8:
+        raise ValueError(f"bits={tuple(bits)!r}: 16 and 32 bits leave the weights as they are; use 2, 3, 4, 8")
+    return widths
 
 
 def _measure(

@@ -289,6 +289,15 @@ def test_a_hessian_that_is_not_finite_is_an_error() -> Any:
         operator.product("w", torch.ones(2, dtype=torch.float64))
 
 
+def test_unknown_blocks_and_vectors_of_another_size_are_named() -> None:
+    model = tiny_bert()
+    operator = HessianOperator(model, [text_batch()], layer_blocks(model))
+    with pytest.raises(ValueError, match=r"'layer 0' is no block of this operator; use one of encoder\.layer\.0"):
+        operator.product("layer 0", torch.ones(3))
+    with pytest.raises(ValueError, match=r"encoder\.layer\.0 has the shape \(3,\) instead of"):
+        operator.product("encoder.layer.0", torch.ones(3))
+
+
 def test_no_labelled_sample_is_refused() -> None:
     with pytest.raises(ValueError, match="no labelled samples"):
         HessianOperator(tiny_bert(), [], {})

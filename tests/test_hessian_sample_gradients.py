@@ -10,7 +10,7 @@ from torch import nn
 
 from qbert.hessian import parameter_blocks
 from qbert.hessian.factor_rows import FactorRows, OuterProducts
-from qbert.hessian.operator import model_loss
+from qbert.hessian.losses import model_loss
 from qbert.hessian.sample_gradients import sample_rows
 
 ONE_BY_ONE = {"mobilebert", "deberta-v2"}  # norms of their own; position embeddings that go through query and key

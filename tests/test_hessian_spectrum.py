@@ -15,8 +15,8 @@ from torch.utils.data import DataLoader
 from transformers import BertConfig, BertForSequenceClassification
 
 from qbert.hessian import HessianOperator, HessianSpectrum, hessian_spectrum, hessian_traces, parameter_blocks
+from qbert.hessian.losses import model_loss
 from qbert.hessian.measure import check_finite
-from qbert.hessian.operator import model_loss as operator_loss
 from qbert.hessian.samples import as_samples
 from qbert.hessian.subsets import draw, micro_batches
 
@@ -471,7 +471,7 @@ def test_batches_whose_tensors_disagree_are_refused() -> None:
         (lambda model, batch: 1.0, "scalar"),
         (lambda model, batch: model(**batch).loss.detach(), "no parameter|no logits"),
         (lambda model, batch: torch.tensor(1.0), "no parameter|no logits"),
-        (lambda model, batch: operator_loss(tuple_model(model), batch), "return_dict = True"),
+        (lambda model, batch: model_loss(tuple_model(model), batch), "return_dict = True"),
     ],
     ids=["vector", "float", "detached", "constant", "tuple"],
 )

@@ -127,6 +127,7 @@ def test_studies_of_several_folders_make_one_page(world: Path) -> None:
     [
         (("--pairs", "2/16"), "--pairs 2/16 needs 16 bits"),
         (("--bits", "2", "5", "--pairs", "2/5"), "bits=(2, 5)"),
+        (("--bits", "2", "32", "--pairs", "2/32"), "16 and 32 bits"),
         (("--tasks", "sst2", "nothing", "--pairs", "2/4"), "nothing"),
         (("--groups", "5"), "groups=5"),
         (("--probes", "1"), "--probes 1 gives no error"),

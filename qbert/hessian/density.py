@@ -26,7 +26,8 @@ from qbert.arguments import whole_number
 from qbert.files import write_whole
 from qbert.hessian.blocks import find_block
 from qbert.hessian.eigen import Product, check_product
-from qbert.hessian.operator import HessianOperator, LossFunction
+from qbert.hessian.losses import LossFunction
+from qbert.hessian.operator import HessianOperator
 from qbert.hessian.parts import vector_options
 from qbert.hessian.subsets import random_subset
 

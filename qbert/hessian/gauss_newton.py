@@ -22,9 +22,10 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from qbert.arguments import whole_number
 from qbert.hessian.eigen import Eigenpair, relative
 from qbert.hessian.factor_rows import FactorRows
-from qbert.hessian.operator import LossFunction, model_loss
+from qbert.hessian.losses import LossFunction, model_loss
 from qbert.hessian.parts import Part
 from qbert.hessian.sample_gradients import sample_rows
 from qbert.hessian.samples import Batch
@@ -106,6 +107,10 @@ def _factors(
     count: Callable[[int], object],
 ) -> tuple[dict[str, _Factor], bool]:
     """The factor of every block, and whether no row of it was sketched."""
+    rank, rows_per_sample = (
+        whole_number("rank", rank, least=1),
+        whole_number("rows_per_sample", rows_per_sample, least=1),
+    )
     factors = {name: _Factor(rank) for name in blocks}
     exact = True
     chosen = loss_fn or model_loss

@@ -24,7 +24,8 @@ from qbert.arguments import real_number, whole_number
 from qbert.files import write_whole
 from qbert.hessian.blocks import find_block
 from qbert.hessian.eigen import top_eigenpairs
-from qbert.hessian.operator import HessianOperator, LossFunction
+from qbert.hessian.losses import LossFunction
+from qbert.hessian.operator import HessianOperator
 from qbert.hessian.parts import Part, vector_options
 from qbert.hessian.subsets import random_subset
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qbert.hessian.operator import LossFunction, check_scalar
+from qbert.hessian.losses import LossFunction, check_scalar
 from qbert.hessian.samples import Batch, batch_size
 
 _MOST_OUTPUTS = 4096

@@ -19,7 +19,7 @@ from qbert.hessian.blocks import parameter_blocks
 from qbert.hessian.checkpoint import Checkpoint, model_fingerprint
 from qbert.hessian.eigen import check_confidence, check_limits
 from qbert.hessian.krylov import BOUNDS
-from qbert.hessian.operator import LossFunction, masks_padding
+from qbert.hessian.losses import LossFunction, masks_padding
 from qbert.hessian.parallel import check_same, own_share, rank_and_world, wait_for_all
 from qbert.hessian.runs import Measurement, assemble
 from qbert.hessian.samples import Batch, as_samples

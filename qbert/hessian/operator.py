@@ -12,21 +12,18 @@ forwards, which is the least that an exact product can cost.
 from __future__ import annotations
 
 import contextlib
-import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from qbert.hessian.eigen import all_finite
+from qbert.hessian.evaluating import evaluating, requiring_gradients
+from qbert.hessian.losses import LossFunction, check_scalar, model_loss, to_device
 from qbert.hessian.memory import free_bytes, saved_tensor_bytes
 from qbert.hessian.parts import Part, cut, distinct_parameters, whole
 from qbert.hessian.samples import Batch, loss_weight
-
-LossFunction = Callable[[nn.Module, Batch], Tensor]
-_TWICE_DIFFERENTIABLE = ("eager", "sdpa", None)
 
 
 class HessianOperator:
@@ -107,8 +104,15 @@ class HessianOperator:
         """H v of several blocks, name -> [n]; each micro-batch's graph is built at most once.
 
         Raises:
-            ArithmeticError: if a product is not finite.
+            ValueError: an unknown block, or a vector of another size; ArithmeticError if a product is not finite.
         """
+        for name, vector in vectors.items():
+            if name not in self.blocks:
+                raise ValueError(f"vectors: {name!r} is no block of this operator; use one of {', '.join(self.blocks)}")
+            if vector.shape != (self.size(name),):
+                raise ValueError(
+                    f"vectors: that of {name} has the shape {tuple(vector.shape)} instead of ({self.size(name)},)"
+                )
         totals = {name: torch.empty_like(vector) for name, vector in vectors.items()}
         retained = self.retained
         for index in range(len(self.batches)):
@@ -204,99 +208,6 @@ class _Graph:
                 piece.view(part.shape).copy_(new) if first else piece.view(part.shape).add_(new)
             elif first:
                 piece.zero_()
-
-
-def model_loss(model: nn.Module, batch: Batch) -> Tensor:
-    """``model(**batch).loss``, for the keys of `batch` that the model's forward names.
-
-    Raises:
-        ValueError: if the model returns no loss, or a label is out of range.
-    """
-    try:
-        output = model(**accepted_arguments(model, batch))
-    except IndexError as error:
-        raise ValueError(f"batches: a label or token id is out of the model's range ({error})") from error
-    if isinstance(output, tuple):
-        raise ValueError(f"model: {type(model).__name__} returned a tuple; set model.config.return_dict = True")
-    loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
-    if not isinstance(loss, Tensor):
-        raise ValueError(
-            f"model: {type(model).__name__} returned no loss for a batch with the keys {sorted(batch)}; add "
-            "'labels' to the batches, use a model with a task head, or pass loss_fn"
-        )
-    return loss
-
-
-def check_scalar(loss: object) -> None:
-    """Refuse what is no scalar tensor with a ValueError."""
-    if not isinstance(loss, Tensor) or loss.numel() != 1:
-        raise ValueError("loss_fn: it must return the mean loss of a batch as a scalar tensor")
-
-
-def masks_padding(model: nn.Module, loss_fn: LossFunction | None) -> bool:
-    """Whether the loss of labelled rows is known not to see masked tokens: a model's own, that takes a mask."""
-    named = "attention_mask" in inspect.signature(model.forward).parameters
-    return named and (loss_fn is None or loss_fn is model_loss)
-
-
-def accepted_arguments(model: nn.Module, batch: Batch) -> dict[str, object]:
-    """The entries of `batch` that ``model.forward`` names; all of them where it names none."""
-    parameters = inspect.signature(model.forward).parameters.values()
-    named = {p.name for p in parameters if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)}
-    return {k: v for k, v in batch.items() if not named or k in named}
-
-
-def to_device(batch: Batch, model: nn.Module) -> Batch:
-    """`batch` with its tensors on the device of the model's first parameter."""
-    device = next(model.parameters()).device
-    return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
-
-
-@contextlib.contextmanager
-def evaluating(model: nn.Module, parameters: Sequence[nn.Parameter]) -> Iterator[None]:
-    """Evaluation mode, gradients for `parameters` alone, twice differentiable attention; undone on the way out.
-
-    Raises:
-        ValueError: if an attention implementation has no second derivative (flash, flex).
-    """
-    for module in model.modules():
-        implementation = getattr(getattr(module, "config", None), "_attn_implementation", None)
-        if implementation not in _TWICE_DIFFERENTIABLE:
-            raise ValueError(
-                f"model: the attention implementation {implementation!r} has no second derivative; load the "
-                "model with attn_implementation='sdpa' or 'eager'"
-            )
-    training = [module for module in model.modules() if module.training]
-    wanted = {id(p) for p in parameters}
-    others = [p for p in model.parameters() if id(p) not in wanted]
-    try:
-        for module in training:
-            module.training = False
-        with (
-            requiring_gradients(others, required=False),
-            requiring_gradients(parameters),
-            torch.inference_mode(False),
-            torch.enable_grad(),
-            sdpa_kernel([SDPBackend.MATH]),
-            torch.random.fork_rng(),
-        ):
-            yield
-    finally:
-        for module in training:
-            module.training = True
-
-
-@contextlib.contextmanager
-def requiring_gradients(parameters: Sequence[nn.Parameter], required: bool = True) -> Iterator[None]:
-    """`requires_grad` of `parameters` set to `required`, and back on the way out."""
-    changed = [p for p in parameters if p.requires_grad != required]
-    try:
-        for parameter in changed:
-            parameter.requires_grad_(required)
-        yield
-    finally:
-        for parameter in changed:
-            parameter.requires_grad_(not required)
 
 
 def _split(vector: Tensor, parts: Sequence[Part]) -> list[Tensor]:

@@ -19,7 +19,8 @@ from qbert.hessian.checkpoint import Checkpoint
 from qbert.hessian.eigen import Eigenpair
 from qbert.hessian.gauss_newton import gauss_newton_starts, gauss_newton_top
 from qbert.hessian.loss_factor import NoModelOutputError
-from qbert.hessian.operator import HessianOperator, LossFunction
+from qbert.hessian.losses import LossFunction
+from qbert.hessian.operator import HessianOperator
 from qbert.hessian.parallel import gathered
 from qbert.hessian.parts import Part
 from qbert.hessian.refine import refined

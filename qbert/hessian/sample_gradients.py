@@ -21,9 +21,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qbert.hessian.evaluating import evaluating
 from qbert.hessian.factor_rows import Entries, FactorRows, OuterProducts, dense
 from qbert.hessian.loss_factor import LossFactor, MixedSamplesError, loss_curvature, loss_factor
-from qbert.hessian.operator import LossFunction, evaluating, masks_padding, to_device
+from qbert.hessian.losses import LossFunction, masks_padding, to_device
 from qbert.hessian.parts import Part, Rows, distinct_parameters, whole
 from qbert.hessian.samples import Batch, BatchSamples, batch_size, loss_weight
 from qbert.hessian.subsets import BATCH_COST, micro_batches

@@ -22,7 +22,8 @@ from tqdm.auto import tqdm
 from qbert.arguments import whole_number
 from qbert.hessian.blocks import parameter_blocks
 from qbert.hessian.eigen import Product
-from qbert.hessian.operator import HessianOperator, LossFunction
+from qbert.hessian.losses import LossFunction
+from qbert.hessian.operator import HessianOperator
 from qbert.hessian.parts import vector_options
 from qbert.hessian.subsets import random_subset
 
