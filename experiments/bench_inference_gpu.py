@@ -47,7 +47,7 @@ def main() -> None:
     timer = ColdTimer(device)
     times: dict[tuple[str, int], dict[str, float]] = {}
     for name in arguments.models:
-        engines = build_engines(name, arguments.dynamic, device)
+        engines = build_engines(name, arguments.activations, device)
         for text, (size, length, mixed) in shapes.items():
             batch = make_batch(size, length, mixed, device)
             runs = {key: _call(model, batch) for key, model in engines.items()}
@@ -57,7 +57,7 @@ def main() -> None:
         del engines
         torch._dynamo.reset()
         torch.cuda.empty_cache()
-    page = render(times, provenance(), "dynamic" if arguments.dynamic else "static")
+    page = render(times, provenance(), arguments.activations)
     write_whole(arguments.output, lambda aside: aside.write_text(page, encoding="utf-8"))
     plot(times, BASE, str(Path(arguments.output).with_suffix(".png")), "Whole encoders")
     print(page)
@@ -71,7 +71,12 @@ def parse_arguments() -> argparse.Namespace:
         "--shapes", nargs="+", default=[*SHAPES, f"32x128{MIXED}"], help=f"batch x length, or with {MIXED} behind it"
     )
     parser.add_argument("--rounds", type=positive, default=30, help="interleaved rounds; default: 30")
-    parser.add_argument("--dynamic", action="store_true", help="activation ranges per token instead of calibrated ones")
+    parser.add_argument(
+        "--activations",
+        choices=("static", "dynamic", "asymmetric"),
+        default="static",
+        help="ranges of 8-bit activations: calibrated, or per token, symmetric or asymmetric; default: static",
+    )
     parser.add_argument("--output", default="outputs/inference_gpu.md", help="page; default: %(default)s")
     return parser.parse_args()
 
@@ -96,8 +101,8 @@ def make_batch(size: int, length: int, mixed: bool, device: torch.device) -> Bat
     return {"input_ids": (ids * mask).to(device), "attention_mask": mask.to(device)}
 
 
-def build_engines(name: str, dynamic: bool, device: torch.device) -> dict[str, nn.Module]:
-    """The compiled fp16 model and the packed ones, in fp16, by name."""
+def build_engines(name: str, ranges: str, device: torch.device) -> dict[str, nn.Module]:
+    """The compiled fp16 model and the packed ones, in fp16, by name; `ranges` are those of the activations."""
     from transformers import BertConfig, BertModel
 
     layers, width, heads, inner = MODELS[name]
@@ -112,9 +117,10 @@ def build_engines(name: str, dynamic: bool, device: torch.device) -> dict[str, n
     plain = copy.deepcopy(model).half().to(device)
     engines: dict[str, nn.Module] = {BASE: torch.compile(plain, mode="max-autotune")}  # type: ignore[dict-item]
     model = model.to(device)
-    data = None if dynamic else [make_batch(8, 128, False, device) for _ in range(2)]
+    data = [make_batch(8, 128, False, device) for _ in range(2)] if ranges == "static" else None
     for key, bits in BITS.items():
-        packed = qbert.pack(qbert.quantize_model(model, bits, calibration_data=data)).half()
+        bits_config = qbert.BitsConfig(bits, activation_range=ranges)
+        packed = qbert.pack(qbert.quantize_model(model, bits_config, calibration_data=data)).to(torch.float16)
         engines[key] = qbert.optimize_for_inference(packed, inplace=True)
     return engines
 

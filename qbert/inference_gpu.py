@@ -5,7 +5,7 @@ kind (BERT, RoBERTa, XLM-R, ELECTRA, CamemBERT) gets a forward of its own: the t
 gathered, run through the chains of `qbert.inference_gpu_layers`, and scattered back; padding comes out as zeros.
 Layers that do not fit run one by one, on padded tensors, between fused ones; the reason is logged.
 
-    >>> fast = optimize_for_inference(packed.half().cuda())
+    >>> fast = optimize_for_inference(packed.to("cuda", torch.float16))
     >>> fast(**tokenizer(texts, padding=True, return_tensors="pt").to("cuda"))
 """
 

@@ -92,6 +92,11 @@ def test_encoder_page() -> None:
     batch = bench.make_batch(4, 64, True, torch.device("cpu"))
     assert sorted(batch["attention_mask"].sum(1).tolist()) == [4, 24, 44, 64]
     assert list(bench.make_batch(2, 16, False, torch.device("cpu"))) == ["input_ids"]
+    bench.MODELS["tiny"] = (1, 32, 2, 64)
+    for ranges in ("static", "asymmetric"):
+        engines = bench.build_engines("tiny", ranges, torch.device("cpu"))
+        assert list(engines) == [bench.BASE, *bench.BITS]
+        assert all(bench._call(engines[key], batch)().dtype == torch.float16 for key in bench.BITS)
     name = "BERT-base length 128"
     times = {(name, 128): {bench.BASE: 0.3, "W4A8": 0.16}, (name, 16384): {bench.BASE: 5.0, "W4A8": 3.2}}
     page = bench.render(times, "made by hand", "static")

@@ -167,6 +167,6 @@ def test_whole_encoders_eagerly_and_through_graphs(ranges):
     with torch.cuda.stream(side):
         for _ in range(3):
             assert torch.equal(fast(**given)[0], first)
-    half = qbert.optimize_for_inference(packed.half().to(DEVICE))
+    half = qbert.optimize_for_inference(packed.to(DEVICE, torch.float16))
     error = (half(**given)[0].float() - first).norm() / first.norm()
     assert float(error) < 0.02
