@@ -12,7 +12,7 @@ import pytest
 import torch
 from encoders import FAMILIES, build, inputs_for
 from torch.utils.data import DataLoader
-from transformers import BertConfig, BertForSequenceClassification
+from transformers import AutoModelForSequenceClassification, BertConfig, BertForSequenceClassification, XLMConfig
 
 from qbert.hessian import HessianOperator, HessianSpectrum, hessian_spectrum, hessian_traces, parameter_blocks
 from qbert.hessian.losses import model_loss
@@ -518,6 +518,17 @@ def test_no_samples_and_not_finite_weights_are_refused() -> None:
     model.bert.encoder.layer[1].output.dense.weight.data[0, 0] = float("inf")
     with pytest.raises(ValueError, match=r"bert.encoder.layer.1.output.dense.weight holds NaN or infinity"):
         check_finite(model)
+
+
+def test_encoders_that_are_measured_in_part_say_so(caplog: Any) -> None:
+    """XLM keeps attentions and feed-forward parts in two lists, of which one is taken for the layers."""
+    config = XLMConfig(emb_dim=16, n_layers=2, n_heads=2, n_words=30)
+    parameter_blocks(AutoModelForSequenceClassification.from_config(config))
+    assert "8 of 12 encoder matrices (33 % of the weights) are in no encoder layer" in caplog.text
+    caplog.clear()
+    for family in FAMILIES:
+        parameter_blocks(build(family))
+    assert not caplog.text
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -14,9 +15,11 @@ from torch import nn
 
 from qbert.hessian.parts import Part, Rows
 from qbert.quantizers.groups import row_groups
-from qbert.targets import Target, encoder_layers, find_targets
+from qbert.targets import HEAD_ROLE, Target, encoder_layers, find_targets
 
 GRANULARITIES = ("layer", "block", "matrix", "group")
+_MOST_OUTSIDE = 0.2  # share of the weights; projections of embeddings have less
+_log = logging.getLogger(__name__)
 _ATTENTION_ROLES = frozenset({"query", "key", "value", "qkv", "attention_output"})
 
 
@@ -58,7 +61,9 @@ def parameter_blocks(model: nn.Module, granularity: str = "layer") -> list[Param
         raise TypeError(f"model: expected an encoder (nn.Module), got {type(model).__name__}")
     if granularity not in GRANULARITIES:
         raise ValueError(f"granularity: {granularity!r} is unknown; use one of {', '.join(GRANULARITIES)}")
-    targets = [t for t in find_targets(model) if t.layer is not None and isinstance(t.module, nn.Linear)]
+    matrices = [t for t in find_targets(model) if isinstance(t.module, nn.Linear) and t.role != HEAD_ROLE]
+    targets = [t for t in matrices if t.layer is not None]
+    _tell_what_is_left_out(matrices)
     if granularity == "matrix":
         blocks = [ParameterBlock(t.name, [_weight(t)], [t.name]) for t in targets]
     elif granularity == "group":
@@ -74,6 +79,22 @@ def parameter_blocks(model: nn.Module, granularity: str = "layer") -> list[Param
     if not blocks:
         raise ValueError(f"model: {type(model).__name__} has no parameters in encoder layers to look at")
     return blocks
+
+
+def _tell_what_is_left_out(matrices: Sequence[Target]) -> None:
+    """Warn where the layers are not most of the encoder: XLM has its attention and feed-forward parts in two lists."""
+    outside = [t for t in matrices if t.layer is None]
+    share = sum(_size(t) for t in outside) / max(1, sum(map(_size, matrices)))
+    if share > _MOST_OUTSIDE and len(outside) < len(matrices):
+        _log.warning(
+            "%d of %d encoder matrices (%.0f %% of the weights) are in no encoder layer and are not measured: %s, ...",
+            *(len(outside), len(matrices), 100 * share, outside[0].name),
+        )
+
+
+def _size(target: Target) -> int:
+    rows, columns = target.shape
+    return rows * columns
 
 
 def find_block(model: nn.Module, name: str, granularity: str = "layer") -> ParameterBlock:
