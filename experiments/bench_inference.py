@@ -22,13 +22,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import provenance, run_script
+from common import positive, provenance, run_script
 from torch import Tensor, nn
 
 import qbert
 from qbert.files import write_whole
 from qbert.kernels.cpu_gemm import available_engine, saturates
-from qbert.tasks.embedded import embedded_encoder, read_reviews
+from qbert.tasks.embedded import embedded_encoder
 
 # Variables that keep torch's libraries from using all of the processor's vector instructions.
 _INSTRUCTION_LIMITS = (
@@ -59,7 +59,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         engines, sizes, missing = build_engines(model, arguments, Path(folder))
         errors = relative_errors(engines, batch["input_ids"], batch["attention_mask"])
-        times = {shape: measure(engines, shape, arguments.seconds) for shape in arguments.shapes}
+        vocabulary = model.config.vocab_size
+        times = {shape: measure(engines, shape, arguments.seconds, vocabulary) for shape in arguments.shapes}
         times["real"] = measure_batch(engines, batch["input_ids"], batch["attention_mask"], arguments.seconds)
     layers = {shape: measure_layer(shape, arguments.activations) for shape in arguments.layers}
     limits = [f"{name}={os.environ[name]}" for name in _INSTRUCTION_LIMITS if name in os.environ]
@@ -75,10 +76,12 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--model", help="hub name or local folder; default: the embedded MiniLM-L6")
     parser.add_argument(
-        "--task", default="reviews", help="where sentences come from: reviews or stsb; default: reviews"
+        "--task", default="reviews", help="whose held-out sentences are read: reviews, stsb, ...; default: reviews"
     )
-    parser.add_argument("--data-dir", help="folder with TASK/dev.jsonl.gz, for a task other than reviews")
-    parser.add_argument("--bits", type=int, nargs="+", default=[8, 4], help="weight bits; default: 8 4")
+    parser.add_argument("--data-dir", help="folder with one sub-folder of jsonl(.gz) files a task; default: the hub")
+    parser.add_argument(
+        "--bits", type=int, nargs="+", choices=(2, 3, 4, 8), default=[8, 4], help="weight bits; default: 8 4"
+    )
     parser.add_argument(
         "--activations",
         nargs="+",
@@ -86,34 +89,36 @@ def parse_arguments() -> argparse.Namespace:
         default=["dynamic", "asymmetric"],
         help="ranges of 8-bit activations, per token: symmetric (the library's default) or asymmetric; default: both",
     )
-    parser.add_argument("--shapes", nargs="+", default=list(SHAPES), help="batch x length; default: %(default)s")
     parser.add_argument(
-        "--layers", nargs="*", default=list(LAYERS), help="single layers, in x out; default: %(default)s"
+        "--shapes", nargs="+", type=shape, default=list(SHAPES), help="batch x length; default: %(default)s"
     )
-    parser.add_argument("--sentences", type=int, default=64, help="real sentences for the error; default: 64")
+    parser.add_argument(
+        "--layers", nargs="*", type=shape, default=list(LAYERS), help="single layers, in x out; default: %(default)s"
+    )
+    parser.add_argument("--sentences", type=positive, default=64, help="real sentences for the error; default: 64")
     parser.add_argument("--seconds", type=float, default=3.0, help="seconds a shape and engine; default: 3")
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads; default: 1")
+    parser.add_argument("--threads", type=positive, default=1, help="CPU threads; default: 1")
     parser.add_argument("--torch-only", action="store_true", help="leave ONNX Runtime out")
     parser.add_argument("--output", default="outputs/inference_cpu.md", help="table; default: %(default)s")
     return parser.parse_args()
 
 
-def sentences(arguments: argparse.Namespace) -> list[str]:
-    """Real sentences, spread over the data; sets ``arguments.data`` to their name."""
-    if arguments.task == "reviews":
-        arguments.data = "the embedded reviews"
-        texts = [row["text"] for row in read_reviews()["validation"]]
-    else:
-        import gzip
-        import json
+def shape(text: str) -> str:
+    """Two positive numbers with an x between them, for argparse."""
+    numbers = text.split("x")
+    if len(numbers) != 2 or not all(n.isdecimal() and int(n) > 0 for n in numbers):
+        raise argparse.ArgumentTypeError(f"{text!r} is not two positive numbers such as 8x32")
+    return text
 
-        if not arguments.data_dir:
-            raise ValueError(f"--task {arguments.task} needs --data-dir; or use --task reviews")
-        arguments.data = arguments.task
-        with gzip.open(Path(arguments.data_dir) / arguments.task / "dev.jsonl.gz", "rt", encoding="utf-8") as lines:
-            rows = [json.loads(line) for line in lines]
-        key = next(k for k, v in rows[0].items() if isinstance(v, str))
-        texts = [row[key] for row in rows]
+
+def sentences(arguments: argparse.Namespace) -> list[str]:
+    """Real sentences, spread over the held-out rows; sets ``arguments.data`` to their name."""
+    from qbert.tasks import load_task
+
+    task = load_task(arguments.task, data_dir=arguments.data_dir)
+    arguments.data = "the embedded reviews" if task.name == "reviews" else task.name
+    texts = [row[task.text_fields[0]] for row in task.rows("validation")]
+    texts = [" ".join(text) if isinstance(text, list) else text for text in texts]
     return texts[:: max(len(texts) // arguments.sentences, 1)][: arguments.sentences]
 
 
@@ -209,10 +214,11 @@ def relative_errors(engines: dict[str, Engine], ids: Tensor, mask: Tensor) -> di
     return {name: float((y - exact).norm() / exact.norm()) for name, y in outputs.items()}
 
 
-def measure(engines: dict[str, Engine], shape: str, seconds: float) -> dict[str, float]:
+def measure(engines: dict[str, Engine], shape: str, seconds: float, vocabulary: int) -> dict[str, float]:
     """Milliseconds of a full batch of random tokens."""
     batch, length = (int(n) for n in shape.split("x"))
-    ids = torch.randint(1000, 20000, (batch, length), generator=torch.Generator().manual_seed(0))
+    lowest, end = min(1000, vocabulary // 2), min(20000, vocabulary)
+    ids = torch.randint(lowest, end, (batch, length), generator=torch.Generator().manual_seed(0))
     return measure_batch(engines, ids, torch.ones_like(ids), seconds)
 
 
