@@ -43,8 +43,10 @@ class WeightQuantizer(nn.Module):
         self.qmin, self.qmax = code_range(spec.bits, spec.scheme)
         groups = int(row_group[-1]) + 1
         self.register_buffer("row_group", row_group)
-        self.scale = nn.Parameter(torch.ones(groups, input_groups), requires_grad=False)
-        self.zero = nn.Parameter(torch.zeros(groups, input_groups), requires_grad=False)
+        # Whatever torch's default dtype and device are.
+        zeros = torch.zeros(groups, input_groups, dtype=torch.float32, device=row_group.device)
+        self.scale = nn.Parameter(torch.ones_like(zeros), requires_grad=False)
+        self.zero = nn.Parameter(zeros, requires_grad=False)
 
     @torch.no_grad()
     def find(self, weight: Tensor) -> None:

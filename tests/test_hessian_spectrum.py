@@ -485,6 +485,23 @@ def tuple_model(model: Any) -> Any:
     return model
 
 
+@pytest.mark.parametrize("method", ["lanczos", "power", "ggn"])
+@pytest.mark.parametrize("default", ["bfloat16", "meta"])
+def test_what_torch_creates_by_default_makes_no_difference(default: str, method: str) -> None:
+    model, data = tiny_bert(), batches()
+    expected = measure(model, data, runs=2, method=method)
+    try:
+        if default == "meta":
+            torch.set_default_device("meta")  # as set_default_device("cuda") beside a model on the CPU
+        else:
+            torch.set_default_dtype(torch.bfloat16)
+        found = measure(model, data, runs=2, method=method)
+    finally:
+        torch.set_default_device(None)
+        torch.set_default_dtype(torch.float32)
+    assert np.array_equal(found.eigenvalues, expected.eigenvalues)
+
+
 def test_inference_mode_makes_no_difference() -> None:
     outside = tiny_bert()
     with torch.inference_mode():

@@ -273,6 +273,25 @@ def test_half_precision_models() -> None:
     assert logits(student, inputs_for("bert")).dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("default", ["bfloat16", "float64", "meta"])
+def test_what_torch_creates_by_default_makes_no_difference(default: str) -> None:
+    model, batch = build("bert").eval(), inputs_for("bert")
+    configs = [(qbert.BitsConfig(8, groups=12), None), (qbert.BitsConfig(2, groups=12), [batch])]
+    expected = [logits(qbert.quantize_model(model, c, calibration_data=d), batch) for c, d in configs]
+    try:
+        if default == "meta":
+            torch.set_default_device("meta")  # as set_default_device("cuda") beside a model on the CPU
+        else:
+            torch.set_default_dtype(getattr(torch, default))
+        students = [qbert.quantize_model(model, c, calibration_data=d) for c, d in configs]
+        found = [logits(student, batch) for student in students]
+    finally:
+        torch.set_default_device(None)
+        torch.set_default_dtype(torch.float32)
+    assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
+    assert {m.weight_quantizer.scale.dtype for s in students for m in quantized_modules(s).values()} == {torch.float32}
+
+
 @pytest.mark.parametrize("scheme", ["asymmetric", "symmetric", "midrise"])
 @pytest.mark.parametrize("late", [False, True], ids=["half before", "half after"])
 def test_rows_of_zeros_in_half_precision(scheme: str, late: bool) -> None:

@@ -30,7 +30,7 @@ from qbert.hessian.eigen import Eigenpair
 
 FORMAT = "qbert.hessian_checkpoint/3"
 _SCALARS = [field.name for field in fields(Eigenpair) if field.name != "vector"]
-_NO_VECTOR = torch.empty(0)
+_NO_VECTOR = torch.empty(0, device="cpu")
 
 
 class Checkpoint:

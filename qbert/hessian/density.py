@@ -122,7 +122,7 @@ def spectral_density(
     steps = min(steps, size)
     nodes, weights = np.zeros((probes, steps)), np.zeros((probes, steps))
     for probe in range(probes):
-        vector = torch.randn(size, generator=generator, dtype=torch.float64).to(device, dtype)
+        vector = torch.randn(size, generator=generator, dtype=torch.float64, device="cpu").to(device, dtype)
         diagonal, side = _tridiagonal(product, vector / torch.linalg.vector_norm(vector), steps)
         values, vectors = eigh_tridiagonal(diagonal, side)
         nodes[probe, : len(values)], weights[probe, : len(values)] = values, vectors[0] ** 2

@@ -123,7 +123,7 @@ def start_vector(
     share = random_share if warm else 1.0
     deviation = share / size**0.5
     # Drawn on the CPU, so that all devices start alike.
-    start = torch.randn(size, generator=generator, dtype=dtype).mul_(deviation).to(device)
+    start = torch.randn(size, generator=generator, dtype=dtype, device="cpu").mul_(deviation).to(device)
     guesses: Tensor | None = None
     for guess in warm:
         guess = guess.detach().to(device, dtype)

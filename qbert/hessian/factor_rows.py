@@ -97,7 +97,7 @@ class FactorRows:
 
     def gram(self) -> Tensor:
         """A A^T [r, r] in float64."""
-        total = torch.zeros((), dtype=torch.float64)
+        total = torch.zeros((), dtype=torch.float64, device="cpu")
         for part in self.parts:
             gram = part.gram() if isinstance(part, OuterProducts) else part @ part.T
             total = total.to(gram.device) + gram.double()

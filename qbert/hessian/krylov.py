@@ -154,7 +154,7 @@ class Lanczos:
             return
         if exhausted:  # an invariant subspace: go on outside of it
             self._projection[k, :k] = 0
-            self.query = self._independent(torch.randn(product.shape, generator=self.generator))
+            self.query = self._independent(self._random(product))
         else:
             self.query = remainder.div_(length)
         if k == self.basis_size:
@@ -270,8 +270,12 @@ class Lanczos:
             remaining = torch.linalg.vector_norm(vector)
             if remaining > 1e3 * torch.finfo(vector.dtype).eps * length:
                 return vector / remaining
-            vector = torch.randn(vector.shape, generator=self.generator)
+            vector = self._random(vector)
         raise ArithmeticError("locked: no direction is left outside of the known vectors")
+
+    def _random(self, like: Tensor) -> Tensor:
+        """A random vector of the size of `like`, the same on every device."""
+        return torch.randn(like.shape, generator=self.generator, dtype=torch.float32, device="cpu")
 
     def _without_locked(self, vector: Tensor) -> Tensor:
         for v in self.locked:

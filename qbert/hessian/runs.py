@@ -130,13 +130,13 @@ def _combined(guess: Tensor | None, previous: Tensor | None) -> Tensor | None:
 def assemble(blocks: Sequence[ParameterBlock], work: Measurement, settings: dict[str, Any]) -> HessianSpectrum:
     """The spectrum of all `blocks`, from this process's results and those of the others."""
     columns = ("value", "other_end", "residual", "error", "upper_bound", "products", "converged")
-    table = torch.zeros(len(work.results), len(blocks), len(columns) + 1, dtype=torch.float64)
+    table = torch.zeros(len(work.results), len(blocks), len(columns) + 1, dtype=torch.float64, device="cpu")
     for run, found in enumerate(work.results):
         for index, block in enumerate(blocks):
             if block.name in found:
                 pair, loss = found[block.name]
                 row = [*(float(getattr(pair, c)) for c in columns), loss]
-                table[run, index] = torch.tensor(row, dtype=torch.float64)
+                table[run, index] = torch.tensor(row, dtype=torch.float64, device="cpu")
     whole = gathered(table, blocks[0].parameters[0].device).numpy()
     values = dict(zip((*columns, "loss"), np.moveaxis(whole, 2, 0).copy(), strict=True))
     return HessianSpectrum(
@@ -163,7 +163,7 @@ def _some_samples(batches: Sequence[Batch], count: int) -> list[Batch]:
     position = 0
     for batch in batches:
         size = batch_size(batch)
-        rows = torch.arange(-position % step, size, step)
+        rows = torch.arange(-position % step, size, step, device="cpu")
         position += size
         if len(rows):
             chosen.append(

@@ -191,7 +191,7 @@ def _columns(factor: LossFactor, share: float, most: int, generator: torch.Gener
         return matrix, True
     columns = matrix[:, :, -most:].clone()
     for sample in (factor.ranks > most).nonzero().flatten().tolist():
-        signs = torch.randint(0, 2, (rank, most), generator=generator) * 2 - 1
+        signs = torch.randint(0, 2, (rank, most), generator=generator, device="cpu") * 2 - 1
         columns[sample] = matrix[sample] @ signs.to(matrix) / most**0.5
     return columns, False
 
@@ -242,7 +242,9 @@ def _is_right(
     )
     index, single = next((i, one) for i, one in enumerate(singles) if loss_weight(one) > 0)
     matrix = factor.matrix[index].detach()
-    probe = torch.randn(len(matrix), generator=torch.Generator().manual_seed(0)).to(matrix)
+    probe = torch.randn(len(matrix), generator=torch.Generator().manual_seed(0), dtype=torch.float32, device="cpu").to(
+        matrix
+    )
     probe = matrix @ (matrix.T @ probe)
     outputs, curvature = loss_curvature(model, single, loss_fn, probe)
     share = loss_weight(single) / loss_weight(batch)
@@ -255,7 +257,7 @@ def _is_right(
     rows = _rows(parameters, entries, count * width).taken(last, last + 1).parts
     pairs = [(alone[id(p)][0], dense(row)[0]) for p, row in zip(parameters, rows, strict=True)]
     norms = [[torch.linalg.vector_norm(v) for v in (a - b, b)] for a, b in pairs]
-    differences, lengths = torch.tensor(norms).T
+    differences, lengths = torch.tensor(norms, dtype=torch.float64, device="cpu").T
     return _small(differences, lengths, matrix.dtype)
 
 

@@ -27,7 +27,7 @@ def draw(count: int, *, fraction: float, seed: int, run: int) -> list[int]:
     """
     generator = torch.Generator().manual_seed(_mixed_seed(seed, run, "draw"))
     size = max(1, round(count * fraction))
-    return torch.randperm(count, generator=generator)[:size].tolist()
+    return torch.randperm(count, generator=generator, device="cpu")[:size].tolist()
 
 
 def micro_batches(

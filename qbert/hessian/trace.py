@@ -76,7 +76,7 @@ def estimate_trace(
     generator = torch.Generator().manual_seed(seed)
 
     def signs() -> Tensor:
-        return (torch.randint(0, 2, (size,), generator=generator) * 2 - 1).to(device, dtype)
+        return (torch.randint(0, 2, (size,), generator=generator, device="cpu") * 2 - 1).to(device, dtype)
 
     if size <= probes:
         basis = torch.eye(size, dtype=dtype, device=device)

@@ -98,8 +98,8 @@ class ActivationQuantizer(nn.Module):
         self.momentum: float | None = None
         self.qmin, self.qmax = code_range(bits)
         if mode == "static":
-            self.register_buffer("scale", torch.tensor(float("nan")))
-            self.register_buffer("zero", torch.tensor(0.0))
+            self.register_buffer("scale", torch.tensor(float("nan"), dtype=torch.float32, device="cpu"))
+            self.register_buffer("zero", torch.tensor(0.0, dtype=torch.float32, device="cpu"))
 
     def set_range(self, low: float, high: float) -> None:
         """Fix the static range to cover [low, high] and 0, with an integer zero point."""
@@ -198,7 +198,7 @@ class ActivationObserver:
         """The (low, high) whose affine grid has the least squared error on the histogram."""
         if self.histogram is None:
             raise RuntimeError("no activation was seen; the module is not called in the model's forward pass")
-        edges = torch.linspace(self.low, self.high, _HISTOGRAM_BINS + 1, dtype=torch.float64)
+        edges = torch.linspace(self.low, self.high, _HISTOGRAM_BINS + 1, dtype=torch.float64, device="cpu")
         centres, counts = (edges[1:] + edges[:-1]) / 2, self.histogram.double()
         steps = 2**bits - 1
         best = (float("inf"), self.low, self.high)

@@ -57,4 +57,4 @@ def group_layout(target: Target, spec: TensorSpec) -> tuple[Tensor, int]:
 
 def _near_equal(items: int, parts: int) -> Tensor:
     """The part of each item when `items` are cut into `parts` runs whose sizes differ by at most one."""
-    return torch.div(torch.arange(items) * parts, items, rounding_mode="floor")
+    return torch.div(torch.arange(items, device="cpu") * parts, items, rounding_mode="floor")
