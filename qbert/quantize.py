@@ -37,6 +37,7 @@ _HOOKS = (
 )
 
 
+@torch.inference_mode(False)  # else the copy's parameters could never be trained
 def quantize_model(
     model: Model,
     bits_config: int | Mapping[str, Any] | BitsConfig | str | os.PathLike[str],

@@ -21,6 +21,7 @@ from qbert.arguments import whole_number
 from qbert.bits import BitsConfig
 from qbert.choices import check_widths
 from qbert.hessian import HessianOperator, HessianSpectrum, estimate_trace, hessian_spectrum, parameter_blocks
+from qbert.hessian.evaluating import in_full_precision
 from qbert.hessian.losses import LossFunction
 from qbert.hessian.parts import vector_options
 from qbert.hessian.samples import Batch, batch_size
@@ -31,7 +32,7 @@ from qbert.sensitivity_report import TRUTH, Sensitivities
 from qbert.targets import Target, find_targets
 
 
-@torch.inference_mode(False)
+@in_full_precision
 def sensitivity(
     model: nn.Module,
     batches: Any,

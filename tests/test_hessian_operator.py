@@ -267,6 +267,7 @@ def test_gradient_and_loss_are_those_of_the_sample_mean() -> None:
         (lambda m, b: b["labels"].fill_(7), "out of the model's range"),
         (lambda m, b: m.classifier.weight.data.fill_(float("nan")), "loss of micro-batch 0 is nan"),
         (lambda m, b: setattr(m.config, "_attn_implementation", "flash_attention_2"), "no second derivative"),
+        (lambda m, b: m.classifier.weight.register_hook(lambda g: 2 * g), r"classifier\.weight has a gradient hook"),
     ],
 )
 def test_what_cannot_be_differentiated_is_refused_with_one_sentence(spoil: Any, message: Any) -> None:

@@ -502,6 +502,18 @@ def test_what_torch_creates_by_default_makes_no_difference(default: str, method:
     assert np.array_equal(found.eigenvalues, expected.eigenvalues)
 
 
+@pytest.mark.parametrize("method", ["lanczos", "power", "ggn"])
+def test_autocast_of_the_caller_makes_no_difference(method: str) -> None:
+    model, data = tiny_bert().float(), batches()
+    expected = measure(model, data, runs=1, method=method)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = measure(model, data, runs=1, method=method)
+        traces = hessian_traces(model, data, probes=6, progress=False)
+        assert (model.classifier(torch.ones(1, 8))).dtype == torch.bfloat16
+    assert np.array_equal(found.eigenvalues, expected.eigenvalues)
+    assert traces == hessian_traces(model, data, probes=6, progress=False)
+
+
 def test_inference_mode_makes_no_difference() -> None:
     outside = tiny_bert()
     with torch.inference_mode():

@@ -251,6 +251,14 @@ def test_hooks_go_with_the_place() -> None:
     assert seen == ["before", QuantLinear, "before"]
 
 
+def test_students_made_in_inference_mode_can_be_trained() -> None:
+    model = build("bert")
+    with torch.inference_mode():
+        student = qbert.quantize_model(model, 4)
+    student(**inputs_for("bert")).logits.sum().backward()
+    assert student.bert.encoder.layer[0].output.dense.weight.grad is not None
+
+
 def test_a_bits_file_is_accepted(tmp_path) -> None:
     (tmp_path / "bits.json").write_text(json.dumps({"encoder.layer.0": 8, "*": 4}))
     student = qbert.quantize_model(build("bert"), tmp_path / "bits.json")

@@ -26,6 +26,7 @@ from qbert.arguments import whole_number
 from qbert.files import write_whole
 from qbert.hessian.blocks import find_block
 from qbert.hessian.eigen import Product, check_product
+from qbert.hessian.evaluating import in_full_precision
 from qbert.hessian.losses import LossFunction
 from qbert.hessian.operator import HessianOperator
 from qbert.hessian.parts import vector_options
@@ -130,7 +131,7 @@ def spectral_density(
     return SpectralDensity(name, nodes, weights, size)
 
 
-@torch.inference_mode(False)
+@in_full_precision
 def hessian_density(
     model: nn.Module,
     batches: Any,

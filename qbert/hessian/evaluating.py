@@ -7,13 +7,33 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from typing import ParamSpec, TypeVar
 
 import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+P = ParamSpec("P")
+T = TypeVar("T")
+_AUTOCAST_DEVICES = ("cpu", "cuda", "mps", "xpu")
 _TWICE_DIFFERENTIABLE = ("eager", "sdpa", None)
+
+
+def in_full_precision(function: Callable[P, T]) -> Callable[P, T]:
+    """`function` with the caller's inference mode and autocast switched off: neither goes with second derivatives."""
+
+    @functools.wraps(function)
+    def wrapped(*args: P.args, **kwargs: P.kwargs) -> T:
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(torch.inference_mode(False))
+            for device in _AUTOCAST_DEVICES:
+                if torch.is_autocast_enabled(device):
+                    stack.enter_context(torch.autocast(device, enabled=False))
+            return function(*args, **kwargs)
+
+    return wrapped
 
 
 @contextlib.contextmanager
@@ -21,7 +41,8 @@ def evaluating(model: nn.Module, parameters: Sequence[nn.Parameter]) -> Iterator
     """Evaluation mode, gradients for `parameters` alone, twice differentiable attention; undone on the way out.
 
     Raises:
-        ValueError: if an attention implementation has no second derivative (flash, flex).
+        ValueError: if an attention implementation has no second derivative (flash, flex), or a parameter has a hook
+            that changes its gradient.
     """
     for module in model.modules():
         implementation = getattr(getattr(module, "config", None), "_attn_implementation", None)
@@ -30,6 +51,11 @@ def evaluating(model: nn.Module, parameters: Sequence[nn.Parameter]) -> Iterator
                 f"model: the attention implementation {implementation!r} has no second derivative; load the "
                 "model with attn_implementation='sdpa' or 'eager'"
             )
+    hooked = next((name for name, p in model.named_parameters() if p._backward_hooks), None) if parameters else None
+    if hooked is not None:
+        raise ValueError(
+            f"model: {hooked} has a gradient hook (register_hook), which would go into the Hessian; remove it first"
+        )
     training = [module for module in model.modules() if module.training]
     wanted = {id(p) for p in parameters}
     others = [p for p in model.parameters() if id(p) not in wanted]

@@ -24,6 +24,7 @@ from qbert.arguments import real_number, whole_number
 from qbert.files import write_whole
 from qbert.hessian.blocks import find_block
 from qbert.hessian.eigen import top_eigenpairs
+from qbert.hessian.evaluating import in_full_precision
 from qbert.hessian.losses import LossFunction
 from qbert.hessian.operator import HessianOperator
 from qbert.hessian.parts import Part, vector_options
@@ -57,7 +58,7 @@ class LossLandscape:
         return float(self.losses[middle, middle])
 
 
-@torch.inference_mode(False)
+@in_full_precision
 def loss_landscape(
     model: nn.Module,
     batches: Any,

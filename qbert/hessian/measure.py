@@ -18,6 +18,7 @@ from qbert.arguments import real_number, whole_number
 from qbert.hessian.blocks import parameter_blocks
 from qbert.hessian.checkpoint import Checkpoint, model_fingerprint
 from qbert.hessian.eigen import check_confidence, check_limits
+from qbert.hessian.evaluating import in_full_precision
 from qbert.hessian.krylov import BOUNDS
 from qbert.hessian.losses import LossFunction, masks_padding
 from qbert.hessian.parallel import check_same, own_share, rank_and_world, wait_for_all
@@ -28,7 +29,7 @@ from qbert.hessian.spectrum import HessianSpectrum
 from qbert.hessian.subsets import BATCH_COST, draw, fingerprint, micro_batch, micro_batches
 
 
-@torch.inference_mode(False)
+@in_full_precision
 def hessian_spectrum(
     model: nn.Module,
     batches: Any,

@@ -22,6 +22,7 @@ from tqdm.auto import tqdm
 from qbert.arguments import whole_number
 from qbert.hessian.blocks import parameter_blocks
 from qbert.hessian.eigen import Product
+from qbert.hessian.evaluating import in_full_precision
 from qbert.hessian.losses import LossFunction
 from qbert.hessian.operator import HessianOperator
 from qbert.hessian.parts import vector_options
@@ -94,7 +95,7 @@ def estimate_trace(
     return _finite(_average(values, exact, probes))
 
 
-@torch.inference_mode(False)
+@in_full_precision
 def hessian_traces(
     model: nn.Module,
     batches: Any,
