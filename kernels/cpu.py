@@ -93,7 +93,7 @@ class CpuLinear:
         zero = reference.expand_groups(zero, row_group, rows).float().contiguous()
         if bias is not None and bias.shape != (rows,):
             raise ValueError(f"bias must have shape [{rows}], got {list(bias.shape)}.")
-        bias = torch.zeros(rows) if bias is None else bias.detach().float().clone()
+        bias = scale.new_zeros(rows) if bias is None else bias.detach().float().clone()
         offset = int(activation_zero) + 128
         reason = _reason_for_float(codes, scale, activation_bits)
         if reason:

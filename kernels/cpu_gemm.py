@@ -63,7 +63,7 @@ class _OnednnProduct(nn.Module):
         super().__init__()
         self.weight = torch.ops.onednn.qlinear_prepack(codes.contiguous(), None)
         self.scale = scale
-        self.no_zero = torch.zeros(codes.shape[0], dtype=torch.int32)
+        self.no_zero = codes.new_zeros(codes.shape[0], dtype=torch.int32)
 
     def forward(self, x: Tensor, step: float, zero: int) -> Tensor:
         rows = x.flatten(0, -2)
@@ -77,11 +77,12 @@ class _OnednnProduct(nn.Module):
 @functools.cache
 def available_engine() -> str:
     """Which int8 operators this build of torch has and this CPU runs: "fbgemm", "onednn" or "none"; tried once."""
-    codes = torch.ones(16, 16, dtype=torch.int8)
-    ones = torch.ones(16)
+    # Nothing that is tried may depend on torch's default dtype and device, since the answer is remembered.
+    codes = torch.ones(16, 16, dtype=torch.int8, device="cpu")
+    ones = codes[0].float()
     for engine in ("fbgemm", "onednn"):
         try:
-            got = Int8Gemm(codes, ones, torch.zeros(16, dtype=torch.int32), engine=engine)(torch.ones(2, 16), 1.0)
+            got = Int8Gemm(codes, ones, codes.new_zeros(16, dtype=torch.int32), engine=engine)(codes[:2].float(), 1.0)
         except (RuntimeError, AttributeError, NotImplementedError):
             continue
         if bool((got == 16).all()):
@@ -92,9 +93,10 @@ def available_engine() -> str:
 @functools.cache
 def saturates(engine: str) -> bool:
     """True where `engine` adds products of neighbours in 16 bits on this CPU and so can saturate; tried once."""
-    codes = torch.full((64, 256), 127, dtype=torch.int8)
-    gemm = Int8Gemm(codes, torch.ones(64), torch.zeros(64, dtype=torch.int32), engine=engine, split_excess=False)
-    return bool((gemm(torch.full((32, 256), 127.0), 1.0) != 127 * 127 * 256).any())
+    codes = torch.full((64, 256), 127, dtype=torch.int8, device="cpu")
+    ones, none = torch.ones_like(codes[:, 0]).float(), codes.new_zeros(64, dtype=torch.int32)
+    gemm = Int8Gemm(codes, ones, none, engine=engine, split_excess=False)
+    return bool((gemm(codes[:32].float(), 1.0) != 127 * 127 * 256).any())
 
 
 def split_excess(codes: Tensor) -> tuple[Tensor, Tensor]:

@@ -133,7 +133,7 @@ def matmul_a8(
     step, offset = x_scale.double() if x_scale.dim() == 2 else (x_scale.double(), None)
     columns, groups = codes.shape[1], scale.shape[1]
     width = columns // groups
-    y = torch.zeros(xq.shape[0], codes.shape[0], dtype=torch.float64)
+    y = xq.new_zeros((xq.shape[0], codes.shape[0]), dtype=torch.float64)
     for k in range(groups):
         part = slice(k * width, (k + 1) * width)
         acc = accumulate(xq[:, part], codes[:, part]).double()
@@ -184,7 +184,7 @@ def attention(query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, sca
 
     query, key, value [T, heads, D]; sequence s is the tokens cu_seqlens[s] to cu_seqlens[s + 1].
     """
-    out = torch.zeros(query.shape, dtype=torch.float64)
+    out = query.new_zeros(query.shape, dtype=torch.float64)
     for start, end in zip(cu_seqlens[:-1].tolist(), cu_seqlens[1:].tolist(), strict=True):
         q, k, v = (t[start:end].double().transpose(0, 1) for t in (query, key, value))  # [heads, tokens, D]
         out[start:end] = (torch.softmax(q @ k.transpose(1, 2) * scale, dim=-1) @ v).transpose(0, 1)

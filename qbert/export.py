@@ -110,7 +110,7 @@ def _check_inputs(model: nn.Module, inputs: Sequence[str]) -> None:
 
 
 def _example(inputs: Sequence[str], length: int) -> tuple[Tensor, ...]:
-    ids = torch.arange(2 * length).view(2, length) % 7
+    ids = torch.arange(2 * length, device="cpu").view(2, length) % 7
     mask = torch.ones_like(ids)
     mask[1, length * 2 // 3 :] = 0  # a mask of ones would be traced away
     return tuple(mask if "mask" in name else torch.zeros_like(ids) if "type" in name else ids for name in inputs)

@@ -175,4 +175,4 @@ def _bytes(values: Tensor, bits: int) -> Tensor:
     """Unsigned values [O, N] of `bits` bits, packed along N with the first in the lowest bits: uint8 [O, bytes]."""
     per_byte = 8 // bits
     padded = nn.functional.pad(values, (0, -values.shape[1] % per_byte)).view(values.shape[0], -1, per_byte)
-    return (padded << (torch.arange(per_byte) * bits)).sum(2).to(torch.uint8)
+    return (padded << (torch.arange(per_byte, device=values.device) * bits)).sum(2).to(torch.uint8)

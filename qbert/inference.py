@@ -183,7 +183,7 @@ class FusedEncoder(FastForward):
             return x
         if lengths is None and (batch == 1 or batch * longest <= room):
             return self._run(x, None)
-        order = torch.arange(batch) if lengths is None else lengths.argsort(descending=True)
+        order = torch.arange(batch, device=x.device) if lengths is None else lengths.argsort(descending=True)
         result = torch.zeros_like(x)
         start = 0
         while start < batch:
@@ -192,7 +192,7 @@ class FusedEncoder(FastForward):
             start += len(rows)
             mask = None
             if lengths is not None:
-                keep = torch.arange(length) < lengths[rows, None]  # [b, t]
+                keep = torch.arange(length, device=x.device) < lengths[rows, None]  # [b, t]
                 # A sequence of nothing but padding attends to all of it, as in transformers; its output is cleared.
                 mask = None if bool(keep.all()) else (keep | (lengths[rows, None] == 0))[:, None, None]
             y = self._run(x[rows, :length], mask)
@@ -238,4 +238,5 @@ def _lengths(mask: Tensor, shape: torch.Size) -> Tensor | None:
         return None
     keys = seen[:, 0, 0]  # [B, T]
     lengths = keys.sum(1)
-    return lengths if torch.equal(keys, torch.arange(longest) < lengths[:, None]) else None
+    places = torch.arange(longest, device=mask.device)
+    return lengths if torch.equal(keys, places < lengths[:, None]) else None

@@ -224,13 +224,13 @@ def _chain(linear: Any, exact: bool) -> nn.Module:
 def _joined(parts: list[Any], exact: bool) -> CpuLinear:
     """One product for several packed layers with the same input: their rows under each other."""
     grids = [p.row_grids() for p in parts]
-    biases = [torch.zeros(p.rows) if p.bias is None else p.bias.detach().float() for p in parts]
     codes = torch.cat([p.int_codes() for p in parts])
+    biases = [codes.new_zeros(p.rows).float() if p.bias is None else p.bias.detach().float() for p in parts]
     return CpuLinear.prepare(
         codes,
         torch.cat([scale for scale, _ in grids]),
         torch.cat([zero for _, zero in grids]),
-        torch.arange(len(codes)),
+        torch.arange(len(codes), device=codes.device),
         torch.cat(biases),
         max(p.layout.bits for p in parts),
         **parts[0].activation_arguments(),

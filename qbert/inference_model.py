@@ -123,4 +123,5 @@ def _lengths(mask: Tensor | None) -> tuple[bool, Tensor | None]:
         return True, None
     keep = mask != 0
     lengths = keep.sum(1)
-    return torch.equal(keep, torch.arange(mask.shape[1]) < lengths[:, None]), lengths
+    places = torch.arange(mask.shape[1], device=mask.device)
+    return torch.equal(keep, places < lengths[:, None]), lengths

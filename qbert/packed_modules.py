@@ -72,7 +72,7 @@ class PackedLinear(PackedTensor):
         `exact` False gives up some exactness of 8-bit weights for speed on CPUs without VNNI.
         """
         scale, zero = self.row_grids()
-        rows = torch.arange(self.rows)
+        rows = torch.arange(self.rows, device=scale.device)
         options = self.activation_arguments() | {"exact": exact}
         return CpuLinear.prepare(self.int_codes(), scale, zero, rows, self.bias, self.layout.bits, **options)
 

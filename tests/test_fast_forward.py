@@ -4,6 +4,7 @@ import copy
 import logging
 import pickle
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ import qbert
 from qbert.fast_forward import FastForward
 from qbert.inference import FusedEncoder, optimize_for_inference
 from qbert.inference_model import FusedModel
+from qbert.kernels import cpu_gemm
 from qbert.modules import QuantLinear
 from qbert.packed import pack, unpack
 
@@ -26,6 +28,20 @@ FUSED = ("bert", "roberta", "electra", "distilbert", "mpnet")
 def encoder(family: str, model: Any = None, **settings: Any) -> Any:
     model = AutoModel.from_config(build(family).config) if model is None else model
     return pack(qbert.quantize_model(model.eval(), qbert.BitsConfig(4, **settings)))
+
+
+class DefaultDtype(AbstractContextManager[None]):
+    """torch's default dtype, for the length of a block."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+
+    def __enter__(self) -> None:
+        self.before = torch.get_default_dtype()
+        torch.set_default_dtype(self.dtype)
+
+    def __exit__(self, *_: object) -> None:
+        torch.set_default_dtype(self.before)
 
 
 def hidden(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -169,6 +185,26 @@ def test_a_call_without_no_grad_is_fast_too(family: str) -> None:
     got.sum().backward()
     assert fast.classifier.weight.grad is not None
     assert not any(p.requires_grad for p in fast.base_model.parameters())
+
+
+@pytest.mark.parametrize("family", ["bert", "mpnet", "albert", "modernbert"])
+def test_torchs_default_dtype_and_device_do_not_matter(family: str) -> None:
+    packed, batch = encoder(family), inputs_for(family)
+    expected = hidden(optimize_for_inference(packed), batch)
+    known = (cpu_gemm.available_engine, cpu_gemm.saturates)
+    engine = cpu_gemm.available_engine()
+    limits = cpu_gemm.saturates(engine)
+    try:
+        for setting in (torch.device("meta"), DefaultDtype(torch.bfloat16)):
+            for function in known:
+                function.cache_clear()
+            with setting:
+                fast = optimize_for_inference(packed)
+                assert (cpu_gemm.available_engine(), cpu_gemm.saturates(engine)) == (engine, limits)
+                assert torch.equal(hidden(fast, batch), expected)
+    finally:
+        for function in known:
+            function.cache_clear()
 
 
 @pytest.mark.parametrize("family", FUSED)
