@@ -10,6 +10,7 @@ Plain QAT learns from the labels, KD-aware QAT from the teacher alone; rows, the
 from __future__ import annotations
 
 import argparse
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -129,7 +130,7 @@ class Comparison:
         rate = self.arguments.learning_rate or self.recipe.arguments["learning_rate"]
         on_cpu = self.arguments.device == "cpu"
         settings = TrainingArguments(
-            str(self.folder / f"{method}-{seed}"),
+            str(self.trained_in(method, seed)),
             per_device_train_batch_size=self.arguments.batch_size,
             num_train_epochs=self.arguments.epochs,
             learning_rate=rate,
@@ -183,6 +184,15 @@ class Comparison:
         row = self.row(distiller.student, time.monotonic() - start)
         print(describe(METHODS[method], row), flush=True)
         return row, distiller.student, distiller.state.log_history
+
+    def drop_checkpoints(self, method: str, seed: int) -> None:
+        """Delete the checkpoints of a training whose row is kept: they are several times the model's size."""
+        for checkpoint in self.trained_in(method, seed).glob("checkpoint-*"):
+            shutil.rmtree(checkpoint)
+
+    def trained_in(self, method: str, seed: int) -> Path:
+        """Folder of the curves and checkpoints of one training."""
+        return self.folder / f"{method}-{seed}"
 
     def widths(self) -> str:
         """The encoder's bits in words: "4", or "2/3 mixed"."""

@@ -169,6 +169,7 @@ def main() -> None:
         if method == "kd" and "packed MB" not in results.content:
             sizes["packed MB"] = save_packed(comparison, student)
         results.add(METHODS[method], {"seed": seed, **row}, **sizes)
+        comparison.drop_checkpoints(method, seed)
         histories.setdefault(METHODS[method], curves_of(history))
     if histories:
         plot_curves(histories, folder / "curves.png")
