@@ -26,7 +26,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from qbert.fast_forward import remove_fast_forwards
 from qbert.hub_files import Saver, check_digest
-from qbert.hub_loading import configuration, find_module, load_complete
+from qbert.hub_loading import check_index, configuration, find_module, load_complete
 from qbert.hub_records import FORMAT_VERSION, METHOD, describe, is_complete, read_layout
 from qbert.hub_trainable import RECORD, load_trainable
 from qbert.modules import replace_everywhere
@@ -232,7 +232,9 @@ def load(path: str | os.PathLike[str], **kwargs: Any) -> Any:
         ValueError: if the model is not packed, or its files are damaged or incomplete.
         OSError: if there is no such model.
     """
-    if (folder := Path(path) / kwargs.get("subfolder", "")).joinpath(RECORD).is_file():
+    folder = Path(path) / kwargs.get("subfolder", "")
+    check_index(folder)
+    if (folder / RECORD).is_file():
         return load_trainable(folder, **{k: v for k, v in kwargs.items() if k != "subfolder"})
     hub = {k: kwargs[k] for k in ("revision", "token", "cache_dir", "subfolder", "local_files_only") if k in kwargs}
     values = configuration(path, **hub)

@@ -7,9 +7,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from torch import nn
+
+from qbert.files import read_json
 
 
 def configuration(path: str | os.PathLike[str], **hub: Any) -> dict[str, Any]:
@@ -24,6 +27,24 @@ def configuration(path: str | os.PathLike[str], **hub: Any) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ValueError(f"{path}: config.json does not hold the configuration of a model; copy the folder again")
     return values
+
+
+def check_index(folder: Path) -> None:
+    """Check the index of a model in several files, if `folder` has one, before transformers trips over it.
+
+    Raises:
+        ValueError: if it is damaged, or names a file that is not there.
+    """
+    index = folder / "model.safetensors.index.json"
+    if not index.is_file():
+        return
+    content = read_json(index)
+    files = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(files, dict) or not files or not all(isinstance(name, str) for name in files.values()):
+        raise ValueError(f"{index} does not say which file holds which tensor; copy or download the folder again")
+    for name in sorted(set(files.values())):
+        if not (folder / name).is_file():
+            raise ValueError(f"{index} names {name}, which is not there; copy or download the folder again")
 
 
 def load_complete(path: str | os.PathLike[str], values: Mapping[str, Any], **kwargs: Any) -> Any:

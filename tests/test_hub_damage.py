@@ -117,6 +117,27 @@ def test_a_configuration_that_is_none(broken: Path, content: str) -> None:
         qbert.load(broken)
 
 
+@pytest.mark.parametrize(
+    ("content", "match"),
+    [
+        ("{", r"index\.json is not valid JSON"),
+        ("[1]", r"index\.json does not say which file"),
+        ('{"weight_map": {"a": 1}}', r"index\.json does not say which file"),
+        (None, r"index\.json names model-00002-of-.*, which is not there"),
+    ],
+)
+def test_the_index_of_several_files(saved: Path, tmp_path: Path, content: str | None, match: str) -> None:
+    model = qbert.load(saved)
+    model.save_pretrained(tmp_path, max_shard_size="2KB")
+    assert qbert.load(tmp_path).state_dict().keys() == model.state_dict().keys()
+    if content is None:
+        next(tmp_path.glob("model-00002-*")).unlink()
+    else:
+        (tmp_path / "model.safetensors.index.json").write_text(content)
+    with pytest.raises(ValueError, match=match):
+        qbert.load(tmp_path)
+
+
 def test_foreign_files(broken: Path, tmp_path: Path) -> None:
     plain = tmp_path / "plain"
     build("bert").save_pretrained(plain)
