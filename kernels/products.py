@@ -97,7 +97,7 @@ def matmul_a8_mixed(
 ) -> Tensor:
     """Query, key and value [T, 3 O] in one launch from three weights [O, row bytes] of different bits.
 
-    scale, zero, bias and weight_sum [3 O]; zero float32, or int32 where zeros are integers.
+    scale, zero, bias and weight_sum [3 O]; zero float32 or, times each weight's 2^(8 - bits), int32.
     """
     check_matmul_a8_mixed(xq, x_scale, row_sum, packed, bits, scale, zero, bias, out_dtype, weight_sum)
     if dispatch.implementation(xq.device) == "triton":
@@ -118,6 +118,9 @@ def matmul_a8_mixed(
             out_dtype=out_dtype,
         )
     codes = torch.cat([formats.unpack(p, b, xq.shape[1]) for p, b in zip(packed, bits, strict=True)])
+    if zero is not None and zero.dtype == torch.int32:
+        unit = torch.tensor([1 << (8 - b) for b in bits], device=zero.device)
+        zero = zero.double() / unit.repeat_interleave(packed[0].shape[0])
     return product(xq, x_scale, row_sum, codes, scale, zero, bias, weight_sum).to(out_dtype)
 
 

@@ -84,15 +84,17 @@ class Terms(NamedTuple):
         return cls(row_scale, fixed_point_zero(row_zero, bits, columns), row_zero, whole, weight_sum)
 
     @classmethod
-    def join(cls, parts: list[Terms], columns: int) -> Terms:
-        """The terms for `matmul_a8_mixed`, whose integer zeros are not multiplied by 2^(8 - bits)."""
+    def join(cls, parts: list[Terms]) -> Terms:
+        """The terms for `matmul_a8_mixed`."""
         row_zero = torch.cat([p.row_zero for p in parts])
+        zeros = [torch.zeros_like(p.scale, dtype=torch.int32) if p.zero is None else p.zero for p in parts]
+        exact = all(zero.dtype == torch.int32 for zero in zeros)
         some = any(p.bias is not None for p in parts)
         biases = [torch.zeros_like(p.scale) if p.bias is None else p.bias for p in parts]
         sums = [p.weight_sum for p in parts if p.weight_sum is not None]
         return cls(
             torch.cat([p.scale for p in parts]),
-            fixed_point_zero(row_zero, 8, columns),
+            None if all(p.zero is None for p in parts) else torch.cat(zeros) if exact else row_zero,
             row_zero,
             torch.cat(biases) if some else None,
             torch.cat(sums) if sums else None,

@@ -105,7 +105,7 @@ class FusedGpuLayer:
         attention = layer.attention.self
         self.heads: int = attention.num_attention_heads
         self.qkv = [Projection(p) for p in (attention.query, attention.key, attention.value)]
-        self.qkv_terms = Terms.join([p.terms for p in self.qkv], self.qkv[0].columns)
+        self.qkv_terms = Terms.join([p.terms for p in self.qkv])
         self.input_grid = self.qkv[0].grid
         self.attention_output = Projection(layer.attention.output.dense)
         self.ffn_in, self.ffn_out = Projection(layer.intermediate.dense), Projection(layer.output.dense)

@@ -8,6 +8,7 @@ import torch
 
 from qbert.kernels import dispatch, formats, operators, reference
 from qbert.kernels.prepared import PreparedCache
+from qbert.kernels.terms import Terms
 
 
 def packed_layer(rows=24, columns=96, bits=4, groups=4, input_groups=1):
@@ -156,6 +157,10 @@ def test_single_kernels_on_a_cpu_are_the_reference():
     )
     one = operators.matmul_a8(xq, x_scale, row_sum, parts[0], scale, zero, parts[4], bits=4)
     assert torch.equal(three, one.repeat(1, 3))
+    again = operators.matmul_a8_mixed(
+        xq, x_scale, row_sum, [parts[0]] * 3, [4] * 3, scale.repeat(3), fixed.repeat(3), parts[4].repeat(3)
+    )
+    assert torch.equal(again, three)
     affine = operators.quantize_rows(x, asymmetric=True)
     weight_sum = reference.dequantize(codes, *spread(parts)).sum(dim=1)
     options |= {"weight_sum": weight_sum}
@@ -169,6 +174,26 @@ def test_single_kernels_on_a_cpu_are_the_reference():
     assert torch.equal(three, one.repeat(1, 3))
     h, codes_h, *_ = operators.layernorm_quantize(x, None, torch.ones(96), torch.zeros(96), 1e-5, 0.05)
     assert torch.equal(codes_h, reference.requantize(h, 0.05))
+
+
+@pytest.mark.parametrize("last", [None, -0.5, 0.3])
+def test_joined_terms_are_those_of_the_single_layers(last):
+    """Zeros of the first layer are halves, of the next integers; those of the last decide whether all are exact."""
+    x, bits, terms, weights, singles = torch.randn(5, 96), [2, 4, 8], [], [], []
+    affine = operators.quantize_rows(x, asymmetric=True)
+    for width, zero in zip(bits, (-0.5, 3.0, last), strict=True):
+        _, (packed, scale, _, row_group, bias) = packed_layer(24, 96, width)
+        zeros = torch.full_like(scale, 0.0 if zero is None else zero)
+        part = Terms.prepare(packed, 96, scale, zeros, row_group, None if width == 4 else bias, width, asymmetric=True)
+        terms.append(part)
+        weights.append(packed)
+        options = {"weight_sum": part.weight_sum, "bits": width, "out_dtype": torch.float32}
+        singles.append(operators.matmul_a8(*affine, packed, part.scale, part.zero, part.bias, **options))
+    joined = Terms.join(terms)
+    assert joined.zero.dtype == (torch.int32 if last is None else torch.float32)
+    arguments = (weights, bits, joined.scale, joined.zero, joined.bias, joined.weight_sum)
+    got = operators.matmul_a8_mixed(*affine, *arguments, out_dtype=torch.float32)
+    torch.testing.assert_close(got, torch.cat(singles, dim=1), rtol=1e-6, atol=1e-6)
 
 
 def test_a_layer_is_prepared_once_and_again_when_it_is_written_to():

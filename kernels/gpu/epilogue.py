@@ -64,15 +64,16 @@ def epilogue(
     OUT: tl.constexpr,
     OUT_SUM: tl.constexpr,
 ):
-    """From acc = 2^(8 - BITS) * integer product [BN, BM] to the stored output.
+    """From acc = 2^(8 - BITS) * integer product [BN, BM], int32 or float32, to the stored output.
 
     X_SCALE: "one" for all tokens, one a "token", or "asymmetric": M steps with M offsets behind them.
     """
     # Two vectors over tokens (steps, offsets, row sums in or out), or one and a residual, do not fit into the registers
-    # beside a large tile: it is finished in two halves.
+    # beside a large tile: it is finished in two halves. Behind several loops (acc is float32) even one does not fit.
     BM: tl.constexpr = acc.shape[1]
-    MORE: tl.constexpr = X_SCALE == "token" and (HAS_RESIDUAL or OUT_SUM or ZERO == "float")
-    PARTS: tl.constexpr = 2 if (X_SCALE == "asymmetric" and BM >= 64) or (MORE and BM >= 128) else 1
+    MORE: tl.constexpr = HAS_RESIDUAL or OUT_SUM or ZERO == "float"
+    FULL: tl.constexpr = X_SCALE == "asymmetric" or (X_SCALE == "token" and acc.dtype == tl.float32)
+    PARTS: tl.constexpr = 2 if (FULL and BM >= 64) or (X_SCALE == "token" and MORE and BM >= 128) else 1
     WIDTH: tl.constexpr = BM // PARTS
     if PARTS == 2:
         left, right = tl.split(tl.permute(tl.reshape(acc, (acc.shape[0], 2, WIDTH)), (0, 2, 1)))

@@ -18,24 +18,23 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from qbert.kernels.gpu.epilogue import epilogue
-from qbert.kernels.gpu.launch import device_name, scale_kind, tail_of
+from qbert.kernels.gpu.epilogue import epilogue, start_value
+from qbert.kernels.gpu.launch import device_name, registers_option, scale_kind, tail_of
 from qbert.kernels.gpu.matmul_a8 import accumulate
 from qbert.kernels.gpu.tiles import Tile, choose_tile
 
 
 @triton.jit
 def _product(
-    x_ptr, w_ptr, rows_x, rows_w, K, stride_x, stride_w, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-    BITS: tl.constexpr, TAIL: tl.constexpr, TAIL_PAD: tl.constexpr, ASM: tl.constexpr,
+    x_ptr, w_ptr, rows_x, rows_w, K, stride_x, stride_w, acc, BK: tl.constexpr, BITS: tl.constexpr,
+    TAIL: tl.constexpr, TAIL_PAD: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
-    """Exact integer product [BN, BM] of one weight's rows."""
+    """acc + 2^(8 - BITS) * integer product [BN, BM] of one weight's rows, divided by that power, float32."""
     steps = K // 256 * (256 // BK)
-    acc = tl.zeros((BN, BM), dtype=tl.int32)
     acc = accumulate(
         x_ptr, w_ptr, rows_x, rows_w, K, stride_x, stride_w, 0, steps, acc, BITS, BK, TAIL, TAIL_PAD, True, ASM
     )
-    return acc >> (8 - BITS)
+    return acc.to(tl.float32) * (1.0 / (1 << (8 - BITS)))
 
 
 @triton.jit
@@ -64,25 +63,24 @@ def matmul_a8_mixed_kernel(
     rows_x = tl.minimum(rm, M - 1)
     w_ptr = tl.where(segment == 0, query_ptr, tl.where(segment == 1, key_ptr, value_ptr))
     stride_w = tl.where(segment == 0, stride_query, tl.where(segment == 1, stride_key, stride_value))
+    first = segment * N
+    first_zero = zero_ptr + first if ZERO != "none" else zero_ptr
+    acc = start_value(first_zero, row_sum_ptr, rm, rn, M, N, BM, BN, ZERO)
     loop = tl.where(segment == 0, 0, tl.where(segment == 1, LOOP_KEY, LOOP_VALUE))
     # Loops that are alike would not share their memory, so there are not more of them than different numbers of bits.
     if BITS1 == 0:  # noqa: SIM114  decided when the kernel is compiled, unlike the next
-        acc = _product(x_ptr, w_ptr, rows_x, rows_w, K, stride_x, stride_w, BM, BN, BK, BITS0, TAIL0, PAD0, ASM)
+        y = _product(x_ptr, w_ptr, rows_x, rows_w, K, stride_x, stride_w, acc, BK, BITS0, TAIL0, PAD0, ASM)
     elif loop == 0:
-        acc = _product(x_ptr, w_ptr, rows_x, rows_w, K, stride_x, stride_w, BM, BN, BK, BITS0, TAIL0, PAD0, ASM)
+        y = _product(x_ptr, w_ptr, rows_x, rows_w, K, stride_x, stride_w, acc, BK, BITS0, TAIL0, PAD0, ASM)
     elif BITS2 == 0:  # noqa: SIM114
-        acc = _product(x_ptr, w_ptr, rows_x, rows_w, K, stride_x, stride_w, BM, BN, BK, BITS1, TAIL1, PAD1, ASM)
+        y = _product(x_ptr, w_ptr, rows_x, rows_w, K, stride_x, stride_w, acc, BK, BITS1, TAIL1, PAD1, ASM)
     elif loop == 1:
-        acc = _product(x_ptr, w_ptr, rows_x, rows_w, K, stride_x, stride_w, BM, BN, BK, BITS1, TAIL1, PAD1, ASM)
+        y = _product(x_ptr, w_ptr, rows_x, rows_w, K, stride_x, stride_w, acc, BK, BITS1, TAIL1, PAD1, ASM)
     else:
-        acc = _product(x_ptr, w_ptr, rows_x, rows_w, K, stride_x, stride_w, BM, BN, BK, BITS2, TAIL2, PAD2, ASM)
-    first = segment * N
-    if ZERO == "int32":
-        zero = tl.load(zero_ptr + first + rn, mask=rn < N, other=0)
-        acc -= zero[:, None] * tl.load(row_sum_ptr + rm, mask=rm < M, other=0)[None, :]
+        y = _product(x_ptr, w_ptr, rows_x, rows_w, K, stride_x, stride_w, acc, BK, BITS2, TAIL2, PAD2, ASM)
     epilogue(
-        acc, y_ptr + first, x_scale_ptr, scale_ptr + first, zero_ptr + first if ZERO == "float" else zero_ptr,
-        row_sum_ptr, weight_sum_ptr + first if X_SCALE == "asymmetric" else weight_sum_ptr,
+        y, y_ptr + first, x_scale_ptr, scale_ptr + first, first_zero, row_sum_ptr,
+        weight_sum_ptr + first if X_SCALE == "asymmetric" else weight_sum_ptr,
         bias_ptr + first if HAS_BIAS else bias_ptr, None, None, 0.0, 0.0, first_m, rn, M, N, stride_y, 0,
         8, X_SCALE, ZERO, HAS_BIAS, False, False, "float", False,
     )  # fmt: skip
@@ -114,9 +112,8 @@ def matmul_a8_mixed(
 ) -> Tensor:
     """Launches `matmul_a8_mixed_kernel`: xq int8 [T, I], three packed weights [O, row bytes] -> y [T, 3 O].
 
-    scale, bias float32 [3 O]; zero [3 O], int32 where zeros are integers (not scaled, unlike in `matmul_a8`, because
-    the bits differ) or float32; row_sum int32 [T], needed with zero; x_scale float32 [T], [1], or [2, T] with offsets,
-    which need weight_sum float32 [3 O].
+    scale, bias float32 [3 O]; zero [3 O] float32 or, times each weight's 2^(8 - bits), int32; row_sum int32 [T], needed
+    with zero; x_scale float32 [T], [1], or [2, T] with offsets, which need weight_sum float32 [3 O].
     """
     tokens, columns = xq.shape
     rows = packed[0].shape[0]
@@ -154,5 +151,6 @@ def matmul_a8_mixed(
         HAS_BIAS=bias is not None,
         num_warps=tile.warps,
         num_stages=tile.stages,
+        **registers_option(tile, xq),
     )
     return y

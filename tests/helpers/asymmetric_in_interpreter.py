@@ -158,13 +158,14 @@ def test_query_key_and_value_of_different_bits(tile, zero_kind, bits):
     zero = torch.zeros(3 * rows) if zero_kind == "none" else torch.randint(-3, 4, (3 * rows,)).float()
     step, offset = torch.randint(1, 3, (tokens,)).float(), torch.randint(-3, 4, (tokens,)).float()
     bias = torch.randint(-99, 99, (3 * rows,)).float()
+    unit = torch.tensor([2 ** (8 - b) for b in bits]).repeat_interleave(rows)
     y = matmul_a8_mixed(
         xq,
         torch.stack([step, offset]),
         tuple(packed for _, _, packed in made),
         bits,
         torch.ones(3 * rows),
-        zero={"none": None, "int32": zero.int(), "float": zero}[zero_kind],
+        zero={"none": None, "int32": (zero * unit).int(), "float": zero}[zero_kind],
         row_sum=xq.sum(1, dtype=torch.int32),
         weight_sum=codes.sum(1).float() - columns * zero,
         bias=bias,

@@ -296,27 +296,28 @@ def test_a_whole_linear_layer(bits, zero_kind, activation, input_groups):
 @pytest.mark.parametrize("zero_kind", ["none", "int32", "float"])
 @pytest.mark.parametrize("columns", [384, 256])
 def test_query_key_and_value_of_different_bits(bits, zero_kind, columns):
-    tokens, rows = 21, 40
+    tokens, rows = 75 if columns == 256 else 21, 40
     made = [problem(1, rows, columns, b) for b in bits]
     codes = torch.cat([codes for codes, _, _ in made])
     xq = problem(tokens, 1, columns, 8)[1]
     scale, x_scale, bias, _ = float_parts(3 * rows, tokens)
     zero = {
         "none": torch.zeros(3 * rows),
-        "int32": torch.randint(-9, 9, (3 * rows,)).float(),
+        "int32": torch.randint(-9, 9, (3 * rows,)) / (2.0 if max(bits) < 8 else 1.0),
         "float": torch.randn(3 * rows),
     }[zero_kind]
+    unit = torch.tensor([2 ** (8 - b) for b in bits]).repeat_interleave(rows)
     y = matmul_a8_mixed(
         xq,
         x_scale,
         tuple(packed for _, _, packed in made),
         bits,
         scale,
-        zero={"none": None, "int32": zero.int(), "float": zero}[zero_kind],
+        zero={"none": None, "int32": (zero * unit).int(), "float": zero}[zero_kind],
         row_sum=xq.sum(1, dtype=torch.int32),
         bias=bias,
         out_dtype=torch.float32,
-        tile=Tile(16, 32, 256),
+        tile=Tile(128 if columns == 256 else 16, 32, 256),
     )
     expected = reference.matmul_a8(xq, x_scale, codes, scale[:, None], zero[:, None], bias)
     torch.testing.assert_close(y.double(), expected, rtol=2e-6, atol=2e-4)
