@@ -85,7 +85,8 @@ def measured_blocks(measured: Measured | Mapping[str, float], model: nn.Module |
     """The blocks of a spectrum, of a sensitivity report, or of a plain mapping from block name to sensitivity.
 
     Raises:
-        ValueError: no block, a sensitivity that is not a finite number, or a block that `model` does not have.
+        ValueError: no block, no matrix in any of them, a sensitivity that is not a finite number, or a block that
+            `model` does not have.
         TypeError: if `measured` is none of the three, or `model` no module.
     """
     if not (model is None or isinstance(model, nn.Module)):
@@ -106,6 +107,11 @@ def measured_blocks(measured: Measured | Mapping[str, float], model: nn.Module |
         names, values, members = list(measured.names), [float(v) for v in measured.sensitivity], measured.members
     if not names:
         raise ValueError("spectrum: it holds no block; measure an encoder with at least one layer")
+    if not any(members[name] for name in names):
+        raise ValueError(
+            "spectrum: none of its blocks holds a matrix that could be quantized, as if a quantized model had been "
+            "measured; measure the float model"
+        )
     for name, value in zip(names, values, strict=True):
         if not math.isfinite(value):
             raise ValueError(f"spectrum: the sensitivity of {name} is {value}; measure it again")

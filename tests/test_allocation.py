@@ -16,6 +16,7 @@ from qbert.allocation import allocate_bits
 from qbert.bits import BitsConfig
 from qbert.budgets import Budget, make_budgets
 from qbert.choices import free_targets, make_choices, measured_blocks
+from qbert.hessian import parameter_blocks
 from qbert.knapsack import choose, front, total
 from qbert.perturbation import weight_errors
 from qbert.quantize import quantize_model
@@ -371,6 +372,15 @@ def test_sensitivities_that_are_no_numbers_are_refused(value) -> None:
         allocate_bits({"encoder.layer.0": value})
     with pytest.raises(TypeError, match="spectrum: expected a HessianSpectrum"):
         allocate_bits(value)
+
+
+def test_the_spectrum_of_a_quantized_model_is_refused() -> None:
+    blocks = parameter_blocks(quantize_model(MODEL, BitsConfig(4, groups=4)))
+    names, members = [b.name for b in blocks], {b.name: b.members for b in blocks}
+    spectrum = Spectrum(names, members, np.ones(len(blocks)))
+    for budget in ({}, {"average_bits": 2.5, "model": MODEL, "groups": 4}):
+        with pytest.raises(ValueError, match=r"none of its blocks holds a matrix .*; measure the float model"):
+            allocate_bits(spectrum, **budget)
 
 
 def test_negative_sensitivities_rank_blocks_but_predict_no_damage() -> None:
