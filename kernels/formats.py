@@ -115,7 +115,8 @@ def unpack(packed: Tensor, bits: int, in_features: int, block: int = BLOCK) -> T
     padded = _padded(in_features, bits)
     whole = padded // block * block
     whole_bytes = whole * bits // 8
-    signed = packed.view(torch.int8)
+    # torch.jit.trace cannot record a view in another dtype; the conversion wraps around, and so gives the same.
+    signed = packed.to(torch.int8) if torch.jit.is_tracing() else packed.view(torch.int8)
     parts = []
     if whole:
         blocks = signed[:, :whole_bytes].unflatten(1, (whole // block, block * bits // 8))

@@ -14,9 +14,18 @@ from collections.abc import Iterable
 from copy import deepcopy
 from typing import Any, ClassVar, TypeVar
 
+import torch
 from torch import nn
 
 Forward = TypeVar("Forward", bound="FastForward")
+
+
+def is_recording() -> bool:
+    """Whether the operators of this call are recorded for other inputs, by torch.compile, torch.export or a trace.
+
+    A fast path looks at the values of its inputs, which a record would take for those of all inputs.
+    """
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()
 
 
 class FastForward:

@@ -24,7 +24,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from qbert.fast_forward import FastForward, reason_not_to_replace
+from qbert.fast_forward import FastForward, is_recording, reason_not_to_replace
 from qbert.inference_cpu_layers import FusedLayers, LayerParts, reason_not_to_fuse_layer
 from qbert.inference_model import FusedModel
 from qbert.kernels.cpu_chains import compiled
@@ -165,7 +165,7 @@ class FusedEncoder(FastForward):
         return (
             x.device.type == "cpu"
             and not (x.requires_grad and torch.is_grad_enabled())
-            and not torch.compiler.is_compiling()
+            and not is_recording()
             and not any(kwargs.get(name) for name in wanted if not isinstance(kwargs.get(name), Tensor))
             and kwargs.get("return_dict") in (None, True)
             and not isinstance(kwargs.get("encoder_hidden_states"), Tensor)

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qbert.fast_forward import FastForward
+from qbert.fast_forward import FastForward, is_recording
 from qbert.inference_cpu_layers import FusedEmbeddings, reason_not_to_fuse_embeddings
 from qbert.kernels.cpu_chains import compiled
 
@@ -108,7 +108,7 @@ def is_plain_request(
         and not any(isinstance(v, Tensor) or bool(v) for k, v in kwargs.items() if k != "return_dict")
         and not (config.output_hidden_states or config.output_attentions)
         and not _active_collector.get()
-        and not torch.compiler.is_compiling()
+        and not is_recording()
         and not base.training
     )
 
@@ -117,7 +117,7 @@ def _lengths(mask: Tensor | None) -> tuple[bool, Tensor | None]:
     """(whether a mask [B, T] hides nothing but padding on the right, tokens in each sequence [B] if it hides any)."""
     if mask is None:
         return True, None
-    if mask.dim() != 2 or mask.device.type != "cpu" or torch.compiler.is_compiling():
+    if mask.dim() != 2 or mask.device.type != "cpu" or is_recording():
         return False, None
     if bool(mask.all()):
         return True, None

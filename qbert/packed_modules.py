@@ -105,7 +105,12 @@ class PackedLinear(PackedTensor):
         if self._fast is not None and input.device == self._fast_device and not torch.compiler.is_compiling():
             differentiable = input.requires_grad and torch.is_grad_enabled()
             if not differentiable and input.dtype != torch.float64:
-                return self._fast(input)
+                try:
+                    return self._fast(input)
+                except RuntimeError:
+                    # A trace cannot record compiled programs. Asked only here, for it would cost small layers time.
+                    if not torch.jit.is_tracing():
+                        raise
         return F.linear(self.quantize_input(input), self._dequantize(None, input.dtype), self.bias)
 
     def quantize_input(self, x: Tensor) -> Tensor:

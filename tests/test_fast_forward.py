@@ -4,6 +4,7 @@ import copy
 import logging
 import pickle
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -105,6 +106,30 @@ def test_an_optimized_model_is_exported_with_its_own_forward() -> None:
     packed, batch = encoder("bert"), inputs_for("bert")
     exported = torch.export.export(optimize_for_inference(packed), (), batch).module()
     assert torch.allclose(hidden(exported, batch), hidden(packed, batch), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
+@pytest.mark.parametrize("family", ["bert", "distilbert", "albert"])
+def test_a_trace_holds_for_other_batches(family: str) -> None:
+    packed, batch = encoder(family), inputs_for(family)
+    inputs, other = (batch["input_ids"], batch["attention_mask"]), inputs_for(family, 3, 5)
+    other["attention_mask"][0, 2:] = 0
+    expected = hidden(packed, other)
+    for model in (packed, optimize_for_inference(packed)):
+        traced = torch.jit.trace(model, inputs, strict=False, check_trace=False)
+        got = traced(other["input_ids"], other["attention_mask"])["last_hidden_state"]
+        assert torch.allclose(got[other["attention_mask"].bool()], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_threads_share_an_optimized_model() -> None:
+    fast = optimize_for_inference(encoder("mpnet"))
+    batches = [inputs_for("mpnet", 1 + i % 3, 2 + i) for i in range(12)]
+    alone = copy.deepcopy(fast)
+    expected = [hidden(alone, batch) for batch in batches]
+    with ThreadPoolExecutor(4) as pool:
+        for _ in range(3):
+            got = list(pool.map(lambda batch: hidden(fast, batch), batches))
+            assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-5) for a, b in zip(got, expected, strict=True))
 
 
 class BertLayer(modeling_bert.BertLayer):
