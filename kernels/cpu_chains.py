@@ -5,7 +5,7 @@ So each kind of activation quantization is one small module without Python in it
 program of it, or of a whole encoder layer that contains it. The module itself is the slow twin: where TorchScript is
 missing or refuses, it runs as it is.
 
-    chain = AsymmetricChain(Int8Gemm(codes, scale, zero), bias, weight_sum, correction)
+    chain = AsymmetricChain(Int8Gemm(codes, scale, zero), bias, correction, weight_sum)
     y = compiled(chain)(x)                         # float32 [..., I] -> [..., O]
 """
 
