@@ -159,15 +159,25 @@ def model_card(model: Any, name: str) -> str:
             tensors, values = counts.get(layer.layout.bits, (0, 0))
             counts[layer.layout.bits] = tensors + 1, values + layer.rows * layer.columns
     assert record["tensors"]
-    architecture = type(model).__name__
-    head = re.search(r"For\w+$", architecture)
     return _CARD.format(
         name=name,
-        architecture=architecture,
-        auto=f"AutoModel{head.group() if head else ''}",
+        architecture=type(model).__name__,
+        auto=_class_to_load(model),
         bits=", ".join(str(b) for b in sorted(counts)),
         table="\n".join(f"| {b} | {counts[b][0]} | {counts[b][1]:,} |" for b in sorted(counts)),
     )
+
+
+def _class_to_load(model: Any) -> str:
+    """An Auto class, where it gives the very class of `model` back; else the name of that class."""
+    import transformers
+
+    name = type(model).__name__
+    head = re.search(r"For\w+$", name)
+    auto = f"AutoModel{head.group() if head else ''}"
+    mapping = getattr(getattr(transformers, auto, None), "_model_mapping", {})
+    found = mapping.get(type(model.config), ())
+    return auto if type(model) in (found if isinstance(found, tuple) else (found,)) else name
 
 
 def _tensor_digest(name: str, tensor: torch.Tensor) -> bytes:

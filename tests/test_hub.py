@@ -178,6 +178,23 @@ def test_configuration_and_card_say_what_is_inside(saved: Path) -> None:
     assert "import qbert" in card and "AutoModelForSequenceClassification" in card and "| 3 | 6 |" in card
 
 
+@pytest.mark.parametrize(
+    ("model", "name"),
+    [
+        (lambda: tf.BertModel(build("bert").config), "AutoModel"),
+        (lambda: tf.AutoModelForMaskedLM.from_config(build("bert").config), "AutoModelForMaskedLM"),
+        (lambda: tf.T5EncoderModel(tf.T5Config(vocab_size=100, d_model=48, d_kv=12, d_ff=96, num_layers=2,
+                                               num_heads=4)), "T5EncoderModel"),
+    ],
+)  # fmt: skip
+def test_the_card_names_a_class_that_gives_the_model_back(model: Any, name: str, tmp_path: Path) -> None:
+    packed = pack(qbert.quantize_model(model(), 4))
+    packed.save_pretrained(tmp_path)
+    card = (tmp_path / "README.md").read_text()
+    assert f"from transformers import {name}\n" in card and f"model = {name}.from_pretrained(" in card
+    assert same_state(getattr(tf, name).from_pretrained(tmp_path), packed)
+
+
 def test_saving_keeps_a_card_and_replaces_old_weights(tmp_path: Path) -> None:
     packed = pack(qbert.quantize_model(build("bert"), 4))
     (tmp_path / "README.md").write_text("mine")
