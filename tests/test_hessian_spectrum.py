@@ -618,20 +618,27 @@ def test_a_sentence_transformer_with_a_loss_of_its_own() -> Any:
     assert spectrum.names == LAYERS and spectrum.converged.all()
 
 
-DIFFERENT_WEIGHTS = """
+DIFFERENT = """
 import sys
 import torch.distributed as dist
 
 sys.path[:0] = [{helpers!r}, {tests!r}]
-from test_hessian_spectrum import measure, tiny_bert
+from test_hessian_spectrum import batches, measure, tiny_bert
 
 dist.init_process_group("gloo")
+rank = dist.get_rank()
 try:
-    measure(tiny_bert(seed=dist.get_rank()))
-except ValueError as error:
-    assert str(error) == "model: the weights differ between the 2 processes; load the same one in each"
-else:
-    raise AssertionError("mixed the spectra of two models")
+    for arguments, words in (
+        ({{"model": tiny_bert(seed=rank)}}, "model: the weights differ between the 2 processes; load the same one"),
+        ({{"data": batches()[:: 1 - 2 * rank]}}, "batches: the data differ between the 2 processes; load the same"),
+        ({{"seed": rank}}, "runs, seed or another argument differs between the 2 processes; pass the same ones"),
+    ):
+        try:
+            measure(**arguments)
+        except ValueError as error:
+            assert str(error).startswith(words), error
+        else:
+            raise AssertionError(f"mixed what was not the same: {{words}}")
 finally:
     dist.destroy_process_group()
 """
@@ -663,8 +670,8 @@ def run_two_ranks(code: str, where: Path, **values: str) -> None:
     assert done.returncode == 0, done.stderr
 
 
-def test_processes_with_different_weights_are_refused(tmp_path: Any) -> None:
-    run_two_ranks(DIFFERENT_WEIGHTS, tmp_path)
+def test_processes_with_different_weights_data_or_arguments_are_refused(tmp_path: Any) -> None:
+    run_two_ranks(DIFFERENT, tmp_path)
 
 
 def test_two_processes_give_the_numbers_of_one(tmp_path: Any) -> None:

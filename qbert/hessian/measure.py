@@ -112,15 +112,18 @@ def hessian_spectrum(
         return micro_batches(samples, chosen, size, seed=seed + run, batch_cost=BATCH_COST.get(device.type))
 
     saved = None
-    if checkpoint is not None:
+    if checkpoint is not None or rank_and_world()[1] > 1:
         signature = {**settings, "micro_batch_size": size, "loss_fn": getattr(loss_fn, "__qualname__", None)}
+        check_same(repr(signature), "runs, seed or another argument differs", "pass the same ones in each")
         signature["weights"] = model_fingerprint(model)
+        check_same(signature["weights"], "model: the weights differ")
         signature["data"] = fingerprint(batch for run in range(runs) for batch in subset(run))
+        check_same(signature["data"], "batches: the data differ")
+    if checkpoint is not None:
         saved = Checkpoint(checkpoint, signature, resume=resume)
         if not resume and rank_and_world()[0] == 0:
             saved.clear()
         wait_for_all()
-    check_same(lambda: model_fingerprint(model), "model: the weights differ")
     mine = own_share(blocks)
     work = Measurement(model, mine, loss_fn, block_chunk, settings, saved)
     unit, total = (

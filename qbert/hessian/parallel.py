@@ -8,7 +8,7 @@ process. Only the finished table travels.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TypeVar
 
 import torch
@@ -37,8 +37,12 @@ def wait_for_all() -> None:
         dist.barrier()
 
 
-def check_same(describe: Callable[[], str], what: str) -> None:
-    """Refuse to share work between processes whose descriptions differ; nothing is asked of a single one.
+def check_same(description: str, what: str, mend: str = "load the same one in each") -> None:
+    """Refuse to share work between processes whose descriptions differ.
+
+    Args:
+        description: of this process.
+        what, mend: beginning and end of the sentence that is raised.
 
     Raises:
         ValueError: in every process.
@@ -47,9 +51,9 @@ def check_same(describe: Callable[[], str], what: str) -> None:
     if world == 1:
         return
     found: list[str | None] = [None] * world
-    dist.all_gather_object(found, describe())
+    dist.all_gather_object(found, description)
     if len(set(found)) > 1:
-        raise ValueError(f"{what} between the {world} processes; load the same one in each")
+        raise ValueError(f"{what} between the {world} processes; {mend}")
 
 
 def gathered(table: Tensor, device: torch.device) -> Tensor:
