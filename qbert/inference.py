@@ -38,6 +38,7 @@ Model = TypeVar("Model", bound=nn.Module)
 _CHUNK_TOKENS, _FULL_CHUNK_TOKENS = 256, 512
 
 
+@torch.inference_mode(False)  # tensors made in inference mode could be used nowhere else
 def optimize_for_inference(packed: Model, *, inplace: bool = False, exact: bool = True) -> Model:
     """A packed model that runs fast on the device it is on: a CPU, or a GPU (`qbert.inference_gpu`).
 

@@ -31,6 +31,7 @@ Model = TypeVar("Model", bound=nn.Module)
 _READS_WEIGHTS = {"MobileBertLMPredictionHead": ("decoder", "dense")}
 
 
+@torch.inference_mode(False)  # tensors made in inference mode could be used nowhere else
 def pack(model: Model) -> Model:
     """The deployed form of a fake-quantized model: same outputs, weights in 2 to 8 bits.
 
@@ -71,6 +72,7 @@ def pack(model: Model) -> Model:
     return result
 
 
+@torch.inference_mode(False)
 def unpack(packed: Model) -> Model:
     """The trainable form of a packed model: float weights that lie on their grids, fake-quantized in each forward.
 

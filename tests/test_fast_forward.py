@@ -121,6 +121,19 @@ def test_a_trace_holds_for_other_batches(family: str) -> None:
         assert torch.allclose(got[other["attention_mask"].bool()], expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("family", ["mpnet", "modernbert"])
+def test_what_is_made_in_inference_mode_can_be_used_outside(family: str) -> None:
+    student, batch = qbert.quantize_model(build(family).eval(), 4), inputs_for(family)
+    with torch.inference_mode():
+        packed = pack(student)
+        made = [packed, optimize_for_inference(packed), unpack(packed)]
+        expected = packed(**batch).logits.clone()
+    for model in made:
+        assert torch.allclose(model(**batch).logits, expected, rtol=1e-4, atol=1e-5)
+    assert packed.to(torch.bfloat16)(**batch).logits.dtype == torch.bfloat16
+    made[2].train()(**batch, labels=torch.tensor([0, 1])).loss.backward()
+
+
 def test_threads_share_an_optimized_model() -> None:
     fast = optimize_for_inference(encoder("mpnet"))
     batches = [inputs_for("mpnet", 1 + i % 3, 2 + i) for i in range(12)]
