@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 Forward = TypeVar("Forward", bound="FastForward")
+_FROZEN = "_frozen_for_inference"
 
 
 def is_recording() -> bool:
@@ -58,9 +59,23 @@ class FastForward:
         )
 
 
+def freeze(base: nn.Module) -> None:
+    """Let no parameter of `base` want a gradient, and note which ones did."""
+    wanted = tuple(name for name, parameter in base.named_parameters() if parameter.requires_grad)
+    base.requires_grad_(False)
+    setattr(base, _FROZEN, getattr(base, _FROZEN, ()) + wanted)
+
+
 def remove_fast_forwards(model: nn.Module) -> None:
-    """Give every module inside of `model` the forward of its class back, where one of qbert's had taken its place."""
+    """Give every module inside of `model` the forward of its class back, where one of qbert's had taken its place.
+
+    Parameters that `freeze` froze want gradients again.
+    """
     for module in model.modules():
+        frozen = set(module.__dict__.pop(_FROZEN, ()))
+        for name, parameter in module.named_parameters() if frozen else ():
+            if name in frozen:
+                parameter.requires_grad_()
         if _is_ours(module.__dict__.get("forward")):
             del module.forward
 

@@ -24,7 +24,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from qbert.fast_forward import FastForward, is_recording, reason_not_to_replace
+from qbert.fast_forward import FastForward, freeze, is_recording, reason_not_to_replace
 from qbert.inference_cpu_layers import FusedLayers, LayerParts, reason_not_to_fuse_layer
 from qbert.inference_model import FusedModel
 from qbert.kernels.cpu_chains import compiled
@@ -75,7 +75,7 @@ def optimize_for_inference(packed: Model, *, inplace: bool = False, exact: bool 
     model = packed if inplace else deepcopy(packed)
     model.eval()
     _, base = base_model(model)
-    base.requires_grad_(False)
+    freeze(base)
     for module in model.modules():
         if isinstance(module, PackedTensor):
             module.register_load_state_dict_pre_hook(_refuse_to_load)

@@ -76,6 +76,18 @@ def test_unpacking_takes_the_fast_forwards_out() -> None:
     assert isinstance(fast.forward, FusedModel)
 
 
+@pytest.mark.parametrize("family", ["bert", "albert"])
+def test_what_was_frozen_for_inference_is_trained_again(family: str) -> None:
+    packed = encoder(family)
+    packed.embeddings.LayerNorm.weight.requires_grad_(False)
+    fast = optimize_for_inference(optimize_for_inference(packed))
+    pairs = [(unpack(fast), unpack(packed)), (copy.deepcopy(fast).dequantize(), copy.deepcopy(packed).dequantize())]
+    for got, wanted in pairs:
+        trained = {name for name, parameter in got.named_parameters() if parameter.requires_grad}
+        assert trained == {name for name, parameter in wanted.named_parameters() if parameter.requires_grad}
+        assert "embeddings.LayerNorm.bias" in trained and "embeddings.LayerNorm.weight" not in trained
+
+
 def test_dequantizing_takes_the_fast_forwards_out() -> None:
     packed, batch = encoder("bert"), inputs_for("bert")
     plain, fast = copy.deepcopy(packed).dequantize(), optimize_for_inference(packed).dequantize()
