@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from qbert.fast_forward import reason_not_to_replace
 from qbert.inference_gpu_layers import (
     FusedGpuEmbeddings,
     FusedGpuLayer,
@@ -213,6 +214,9 @@ def _reason_not_to_fuse(base: Any) -> str:
     layers = getattr(getattr(base, "encoder", None), "layer", None)
     if not isinstance(layers, nn.ModuleList) or not len(layers) or not hasattr(base, "embeddings"):
         return "it has no embeddings and encoder.layer list"
+    altered = reason_not_to_replace([base, base.encoder])
+    if altered:
+        return altered
     device = next(base.parameters()).device
     if implementation(device) != "triton":
         return f"the Triton kernels do not run on {device}, but on NVIDIA GPUs of compute capability 8.0 and later"

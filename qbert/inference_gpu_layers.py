@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from qbert.fast_forward import reason_not_to_replace
 from qbert.inference_cpu_layers import BERT_LAYERS, reason_not_to_fuse_layer
 from qbert.kernels import operators
 from qbert.kernels.terms import Terms
@@ -232,6 +233,9 @@ def reason_not_to_fuse_embeddings(embeddings: Any) -> str:
     """Why embeddings cannot be gathered, summed and normalized in one kernel; empty if they can."""
     if type(embeddings).__name__ not in _BERT_EMBEDDINGS or not isinstance(embeddings.LayerNorm, nn.LayerNorm):
         return f"{type(embeddings).__name__} are not embeddings of the BERT kind"
+    altered = reason_not_to_replace(m for m in embeddings.modules() if not isinstance(m, PackedEmbedding))
+    if altered:
+        return altered
     tables = (embeddings.word_embeddings, embeddings.position_embeddings, embeddings.token_type_embeddings)
     if not all(isinstance(t, PackedEmbedding) for t in tables):
         return "some of the tables are in float"

@@ -7,7 +7,7 @@ import pytest
 import torch
 from encoders import build, inputs_for
 from torch import nn
-from transformers import AutoModel
+from transformers import AutoModel, BertModel
 
 import qbert
 from qbert import inference_gpu
@@ -157,6 +157,38 @@ def test_why_nothing_is_fused_is_said(caplog: pytest.LogCaptureFixture, monkeypa
     assert isinstance(good.forward, GpuEncoder)
     for reason in ("do not run on cpu", "a MobileBertLayer is not", "not the exact GELU", "input groups"):
         assert reason in caplog.text
+
+
+class ShiftedModel(BertModel):
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        output = super().forward(*args, **kwargs)
+        output.last_hidden_state = output.last_hidden_state + 1
+        return output
+
+
+def test_what_only_looks_like_transformers_own_is_not_replaced(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(inference_gpu, "implementation", lambda device: "triton")
+    batch = inputs_for("bert")
+    keep = batch["attention_mask"].bool()
+    model, encoder, embeddings = (packed_encoder("bert") for _ in range(3))
+    model.__class__ = ShiftedModel
+    own = encoder.encoder.forward
+    encoder.encoder.forward = lambda x, **kwargs: own(x.neg(), **kwargs)
+    table = embeddings.embeddings
+    table.forward = lambda **kwargs: type(table).forward(table, **kwargs).flip(1)
+    for packed, reason in (
+        (model, f"ShiftedModel is not fused: ShiftedModel of {__name__} is not a class of transformers"),
+        (encoder, "BertModel is not fused: the forward of its BertEncoder was replaced"),
+        (embeddings, "the embeddings of BertModel are not fused: the forward of its BertEmbeddings was replaced"),
+    ):
+        expected = hidden(packed, batch)
+        with caplog.at_level(logging.INFO, logger="qbert.inference_gpu"):
+            fuse_for_gpu(packed)
+        assert reason in caplog.text
+        assert isinstance(packed.forward, GpuEncoder) == (packed is embeddings)
+        assert error(hidden(packed, batch)[keep], expected[keep]) < 0.02
 
 
 def test_tokens_are_gathered_and_scattered_back() -> None:
