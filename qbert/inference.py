@@ -4,7 +4,8 @@
 BERT kind (BERT, RoBERTa, XLM-R, ELECTRA, CamemBERT, DistilBERT, MPNet) get more: a whole layer runs as four products
 with as few passes over memory as torch's operators allow, Q, K and V in one, and all layers as one compiled program
 (`qbert.inference_cpu_layers`); sequences are sorted by length and run in chunks that stay in the cache, each cut to its
-longest member, so that padding costs next to nothing.
+longest member, so that padding costs next to nothing. A layer that does not fit runs between the others in its own
+way (`qbert.inference_stages`).
 
     >>> fast = optimize_for_inference(packed)
     >>> fast(**tokenizer(texts, padding=True, return_tensors="pt"))
@@ -25,9 +26,9 @@ import torch
 from torch import Tensor, nn
 
 from qbert.fast_forward import FastForward, freeze, is_recording, reason_not_to_replace
-from qbert.inference_cpu_layers import FusedLayers, LayerParts, reason_not_to_fuse_layer
 from qbert.inference_model import FusedModel
-from qbert.kernels.cpu_chains import compiled
+from qbert.inference_parts import reason_not_four_products, reason_not_to_fuse_layer
+from qbert.inference_stages import run_alone, stages_of
 from qbert.packed_tensor import PackedTensor, check_module
 from qbert.targets import base_model
 
@@ -43,14 +44,14 @@ def optimize_for_inference(packed: Model, *, inplace: bool = False, exact: bool 
     """A packed model that runs fast on the device it is on: a CPU, or a GPU (`qbert.inference_gpu`).
 
     On a CPU the int8 operands are made here and kept beside the packed tensors: one byte a weight, but four for
-    matrices that run in float, as is logged (activations that are not quantized, grouped input columns), and for small
-    tables. The model can still be saved, moved to another dtype, copied, and asked for hidden states or attentions, for
-    which it takes the slow path. Hidden states of padding are zero. TorchScript compiles the layers during the first
-    two calls, a few tenths of a second. Where an encoder cannot be fused, the reason is logged and its layers run one
-    by one.
+    matrices that run in float, as is logged (float weights, activations that are not quantized, grouped input columns),
+    and for small tables. The model can still be saved, moved to another dtype, copied, and asked for hidden states or
+    attentions, for which it takes the slow path. Hidden states of padding are zero. TorchScript compiles the layers
+    during the first two calls, a few tenths of a second. A layer that cannot be fused, such as one that was left in
+    float, runs in its own way between those that can; where none can, all do. The log says which, and why.
 
     The parameters of the encoder are frozen (``requires_grad`` off), since a wanted gradient leads to the slow path;
-    those of a head are not. Hooks on modules inside of a fused encoder are not called. Weights can no longer be loaded
+    those of a head are not. Hooks on modules inside of a fused layer are not called. Weights can no longer be loaded
     into the model, since the operands would stay the old ones.
 
     Args:
@@ -85,7 +86,7 @@ def optimize_for_inference(packed: Model, *, inplace: bool = False, exact: bool 
         fuse_for_gpu(model)
         return model
     encoder = getattr(base, "encoder", None) or getattr(base, "transformer", None)  # so called by DistilBERT
-    reason = _reason_not_to_fuse(encoder)
+    reason = _reason_not_to_fuse(base, encoder)
     fused: set[int] = set()
     if encoder is not None and not reason:
         fused_encoder = encoder.forward = FusedEncoder(encoder, exact)
@@ -94,7 +95,8 @@ def optimize_for_inference(packed: Model, *, inplace: bool = False, exact: bool 
             logger.info("%s keeps its own forward: %s", type(base).__name__, altered)
         elif hasattr(base, "embeddings"):
             base.forward = FusedModel(base, fused_encoder.run, fused_encoder.cross_attention)  # type: ignore[method-assign]
-        fused = {id(m) for m in encoder.modules()}
+        own_layers = _log_layers(type(base).__name__, encoder)
+        fused = {id(m) for m in encoder.modules()} - {id(m) for layer in own_layers for m in layer.modules()}
     else:
         logger.info("%s is not fused: %s; its layers run one by one", type(base).__name__, reason)
     for module in model.modules():
@@ -114,7 +116,7 @@ class FusedEncoder(FastForward):
     """``forward`` of an encoder of the BERT kind, in int8 (not a module: it adds nothing to the state of the model).
 
     Args:
-        encoder: module whose ``layer`` is a list of layers of one of the known kinds, with packed linear maps.
+        encoder: module whose ``layer`` is a list of layers, some of which can be fused.
         exact: as for `optimize_for_inference`.
     """
 
@@ -122,10 +124,9 @@ class FusedEncoder(FastForward):
 
     def __init__(self, encoder: Any, exact: bool = True) -> None:
         self.encoder = encoder
-        parts = [parts for layer in encoder.layer if (parts := LayerParts.of(layer))]
-        self._layers = compiled(FusedLayers(parts, exact))
+        self._stages = stages_of(encoder, exact)
         self._position_bias: Tensor | None = None
-        self.cross_attention = hasattr(encoder.layer[0], "add_cross_attention")
+        self.cross_attention = any(hasattr(layer, "add_cross_attention") for layer in encoder.layer)
 
     def __call__(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Any:
         """[B, T, H] to transformers' output with ``last_hidden_state`` [B, T, H]; zeros where a token is padding."""
@@ -165,7 +166,7 @@ class FusedEncoder(FastForward):
         wanted = ("encoder_hidden_states", "past_key_values", "output_hidden_states", "output_attentions")
         return (
             x.device.type == "cpu"
-            and not (x.requires_grad and torch.is_grad_enabled())
+            and not (torch.is_grad_enabled() and self._wants_gradient(x))
             and not is_recording()
             and not any(kwargs.get(name) for name in wanted if not isinstance(kwargs.get(name), Tensor))
             and kwargs.get("return_dict") in (None, True)
@@ -174,6 +175,9 @@ class FusedEncoder(FastForward):
             and not _active_collector.get()
             and not self.encoder.training
         )
+
+    def _wants_gradient(self, x: Tensor) -> bool:
+        return x.requires_grad or any(p.requires_grad for p in self.encoder.parameters())
 
     def _run_chunks(self, x: Tensor, lengths: Tensor | None) -> Tensor:
         batch, longest, _ = x.shape
@@ -203,9 +207,10 @@ class FusedEncoder(FastForward):
         return result
 
     def _run(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        if hasattr(self.encoder, "relative_attention_bias"):
-            mask = self._biased_mask(x, mask)
-        return self._layers(x, mask)  # type: ignore[no-any-return]
+        added = self._biased_mask(x, mask) if hasattr(self.encoder, "relative_attention_bias") else mask
+        for stage in self._stages:
+            x = run_alone(self.encoder, stage, x, mask) if isinstance(stage, int) else stage(x, added)
+        return x
 
     def _biased_mask(self, x: Tensor, mask: Tensor | None) -> Tensor:
         """MPNet adds to all scores a bias that depends on the distance of two tokens: [1 or B, heads, T, T]."""
@@ -219,14 +224,31 @@ class FusedEncoder(FastForward):
         return bias.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else bias + mask
 
 
-def _reason_not_to_fuse(encoder: Any) -> str:
+def _reason_not_to_fuse(base: Any, encoder: Any) -> str:
     layers = getattr(encoder, "layer", None)
     if not isinstance(layers, nn.ModuleList) or not len(layers):
         return "it has no list of encoder layers"
     altered = reason_not_to_replace([encoder])
     if altered:
         return altered
-    return next(filter(None, map(reason_not_to_fuse_layer, layers)), "")
+    reasons = list(filter(None, map(reason_not_to_fuse_layer, layers)))
+    attention = getattr(getattr(base, "config", None), "_attn_implementation", "eager")
+    if reasons and attention not in ("sdpa", "eager"):
+        return f"{reasons[0]}, and {attention} attention takes no mask of its own"
+    return reasons[0] if len(reasons) == len(layers) else ""
+
+
+def _log_layers(model: str, encoder: Any) -> list[nn.Module]:
+    """Say which layers of a fused `encoder` are less than they could be; returns those that run in their own way."""
+    own_layers = []
+    for index, layer in enumerate(encoder.layer):
+        reason = reason_not_to_fuse_layer(layer)
+        if reason:
+            logger.info("layer %d of %s is not fused: %s; it runs in its own way", index, model, reason)
+            own_layers.append(layer)
+        elif other := reason_not_four_products(layer):
+            logger.info("layer %d of %s is fused, but not in four int8 products: %s", index, model, other)
+    return own_layers
 
 
 def _lengths(mask: Tensor, shape: torch.Size) -> Tensor | None:

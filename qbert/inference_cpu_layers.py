@@ -1,8 +1,9 @@
 """Fused encoder layers on a CPU: post-norm layers of BERT, its relatives, DistilBERT and MPNet as one program.
 
-`LayerParts` finds the pieces of a layer whatever its family calls them; `FusedLayer` computes the layer from them in
-four int8 products; `FusedLayers` is the whole stack, and `FusedEmbeddings` what comes before it. TorchScript compiles
-both (`qbert.kernels.cpu_chains.compiled`), so that one short sentence does not spend half of its time in Python.
+`FusedLayer` computes a layer from its pieces (`qbert.inference_parts`) in four int8 products; a matrix in float takes
+a float product instead, and a query, key and value that quantize their input differently take three. `FusedLayers` is
+the whole stack, `FusedEmbeddings` what comes before it. TorchScript compiles both
+(`qbert.kernels.cpu_chains.compiled`), so that one short sentence does not spend half of its time in Python.
 
     >>> layers = FusedLayers([LayerParts.of(layer) for layer in encoder.layer])
     >>> y = compiled(layers)(x, None)     # [B, T, H]
@@ -11,88 +12,20 @@ both (`qbert.kernels.cpu_chains.compiled`), so that one short sentence does not 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qbert.fast_forward import reason_not_to_replace
+from qbert.inference_parts import LayerParts, one_input
 from qbert.kernels.cpu import CpuLinear
+from qbert.kernels.cpu_chains import FloatChain
 from qbert.packed_modules import PackedEmbedding, PackedLinear
 
-BERT_LAYERS = ("BertLayer", "RobertaLayer", "XLMRobertaLayer", "ElectraLayer", "CamembertLayer")
 _COUNT_FROM_0 = ("BertEmbeddings", "ElectraEmbeddings", "Embeddings")  # the last are DistilBERT's
 _SKIP_PADDING = ("RobertaEmbeddings", "XLMRobertaEmbeddings", "CamembertEmbeddings", "MPNetEmbeddings")
-
-
-class LayerParts(NamedTuple):
-    """What a post-norm encoder layer is made of."""
-
-    heads: int
-    query: nn.Module
-    key: nn.Module
-    value: nn.Module
-    attention_output: nn.Module
-    attention_norm: nn.LayerNorm
-    ffn_in: nn.Module
-    activation: nn.Module
-    ffn_out: nn.Module
-    output_norm: nn.LayerNorm
-
-    @classmethod
-    def of(cls, layer: Any) -> LayerParts | None:
-        """The parts of a layer of a known family that attends to its own tokens only; ``None`` for any other."""
-        kind = type(layer).__name__
-        if kind == "TransformerBlock" and type(layer.attention).__name__ == "DistilBertSelfAttention":
-            attention, ffn = layer.attention, layer.ffn
-            return cls(
-                attention.n_heads, attention.q_lin, attention.k_lin, attention.v_lin, attention.out_lin,
-                layer.sa_layer_norm, ffn.lin1, ffn.activation, ffn.lin2, layer.output_layer_norm,
-            )  # fmt: skip
-        if kind == "MPNetLayer":
-            attention = layer.attention.attn
-            first = (attention.q, attention.k, attention.v, attention.o, layer.attention.LayerNorm)
-        elif kind in BERT_LAYERS and not layer.is_decoder and not layer.add_cross_attention:
-            attention, output = layer.attention.self, layer.attention.output
-            first = (attention.query, attention.key, attention.value, output.dense, output.LayerNorm)
-        else:
-            return None
-        inner = layer.intermediate
-        return cls(
-            attention.num_attention_heads, *first,
-            inner.dense, inner.intermediate_act_fn, layer.output.dense, layer.output.LayerNorm,
-        )  # fmt: skip
-
-    @property
-    def linears(self) -> list[nn.Module]:
-        """Query, key and value, then the other three linear maps."""
-        return [self.query, self.key, self.value, self.attention_output, self.ffn_in, self.ffn_out]
-
-    @property
-    def norms(self) -> list[nn.LayerNorm]:
-        """The two norms."""
-        return [self.attention_norm, self.output_norm]
-
-
-def reason_not_to_fuse_layer(layer: Any) -> str:
-    """Why `layer` is not a packed encoder layer of a known family with one input for Q, K and V; empty if it is."""
-    parts = LayerParts.of(layer)
-    if parts is None:
-        return f"a {type(layer).__name__} is not an encoder layer of the BERT kind"
-    inner = {id(m) for part in (*parts.linears, parts.activation) for m in part.modules()}
-    altered = reason_not_to_replace(m for m in layer.modules() if id(m) not in inner)
-    if altered:
-        return altered
-    if not all(
-        type(norm) is nn.LayerNorm and norm.elementwise_affine and norm.bias is not None for norm in parts.norms
-    ):
-        return "its norms are not LayerNorm with weight and bias"
-    if not all(isinstance(p, PackedLinear) for p in parts.linears):
-        return "some of its linear maps are in float"
-    if not all(_same_input(parts.query, p) for p in (parts.key, parts.value)):
-        return "query, key and value quantize their input differently"
-    return ""
 
 
 class FusedLayers(nn.Module):
@@ -112,12 +45,20 @@ class FusedLayers(nn.Module):
 
 
 class FusedLayer(nn.Module):
-    """One encoder layer, post-norm: int8 products and float attention, normalization and activation function."""
+    """One encoder layer, post-norm: int8 products and float attention, normalization and activation function.
+
+    Args:
+        parts: those of a layer for which `reason_not_to_fuse_layer` has none.
+        exact: as for `CpuLinear.prepare`.
+    """
 
     def __init__(self, parts: LayerParts, exact: bool = True) -> None:
         super().__init__()
         self.heads = parts.heads
-        self.qkv = _joined([parts.query, parts.key, parts.value], exact).chain
+        if one_input(parts):
+            self.qkv: nn.Module = _joined(parts.inputs, exact).chain
+        else:
+            self.qkv = _Beside(*(_chain(p, exact) for p in parts.inputs))
         self.attention_output = _chain(parts.attention_output, exact)
         self.ffn_in, self.ffn_out = _chain(parts.ffn_in, exact), _chain(parts.ffn_out, exact)
         exact = type(parts.activation).__name__ == "GELUActivation"
@@ -136,6 +77,17 @@ class FusedLayer(nn.Module):
         y = F.layer_norm(y, [width], self.norm1, self.shift1, self.eps1)
         hidden = self.activation(self.ffn_in(y))
         return F.layer_norm(self.ffn_out(hidden).add_(y), [width], self.norm2, self.shift2, self.eps2)
+
+
+class _Beside(nn.Module):
+    """Query, key and value as three products, beside each other: [T, I] to [T, 3 H]."""
+
+    def __init__(self, query: nn.Module, key: nn.Module, value: nn.Module) -> None:
+        super().__init__()
+        self.query, self.key, self.value = query, key, value
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([self.query(x), self.key(x), self.value(x)], dim=1)
 
 
 class _GeluInPlace(nn.Module):
@@ -206,19 +158,13 @@ def _table(table: Any) -> Tensor:
     return values.float().clone()  # type: ignore[no-any-return]
 
 
-def _same_input(one: Any, other: Any) -> bool:
-    for field in ("activation_bits", "activation_range"):
-        if getattr(one.spec, field) != getattr(other.spec, field):
-            return False
-    if one.layout.input_groups > 1 or other.layout.input_groups > 1:
-        return False
-    if one.input_scale is None or one.input_zero is None or other.input_scale is None or other.input_zero is None:
-        return True
-    return torch.equal(one.input_scale, other.input_scale) and torch.equal(one.input_zero, other.input_zero)
-
-
 def _chain(linear: Any, exact: bool) -> nn.Module:
-    return linear.cpu_linear(exact).chain  # type: ignore[no-any-return]
+    if isinstance(linear, PackedLinear):
+        return linear.cpu_linear(exact).chain
+    # A copy, as of the norms.
+    weight = linear.weight.detach().float().clone()
+    bias = weight.new_zeros(len(weight)) if linear.bias is None else linear.bias.detach().float().clone()
+    return FloatChain(weight, bias, None)
 
 
 def _joined(parts: list[Any], exact: bool) -> CpuLinear:

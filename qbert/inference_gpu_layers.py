@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from qbert.fast_forward import reason_not_to_replace
-from qbert.inference_cpu_layers import BERT_LAYERS, reason_not_to_fuse_layer
+from qbert.inference_parts import BERT_LAYERS, reason_not_four_products, reason_not_to_fuse_layer
 from qbert.kernels import operators
 from qbert.kernels.terms import Terms
 from qbert.packed_layout import row_group_of
@@ -207,7 +207,7 @@ def reason_not_to_fuse_on_gpu(layer: Any) -> str:
     linears = [m for m in layer.modules() if isinstance(m, PackedLinear)]
     if any(m.layout.input_groups > 1 for m in linears):
         return "some of its weights have input groups"
-    reason = reason_not_to_fuse_layer(layer)
+    reason = reason_not_to_fuse_layer(layer) or reason_not_four_products(layer)
     if reason:
         return reason
     if type(layer).__name__ not in BERT_LAYERS:

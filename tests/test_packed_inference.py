@@ -14,8 +14,9 @@ from transformers import AutoModel
 import qbert
 from qbert import inference
 from qbert.inference import FusedEncoder, optimize_for_inference
-from qbert.inference_cpu_layers import FusedLayers, LayerParts
+from qbert.inference_cpu_layers import FusedLayers
 from qbert.inference_model import FusedModel
+from qbert.inference_parts import LayerParts
 from qbert.kernels.cpu_chains import compiled
 from qbert.kernels.cpu_gemm import saturates
 from qbert.packed import PackedEmbedding, PackedLinear, pack
@@ -51,7 +52,7 @@ def test_every_family_gives_the_outputs_of_the_packed_model(family: str) -> None
     assert isinstance(getattr(stack, "forward", None), FusedEncoder) == (family in FUSED)
     assert isinstance(fast.forward, FusedModel) == (family in FUSED)
     if family in FUSED:
-        assert isinstance(stack.forward._layers, torch.ScriptMethod)
+        assert len(stack.forward._stages) == 1 and isinstance(stack.forward._stages[0], torch.ScriptMethod)
     assert torch.allclose(hidden(fast, batch)[keep], hidden(exact, batch)[keep], rtol=1e-4, atol=1e-5)
     packed = encoder(family)
     expected = hidden(packed, batch)[keep]
@@ -293,7 +294,9 @@ def test_what_cannot_be_optimized_is_said(caplog: pytest.LogCaptureFixture) -> N
         optimize_for_inference(encoder("mobilebert"))
         some = qbert.quantize_model(AutoModel.from_config(build("bert").config), {"encoder.layer.0": 4})
         optimize_for_inference(pack(some))
-    assert "not fused" in caplog.text and "in float" in caplog.text
+    first, second = caplog.messages
+    assert first.startswith("MobileBertModel is not fused: ") and first.endswith("its layers run one by one")
+    assert second == "layer 1 of BertModel is not fused: its linear maps are in float; it runs in its own way"
 
 
 def test_matrices_that_run_in_float_are_named_with_the_reason(caplog: pytest.LogCaptureFixture) -> None:
