@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from compiled_twin import assert_compiled_is_uncompiled
 from encoders import build, inputs_for
 from torch import nn
 from transformers import AutoModel
@@ -18,7 +19,6 @@ from qbert.inference_cpu_layers import FusedLayers
 from qbert.inference_model import FusedModel
 from qbert.inference_parts import LayerParts
 from qbert.inference_stages import run_alone
-from qbert.kernels.cpu_chains import compiled
 from qbert.packed import PackedLinear, pack
 
 # Names of query, key, value, and of the first and second linear map behind the attention's own.
@@ -149,15 +149,7 @@ def test_compiled_layers_are_their_uncompiled_twin(kind: str) -> None:
     names = {"float query": _BERT[0], "float output": _BERT[4]}
     packed = encoder("bert", names[kind]) if kind in names else with_other_ranges("bert")
     layers = FusedLayers([LayerParts.of(layer) for layer in packed.encoder.layer])
-    program = compiled(layers)
-    assert isinstance(program, torch.ScriptMethod)
-    with torch.inference_mode():
-        for shape in ((1, 7, 48), (3, 5, 48), (1, 1, 48)):
-            x, mask = torch.randn(shape), torch.rand(shape[0], 1, 1, shape[1]) > 0.3
-            mask[..., 0] = True
-            for _ in range(3):
-                assert torch.equal(program(x, None), layers(x, None))
-                assert torch.equal(program(x, mask), layers(x, mask))
+    assert_compiled_is_uncompiled(layers)
 
 
 @pytest.mark.parametrize("kind", ["right", "left", "holes", "empty"])

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from compiled_twin import assert_compiled_is_uncompiled
 from encoders import FAMILIES, build, inputs_for
 from torch import nn
 from transformers import AutoModel
@@ -17,7 +18,6 @@ from qbert.inference import FusedEncoder, optimize_for_inference
 from qbert.inference_cpu_layers import FusedLayers
 from qbert.inference_model import FusedModel
 from qbert.inference_parts import LayerParts
-from qbert.kernels.cpu_chains import compiled
 from qbert.kernels.cpu_gemm import saturates
 from qbert.packed import PackedEmbedding, PackedLinear, pack
 
@@ -96,15 +96,7 @@ def test_other_activation_functions_are_fused_compiled_or_not(activation: str) -
 @pytest.mark.parametrize("ranges", ["dynamic", "asymmetric"])
 def test_the_compiled_layers_are_their_uncompiled_twin(ranges: str) -> None:
     layers = FusedLayers([LayerParts.of(layer) for layer in encoder("bert", activation_range=ranges).encoder.layer])
-    program = compiled(layers)
-    assert isinstance(program, torch.ScriptMethod)
-    with torch.inference_mode():
-        for shape in ((1, 7, 48), (3, 5, 48), (1, 1, 48)):
-            x, mask = torch.randn(shape), torch.rand(shape[0], 1, 1, shape[1]) > 0.3
-            mask[..., 0] = True
-            for _ in range(3):
-                assert torch.equal(program(x, None), layers(x, None))
-                assert torch.equal(program(x, mask), layers(x, mask))
+    assert_compiled_is_uncompiled(layers)
 
 
 @pytest.mark.parametrize("family", FUSED)

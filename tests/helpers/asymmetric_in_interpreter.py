@@ -6,7 +6,7 @@ Run by `test_kernels_interpreted.py` in a process of its own, with TRITON_INTERP
 import interpreted_asm  # noqa: F401  the interpreter cannot run inline assembly by itself
 import pytest
 import torch
-from kernels_in_interpreter import float_parts, make_table, problem
+from kernels_in_interpreter import float_parts, linear_problem, make_table, problem
 
 from qbert.kernels import reference
 from qbert.kernels.gpu.embedding import embed_layernorm
@@ -181,22 +181,12 @@ def test_query_key_and_value_of_different_bits(tile, zero_kind, bits):
 @pytest.mark.parametrize("zero_kind", ["integer", "half", "real"])
 @pytest.mark.parametrize("input_groups", [1, 2])
 def test_a_whole_linear_layer(bits, zero_kind, input_groups):
-    rows, columns, groups = 24, 256, 4
-    codes, _, packed = problem(1, rows, columns, bits)
-    row_group = torch.arange(rows) * groups // rows
-    scale = torch.rand(groups, input_groups) * 0.01 + 0.01
-    zero = {
-        "integer": torch.randint(-4, 4, scale.shape).float(),
-        "half": torch.full_like(scale, -0.5),
-        "real": torch.randn(scale.shape),
-    }[zero_kind]
-    bias = torch.randn(rows)
-    spread = [reference.expand_groups(t, row_group, rows) for t in (scale, zero)]
-    layer = GpuLinear(packed, columns, scale, zero, row_group, bias, bits, 8, 0.0, 0, True)
+    packed, grid, weight = linear_problem(bits, zero_kind, input_groups)
+    layer = GpuLinear(packed, 256, *grid, bits, 8, 0.0, 0, True)
     for dtype, tolerance in ((torch.float32, 2e-5), (torch.float16, 2e-3)):
-        x = adversarial_rows(columns)[torch.tensor([0, 1, 3, 4, 8, 9])].to(dtype)
+        x = adversarial_rows(256)[torch.tensor([0, 1, 3, 4, 8, 9])].to(dtype)
         seen = reference.fake_quantize(x.float(), asymmetric=True)
-        expected = reference.matmul_a16(seen, codes, *spread, bias)
+        expected = reference.matmul_a16(seen, *weight)
         y = layer.forward(x, packed)
         assert y.dtype == dtype
         largest = expected.abs().amax(1, keepdim=True) + 1

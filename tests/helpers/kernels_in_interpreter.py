@@ -31,6 +31,22 @@ def problem(tokens, rows, columns, bits, adversarial=False):
     return codes, xq, formats.pack(codes, bits)
 
 
+def linear_problem(bits, zero_kind, input_groups):
+    """A layer [24, 256] in four row groups: its codes packed; its grid and bias; codes, grid by row, and bias."""
+    rows, columns, groups = 24, 256, 4
+    codes, _, packed = problem(1, rows, columns, bits)
+    row_group = torch.arange(rows) * groups // rows
+    scale = torch.rand(groups, input_groups) * 0.01 + 0.01
+    zero = {
+        "integer": torch.randint(-4, 4, scale.shape).float(),
+        "half": torch.full_like(scale, -0.5),
+        "real": torch.randn(scale.shape),
+    }[zero_kind]
+    bias = torch.randn(rows)
+    spread = [reference.expand_groups(t, row_group, rows) for t in (scale, zero)]
+    return packed, (scale, zero, row_group, bias), (codes, *spread, bias)
+
+
 SHAPES = [  # tokens, rows, columns
     (37, 70, 256),
     (5, 64, 768),
@@ -266,27 +282,17 @@ def test_empty_batches():
 @pytest.mark.parametrize("activation", ["dynamic", "static", "none"])
 @pytest.mark.parametrize("input_groups", [1, 2])
 def test_a_whole_linear_layer(bits, zero_kind, activation, input_groups):
-    rows, columns, groups = 24, 256, 4
-    codes, _, packed = problem(1, rows, columns, bits)
-    row_group = torch.arange(rows) * groups // rows
-    scale = torch.rand(groups, input_groups) * 0.01 + 0.01
-    zero = {
-        "integer": torch.randint(-4, 4, scale.shape).float(),
-        "half": torch.full_like(scale, -0.5),
-        "real": torch.randn(scale.shape),
-    }[zero_kind]
-    bias = torch.randn(rows)
-    spread = [reference.expand_groups(t, row_group, rows) for t in (scale, zero)]
-    x = torch.randn(3, 5, columns)
+    packed, grid, weight = linear_problem(bits, zero_kind, input_groups)
+    x = torch.randn(3, 5, 256)
     step, offset = 0.03125, -7
     settings = {"dynamic": (8, 0.0, 0, False), "static": (8, step, offset, False), "none": (0, 0.0, 0, False)}[
         activation
     ]
-    layer = GpuLinear(packed, columns, scale, zero, row_group, bias, bits, *settings)
+    layer = GpuLinear(packed, 256, *grid, bits, *settings)
     for dtype, tolerance in ((torch.float32, 2e-5), (torch.float16, 2e-3)):
-        flat = x.to(dtype).float().reshape(15, columns)
+        flat = x.to(dtype).float().reshape(15, 256)
         seen = flat if activation == "none" else reference.fake_quantize(flat, *settings[1:])
-        expected = reference.matmul_a16(seen, codes, *spread, bias).reshape(3, 5, rows)
+        expected = reference.matmul_a16(seen, *weight).reshape(3, 5, 24)
         y = layer.forward(x.to(dtype), packed)
         assert y.dtype == dtype
         assert float((y.double() - expected).abs().max()) < tolerance * float(expected.abs().max() + 1)
