@@ -116,9 +116,8 @@ def check_request(arguments: argparse.Namespace, model: Any) -> None:
         raise ValueError(f"--fraction {arguments.fraction} is not a share of the data; use a number in (0, 1]")
     asked = {name: getattr(arguments, name) for name in ("runs", "method", "tol", "bound", "confidence", "seed")}
     checked_settings({**asked, "fraction": arguments.fraction or 0.1, "precision": "fp32", "max_products": 200})
-    settings = {"groups": arguments.groups} if arguments.groups else {}
     equal = {name: 1.0 for name, _ in encoder_layers(model)}
-    qbert.allocate_bits(equal, bits=tuple(arguments.bits), size_mb=arguments.size_mb, model=model, **settings)
+    qbert.allocate_bits(equal, **requested(arguments, model))
 
 
 def measure(task: Any, model: Any, tokenizer: Any, arguments: argparse.Namespace, folder: Path) -> tuple[Any, Any]:

@@ -43,9 +43,8 @@ class TensorSpec:
         percentile: share in percent of the weights that ``percentile`` keeps inside the range.
         activation_bits: bits of the input of a matrix product: 8, or ``None`` for float activations.
         activation_range: ``dynamic`` (per token, symmetric), ``asymmetric`` (per token, from its smallest to its
-            largest value: finer steps where a token's outliers have one sign, as in BERT; CPU kernels only) or
-            ``static`` (per tensor, affine, calibrated); ``None`` is static if calibration data is given and dynamic
-            if not.
+            largest value: finer steps where a token's outliers have one sign, as in BERT) or ``static`` (per tensor,
+            affine, calibrated); ``None`` is static if calibration data is given and dynamic if not.
     """
 
     bits: int = 4

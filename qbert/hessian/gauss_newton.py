@@ -107,10 +107,8 @@ def _factors(
     count: Callable[[int], object],
 ) -> tuple[dict[str, _Factor], bool]:
     """The factor of every block, and whether no row of it was sketched."""
-    rank, rows_per_sample = (
-        whole_number("rank", rank, least=1),
-        whole_number("rows_per_sample", rows_per_sample, least=1),
-    )
+    rank = whole_number("rank", rank, least=1)
+    rows_per_sample = whole_number("rows_per_sample", rows_per_sample, least=1)
     factors = {name: _Factor(rank) for name in blocks}
     exact = True
     chosen = loss_fn or model_loss
