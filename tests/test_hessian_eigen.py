@@ -248,16 +248,17 @@ def test_the_gap_is_trusted_only_while_no_other_ritz_value_is_near() -> None:
         assert (pair.residual <= 1e-3) == near
 
 
-def test_the_gap_bound_may_take_a_close_pair_for_one_and_a_proof_never_does() -> None:
+@pytest.mark.parametrize("tol", [1e-3, 1e-4])
+def test_the_gap_bound_may_take_a_close_pair_for_one_and_a_proof_never_does(tol: float) -> None:
     """What the gap bound assumes is an assumption: its error can reach the distance of the pair, and no more."""
     surprised = 0
     for seed in range(40):
         second = float(np.random.default_rng(seed).uniform(0.9, 1))
         A, _ = dense([1.0, second, *np.linspace(-0.3, 0.3, 58)], seed)
-        settings: dict[str, Any] = {"tol": 1e-3, "seed": seed}
+        settings: dict[str, Any] = {"tol": tol, "seed": seed}
         quick = lanczos(lambda v, A=A: A @ v, len(A), bound="gap", confidence=None, **settings)
         proven = lanczos(lambda v, A=A: A @ v, len(A), **settings)
-        assert proven.converged and proven.value == pytest.approx(1, rel=1e-3)
+        assert proven.converged and proven.value == pytest.approx(1, rel=tol)
         assert second - 1e-3 <= quick.value <= 1 + 1e-12
-        surprised += quick.value < 1 - 1e-3
-    assert surprised > 0
+        surprised += quick.value < 1 - tol
+    assert 10 <= surprised <= 20  # a quarter to a half, as its documentation says

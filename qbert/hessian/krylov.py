@@ -7,9 +7,9 @@ H is projected on the Krylov space of a start vector; a Ritz pair (theta, y) of 
 * ``bound="gap"``: within ``r^2 / gap``, if the rest of the spectrum keeps the distance `gap` that the other Ritz
   values and their reach tell (Kato 1949; Parlett 1998, section 11.7). Saves about a third of the products; a pair of
   eigenvalues that is not resolved yet may be taken for one, and the error is then up to their distance: with a random
-  start and a second eigenvalue anywhere within 10 % of the first, that happens in about half of the cases at a
-  tolerance of 1e-3, in a quarter at 1e-4. Where another Ritz value may come within a tenth of
-  theta in magnitude, the residual itself has to be within the tolerance: rivals often show themselves late.
+  start and a second eigenvalue anywhere within 10 % of the first, that happens in a quarter to a half of the cases at
+  tolerances of 1e-3 and 1e-4. Where another Ritz value may come within a tenth of theta in magnitude, the residual
+  itself has to be within the tolerance: rivals often show themselves late.
 * ``confidence``: proof that nothing larger was overlooked. For an eigenvector x the start vector v has the component
   ``|<x, v>| >= sigma eps`` with probability ``1 - sqrt(2/pi) eps``, whatever is added to its Gaussian part of
   deviation sigma in each direction. With the characteristic polynomial p of T, ``||p(H) v|| = beta_0 ... beta_k``,
