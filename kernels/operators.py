@@ -179,9 +179,7 @@ def attention(
     is then added to `out_row_sum` (int32 [T], zeroed by the caller), where given: `torch.ops.qbert.attention_summed`.
     Tokens of no sequence: undefined.
     """
-    return _call_attention(
-        query, key, value, cu_seqlens, longest, scale, out_scale, out_zero, out_row_sum=out_row_sum
-    )
+    return _call_attention(query, key, value, cu_seqlens, longest, scale, out_scale, out_zero, out_row_sum=out_row_sum)
 
 
 def _attention(
