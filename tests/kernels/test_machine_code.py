@@ -219,18 +219,34 @@ def test_embedding_kernels(range_, target):
     assert report.spills == 0 and report.registers <= 96
 
 
-@pytest.mark.parametrize("target", ["sm_80", "sm_90"])
-@pytest.mark.parametrize("quantize", [True, False])
-def test_attention(quantize, target):
+def compile_attention(target: str, quantize: bool, head_dim: int) -> Report:
     kernel = attention.attention_kernel
     pointers = dict.fromkeys(["q_ptr", "k_ptr", "v_ptr"], "*fp16")
     pointers |= {"out_ptr": "*i8" if quantize else "*fp16", "starts_ptr": "*i32", "out_sum_ptr": "*i32"}
     strides = [n for n in kernel.arg_names if n.startswith(("stride", "head"))]
     types = types_of(kernel, pointers, [*strides, "D"], ["scale", "inv_out_scale", "out_zero"])
-    constants = {"BLOCK_Q": 64, "BLOCK_K": 64, "BLOCK_D": 64, "QUANTIZE": quantize, "OUT_SUM": quantize}
-    report = compile_report(kernel, types, constants, target=target, num_warps=8 if quantize else 4, num_stages=2)
-    assert report.spills == 0 and report.fits
+    constants = {"BLOCK_Q": 64, "BLOCK_K": 64 if head_dim <= 64 else 32, "BLOCK_D": head_dim}
+    constants |= {"QUANTIZE": quantize, "OUT_SUM": quantize}
+    aligned = ("head_q", "head_k", "head_v", "D")
+    return compile_report(kernel, types, constants, target=target, aligned=aligned, num_warps=4, num_stages=2)
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_90"])
+@pytest.mark.parametrize("quantize", [True, False])
+@pytest.mark.parametrize(("head_dim", "programs"), [(32, 4), (64, 2), (128, 2)])
+def test_attention(head_dim, programs, quantize, target):
+    report = compile_attention(target, quantize, head_dim)
+    assert report.spills == 0 and report.fits and report.warnings == ()
+    assert report.programs_per_processor >= (3 if target == "sm_90" and head_dim == 64 else programs)
     assert report.count("wgmma.mma_async" if target == "sm_90" else "mma.sync") >= 2
+
+
+def test_attention_computes_no_score_twice():
+    """64 queries x 64 keys x 64 values: four warpgroup products of 16 columns for the scores, four for the values."""
+    report = compile_attention("sm_90", True, 64)
+    assert report.sass["HGMMA"] == 8
+    # 64 x 64 exponentials over 128 threads, one fade for each of a thread's two rows, one quotient each at the end.
+    assert report.sass["MUFU"] <= 64 * 64 // 128 + 2 + 2
 
 
 def compile_mixed(bits: tuple[int, int, int], tile: Tile, target: str, x_scale: str = "token") -> Report:
