@@ -33,7 +33,7 @@ def additive(model: nn.Module, parts: Sequence[Batch], loss_fn: LossFunction | N
         ValueError: where it does not hold and the rows do not fit into one batch.
     """
     kept = [part for part in parts if loss_weight(part) > 0]
-    if len(parts) < 2 or _adds_up(model, parts, loss_fn):
+    if len(parts) < 2 or adds_up(model, parts, loss_fn):
         return kept
     together = _together(model, parts)
     if len(together) > 1:
@@ -49,7 +49,8 @@ def additive(model: nn.Module, parts: Sequence[Batch], loss_fn: LossFunction | N
     return together
 
 
-def _adds_up(model: nn.Module, parts: Sequence[Batch], loss_fn: LossFunction | None) -> bool:
+def adds_up(model: nn.Module, parts: Sequence[Batch], loss_fn: LossFunction | None) -> bool:
+    """Whether every two neighbours together have the mean loss of both, weighted by `loss_weight`."""
     loss = loss_fn or model_loss
     tolerance = 10 * torch.finfo(next(model.parameters()).dtype).eps ** 0.75
     padded = masks_padding(model, loss_fn)

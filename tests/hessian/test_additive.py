@@ -106,3 +106,10 @@ def test_what_cannot_be_cut_goes_through_at_once_and_is_told(caplog: pytest.LogC
     others = [*rows_of(batch), {**rows_of(batch)[0], "token_type_ids": torch.zeros(1, 40, dtype=torch.long)}]
     with pytest.raises(ValueError, match="their rows do not fit into one batch"):
         additive(model, others, loss_fn)
+
+
+@pytest.mark.parametrize("kind", ["two terms", "class weights"])
+def test_gauss_newton_matrices_of_samples_are_refused_where_they_do_not_add_up(kind: str) -> None:
+    model, batch, loss_fn = problem(kind)
+    with pytest.raises(ValueError, match="use method='lanczos'"):
+        hessian_spectrum(model, [batch], runs=1, fraction=1.0, method="ggn", loss_fn=loss_fn, progress=False)
