@@ -31,7 +31,7 @@ from qbert.inference.gpu_layers import (
 )
 from qbert.inference.graphs import GraphCache, Inputs
 from qbert.kernels.dispatch import implementation
-from qbert.layers.linear import PackedTensor
+from qbert.layers.packed import PackedTensor
 
 logger = logging.getLogger(__name__)
 
