@@ -2,9 +2,7 @@
 
 import importlib
 import json
-import os
 import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,14 +11,13 @@ import numpy as np
 import pytest
 import torch
 from encoders import build, inputs_for
+from scripts import EXPERIMENTS, run_here
 from tiny_tasks import sentiment_rows, tiny_encoder, write_task
 
 from qbert.bits import BitsConfig
 from qbert.hessian import parameter_blocks
 from qbert.quantize import quantize_model
 from qbert.sensitivity_report import METRICS, Sensitivities
-
-ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -35,13 +32,12 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run(world: Path, *more: str) -> subprocess.CompletedProcess[str]:
     arguments = [
-        *(sys.executable, str(ROOT / "experiments" / "sensitivity_study.py"), "--model", str(world / "encoder")),
-        *("--task", "sst2", "--data-dir", str(world / "data"), "--output-dir", str(world / "out"), "--epochs", "1"),
+        *("--model", str(world / "encoder"), "--task", "sst2", "--data-dir", str(world / "data")),
+        *("--output-dir", str(world / "out"), "--epochs", "1"),
         *("--samples", "32", "--runs", "2", "--run-rows", "8", "--probes", "4", "--groups", "4"),
         *more,
     ]
-    environment = {**os.environ, "QBERT_CACHE": str(world / "cache"), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    return subprocess.run(arguments, capture_output=True, text=True, env=environment, timeout=300)
+    return run_here("sensitivity_study.py", *arguments, QBERT_CACHE=str(world / "cache"))
 
 
 @pytest.mark.parametrize("granularity", ["layer", "matrix"])
@@ -143,7 +139,7 @@ def test_bad_input_is_one_sentence_and_exit_code_2(world: Path, more: tuple[str,
 
 @pytest.mark.parametrize("text", ["4/2", "2", "2/3/4", "a/b"])
 def test_pairs_that_are_none(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(ROOT / "experiments"))
+    monkeypatch.syspath_prepend(str(EXPERIMENTS))
     study = importlib.import_module("sensitivity_study")
     assert study.parse_pairs(["2/4", "3/8"], [2, 3, 4, 8]) == [(2, 4), (3, 8)]
     with pytest.raises(ValueError, match=f"--pairs {text} is not a pair"):
@@ -151,7 +147,7 @@ def test_pairs_that_are_none(text: str, monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_assembled_allocations_are_those_of_quantize_model(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.syspath_prepend(str(ROOT / "experiments"))
+    monkeypatch.syspath_prepend(str(EXPERIMENTS))
     compare = importlib.import_module("allocation_compare")
     model, batch = build("bert", num_hidden_layers=3).eval(), inputs_for("bert")
     blocks = {b.name: b.members for b in parameter_blocks(model, "layer")}
