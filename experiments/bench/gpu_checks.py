@@ -331,7 +331,7 @@ def encoder(ranges: str) -> int:
     import transformers as tf
 
     import qbert
-    from qbert.inference_gpu import GpuEncoder
+    from qbert.inference.gpu import GpuEncoder
 
     tally = Tally(f"encoder, {ranges} ranges")
     torch.manual_seed(0)

@@ -17,7 +17,7 @@ from typing import Any
 
 import gpu_timing
 import torch
-from bench_inference_gpu import MODELS, make_batch, parse_shape
+from inference_gpu import MODELS, make_batch, parse_shape
 from gpu_machine import DEVICE, MODE, ON_GPU, brief, compiled, left, limited, record, say, stand_in
 from torch import Tensor, nn
 
@@ -121,7 +121,7 @@ def packed_encoder(model: Any, bits: int, ranges: str = "static", **settings: An
     packed = qbert.pack(student).to(torch.float16)
     if ON_GPU:
         return qbert.optimize_for_inference(packed, inplace=True, **settings)
-    from qbert.inference_gpu import GpuEncoder
+    from qbert.inference.gpu import GpuEncoder
 
     packed.forward = GpuEncoder(packed)
     return packed

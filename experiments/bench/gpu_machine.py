@@ -163,7 +163,7 @@ def _compile_only() -> None:
     from triton.runtime import driver
     from triton.runtime.jit import JITFunction
 
-    import qbert.inference_gpu
+    import qbert.inference.gpu
     from qbert.kernels import dispatch
     from qbert.kernels.gpu import attention, launch, matmul_a8, matmul_a8_mixed, matmul_a16
 
@@ -201,5 +201,5 @@ def _compile_only() -> None:
     for module in (launch, matmul_a8, matmul_a8_mixed, matmul_a16, attention):
         if hasattr(module, "registers_option"):
             module.registers_option = lambda tile, x: {"maxnreg": tile.registers} if tile.registers else {}
-    for module in (dispatch, qbert.inference_gpu):
+    for module in (dispatch, qbert.inference.gpu):
         module.implementation = lambda device: "triton"

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
-import bench_kernels
+import low_bit_products
 import gpu_timing
 import torch
 from gpu_machine import DEVICE, MODE, ON_GPU, brief, in_processes, left, record, say, stand_in
@@ -25,31 +25,31 @@ from qbert.kernels.gpu.tiles import candidates
 def measure(models: Sequence[str], token_counts: Sequence[int]) -> int:
     """Times every product of a layer and prints and records it; the number of failures."""
     failures = 0
-    for name, rows, columns in bench_kernels.layer_shapes(models):
+    for name, rows, columns in low_bit_products.layer_shapes(models):
         for tokens in token_counts:
             if left() < 8:
                 say(f"{name} {tokens} left out: {left():.0f} s left")
                 continue
             if MODE == "dry":
                 rows, columns, tokens = 64, 256, 16
-            copies = min(64, bench_kernels.copies_for(tokens, rows, columns)) if ON_GPU else 2
+            copies = min(64, low_bit_products.copies_for(tokens, rows, columns)) if ON_GPU else 2
             x = torch.randn(tokens, columns, device=DEVICE).half()
             codes = operators.quantize_rows(x)
             build: dict[str, Callable[[], Callable[[int], Any]]] = {
-                "cuBLAS fp16": partial(bench_kernels._cublas, x, rows, copies),
-                "torch._int_mm": partial(bench_kernels._int_mm, codes[0], rows, copies),
+                "cuBLAS fp16": partial(low_bit_products._cublas, x, rows, copies),
+                "torch._int_mm": partial(low_bit_products._int_mm, codes[0], rows, copies),
                 "torch._scaled_mm": partial(_scaled_mm, x, rows, copies),
             }
-            build |= {f"W{b}A8": partial(bench_kernels._ours_a8, *codes, rows, b, copies) for b in (8, 4, 3, 2)}
+            build |= {f"W{b}A8": partial(low_bit_products._ours_a8, *codes, rows, b, copies) for b in (8, 4, 3, 2)}
             if tokens <= 64:
-                build["W4A16"] = partial(bench_kernels._ours_a16, x, rows, copies)
+                build["W4A16"] = partial(low_bit_products._ours_a16, x, rows, copies)
             runs = {}
             for key, make in build.items():
                 try:
                     engine = make()
                     engine(0)
                     torch.cuda.synchronize()
-                    runs[key] = bench_kernels._over_copies(engine, copies)
+                    runs[key] = low_bit_products._over_copies(engine, copies)
                 except Exception as error:
                     if "illegal" in str(error):
                         raise

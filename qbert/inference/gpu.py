@@ -30,12 +30,7 @@ from qbert.inference.gpu_layers import (
     reason_not_to_fuse_embeddings,
     reason_not_to_fuse_on_gpu,
 )
-<<<<<<< HEAD:qbert/inference_gpu.py
-from qbert.inference_graphs import Given, GraphCache, Inputs, Rows, as_tensor
-from qbert.inference_model import is_plain_request
-=======
-from qbert.inference.graphs import GraphCache, Inputs
->>>>>>> main:qbert/inference/gpu.py
+from qbert.inference.graphs import Given, GraphCache, Inputs, Rows, as_tensor
 from qbert.kernels.dispatch import implementation
 from qbert.layers.linear import PackedTensor
 
