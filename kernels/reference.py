@@ -155,7 +155,8 @@ def matmul_a8(
     """y [T, O] in float64 from int8 or e4m3 activations and low-bit weights, with the kernels' epilogues.
 
     xq int8 or float8_e4m3fn [T, I], x_scale [T], [1] or [2, T] with the offsets (`quantize_rows`), codes [O, I], scale
-    and zero [O, K], bias [O], residual [T, O]; `activation` is "none" or "gelu", applied after the bias and before the residual.
+    and zero [O, K], bias [O], residual [T, O]; `activation` is "none" or "gelu", applied after the bias and before the
+    residual.
     """
     step, offset = x_scale.double() if x_scale.dim() == 2 else (x_scale.double(), None)
     columns, groups = codes.shape[1], scale.shape[1]

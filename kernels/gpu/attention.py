@@ -1,4 +1,4 @@
-"""Self-attention over a packed batch of sequences of different lengths: no padding, softmax in one pass, eight bits out.
+"""Self-attention over a packed batch of sequences of different lengths: no padding, one pass, eight bits out.
 
     out[t, h] = sum_u softmax_u(query[t, h] . key[u, h] * scale) value[u, h],   u in the sequence of t
 

@@ -124,7 +124,7 @@ def quantize_rows_kernel(
         else:
             q, scale = quantize_values(x, peak, F8)
         tl.store(q_ptr + start + column, q, mask=inside)
-        total += tl.where(inside, count(q), 0)
+        total += count(q) if RANGE == "dynamic" else tl.where(inside, count(q), 0)
     tl.store(scale_ptr + row, scale)
     tl.store(row_sum_ptr + row, tl.sum(total, axis=0))
 
