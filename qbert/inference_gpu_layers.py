@@ -175,20 +175,19 @@ class FusedGpuEmbeddings:
         self.first_position = embeddings.padding_idx + 1 if own else 0
         self.positions = tables[1].rows - self.first_position
 
-    def ids(self, input_ids: Tensor, token_type_ids: Tensor | None, position_ids: Tensor | None) -> tuple[Tensor, ...]:
-        """Row numbers of the three tables, [B, L] each. Raises ValueError for sequences longer than the model knows."""
+    def own_positions(self, input_ids: Tensor, position_ids: Tensor | None) -> Tensor | None:
+        """Rows of the position table for ids [B, L], where they are not simply 0 to L - 1.
+
+        Raises ValueError for sequences longer than the model knows.
+        """
         if position_ids is None and input_ids.shape[1] > self.positions:
             raise ValueError(
                 f"input_ids holds sequences of {input_ids.shape[1]} tokens, but the model knows {self.positions} "
                 "positions; truncate them"
             )
         if position_ids is None and self.first_position:
-            position_ids = self.module.create_position_ids_from_input_ids(input_ids, self.module.padding_idx)
-        elif position_ids is None:
-            position_ids = torch.arange(input_ids.shape[1], device=input_ids.device)
-        if token_type_ids is None:
-            token_type_ids = torch.zeros_like(input_ids)
-        return input_ids, position_ids.expand_as(input_ids), token_type_ids.expand_as(input_ids)
+            return self.module.create_position_ids_from_input_ids(input_ids, self.module.padding_idx)
+        return position_ids
 
     def __call__(self, ids: tuple[Tensor, ...], grid: InputGrid) -> Tokens:
         """Row numbers [T] of the three tables to tokens."""
