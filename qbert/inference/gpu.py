@@ -37,8 +37,16 @@ from qbert.layers.linear import PackedTensor
 logger = logging.getLogger(__name__)
 
 
-def fuse_for_gpu(model: nn.Module) -> None:
-    """Give `model`, packed and on a GPU, its fast forward, in place; what does not fit keeps its own, as is logged."""
+def fuse_for_gpu(model: nn.Module, operands: str = "int8") -> None:
+    """Give `model`, packed and on a GPU, its fast forward, in place; what does not fit keeps its own, as is logged.
+
+    Args:
+        operands: "int8" or "e4m3", as for `qbert.optimize_for_inference`.
+
+    Raises:
+        ValueError: for other operands, or e4m3 on a GPU before compute capability 8.9.
+    """
+    check_operands(operands, next(model.parameters()).device)
     for module in model.modules():
         if isinstance(module, PackedTensor):
             module.prepare()
@@ -47,7 +55,18 @@ def fuse_for_gpu(model: nn.Module) -> None:
     if reason:
         logger.info("%s is not fused: %s; its layers run one by one", type(base).__name__, reason)
     else:
-        base.forward = GpuEncoder(base)
+        base.forward = GpuEncoder(base, operands=operands)
+
+
+def check_operands(operands: str, device: torch.device) -> None:
+    """Raises ValueError unless `device` multiplies `operands`."""
+    if operands not in ("int8", "e4m3"):
+        raise ValueError(f"operands must be 'int8' or 'e4m3', got {operands!r}.")
+    if operands == "e4m3" and device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):
+        capability = ".".join(map(str, torch.cuda.get_device_capability(device)))
+        raise ValueError(
+            f"operands='e4m3' needs a GPU of compute capability 8.9 or later, this one has {capability}; use 'int8'."
+        )
 
 
 class Batch(NamedTuple):
@@ -147,11 +166,13 @@ class GpuEncoder:
 
     Args:
         base: model with ``embeddings`` and ``encoder.layer``, some layer of which can be fused.
+        operands: "e4m3" gives e4m3 inputs to products with weights of 2 to 4 bits, "int8" gives int8 to all.
         graphs: how to run batches of one shape again and again; ``None`` captures CUDA graphs on a GPU where every
             layer is fused.
     """
 
-    def __init__(self, base: Any, graphs: GraphCache | None = None) -> None:
+    def __init__(self, base: Any, graphs: GraphCache | None = None, operands: str = "int8") -> None:
+        self.operands = operands
         self.base = base
         self._build(graphs)
 
@@ -160,7 +181,7 @@ class GpuEncoder:
         self.layers: list[FusedGpuLayer | None] = []
         for index, layer in enumerate(base.encoder.layer):
             reason = reason_not_to_fuse_on_gpu(layer)
-            self.layers.append(None if reason else FusedGpuLayer(layer))
+            self.layers.append(None if reason else FusedGpuLayer(layer, self.operands == "e4m3"))
             if reason:
                 logger.info("layer %d of %s is not fused: %s", index, type(base).__name__, reason)
         self._norm = base.encoder.layer[0].output.LayerNorm
@@ -179,7 +200,7 @@ class GpuEncoder:
         twin = object.__new__(GpuEncoder)
         memo[id(self)] = twin
         # The copy of the model is not complete yet; what is made from its layers waits for the first call.
-        twin.base = deepcopy(self.base, memo)
+        twin.base, twin.operands = deepcopy(self.base, memo), self.operands
         return twin
 
     def __call__(

@@ -14,6 +14,7 @@ import qbert
 from qbert.inference import gpu as inference_gpu
 from qbert.inference.gpu import Batch, GpuEncoder, fuse_for_gpu
 from qbert.inference.graphs import MAX_GRAPH_TOKENS, Bucket, Buffers, GraphCache, Rows, as_tensor, bucket_of
+from qbert.layers.linear import PackedLinear
 from qbert.packing import pack
 
 FUSED = ("bert", "roberta", "electra")
@@ -75,6 +76,58 @@ def test_a_layer_by_itself_tells_its_kernel_how_its_input_is_quantized(ranges: s
         expected, run = layer(x), layer._gpu_linear()
     assert error(run(x), expected) < 1e-5
     assert error(run(x, activation_bits=None, activation_scale=None, asymmetric=False), expected) > 5e-4
+
+
+def in_e4m3(x: torch.Tensor, largest: torch.Tensor) -> torch.Tensor:
+    """x rounded to e4m3 codes of the range -largest..largest, and back."""
+    step = largest / 448
+    return (x / step).clamp(-448, 448).to(torch.float8_e4m3fn).float() * step
+
+
+@pytest.mark.parametrize("ranges", ["dynamic", "static"])
+@pytest.mark.parametrize("family", FUSED)
+def test_e4m3_operands_are_the_weights_with_inputs_in_eight_bit_floats(family: str, ranges: str) -> None:
+    """Against the same weights with unquantized inputs, each rounded by a hook; a product in 8 bits keeps int8 input."""
+    bits = {"encoder.layer.0.attention.self.query": 2, "encoder.layer.1.intermediate.dense": 8, "embeddings": 4, "*": 3}
+    torch.manual_seed(1)
+    packed = packed_encoder(family, ranges == "static", bits, activation_range=ranges)
+    torch.manual_seed(1)
+    expected_from = packed_encoder(family, False, bits, activation_bits=None)
+    ranges_of = dict(packed.named_modules())
+
+    def rounded(name: str, x: torch.Tensor) -> torch.Tensor:
+        layer = ranges_of[name]
+        if layer.input_scale is None:
+            largest = x.abs().amax(-1, keepdim=True)
+            return (x / largest * 127).round() / 127 * largest if layer.layout.bits == 8 else in_e4m3(x, largest)
+        scale, zero = layer.input_scale, layer.input_zero
+        if layer.layout.bits == 8:
+            return ((x / scale).round() + zero).clamp(-128, 127).sub(zero) * scale
+        return in_e4m3(x, scale * torch.maximum(128 + zero, 127 - zero))
+
+    for name, layer in expected_from.encoder.named_modules(prefix="encoder"):
+        if isinstance(layer, PackedLinear):
+            layer.register_forward_pre_hook(lambda _, given, name=name: (rounded(name, given[0]),))
+    batch = inputs_for(family, 3, 11)
+    keep = batch["attention_mask"].bool()
+    expected = hidden(expected_from, batch)[keep]
+    encoder = GpuEncoder(packed, operands="e4m3")
+    assert [p.grid.codes_dtype == torch.int8 for p in (encoder.layers[0].ffn_in, encoder.layers[1].ffn_in)] == [
+        False,
+        True,
+    ]
+    packed.forward = encoder
+    assert error(hidden(packed, batch)[keep], expected) < 0.02
+
+
+def test_operands_that_a_device_does_not_multiply_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match="operands='e4m3' is for GPUs"):
+        qbert.optimize_for_inference(packed_encoder("bert"), operands="e4m3")
+    with pytest.raises(ValueError, match="operands must be 'int8' or 'e4m3', got 'fp8'"):
+        fuse_for_gpu(packed_encoder("bert"), "fp8")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 6))
+    with pytest.raises(ValueError, match="compute capability 8.9 or later, this one has 8.6"):
+        inference_gpu.check_operands("e4m3", torch.device("cuda"))
 
 
 def test_any_mask_no_mask_and_other_dtypes() -> None:
