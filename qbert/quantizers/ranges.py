@@ -61,7 +61,7 @@ def find_ranges(
     blocks = weight.detach().float().unflatten(1, (input_groups, -1))  # [O, K, I/K]
     low, high = _extent(blocks, row_group, method, percentile)
     if method != "mse":
-        return GroupRanges(*_grid_for(low, high, bits, scheme))
+        return GroupRanges(*covering_grid(low, high, bits, scheme))
     return _least_squares(blocks, row_group, low, high, bits, scheme)
 
 
@@ -69,7 +69,12 @@ def _extent(blocks: Tensor, row_group: Tensor, method: RangeMethod, percentile: 
     """Lowest and highest weight [G, K] of each group, without outliers if asked for."""
     if method == "percentile":
         return _percentile_extent(blocks, row_group, percentile)
-    return _reduce_rows(blocks.amin(-1), row_group, "amin"), _reduce_rows(blocks.amax(-1), row_group, "amax")
+    return reduce_rows(blocks.amin(-1), row_group, "amin"), reduce_rows(blocks.amax(-1), row_group, "amax")
+
+
+def extent(weight: Tensor, row_group: Tensor, input_groups: int) -> tuple[Tensor, Tensor]:
+    """Lowest and highest weight, both [G, K], of every group of a matrix [O, I]."""
+    return _extent(weight.detach().float().unflatten(1, (input_groups, -1)), row_group, "minmax", 100.0)
 
 
 def _percentile_extent(blocks: Tensor, row_group: Tensor, percentile: float) -> tuple[Tensor, Tensor]:
@@ -87,7 +92,7 @@ def _percentile_extent(blocks: Tensor, row_group: Tensor, percentile: float) -> 
     return low, high
 
 
-def _grid_for(low: Tensor, high: Tensor, bits: int, scheme: Scheme) -> tuple[Tensor, Tensor]:
+def covering_grid(low: Tensor, high: Tensor, bits: int, scheme: Scheme) -> tuple[Tensor, Tensor]:
     """Scale and zero of the grid that covers [low, high] (widened to hold 0)."""
     qmin, qmax = code_range(bits, scheme)
     if scheme == "asymmetric":
@@ -107,7 +112,7 @@ def _least_squares(
     bits: int,
     scheme: Scheme,
 ) -> GroupRanges:
-    best_scale, best_zero = _grid_for(low, high, bits, scheme)
+    best_scale, best_zero = covering_grid(low, high, bits, scheme)
     best_error = _group_error(blocks, row_group, best_scale, best_zero, bits, scheme)
     start_low, start_high = low, high
 
@@ -120,7 +125,7 @@ def _least_squares(
 
     for step in range(1, _SHRINK_STEPS):
         share = 1.0 - step / _SHRINK_STEPS
-        keep(*_grid_for(start_low * share, start_high * share, bits, scheme))
+        keep(*covering_grid(start_low * share, start_high * share, bits, scheme))
     for _ in range(_REFINE_STEPS):
         keep(refit_scale(blocks, row_group, best_scale, best_zero, bits, scheme), best_zero)
         if scheme == "asymmetric":
@@ -149,7 +154,7 @@ def _group_error(
     """Squared error [G, K] of each group under a grid."""
     difference = _codes(blocks, row_group, scale, zero, bits, scheme)
     difference.mul_(scale[row_group].unsqueeze(-1)).sub_(blocks).square_()
-    return _reduce_rows(difference.sum(-1), row_group, "sum")
+    return reduce_rows(difference.sum(-1), row_group, "sum")
 
 
 def refit_scale(
@@ -168,12 +173,12 @@ def refit_scale(
         scale, zero: [G, K], the present grid.
     """
     centred = _codes(blocks, row_group, scale, zero, bits, scheme)
-    inner = _reduce_rows((centred * blocks).sum(-1), row_group, "sum")
-    norm = _reduce_rows(centred.square().sum(-1), row_group, "sum")
+    inner = reduce_rows((centred * blocks).sum(-1), row_group, "sum")
+    norm = reduce_rows(centred.square().sum(-1), row_group, "sum")
     return torch.where(norm > 0, inner / norm.clamp_min(1e-30), scale).clamp_min(SMALLEST_SCALE)
 
 
-def _reduce_rows(values: Tensor, row_group: Tensor, how: str) -> Tensor:
+def reduce_rows(values: Tensor, row_group: Tensor, how: str) -> Tensor:
     """Reduce [O, K] over the rows of each group to [G, K]."""
     groups = int(row_group[-1]) + 1
     if groups == values.shape[0]:
