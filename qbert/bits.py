@@ -32,7 +32,7 @@ from qbert.arguments import is_whole
 from qbert.encoders.targets import HEAD_ROLE, Target, find_targets
 from qbert.files import read_json, write_json
 
-Scheme: TypeAlias = Literal["asymmetric", "symmetric", "midrise"]
+Scheme: TypeAlias = Literal["asymmetric", "symmetric", "midrise", "offset"]
 RangeMethod: TypeAlias = Literal["minmax", "percentile", "mse"]
 ActivationRange: TypeAlias = Literal["dynamic", "asymmetric", "static"]
 Rounding: TypeAlias = Literal["nearest", "compensated"]
@@ -55,7 +55,8 @@ class TensorSpec:
         input_group_size: also cut the inputs into groups of this many columns; ``None`` does not.
         scheme: ``asymmetric`` has an integer zero point, so that 0 is on the grid; ``symmetric`` has levels
             -m..m with m = 2^(bits-1) - 1, which is ternary at 2 bits; ``midrise`` has 2^bits levels
-            placed symmetrically around 0 without 0 itself.
+            placed symmetrically around 0 without 0 itself; ``offset`` has a real-valued zero point, so that the levels
+            may lie anywhere, at 4 bytes a group instead of 1.
         range_method: ``minmax``, ``percentile`` (of the weights of a group) or ``mse`` (least squared error).
         percentile: share in percent of the weights that ``percentile`` keeps inside the range.
         activation_bits: bits of the input of a matrix product: 8, or ``None`` for float activations.
@@ -145,7 +146,7 @@ def _check_spec(spec: TensorSpec) -> None:
         if value is not None and not (is_whole(value) and value >= 1):
             raise ValueError(f"{name}={value!r} is not possible; use a whole number of at least 1")
     choices = {
-        "scheme": ("asymmetric", "symmetric", "midrise"),
+        "scheme": ("asymmetric", "symmetric", "midrise", "offset"),
         "range_method": ("minmax", "percentile", "mse"),
         "activation_bits": (8, None),
         "activation_range": ("dynamic", "asymmetric", "static", None),

@@ -97,13 +97,14 @@ def test_padding_of_rows_and_of_pairs_that_are_encoded_apart(leading: tuple[int,
     assert unmasked(x, None) is x
 
 
-@pytest.mark.parametrize("scheme", ["asymmetric", "symmetric", "midrise"])
+@pytest.mark.parametrize("scheme", ["asymmetric", "symmetric", "midrise", "offset"])
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_codes_survive_packing_and_saving(bits: int, scheme: Any, tmp_path: Any) -> None:
     model = build("bert").eval()
     config = qbert.BitsConfig(bits, scheme=scheme, groups=16, **COMPENSATED)
     student = qbert.quantize_model(model, config, calibration_data=batches("bert"))
     packed = qbert.pack(student)
+    assert qbert.model_size(packed).total == qbert.model_size(model, config).total
     packed.save_pretrained(tmp_path / "packed")
     loaded = type(model).from_pretrained(tmp_path / "packed")
     trainable = qbert.unpack(loaded)

@@ -23,6 +23,7 @@ from qbert.quantizers.grid import code_range
 
 _SHRINK_STEPS = 40
 _REFINE_STEPS = 4
+_FINEST = 2.0**-16
 SMALLEST_SCALE = 1e-12
 
 
@@ -30,7 +31,7 @@ class GroupRanges(NamedTuple):
     """Grids of all groups of a tensor."""
 
     scale: Tensor  # [G, K] float32, > 0
-    zero: Tensor  # [G, K] float32; integer for asymmetric, 0 for symmetric, -1/2 for midrise
+    zero: Tensor  # [G, K] float32; integer for asymmetric, 0 for symmetric, -1/2 for midrise, any for offset
 
 
 def find_ranges(
@@ -93,8 +94,13 @@ def _percentile_extent(blocks: Tensor, row_group: Tensor, percentile: float) -> 
 
 
 def covering_grid(low: Tensor, high: Tensor, bits: int, scheme: Scheme) -> tuple[Tensor, Tensor]:
-    """Scale and zero of the grid that covers [low, high] (widened to hold 0)."""
+    """Scale and zero of the grid that covers [low, high] (widened to hold 0, but for ``offset``)."""
     qmin, qmax = code_range(bits, scheme)
+    if scheme == "offset":
+        # A zero point far from the codes would leave them no digits in float32.
+        least = torch.maximum(low.abs(), high.abs()) * _FINEST
+        scale = torch.maximum((high - low) / (qmax - qmin), least).clamp_min(SMALLEST_SCALE)
+        return scale, qmin - low / scale
     if scheme == "asymmetric":
         low, high = low.clamp_max(0), high.clamp_min(0)
         scale = ((high - low) / (qmax - qmin)).clamp_min(SMALLEST_SCALE)
@@ -102,6 +108,14 @@ def covering_grid(low: Tensor, high: Tensor, bits: int, scheme: Scheme) -> tuple
     largest = torch.maximum(low.abs(), high.abs())
     zero = torch.full_like(largest, -0.5 if scheme == "midrise" else 0.0)
     return (largest / (qmax - zero)).clamp_min(SMALLEST_SCALE), zero
+
+
+def shrunk(low: Tensor, high: Tensor, share: float, scheme: Scheme) -> tuple[Tensor, Tensor]:
+    """A share of the range: towards 0, which every grid but ``offset`` keeps near its middle; there, to its middle."""
+    if scheme != "offset":
+        return low * share, high * share
+    middle, half = (low + high) / 2, (high - low) / 2 * share
+    return middle - half, middle + half
 
 
 def _least_squares(
@@ -125,8 +139,11 @@ def _least_squares(
 
     for step in range(1, _SHRINK_STEPS):
         share = 1.0 - step / _SHRINK_STEPS
-        keep(*covering_grid(start_low * share, start_high * share, bits, scheme))
+        keep(*covering_grid(*shrunk(start_low, start_high, share, scheme), bits, scheme))
     for _ in range(_REFINE_STEPS):
+        if scheme == "offset":
+            keep(*_refit_line(blocks, row_group, best_scale, best_zero, bits))
+            continue
         keep(refit_scale(blocks, row_group, best_scale, best_zero, bits, scheme), best_zero)
         if scheme == "asymmetric":
             qmin, qmax = code_range(bits, scheme)
@@ -176,6 +193,19 @@ def refit_scale(
     inner = reduce_rows((centred * blocks).sum(-1), row_group, "sum")
     norm = reduce_rows(centred.square().sum(-1), row_group, "sum")
     return torch.where(norm > 0, inner / norm.clamp_min(1e-30), scale).clamp_min(SMALLEST_SCALE)
+
+
+def _refit_line(blocks: Tensor, row_group: Tensor, scale: Tensor, zero: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """Scale and real-valued zero [G, K] of least squared error for the codes of a grid: the regression line."""
+    centred = _codes(blocks, row_group, scale, zero, bits, "offset")
+    count = reduce_rows(torch.full_like(centred[..., 0], centred.shape[-1]), row_group, "sum")
+    mean, level = (reduce_rows(x.sum(-1), row_group, "sum") / count for x in (centred, blocks))
+    deviation = centred - mean[row_group].unsqueeze(-1)
+    inner = reduce_rows((deviation * blocks).sum(-1), row_group, "sum")
+    norm = reduce_rows(deviation.square().sum(-1), row_group, "sum")
+    slope = torch.where((norm > 0) & (inner > 0), inner / norm.clamp_min(1e-30), scale).clamp_min(SMALLEST_SCALE)
+    slope = torch.maximum(slope, level.abs() * _FINEST)
+    return slope, zero - (level - slope * mean) / slope
 
 
 def reduce_rows(values: Tensor, row_group: Tensor, how: str) -> Tensor:

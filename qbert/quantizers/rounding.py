@@ -29,10 +29,11 @@ from torch import Tensor
 
 from qbert.bits import Scheme
 from qbert.quantizers.grid import code_range, dequantize, quantize
-from qbert.quantizers.ranges import SMALLEST_SCALE, GroupRanges, covering_grid, extent, reduce_rows
+from qbert.quantizers.ranges import GroupRanges, covering_grid, extent, reduce_rows, shrunk
 
 _BLOCK = 128
 _TINY = 1e-30
+_LEAST_SHARE = 0.1  # of a scale that one refit leaves
 _PARALLEL = 1e-6  # share of the determinant below which codes and a constant cannot be told apart
 _SHARES = (1.0, 0.85, 0.7, 0.55, 0.4)  # of the min-max range, tried beside the given one
 
@@ -214,7 +215,7 @@ def round_compensated(
     tried = [ranges]
     if refits:
         low, high = extent(weight, row_group, input_groups)
-        tried += [GroupRanges(*covering_grid(low * share, high * share, bits, scheme)) for share in _SHARES]
+        tried += [GroupRanges(*covering_grid(*shrunk(low, high, share, scheme), bits, scheme)) for share in _SHARES]
     codes, difference, grids = _best_start(problem, row_group, tried, limits)
     for _ in range(refits):
         grids = _refitted(problem, codes, difference, row_group, grids, movable_zero=scheme == "offset")
@@ -267,7 +268,7 @@ def _refitted(
             ds = torch.where(solvable, (cd * oo - od * co) / safe, ds)
             do = torch.where(solvable, (od * cc - cd * co) / safe, do)
         new = scale[:, k] + ds
-        usable = new > SMALLEST_SCALE  # a scale of the other sign would turn the grid round
+        usable = new > scale[:, k] * _LEAST_SHARE  # one of the other sign would turn the grid round
         ds, do = torch.where(usable, ds, 0.0), torch.where(usable, do, 0.0)
         difference[inside] -= ds[row_group] * centred + do[row_group]
         scale[:, k] += ds

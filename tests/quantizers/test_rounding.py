@@ -14,7 +14,7 @@ from qbert.quantizers.groups import row_groups
 from qbert.quantizers.ranges import GroupRanges, find_ranges
 from qbert.quantizers.rounding import Rounded, compensate, damped, output_error, round_compensated
 
-SCHEMES = ("asymmetric", "symmetric", "midrise")
+SCHEMES = ("asymmetric", "symmetric", "midrise", "offset")
 
 
 def correlated(columns: int, seed: int, samples: int = 0) -> Tensor:
