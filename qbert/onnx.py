@@ -195,6 +195,8 @@ def _block(columns: int) -> int:
 class _OnnxInput(nn.Module):
     """Fake quantization of a layer's input in operators that ONNX has."""
 
+    offset: Tensor | None
+
     def __init__(self, layer: PackedLinear, enabled: bool, offset: Tensor | None = None) -> None:
         super().__init__()
         self.register_buffer("offset", None if offset is None else offset.T.contiguous())  # [K, O]
@@ -220,7 +222,7 @@ class _OnnxInput(nn.Module):
     def finish(self, y: Tensor, x: Tensor) -> Tensor:
         """The product `y` [..., O] of the quantized input `x` [..., I] with offsets and bias added."""
         if self.offset is not None:
-            y = y + x.unflatten(-1, (len(self.offset), -1)).sum(-1) @ self.offset  # type: ignore[operator]
+            y = y + x.unflatten(-1, (self.offset.shape[0], -1)).sum(-1) @ self.offset
         return y if self.bias is None else y + self.bias
 
 

@@ -2,8 +2,8 @@
 
 A tensor [O, I] of b bits takes the packed codes (``qbert.kernels.formats``; b O I / 8 bytes where rows fill whole
 bytes), one float32 scale for each pair of row group and input group, and a zero point for each, int8 in the
-``asymmetric`` scheme, float32 in the ``offset`` one, none in the others; the map from rows to groups follows from their number and is not stored. Everything else stays in
-its own dtype. Tied and shared tensors are counted once.
+``asymmetric`` scheme, float32 in the ``offset`` one, none in the others; the map from rows to groups follows from their
+number and is not stored. Everything else stays in its own dtype. Tied and shared tensors are counted once.
 
     >>> print(model_size(model, {"encoder.layer.0": 8, "*": 4}))
 

@@ -97,8 +97,7 @@ def test_padding_of_rows_and_of_pairs_that_are_encoded_apart(leading: tuple[int,
     assert unmasked(x, None) is x
 
 
-@pytest.mark.parametrize("scheme", ["asymmetric", "symmetric", "midrise", "offset"])
-@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize(("bits", "scheme"), [(2, "asymmetric"), (3, "offset"), (4, "midrise"), (8, "symmetric")])
 def test_codes_survive_packing_and_saving(bits: int, scheme: Any, tmp_path: Any) -> None:
     model = build("bert").eval()
     config = qbert.BitsConfig(bits, scheme=scheme, groups=16, **COMPENSATED)
