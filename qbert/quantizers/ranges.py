@@ -23,6 +23,7 @@ from qbert.quantizers.grid import code_range
 
 _SHRINK_STEPS = 40
 _REFINE_STEPS = 4
+_FINEST = 2.0**-16
 SMALLEST_SCALE = 1e-12
 
 
@@ -30,7 +31,7 @@ class GroupRanges(NamedTuple):
     """Grids of all groups of a tensor."""
 
     scale: Tensor  # [G, K] float32, > 0
-    zero: Tensor  # [G, K] float32; integer for asymmetric, 0 for symmetric, -1/2 for midrise
+    zero: Tensor  # [G, K] float32; integer for asymmetric, 0 for symmetric, -1/2 for midrise, any for offset
 
 
 def find_ranges(
@@ -61,7 +62,7 @@ def find_ranges(
     blocks = weight.detach().float().unflatten(1, (input_groups, -1))  # [O, K, I/K]
     low, high = _extent(blocks, row_group, method, percentile)
     if method != "mse":
-        return GroupRanges(*_grid_for(low, high, bits, scheme))
+        return GroupRanges(*covering_grid(low, high, bits, scheme))
     return _least_squares(blocks, row_group, low, high, bits, scheme)
 
 
@@ -69,7 +70,12 @@ def _extent(blocks: Tensor, row_group: Tensor, method: RangeMethod, percentile: 
     """Lowest and highest weight [G, K] of each group, without outliers if asked for."""
     if method == "percentile":
         return _percentile_extent(blocks, row_group, percentile)
-    return _reduce_rows(blocks.amin(-1), row_group, "amin"), _reduce_rows(blocks.amax(-1), row_group, "amax")
+    return reduce_rows(blocks.amin(-1), row_group, "amin"), reduce_rows(blocks.amax(-1), row_group, "amax")
+
+
+def extent(weight: Tensor, row_group: Tensor, input_groups: int) -> tuple[Tensor, Tensor]:
+    """Lowest and highest weight, both [G, K], of every group of a matrix [O, I]."""
+    return _extent(weight.detach().float().unflatten(1, (input_groups, -1)), row_group, "minmax", 100.0)
 
 
 def _percentile_extent(blocks: Tensor, row_group: Tensor, percentile: float) -> tuple[Tensor, Tensor]:
@@ -87,9 +93,14 @@ def _percentile_extent(blocks: Tensor, row_group: Tensor, percentile: float) -> 
     return low, high
 
 
-def _grid_for(low: Tensor, high: Tensor, bits: int, scheme: Scheme) -> tuple[Tensor, Tensor]:
-    """Scale and zero of the grid that covers [low, high] (widened to hold 0)."""
+def covering_grid(low: Tensor, high: Tensor, bits: int, scheme: Scheme) -> tuple[Tensor, Tensor]:
+    """Scale and zero of the grid that covers [low, high] (widened to hold 0, but for ``offset``)."""
     qmin, qmax = code_range(bits, scheme)
+    if scheme == "offset":
+        # A zero point far from the codes would leave them no digits in float32.
+        least = torch.maximum(low.abs(), high.abs()) * _FINEST
+        scale = torch.maximum((high - low) / (qmax - qmin), least).clamp_min(SMALLEST_SCALE)
+        return scale, qmin - low / scale
     if scheme == "asymmetric":
         low, high = low.clamp_max(0), high.clamp_min(0)
         scale = ((high - low) / (qmax - qmin)).clamp_min(SMALLEST_SCALE)
@@ -97,6 +108,14 @@ def _grid_for(low: Tensor, high: Tensor, bits: int, scheme: Scheme) -> tuple[Ten
     largest = torch.maximum(low.abs(), high.abs())
     zero = torch.full_like(largest, -0.5 if scheme == "midrise" else 0.0)
     return (largest / (qmax - zero)).clamp_min(SMALLEST_SCALE), zero
+
+
+def shrunk(low: Tensor, high: Tensor, share: float, scheme: Scheme) -> tuple[Tensor, Tensor]:
+    """A share of the range: towards 0, which every grid but ``offset`` keeps near its middle; there, to its middle."""
+    if scheme != "offset":
+        return low * share, high * share
+    middle, half = (low + high) / 2, (high - low) / 2 * share
+    return middle - half, middle + half
 
 
 def _least_squares(
@@ -107,7 +126,7 @@ def _least_squares(
     bits: int,
     scheme: Scheme,
 ) -> GroupRanges:
-    best_scale, best_zero = _grid_for(low, high, bits, scheme)
+    best_scale, best_zero = covering_grid(low, high, bits, scheme)
     best_error = _group_error(blocks, row_group, best_scale, best_zero, bits, scheme)
     start_low, start_high = low, high
 
@@ -120,8 +139,11 @@ def _least_squares(
 
     for step in range(1, _SHRINK_STEPS):
         share = 1.0 - step / _SHRINK_STEPS
-        keep(*_grid_for(start_low * share, start_high * share, bits, scheme))
+        keep(*covering_grid(*shrunk(start_low, start_high, share, scheme), bits, scheme))
     for _ in range(_REFINE_STEPS):
+        if scheme == "offset":
+            keep(*_refit_line(blocks, row_group, best_scale, best_zero, bits))
+            continue
         keep(refit_scale(blocks, row_group, best_scale, best_zero, bits, scheme), best_zero)
         if scheme == "asymmetric":
             qmin, qmax = code_range(bits, scheme)
@@ -149,7 +171,7 @@ def _group_error(
     """Squared error [G, K] of each group under a grid."""
     difference = _codes(blocks, row_group, scale, zero, bits, scheme)
     difference.mul_(scale[row_group].unsqueeze(-1)).sub_(blocks).square_()
-    return _reduce_rows(difference.sum(-1), row_group, "sum")
+    return reduce_rows(difference.sum(-1), row_group, "sum")
 
 
 def refit_scale(
@@ -168,12 +190,25 @@ def refit_scale(
         scale, zero: [G, K], the present grid.
     """
     centred = _codes(blocks, row_group, scale, zero, bits, scheme)
-    inner = _reduce_rows((centred * blocks).sum(-1), row_group, "sum")
-    norm = _reduce_rows(centred.square().sum(-1), row_group, "sum")
+    inner = reduce_rows((centred * blocks).sum(-1), row_group, "sum")
+    norm = reduce_rows(centred.square().sum(-1), row_group, "sum")
     return torch.where(norm > 0, inner / norm.clamp_min(1e-30), scale).clamp_min(SMALLEST_SCALE)
 
 
-def _reduce_rows(values: Tensor, row_group: Tensor, how: str) -> Tensor:
+def _refit_line(blocks: Tensor, row_group: Tensor, scale: Tensor, zero: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """Scale and real-valued zero [G, K] of least squared error for the codes of a grid: the regression line."""
+    centred = _codes(blocks, row_group, scale, zero, bits, "offset")
+    count = reduce_rows(torch.full_like(centred[..., 0], centred.shape[-1]), row_group, "sum")
+    mean, level = (reduce_rows(x.sum(-1), row_group, "sum") / count for x in (centred, blocks))
+    deviation = centred - mean[row_group].unsqueeze(-1)
+    inner = reduce_rows((deviation * blocks).sum(-1), row_group, "sum")
+    norm = reduce_rows(deviation.square().sum(-1), row_group, "sum")
+    slope = torch.where((norm > 0) & (inner > 0), inner / norm.clamp_min(1e-30), scale).clamp_min(SMALLEST_SCALE)
+    slope = torch.maximum(slope, level.abs() * _FINEST)
+    return slope, zero - (level - slope * mean) / slope
+
+
+def reduce_rows(values: Tensor, row_group: Tensor, how: str) -> Tensor:
     """Reduce [O, K] over the rows of each group to [G, K]."""
     groups = int(row_group[-1]) + 1
     if groups == values.shape[0]:
