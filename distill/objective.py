@@ -15,6 +15,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from qbert.distill.dropout import Rates, restore, train_without_dropout
 from qbert.distill.features import Recorder
 from qbert.distill.losses import LOSSES, kl_divergence, mse, soft_cross_entropy, span_cross_entropy
 from qbert.distill.mapping import Pairs, layer_pairs, state_pairs
@@ -66,6 +67,7 @@ class Distillation(nn.Module):
         self.recipe = recipe
         self.stage_index = 0
         self.heads = DistillationHeads(len(recipe.terms))
+        self._dropout_rates: Rates = []
         self.set_teacher(teacher)
         self._pairs: dict[tuple[int, str], Pairs] = {}
         self._prepare(example)
@@ -85,9 +87,10 @@ class Distillation(nn.Module):
         """Training mode of the student; without dropout where the recipe says so. The teacher stays as it is."""
         super().train(mode)
         if mode and not self.recipe.dropout:
-            for module in self.student.modules():
-                if isinstance(module, nn.Dropout):
-                    module.eval()
+            self._dropout_rates += train_without_dropout(self.student)
+        elif self._dropout_rates:
+            restore(self._dropout_rates)
+            self._dropout_rates = []
         return self
 
     def activation_checkpointing_enable(self, **arguments: Any) -> None:
