@@ -17,14 +17,26 @@ from torch import Tensor, nn
 
 from qbert.distill.dropout import Rates, restore, train_without_dropout
 from qbert.distill.features import Recorder
-from qbert.distill.losses import LOSSES, kl_divergence, mse, soft_cross_entropy, span_cross_entropy
+from qbert.distill.losses import (
+    LOSSES,
+    Loss,
+    kl_divergence,
+    mse,
+    sigmoid_cross_entropy,
+    sigmoid_kl_divergence,
+    soft_cross_entropy,
+    span_cross_entropy,
+)
 from qbert.distill.mapping import Pairs, layer_pairs, state_pairs
 from qbert.distill.recipe import Match, Recipe, Stage
 
 AUTO_WEIGHT_STEPS = 100
 
-# Losses over classes say nothing about a single value; a regression's outputs are compared by squares instead.
-_OF_CLASSES = (soft_cross_entropy, kl_divergence)
+# Losses over classes that exclude each other, and what they become where every label is decided on its own.
+_OF_CLASSES: dict[Loss, Loss] = {
+    soft_cross_entropy: sigmoid_cross_entropy,
+    kl_divergence: sigmoid_kl_divergence,
+}
 
 
 class DistillationHeads(nn.Module):
@@ -140,8 +152,11 @@ class Distillation(nn.Module):
         student = recorder.features(match.feature, output)
         teacher = [x.to(student[0].dtype) for x in target[0].features(match.feature, target[1])]
         if match.feature == "logits":
-            span = getattr(output, "start_logits", None) is not None
-            return _logits_loss(match, student[0], teacher[0], mask, labels, span)
+            if getattr(output, "start_logits", None) is not None:
+                kind = "span"
+            else:
+                kind = problem_type(self.student, self.teacher) or _guessed_type(student[0], labels)
+            return _logits_loss(match, student[0], teacher[0], mask, labels, kind)
         pairs = self._pairs.get((self.stage_index, match.term))
         if pairs is None:
             pairs = self._pair(match, student, teacher)
@@ -254,10 +269,24 @@ def _without_labels(inputs: dict[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in inputs.items() if k not in ("labels", "start_positions", "end_positions")}
 
 
+def problem_type(*models: nn.Module) -> str | None:
+    """``config.problem_type`` of the first model that has one: what the outputs of a sequence classifier mean."""
+    types = (getattr(getattr(model, "config", None), "problem_type", None) for model in models)
+    return next((kind for kind in types if kind is not None), None)
+
+
+def _guessed_type(logits: Tensor, labels: Tensor | None) -> str | None:
+    """What transformers takes a head for whose config does not say: by the number of outputs and the labels' dtype."""
+    if logits.dim() == 1 or logits.shape[-1] == 1:
+        return "regression"
+    several = labels is not None and labels.is_floating_point() and labels.shape == logits.shape
+    return "multi_label_classification" if several else None
+
+
 def _logits_loss(
-    match: Match, student: Tensor, teacher: Tensor, mask: Tensor, labels: Tensor | None, span: bool
+    match: Match, student: Tensor, teacher: Tensor, mask: Tensor, labels: Tensor | None, kind: str | None
 ) -> Tensor:
-    """Loss of the outputs, by the kind of head: span, token, regression or classification."""
+    """Loss of the outputs, by the kind of head: ``span``, a `problem_type`, or None (classes, of rows or of tokens)."""
     if student.shape != teacher.shape:
         raise ValueError(
             f"term {match.term!r}: the student's outputs have shape {list(student.shape)} and the teacher's "
@@ -265,11 +294,14 @@ def _logits_loss(
         )
     options = dict(match.options)
     chosen = LOSSES[match.loss] if isinstance(match.loss, str) else match.loss
-    if span:
+    if kind == "span":
         return (chosen or span_cross_entropy)(student, teacher, mask, **options)
     if student.dim() == 3:
         keep = mask if labels is None else labels != -100
         return (chosen or soft_cross_entropy)(student, teacher, keep, **options)
-    if student.dim() == 1 or student.shape[-1] == 1:
-        return mse(student, teacher) if chosen is None or chosen in _OF_CLASSES else chosen(student, teacher)
-    return (chosen or soft_cross_entropy)(student, teacher, None, **options)
+    chosen = chosen or soft_cross_entropy
+    if kind == "multi_label_classification":
+        return _OF_CLASSES.get(chosen, chosen)(student, teacher, None, **options)
+    if chosen in _OF_CLASSES and (kind == "regression" or student.shape[-1] == 1):
+        return mse(student, teacher)  # a softmax over classes says nothing about values
+    return chosen(student, teacher, None, **options)
