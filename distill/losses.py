@@ -143,9 +143,13 @@ def cosine_distance(student: Tensor, teacher: Tensor, mask: Tensor | None = None
 
 
 def normalized_mse(student: Tensor, teacher: Tensor, mask: Tensor | None = None) -> Tensor:
-    r"""Squared distance of unit vectors, :math:`\| s/\|s\| - t/\|t\| \|^2`, of states [B, D] or [B, T, D]."""
+    r"""Mean squared difference of unit vectors :math:`s/\|s\|` and :math:`t/\|t\|`, of states [B, D] or [B, T, D].
+
+    A mean over the width D too: Sun et al. 2019, eq. 7, writes a squared norm, but their beta of 10 to 1000 belongs to
+    the mean that their code takes.
+    """
     difference = F.normalize(student, dim=-1) - F.normalize(teacher, dim=-1)
-    return masked_mean(difference.square().sum(-1), mask)
+    return masked_mean(difference.square(), mask)
 
 
 def mse(student: Tensor, teacher: Tensor, mask: Tensor | None = None) -> Tensor:
