@@ -85,7 +85,7 @@ def quantize_model(
         _convert(model, targets[path], _with_activation_range(spec, batches is not None))
         for path, spec in specs.items()
     ]
-    converted += _convert_tied(model)
+    converted += convert_tied(model)
     if batches is not None:
         try:
             calibrate_activations(model, batches)
@@ -128,7 +128,7 @@ def _replace(model: nn.Module, old: nn.Module, new: nn.Module) -> tuple[nn.Modul
     return old, new
 
 
-def _convert_tied(model: nn.Module) -> list[tuple[nn.Module, nn.Module]]:
+def convert_tied(model: nn.Module) -> list[tuple[nn.Module, nn.Module]]:
     """Give a float matrix that shares its weight with a quantized embedding that embedding's quantizer."""
     converted = []
     tables = {id(m.weight): m for m in model.modules() if isinstance(m, QuantEmbedding)}
