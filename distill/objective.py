@@ -318,9 +318,7 @@ def _guessed_type(logits: Tensor, labels: Tensor | None) -> str | None:
     return MULTI_LABEL if several else None
 
 
-def _logits_loss(
-    match: Match, student: Tensor, teacher: Tensor, mask: Tensor, kind: str | None
-) -> Tensor:
+def _logits_loss(match: Match, student: Tensor, teacher: Tensor, mask: Tensor, kind: str | None) -> Tensor:
     """Loss of the outputs, by the kind of head: ``span``, a `problem_type`, or None (classes, of rows or of tokens)."""
     if student.shape != teacher.shape:
         raise ValueError(

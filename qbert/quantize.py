@@ -271,6 +271,11 @@ class _Conversions:
         self._replaced.append((old, new))
 
 
+def convert_tied(model: nn.Module) -> None:
+    """Give float layers that share their weight with a quantized one (a head with its table) that one's grids."""
+    _Conversions(model).convert_tied()
+
+
 def _quantizer(target: Target, spec: TensorSpec, weight: Tensor) -> WeightQuantizer:
     row_group, input_groups = group_layout(target, spec)
     return WeightQuantizer(row_group, input_groups, spec).to(weight.device)

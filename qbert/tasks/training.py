@@ -33,9 +33,9 @@ import transformers
 from torch import nn
 from tqdm.auto import tqdm
 
-from qbert.files import read_json, write_json
+from qbert.files import file_sha256, read_json, write_json
 from qbert.tasks.checkpoint import load_checkpoint, save_checkpoint
-from qbert.tasks.embedded import embedded_encoder, file_sha256
+from qbert.tasks.embedded import embedded_encoder
 from qbert.tasks.encoding import Prepared, prepare, resolve_max_length, training_order
 from qbert.tasks.evaluation import evaluate
 from qbert.tasks.heads import build_model, load_quietly, quiet_libraries
