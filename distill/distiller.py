@@ -37,7 +37,15 @@ from transformers import (
 )
 from transformers.utils.generic import find_labels
 
-from qbert.distill.checkpoint import TEACHER, WEIGHTS, last_good_checkpoint, load_weights, save_weights
+from qbert.distill.checkpoint import (
+    TEACHER,
+    WEIGHTS,
+    damage,
+    finish_checkpoint,
+    last_good_checkpoint,
+    load_weights,
+    save_weights,
+)
 from qbert.distill.checks import (
     check_checkpointing,
     check_pair,
@@ -288,10 +296,15 @@ class Distiller(Trainer):
         save_weights(self.distillation, folder / WEIGHTS)
         if self.distillation.teacher is not self.teacher:
             save_weights(self.distillation.teacher, folder / TEACHER)
+        if isinstance(self.student, PreTrainedModel):  # so that the folder also loads as the student alone
+            self.save_student(folder)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         try:
             super()._save_checkpoint(model, trial)
+            if self.args.should_save:
+                folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
+                finish_checkpoint(folder, alone=self.args.world_size == 1)
         except (OSError, RuntimeError, SafetensorError) as error:
             broken = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
             shutil.rmtree(broken, ignore_errors=True)
@@ -305,6 +318,9 @@ class Distiller(Trainer):
             state = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise ValueError(f"{folder} is no checkpoint of a training ({error}); name another one") from error
+        broken = damage(folder)
+        if broken is not None:
+            raise ValueError(f"checkpoint file {broken} cannot be read or is damaged; resume from an earlier one")
         # The weights were saved at the end of the step before, in that step's stage.
         last = self.recipe.stage_at(max(state["global_step"] - 1, 0), state["max_steps"])
         for index in range(last + 1):

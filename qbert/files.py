@@ -67,7 +67,7 @@ def write_whole(path: str | os.PathLike[str], write: Callable[[Path], Any]) -> N
 class writing:  # noqa: N801 (reads as a statement)
     """Inside, a failure to write becomes an OSError of one sentence that names `path`.
 
-    safetensors reports a full disk by an error of its own, and Python by one that often names no file.
+    safetensors and tokenizers report a full disk by errors of their own, and Python by one that often names no file.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -77,7 +77,8 @@ class writing:  # noqa: N801 (reads as a statement)
         pass
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
-        if error is None or not (isinstance(error, OSError) or type(error).__name__ == "SafetensorError"):
+        # What is written in Rust names the system's error by its number, in an exception of any kind.
+        if not (isinstance(error, OSError) or "(os error" in str(error)):
             return
         if isinstance(error, OSError) and str(self.path) in str(error):
             return
@@ -229,6 +230,23 @@ def file_sha256(path: str | os.PathLike[str]) -> str:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
+
+
+def files_sha256(folder: Path, leave_out: str = "") -> dict[str, str]:
+    """Name -> SHA-256 of the files in a folder and below, but those whose names match the glob `leave_out`."""
+    names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    return {name: file_sha256(folder / name) for name in names if not fnmatch.fnmatch(name, leave_out)}
+
+
+def damaged_file(folder: Path, digests: Mapping[str, str]) -> Path | None:
+    """The first file of `folder` that is missing or not the one of these digests; None if all are."""
+    for name, digest in digests.items():
+        try:
+            if file_sha256(folder / name) != digest:
+                return folder / name
+        except OSError:
+            return folder / name
+    return None
 
 
 def write_tensors(

@@ -46,7 +46,7 @@ from qbert.saving.records import (
     load_complete,
     read_layout,
 )
-from qbert.saving.sentences import is_sentence_model, load_sentence_model, note_in_card
+from qbert.saving.sentences import is_sentence_model, load_sentence_model
 from qbert.saving.trainable import load_trainable, make_trainable, refuse_lost_bits
 
 
@@ -267,7 +267,6 @@ def mark_packed(model: nn.Module) -> None:
             module.hf_quantizer = QBertHfQuantizer(config, pre_quantized=True)
             module.is_quantized, module.quantization_method = True, METHOD
             _pack_tied_heads(module)
-    note_in_card(model)
 
 
 def unmark_packed(model: nn.Module) -> None:

@@ -4,28 +4,29 @@
 whichever way the layers came into the model. So it is replaced once, there, and leaves float models to the original.
 transformers has no hook for it: its quantizers are told of a save only where they loaded the model themselves.
 
-In a file of its own because it may be imported only after ``transformers.modeling_utils`` (`registration`).
+In a file of its own because `hf` is imported before ``transformers.modeling_utils``, and this after it (`registration`).
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 import torch
-from transformers.modeling_utils import PreTrainedModel
 
 from qbert.saving.folder import Saver
 from qbert.saving.records import METHOD, is_quantized
 
 
-def install() -> None:
-    """Replace the methods, once."""
-    if not hasattr(PreTrainedModel.save_pretrained, "before_qbert"):
-        PreTrainedModel.save_pretrained = _saving(PreTrainedModel.save_pretrained)
-        PreTrainedModel.half = _casting(PreTrainedModel.half, torch.float16)
-        PreTrainedModel.float = _casting(PreTrainedModel.float, torch.float32)
+def install(theirs: ModuleType) -> None:
+    """Replace the methods of the class in ``transformers.modeling_utils``, once."""
+    model: Any = theirs.PreTrainedModel
+    if not hasattr(model.save_pretrained, "before_qbert"):
+        model.save_pretrained = _saving(model.save_pretrained)
+        model.half = _casting(model.half, torch.float16)
+        model.float = _casting(model.float, torch.float32)
 
 
 def _saving(plain: Callable[..., None]) -> Any:
@@ -48,6 +49,3 @@ def _casting(plain: Callable[..., Any], dtype: torch.dtype) -> Any:
         return self.to(dtype) if getattr(self, "quantization_method", None) == METHOD else plain(self, *args)
 
     return cast
-
-
-install()

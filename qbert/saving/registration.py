@@ -21,6 +21,8 @@ from types import ModuleType
 _AFTER = {
     "transformers.quantizers.auto": "qbert.saving.hf",
     "transformers.modeling_utils": "qbert.saving.methods",
+    "sentence_transformers.base.model": "qbert.saving.sentences",
+    "sentence_transformers.SentenceTransformer": "qbert.saving.sentences",  # before version 5.4
 }
 
 
@@ -28,9 +30,15 @@ def register_with_transformers() -> None:
     """Register the ``qbert`` quantization method now, or right after transformers' own modules are imported."""
     for theirs, ours in _AFTER.items():
         if theirs in sys.modules:
-            importlib.import_module(ours)
+            _join(theirs, ours)
         elif not any(isinstance(finder, _After) and finder.theirs == theirs for finder in sys.meta_path):
             sys.meta_path.insert(0, _After(theirs, ours))
+
+
+def _join(theirs: str, ours: str) -> None:
+    module = importlib.import_module(ours)
+    if hasattr(module, "install"):
+        module.install(sys.modules[theirs])
 
 
 class _After(MetaPathFinder):
@@ -52,7 +60,7 @@ class _After(MetaPathFinder):
 
         def exec_module(module: ModuleType) -> None:
             execute(module)
-            importlib.import_module(self.ours)
+            _join(self.theirs, self.ours)
 
         spec.loader.exec_module = exec_module  # type: ignore[method-assign]
         return spec

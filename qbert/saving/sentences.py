@@ -6,14 +6,19 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from torch import nn
 
+from qbert.files import write_whole
 from qbert.saving.folder import notice
+from qbert.saving.records import is_quantized
 
 _BEGIN, _END = "<!-- qbert -->", "<!-- /qbert -->"
 
@@ -49,14 +54,34 @@ def load_sentence_model(path: str | os.PathLike[str], **kwargs: Any) -> Any:
     return SentenceTransformer(str(path), model_kwargs=kwargs, trust_remote_code=False, **own).eval()
 
 
-def note_in_card(model: nn.Module) -> None:
-    """Let the card of a packed SentenceTransformer, which it keeps as text and writes itself, say what it is."""
-    if type(model).__name__ != "SentenceTransformer" or not hasattr(model, "_model_card_text"):
-        return
-    encoder = next((m for m in model.modules() if hasattr(m, "base_model_prefix")), model)
-    call = "SentenceTransformer"
-    body = f"{_BEGIN}\n# Quantized\n\n{notice(encoder, 'this model', 'sentence_transformers', call)}\n{_END}\n"
-    text = re.sub(rf"{_BEGIN}.*?{_END}\n", "", model._model_card_text or "", flags=re.DOTALL)  # type: ignore[arg-type]
+def install(theirs: ModuleType) -> None:
+    """Let every model card that sentence-transformers writes say of a quantized encoder what it is, once."""
+    for name in ("BaseModel", "SentenceTransformer"):
+        kind: Any = getattr(theirs, name, None)
+        if kind is not None and "_create_model_card" in vars(kind):
+            if not hasattr(kind._create_model_card, "before_qbert"):
+                kind._create_model_card = _with_notice(kind._create_model_card)
+
+
+def _with_notice(plain: Callable[..., None]) -> Any:
+    @functools.wraps(plain)
+    def create_model_card(self: Any, path: str, *args: Any, **kwargs: Any) -> None:
+        plain(self, path, *args, **kwargs)
+        card = Path(path) / "README.md"
+        if is_quantized(self) and card.is_file():
+            text = note_in_card(self, card.read_text(encoding="utf-8"), Path(path).name)
+            write_whole(card, lambda aside: aside.write_text(text, encoding="utf-8"))
+
+    create_model_card.before_qbert = plain  # type: ignore[attr-defined]
+    return create_model_card
+
+
+def note_in_card(model: nn.Module, text: str, name: str) -> str:
+    """The model card `text` of a sentence-transformers model with the notice of what its encoder is, once."""
+    encoder = next((m for m in model.modules() if is_quantized(m) and hasattr(m, "base_model_prefix")), model)
+    kind = type(model).__name__
+    body = f"{_BEGIN}\n# Quantized\n\n{notice(encoder, name, 'sentence_transformers', kind)}\n{_END}\n"
+    text = re.sub(rf"\n?{_BEGIN}.*?{_END}\n", "", text, flags=re.DOTALL)
     front = re.match(r"---\n.*?\n---\n", text, flags=re.DOTALL)
-    head = front.group() if front else "---\nlibrary_name: sentence-transformers\ntags:\n- qbert\n- quantized\n---\n"
-    model._model_card_text = f"{head}\n{body}{text[len(front.group()) :] if front else text}"  # type: ignore[assignment]
+    head = front.group() if front else ""
+    return f"{head}\n{body}{text[len(head) :]}"

@@ -33,6 +33,11 @@ _PAIRS = (
 )
 
 
+# Characters. A compressed file of a megabyte can hold a gigabyte, which must not be in memory before it is refused.
+_LONGEST_LINE = 2**24
+_LONGEST_FILE = 2**27
+
+
 def find_folder(data_dir: Path, name: str) -> Path:
     """`data_dir`/`name`, or `data_dir` itself where it holds the training file; FileNotFoundError names the choice."""
     if not data_dir.is_dir():
@@ -62,13 +67,16 @@ def read_lines(path: Path) -> Iterator[Any]:
     """The JSON objects of a .jsonl or .jsonl.gz file; ValueError names file and line of the first that is none."""
     try:
         with _open(path) as file:
-            for number, line in enumerate(file, start=1):
+            for number, line in enumerate(iter(lambda: file.readline(_LONGEST_LINE + 1), ""), start=1):
+                if len(line) > _LONGEST_LINE:
+                    raise ValueError(f"line {number} of {path} is longer than {_LONGEST_LINE} characters; split the row")
                 if not line.strip():
                     continue
                 try:
                     row = json.loads(line)
-                except json.JSONDecodeError as error:
-                    raise ValueError(f"line {number} of {path} is not JSON ({error.msg}); mend it") from None
+                except (ValueError, RecursionError) as error:
+                    reason = getattr(error, "msg", str(error))
+                    raise ValueError(f"line {number} of {path} is not JSON ({reason}); mend it") from None
                 if not isinstance(row, dict):
                     raise ValueError(f"line {number} of {path} is no JSON object; expected one {{...}} a line")
                 yield row
@@ -116,7 +124,10 @@ def _read_rows(path: Path, kind: Kind, text_fields: tuple[str, ...], tag_field: 
 def _read_squad(path: Path) -> list[Row]:
     try:
         with _open(path) as file:
-            articles = json.load(file)["data"]
+            text = file.read(_LONGEST_FILE + 1)
+        if len(text) > _LONGEST_FILE:
+            raise ValueError(f"{path} is longer than {_LONGEST_FILE} characters; split it, or give one object a line")
+        articles = _parsed(text, path)["data"]
         return [
             {
                 "id": question["id"],
@@ -132,10 +143,17 @@ def _read_squad(path: Path) -> list[Row]:
             for paragraph in article["paragraphs"]
             for question in paragraph["qas"]
         ]
-    except (EOFError, gzip.BadGzipFile, zlib.error, json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (EOFError, gzip.BadGzipFile, zlib.error, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is damaged ({error}); fetch it again") from None
     except (KeyError, TypeError) as error:
         raise ValueError(f"{path} is not in the SQuAD v1.1 layout (missing {error}); see its data sheet") from None
+
+
+def _parsed(text: str, path: Path) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged ({error}); fetch it again") from None
 
 
 def infer_layout(folder: Path) -> tuple[Kind, tuple[str, ...], str]:
