@@ -34,6 +34,7 @@ from qbert.kernels.checks import (
     check_static,
 )
 from qbert.kernels.products import matmul_a8, matmul_a8_mixed, matmul_a16
+from qbert.kernels.registration import summing
 from qbert.kernels.twins import dense, empty_like, empty_scale, quantize, requantize
 
 __all__ = [
@@ -161,7 +162,6 @@ def _(  # type: ignore[no-untyped-def]
     return y, empty_like(y, torch.int8), *empty_scale(y, y.shape[0], asymmetric)
 
 
-@torch.library.custom_op("qbert::attention", mutates_args=("out_row_sum",))
 def attention(
     query: Tensor,
     key: Tensor,
@@ -176,8 +176,24 @@ def attention(
     """Self-attention [T, H, D] inside the sequences cu_seqlens[s] to cu_seqlens[s + 1] (int32 [S + 1]).
 
     `longest` bounds their lengths. In the dtype of query, or int8 with `out_scale` > 0; the sum of every token's codes
-    is then added to `out_row_sum` (int32 [T], zeroed by the caller), where given. Tokens of no sequence: undefined.
+    is then added to `out_row_sum` (int32 [T], zeroed by the caller), where given: `torch.ops.qbert.attention_summed`.
+    Tokens of no sequence: undefined.
     """
+    return _call_attention(query, key, value, cu_seqlens, longest, scale, out_scale, out_zero, out_row_sum=out_row_sum)
+
+
+def _attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens: Tensor,
+    longest: int,
+    scale: float,
+    out_scale: float = 0.0,
+    out_zero: int = 0,
+    *,
+    out_row_sum: Tensor | None = None,
+) -> Tensor:
     check_attention(query, key, value, cu_seqlens)
     check_requantized(out_scale, out_zero, out_row_sum, query)
     if dispatch.implementation(query.device) == "triton" and query.dtype != torch.float32:
@@ -188,8 +204,12 @@ def attention(
     return requantize(out, out_scale, out_zero, out_row_sum) if out_scale else out.to(query.dtype)
 
 
-@attention.register_fake
-def _(query, key, value, cu_seqlens, longest, scale, out_scale=0.0, out_zero=0, out_row_sum=None):  # type: ignore[no-untyped-def]
+def _attention_fake(  # type: ignore[no-untyped-def]
+    query, key, value, cu_seqlens, longest, scale, out_scale=0.0, out_zero=0, *, out_row_sum=None
+):
     check_attention(query, key, value, cu_seqlens)
     check_requantized(out_scale, out_zero, out_row_sum, query)
     return empty_like(query, torch.int8 if out_scale else query.dtype)
+
+
+_call_attention = summing("attention", _attention, _attention_fake)

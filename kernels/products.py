@@ -10,10 +10,10 @@ from torch import Tensor
 
 from qbert.kernels import dispatch, formats, reference
 from qbert.kernels.checks import check_matmul_a8, check_matmul_a8_mixed, check_matmul_a16, check_requantized
+from qbert.kernels.registration import summing
 from qbert.kernels.twins import dense, product, requantize
 
 
-@torch.library.custom_op("qbert::matmul_a8", mutates_args=("out_row_sum",))
 def matmul_a8(
     xq: Tensor,
     x_scale: Tensor,
@@ -39,8 +39,32 @@ def matmul_a8(
     x_scale [2, T], steps and offsets, adds offset weight_sum before the bias; weight_sum float32 [O] is the sum of each
     row of the real weights.
     out_dtype int8 needs `out_scale`: clamp(round(y / out_scale) + out_zero, -128, 127); the sum of every row is then
-    added to `out_row_sum` (int32 [T], zeroed by the caller), where given.
+    added to `out_row_sum` (int32 [T], zeroed by the caller), where given: `torch.ops.qbert.matmul_a8_summed`.
     """
+    return _call_matmul_a8(
+        xq, x_scale, row_sum, packed, scale, zero, bias, residual, weight_sum, out_row_sum=out_row_sum, bits=bits,
+        gelu=gelu, out_dtype=out_dtype, out_scale=out_scale, out_zero=out_zero,
+    )  # fmt: skip
+
+
+def _matmul_a8(
+    xq: Tensor,
+    x_scale: Tensor,
+    row_sum: Tensor | None,
+    packed: Tensor,
+    scale: Tensor,
+    zero: Tensor | None = None,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    weight_sum: Tensor | None = None,
+    *,
+    out_row_sum: Tensor | None = None,
+    bits: int,
+    gelu: bool = False,
+    out_dtype: torch.dtype = torch.float16,
+    out_scale: float = 0.0,
+    out_zero: int = 0,
+) -> Tensor:
     check_matmul_a8(xq, x_scale, row_sum, packed, scale, zero, bias, residual, bits, out_dtype, out_scale, weight_sum)
     check_requantized(out_scale, out_zero, out_row_sum, xq)
     if dispatch.implementation(xq.device) == "triton":
@@ -71,14 +95,16 @@ def matmul_a8(
     return requantize(y, out_scale, out_zero, out_row_sum) if out_scale else y.to(out_dtype)
 
 
-@matmul_a8.register_fake
-def _(  # type: ignore[no-untyped-def]
-    xq, x_scale, row_sum, packed, scale, zero=None, bias=None, residual=None, out_row_sum=None, weight_sum=None, *,
+def _matmul_a8_fake(  # type: ignore[no-untyped-def]
+    xq, x_scale, row_sum, packed, scale, zero=None, bias=None, residual=None, weight_sum=None, *, out_row_sum=None,
     bits, gelu=False, out_dtype=torch.float16, out_scale=0.0, out_zero=0,
 ):  # fmt: skip
     check_matmul_a8(xq, x_scale, row_sum, packed, scale, zero, bias, residual, bits, out_dtype, out_scale, weight_sum)
     check_requantized(out_scale, out_zero, out_row_sum, xq)
     return xq.new_empty((xq.shape[0], packed.shape[0]), dtype=out_dtype)
+
+
+_call_matmul_a8 = summing("matmul_a8", _matmul_a8, _matmul_a8_fake)
 
 
 @torch.library.custom_op("qbert::matmul_a8_mixed", mutates_args=())

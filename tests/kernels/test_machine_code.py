@@ -1,0 +1,317 @@
+"""The kernels compiled for absent GPUs: no spills, int8 tensor cores, free unpacking, memory that fits."""
+
+import pytest
+
+pytest.importorskip("triton")
+
+from qbert.kernels.gpu import (
+    attention,
+    embedding,
+    layernorm_quant,
+    matmul_a8,
+    matmul_a8_mixed,
+    matmul_a16,
+    quantize_rows,
+)
+from qbert.kernels.gpu.compile_report import Report, compile_report, early_writes
+from qbert.kernels.gpu.launch import tail_of
+from qbert.kernels.gpu.tiles import Tile, candidates, rule
+
+A8_TYPES = {
+    "x_ptr": "*i8",
+    "w_ptr": "*i8",
+    "y_ptr": "*fp16",
+    "x_scale_ptr": "*fp32",
+    "scale_ptr": "*fp32",
+    "zero_ptr": "*i32",
+    "row_sum_ptr": "*i32",
+    "weight_sum_ptr": "*fp32",
+    "bias_ptr": "*fp32",
+    "residual_ptr": "*fp16",
+    "out_sum_ptr": "*i32",
+    "parts_ptr": "*i32",
+    "arrived_ptr": "*i32",
+    "inv_out_scale": "fp32",
+    "out_zero": "fp32",
+    "M": "i32",
+    "N": "i32",
+    "K": "i32",
+    "stride_x": "i32",
+    "stride_w": "i32",
+    "stride_y": "i32",
+    "stride_r": "i32",
+}
+
+
+def options(tile: Tile, target: str) -> dict:
+    capped = tile.registers is not None and target == "sm_90"
+    return {"num_warps": tile.warps, "num_stages": tile.stages} | ({"maxnreg": tile.registers} if capped else {})
+
+
+def compile_a8(bits: int, tile: Tile, target: str, columns: int = 768, **changes) -> Report:
+    tail, tail_pad = tail_of(columns, bits)
+    constants = {
+        "BITS": bits,
+        "BM": tile.bm,
+        "BN": tile.bn,
+        "BK": tile.bk,
+        "SPLIT": tile.split,
+        "TAIL": tail,
+        "TAIL_PAD": tail_pad,
+        "ASM": True,
+        "X_SCALE": "token",
+        "ZERO": "int32",
+        "HAS_BIAS": True,
+        "GELU": False,
+        "HAS_RESIDUAL": False,
+        "OUT": "float",
+        "OUT_SUM": False,
+    } | changes
+    types = dict(A8_TYPES)
+    if constants["OUT"] == "int8":
+        types["y_ptr"] = "*i8"
+    aligned = ("N", "K") if columns % 16 == 0 else ()
+    kernel = matmul_a8.matmul_a8_kernel
+    return compile_report(kernel, types, constants, target=target, aligned=aligned, **options(tile, target))
+
+
+def compile_a16(bits: int, tile: Tile, target: str, dtype: str = "fp16") -> Report:
+    tail, tail_pad = tail_of(768, bits)
+    types = {"x_ptr": f"*{dtype}", "w_ptr": "*i8", "y_ptr": f"*{dtype}", "arrived_ptr": "*i32"}
+    types |= dict.fromkeys(["scale_ptr", "zero_ptr", "bias_ptr", "parts_ptr", "sums_ptr"], "*fp32")
+    types |= dict.fromkeys(["M", "N", "K", "stride_x", "stride_w", "stride_y"], "i32")
+    constants = {
+        "BITS": bits,
+        "BM": tile.bm,
+        "BN": tile.bn,
+        "BK": tile.bk,
+        "SPLIT": tile.split,
+        "TAIL": tail,
+        "TAIL_PAD": tail_pad,
+        "ASM": dtype == "fp16",
+        "HAS_ZERO": True,
+        "HAS_BIAS": True,
+    }
+    kernel = matmul_a16.matmul_a16_kernel
+    return compile_report(kernel, types, constants, target=target, aligned=("N", "K"), **options(tile, target))
+
+
+def check_a8(report: Report, bits: int) -> None:
+    assert report.spills == 0
+    assert report.fits
+    assert report.int8_products > 0
+    assert report.warnings == () and report.hazards == ()
+    if report.target == "sm_90" and bits < 8:
+        assert report.register_operands == report.int8_products  # unpacked weights never return to shared memory
+
+
+def test_an_operand_overwritten_too_early_is_found():
+    """Made-up machine code: R24..R27 feed a product; LOP3 overwrites R25 before, then after the wait."""
+    lines = [
+        "/*0010*/ IGMMA.64x64x32.S8.S8 R40, R24, gdesc[UR4], R40, gsb0 ;",
+        "/*0020*/ LOP3.LUT R30, R25, R26, RZ, 0x3c, !PT ;",
+        "/*0030*/ @!P0 LDS.64 R24, [R2] ;",
+        "/*0040*/ WARPGROUP.DEPBAR.LE gsb0, 0x0 ;",
+        "/*0050*/ LOP3.LUT R25, R25, R26, RZ, 0x3c, !PT ;",
+    ]
+    assert early_writes("\n".join(lines)) == ("LDS.64 R24, [R2] ",)
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_90"])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("tokens", [16, 512, 8192])
+def test_integer_product_with_the_default_tiles(tokens, bits, target):
+    report = compile_a8(bits, rule(tokens, 3072, 768, bits), target)
+    check_a8(report, bits)
+    # No byte is moved to unpack; the smallest tile moves a few to pair its halves before the store.
+    assert report.sass["PRMT"] <= (4 if tokens == 16 else 0)
+    if tokens == 8192 and target == "sm_90":
+        assert report.programs_per_processor >= 2
+
+
+@pytest.mark.parametrize("bits", [3, 4])
+def test_last_blocks_and_requantizing_epilogue_do_not_spill(bits):
+    check_a8(compile_a8(bits, rule(512, 384, 384, bits), "sm_90", columns=384), bits)
+    check_a8(compile_a8(bits, rule(16, 312, 312, bits), "sm_80", columns=312), bits)
+    if bits == 4:
+        check_a8(compile_a8(bits, rule(512, 3072, 768, bits), "sm_90", OUT="int8", GELU=True, OUT_SUM=True), bits)
+
+
+FULL = [  # tokens, bits, x_scale, rest of the epilogue
+    (16, 4, "asymmetric", {}),
+    (512, 3, "asymmetric", {"OUT": "int8", "GELU": True, "OUT_SUM": True}),
+    (8192, 2, "asymmetric", {"HAS_RESIDUAL": True}),
+    (8192, 4, "asymmetric", {"GELU": True}),
+    (8192, 8, "asymmetric", {"HAS_RESIDUAL": True, "ZERO": "none"}),
+    (8192, 4, "token", {"OUT": "int8", "GELU": True, "OUT_SUM": True}),
+    (8192, 3, "token", {"HAS_RESIDUAL": True}),
+    (8192, 4, "token", {"HAS_RESIDUAL": True, "ZERO": "none"}),
+    (8192, 8, "token", {"GELU": True, "ZERO": "float"}),
+]
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_90"])
+@pytest.mark.parametrize(("tokens", "bits", "x_scale", "rest"), FULL)
+def test_full_epilogues_cost_no_spills_and_no_second_program(tokens, bits, x_scale, rest, target):
+    report = compile_a8(bits, rule(tokens, 3072, 768, bits), target, X_SCALE=x_scale, **rest)
+    check_a8(report, bits)
+    assert report.programs_per_processor >= (2 if tokens < 8192 or target == "sm_90" else 1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", ["sm_80", "sm_90"])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_every_candidate_tile_compiles(bits, target):
+    """A candidate may spill or exceed the chip (it is then never the fastest); it must compile to int8 products."""
+    tiles = {t for tokens in (16, 64, 512, 8192) for t in candidates(tokens, 3072, 3072, bits)}
+    usable = 0
+    for tile in sorted(tiles, key=str):
+        report = compile_a8(bits, tile, target)
+        assert report.int8_products > 0
+        usable += report.spills == 0 and report.fits
+    assert usable >= 0.7 * len(tiles)
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_90"])
+@pytest.mark.parametrize(("bits", "dtype"), [(2, "fp16"), (3, "fp16"), (4, "fp16"), (8, "fp16"), (4, "bf16")])
+def test_fp16_product(bits, dtype, target):
+    report = compile_a16(bits, rule(16, 3072, 768, bits), target, dtype)
+    assert report.spills == 0 and report.fits
+    assert report.count("wgmma.mma_async" if target == "sm_90" else "mma.sync") > 0
+
+
+def types_of(kernel, pointers: dict[str, str], integers: list[str], floats: list[str]) -> dict[str, str]:
+    types = pointers | dict.fromkeys(integers, "i32") | dict.fromkeys(floats, "fp32")
+    return {name: types[name] for name in kernel.arg_names if name in types}
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_90"])
+@pytest.mark.parametrize("range_", ["dynamic", "asymmetric"])
+def test_row_kernels(range_, target):
+    pointers = {"x_ptr": "*fp16", "q_ptr": "*i8", "scale_ptr": "*fp32", "row_sum_ptr": "*i32", "y_ptr": "*fp16"}
+    pointers |= {"residual_ptr": "*fp16", "weight_ptr": "*fp16", "bias_ptr": "*fp16"}
+    integers, floats = ["width", "stride_x", "stride_r"], ["eps", "static_scale", "static_zero"]
+    kernel = quantize_rows.quantize_rows_kernel
+    constants = {"RANGE": range_, "BLOCK": 1024}
+    report = compile_report(kernel, types_of(kernel, pointers, integers, floats), constants, target=target)
+    assert report.spills == 0 and report.registers <= (64 if range_ == "dynamic" else 80)
+    kernel = layernorm_quant.layernorm_quantize_kernel
+    constants |= {"HAS_RESIDUAL": True}
+    report = compile_report(kernel, types_of(kernel, pointers, integers, floats), constants, target=target)
+    assert report.spills == 0 and report.registers <= 64
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_90"])
+@pytest.mark.parametrize("range_", ["dynamic", "asymmetric"])
+def test_embedding_kernels(range_, target):
+    pointers = {"ids": "*i64", "packed": "*u8", "scale": "*fp32", "zero": "*fp32", "group": "*i32"}
+    types, constants = {}, {"RANGE": range_, "BLOCK": 1024}
+    for table, (bits, groups) in enumerate([(4, "table"), (3, "row"), (8, "one")]):
+        types |= {f"{name}{table}": type_ for name, type_ in pointers.items()}
+        types |= {f"{name}{table}": "i32" for name in ("input_group", "input_groups", "stride", "rows")}
+        constants |= {f"TAIL{table}": 0, f"BITS{table}": bits, f"GROUPS{table}": groups}
+    types |= {"weight_ptr": "*fp32", "bias_ptr": "*fp32", "y_ptr": "*fp16", "q_ptr": "*i8"}
+    types |= {"scale_ptr": "*fp32", "row_sum_ptr": "*i32", "width": "i32"}
+    types |= dict.fromkeys(["eps", "static_scale", "static_zero"], "fp32")
+    kernel = embedding.embed_layernorm_kernel
+    ordered = {name: types[name] for name in kernel.arg_names if name in types}
+    report = compile_report(kernel, ordered, constants, target=target)
+    assert report.spills == 0 and report.registers <= 96
+
+
+def compile_attention(target: str, quantize: bool, head_dim: int) -> Report:
+    kernel = attention.attention_kernel
+    pointers = dict.fromkeys(["q_ptr", "k_ptr", "v_ptr"], "*fp16")
+    pointers |= {"out_ptr": "*i8" if quantize else "*fp16", "starts_ptr": "*i32", "out_sum_ptr": "*i32"}
+    strides = [n for n in kernel.arg_names if n.startswith(("stride", "head"))]
+    types = types_of(kernel, pointers, [*strides, "D"], ["scale", "inv_out_scale", "out_zero"])
+    constants = {"BLOCK_Q": 64, "BLOCK_K": 64 if head_dim <= 64 else 32, "BLOCK_D": head_dim}
+    constants |= {"QUANTIZE": quantize, "OUT_SUM": quantize}
+    aligned = ("head_q", "head_k", "head_v", "D")
+    return compile_report(kernel, types, constants, target=target, aligned=aligned, num_warps=4, num_stages=2)
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_90"])
+@pytest.mark.parametrize("quantize", [True, False])
+@pytest.mark.parametrize(("head_dim", "programs"), [(32, 4), (64, 2), (128, 2)])
+def test_attention(head_dim, programs, quantize, target):
+    report = compile_attention(target, quantize, head_dim)
+    assert report.spills == 0 and report.fits and report.warnings == ()
+    assert report.programs_per_processor >= (3 if target == "sm_90" and head_dim == 64 else programs)
+    assert report.count("wgmma.mma_async" if target == "sm_90" else "mma.sync") >= 2
+
+
+def test_attention_computes_no_score_twice():
+    """64 queries x 64 keys x 64 values: four warpgroup products of 16 columns for the scores, four for the values."""
+    report = compile_attention("sm_90", True, 64)
+    assert report.sass["HGMMA"] == 8
+    # 64 x 64 exponentials over 128 threads, one fade for each of a thread's two rows, one quotient each at the end.
+    assert report.sass["MUFU"] <= 64 * 64 // 128 + 2 + 2
+
+
+def compile_mixed(bits: tuple[int, int, int], tile: Tile, target: str, x_scale: str = "token") -> Report:
+    kernel = matmul_a8_mixed.matmul_a8_mixed_kernel
+    types = dict.fromkeys(("x_ptr", "query_ptr", "key_ptr", "value_ptr"), "*i8") | {"y_ptr": "*fp16"}
+    types |= {"x_scale_ptr": "*fp32", "scale_ptr": "*fp32", "zero_ptr": "*i32", "row_sum_ptr": "*i32"}
+    types |= {"weight_sum_ptr": "*fp32", "bias_ptr": "*fp32"} | dict.fromkeys(["M", "N", "K"], "i32")
+    types |= {n: "i32" for n in kernel.arg_names if n.startswith("stride")}
+    constants = {"BM": tile.bm, "BN": tile.bn, "BK": tile.bk, "ASM": True}
+    constants |= {"X_SCALE": x_scale, "ZERO": "int32", "HAS_BIAS": True}
+    loops, (key, value) = matmul_a8_mixed.loops_of(bits, 768)
+    names = [f"{name}{loop}" for loop in range(3) for name in ("BITS", "TAIL", "PAD")]
+    constants |= dict(zip(names, loops, strict=True)) | {"LOOP_KEY": key, "LOOP_VALUE": value}
+    return compile_report(kernel, types, constants, target=target, aligned=("N", "K"), **options(tile, target))
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_90"])
+@pytest.mark.parametrize(("tokens", "x_scale"), [(16, "token"), (512, "asymmetric"), (8192, "token")])
+def test_query_key_and_value_of_different_bits(tokens, x_scale, target):
+    report = compile_mixed((2, 3, 4), rule(tokens, 768, 768, 3), target, x_scale)
+    check_a8(report, 3)
+    if tokens == 8192 and target == "sm_90":
+        assert report.programs_per_processor >= 2
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_90"])
+@pytest.mark.parametrize(("bits", "tokens"), [((8, 8, 8), 8192), ((8, 8, 4), 8192), ((8, 4, 8), 512), ((4, 8, 8), 16)])
+def test_query_key_and_value_take_the_memory_of_one(bits, tokens, target):
+    tile = rule(tokens, 768, 768, 8)
+    report = compile_mixed(bits, tile, target)
+    assert report.spills == 0 and report.fits and report.int8_products > 0
+    one = compile_a8(8, tile, target)
+    assert report.shared == one.shared and report.programs_per_processor >= one.programs_per_processor
+
+
+def needs_amd_backend() -> None:
+    import triton
+
+    if "amd" not in triton.backends.backends:
+        pytest.skip(f"Triton {triton.__version__} has no AMD backend")
+    if tuple(int(part) for part in triton.__version__.split(".")[:2]) < (3, 6):
+        pytest.skip(f"the AMD backend of Triton {triton.__version__} needs a linker that its wheel lacks; 3.6 has it")
+
+
+@pytest.mark.parametrize("bits", [3, 4])
+def test_integer_product_for_amd(bits):
+    needs_amd_backend()
+    report = compile_a8(bits, Tile(32, 64, 256, stages=2), "gfx942", ASM=False)
+    assert report.spills == 0 and report.fits and report.int8_products > 0
+
+
+def test_attention_and_layernorm_for_amd():
+    needs_amd_backend()
+    kernel = attention.attention_kernel
+    pointers = dict.fromkeys(["q_ptr", "k_ptr", "v_ptr"], "*fp16")
+    pointers |= {"out_ptr": "*i8", "starts_ptr": "*i32", "out_sum_ptr": "*i32"}
+    strides = [n for n in kernel.arg_names if n.startswith(("stride", "head"))]
+    types = types_of(kernel, pointers, [*strides, "D"], ["scale", "inv_out_scale", "out_zero"])
+    # The tile of short sequences; that of long ones, 64 x 64, spills 21 registers here.
+    constants = {"BLOCK_Q": 16, "BLOCK_K": 32, "BLOCK_D": 64, "QUANTIZE": True, "OUT_SUM": True}
+    report = compile_report(kernel, types, constants, target="gfx942", num_warps=4, num_stages=2)
+    assert report.spills == 0 and report.fits and report.count("v_mfma_f32") > 0
+    kernel = layernorm_quant.layernorm_quantize_kernel
+    pointers = dict.fromkeys(["x_ptr", "y_ptr", "residual_ptr", "weight_ptr", "bias_ptr"], "*fp16")
+    pointers |= {"q_ptr": "*i8", "scale_ptr": "*fp32", "row_sum_ptr": "*i32"}
+    types = types_of(kernel, pointers, ["width", "stride_x", "stride_r"], ["eps", "static_scale", "static_zero"])
+    constants = {"HAS_RESIDUAL": True, "RANGE": "dynamic", "BLOCK": 1024}
+    assert compile_report(kernel, types, constants, target="gfx942").spills == 0
