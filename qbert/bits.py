@@ -259,7 +259,7 @@ class BitsConfig:
         targets = find_targets(model)
         if all(t.role == HEAD_ROLE for t in targets):
             raise ValueError(
-                f"model: {type(model).__name__} has no nn.Linear or nn.Embedding that could be quantized; "
+                f"model: {type(model).__name__} has no matrix or table that could be quantized; "
                 "pass an encoder that is not quantized yet"
             )
         used: set[str] = set()
@@ -301,7 +301,7 @@ class BitsConfig:
         for pattern in self.rules:
             if pattern in used or pattern in ("*", "embeddings"):
                 continue
-            names = {part for t in targets for name in (t.name, t.path) for part in _prefixes(name)}
+            names = {part for t in targets for name in t.names for part in _prefixes(name)}
             close = difflib.get_close_matches(pattern, sorted(names), n=3, cutoff=0.0)
             raise ValueError(
                 f"pattern {pattern!r} matches no tensor of the model; the nearest names are {', '.join(close)}"
@@ -366,7 +366,7 @@ def _matches(pattern: str, target: Target) -> bool:
         return target.is_embedding
     if target.role == HEAD_ROLE and pattern.startswith(("*", "?", "[")):
         return False
-    return covers(pattern, (target.name, target.path))
+    return covers(pattern, target.names)
 
 
 def _settle_ties(targets: Iterable[Target], resolved: dict[str, TensorSpec]) -> None:
@@ -377,7 +377,7 @@ def _settle_ties(targets: Iterable[Target], resolved: dict[str, TensorSpec]) -> 
     first: dict[int, Target] = {}
     for target in sorted(targets, key=lambda t: t.path not in resolved):
         spec = resolved.get(target.path)
-        owner = first.setdefault(id(target.module.weight), target)
+        owner = first.setdefault(id(target.weight), target)
         if owner is target or owner.path not in resolved:
             continue
         given = resolved[owner.path]

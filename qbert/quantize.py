@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import os
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -20,10 +21,11 @@ from torch import Tensor, nn
 
 from qbert.bits import BitsConfig, TensorSpec
 from qbert.encoders.replace import replace_everywhere
-from qbert.encoders.targets import Target, find_targets
-from qbert.layers.embedding import QuantEmbedding
-from qbert.layers.linear import QuantLinear
+from qbert.encoders.targets import Target, encoder_weights, find_targets
+from qbert.encoders.weights import weight_matrix
+from qbert.layers.kind import TrainableLayer, kind_of
 from qbert.layers.quantizer import WeightQuantizer
+from qbert.layers.recurrent import open_recurrent
 from qbert.quantizers.activations import ActivationObserver, ActivationQuantizer
 from qbert.quantizers.groups import group_layout
 
@@ -51,13 +53,17 @@ def quantize_model(
     """The fake-quantized twin of an encoder, ready to be evaluated, trained or packed.
 
     Args:
-        model: any encoder that transformers builds from ``nn.Linear`` and ``nn.Embedding``, with or without a task
-            head, or a wrapper of one (``SentenceTransformer``). It is left alone unless `inplace`.
+        model: any encoder built from the kinds of layer in `qbert.layers` (linear maps, tables, convolutions over a
+            sequence, LSTMs and GRUs), with or without a task head, or a wrapper of one or several
+            (``SentenceTransformer``, a bi-encoder). It is left alone unless `inplace`.
         bits_config: bits for all encoder matrices (2, 3, 4 or 8), a mapping from name patterns, a `BitsConfig`, or
             the path of its JSON file.
         calibration_data: batches (a DataLoader, or a list of dicts of tensors) that are run through the model to fix
             static activation ranges; ``None`` gives activations a range per token at run time.
         inplace: convert `model` itself instead of a copy.
+
+    Warns:
+        UserWarning: if weights of the encoder stay in float because no kind of layer covers their modules.
 
     Returns:
         The converted model, of the same class and in the same mode. Every converted module has
@@ -65,7 +71,8 @@ def quantize_model(
 
     Raises:
         ValueError: if the configuration does not fit the model (see `BitsConfig.resolve`), the model is quantized
-            already, a weight is not finite, or static activation ranges are asked for without `calibration_data`.
+            already, nothing in its layers can be quantized, a weight is not finite, or static activation ranges are
+            asked for without `calibration_data`.
         TypeError: for a `model`, `bits_config` or `calibration_data` of another type.
 
     Source: Shen et al. 2020, sections 3.1 and 3.3.
@@ -74,6 +81,7 @@ def quantize_model(
     _check_model(model)
     specs = config.resolve(model)
     targets = {t.path: t for t in find_targets(model)}
+    _tell_what_is_not_covered(model, targets.values())
     _check_weights(targets, specs)
     batches = check_batches(calibration_data)
     static = [p for p, s in specs.items() if s.activation_range == "static" and not targets[p].is_embedding]
@@ -81,6 +89,7 @@ def quantize_model(
         raise ValueError(f"activation_range='static' of {static[0]} needs calibration_data; pass a few batches")
     if not inplace:
         model = copy.deepcopy(model)
+    open_recurrent(model, specs.keys())
     converted = [
         _convert(model, targets[path], _with_activation_range(spec, batches is not None))
         for path, spec in specs.items()
@@ -96,6 +105,33 @@ def quantize_model(
     return model
 
 
+def _tell_what_is_not_covered(model: nn.Module, targets: Iterable[Target]) -> None:
+    """Name the weights of the encoder that no kind of layer covers, and so stay in float whatever is asked.
+
+    Raises:
+        ValueError: if those are all the weights of its layers.
+    """
+    covered = {id(t.weight) for t in targets}
+    weights = encoder_weights(model)
+    left = [w for w in weights if id(w.tensor) not in covered]
+    if not left:
+        return
+    share = sum(w.tensor.numel() for w in left) / sum(w.tensor.numel() for w in weights)
+    left.sort(key=lambda w: (not w.in_layers, -w.tensor.numel()))
+    names = ", ".join(f"{w.path} ({w.owner})" for w in left[:3]) + (f" and {len(left) - 3} more" if left[3:] else "")
+    in_layers = [w for w in weights if w.in_layers]
+    if in_layers and not any(id(w.tensor) in covered for w in in_layers):
+        raise ValueError(
+            f"model: none of the weights in the layers of {type(model).__name__} can be quantized: {names}; pass an "
+            "encoder built from Linear, Embedding, Conv1d, LSTM or GRU modules, or register a kind of layer for these"
+        )
+    warnings.warn(
+        f"{share:.1%} of the weights of {type(model).__name__}'s encoder stay in float, because no kind of layer "
+        f"covers them, or they are read without calling one: {names}",
+        stacklevel=4,  # past the decorator of quantize_model
+    )
+
+
 def _with_activation_range(spec: TensorSpec, calibrated: bool) -> TensorSpec:
     if spec.activation_range is not None:
         return spec
@@ -105,19 +141,17 @@ def _with_activation_range(spec: TensorSpec, calibrated: bool) -> TensorSpec:
 def _convert(model: nn.Module, target: Target, spec: TensorSpec) -> tuple[nn.Module, nn.Module]:
     """Put the quantized twin in the place of a target; (old, new)."""
     module = model.get_submodule(target.path)
+    kind = kind_of(module)
+    assert kind is not None
+    weight = weight_matrix(module).detach()
     row_group, input_groups = group_layout(target, spec)
-    quantizer = WeightQuantizer(row_group, input_groups, spec).to(module.weight.device)  # type: ignore[arg-type]
-    quantizer.find(module.weight.detach())  # type: ignore[operator, union-attr, arg-type]
-    converted: nn.Module
-    if isinstance(module, nn.Embedding):
-        converted = QuantEmbedding.from_float(module, quantizer)
-    else:
-        activation = None
-        if spec.activation_bits is not None:
-            activation = ActivationQuantizer(spec.activation_bits, spec.activation_range or "dynamic")
-            activation.to(module.weight.device)  # type: ignore[arg-type]
-        converted = QuantLinear.from_float(module, quantizer, activation)  # type: ignore[arg-type]
-    return _replace(model, module, converted)
+    quantizer = WeightQuantizer(row_group, input_groups, spec).to(weight.device)
+    quantizer.find(weight)
+    activation = None
+    if spec.activation_bits is not None and not target.is_embedding:
+        activation = ActivationQuantizer(spec.activation_bits, spec.activation_range or "dynamic").to(weight.device)
+    twin: Any = kind.trainable.from_float(module, quantizer, activation)
+    return _replace(model, module, twin)
 
 
 def _replace(model: nn.Module, old: nn.Module, new: nn.Module) -> tuple[nn.Module, nn.Module]:
@@ -129,20 +163,21 @@ def _replace(model: nn.Module, old: nn.Module, new: nn.Module) -> tuple[nn.Modul
 
 
 def _convert_tied(model: nn.Module) -> list[tuple[nn.Module, nn.Module]]:
-    """Give a float matrix that shares its weight with a quantized embedding that embedding's quantizer."""
+    """Give a float layer that shares its weight with a quantized one (a head with its table) that one's quantizer."""
     converted = []
-    tables = {id(m.weight): m for m in model.modules() if isinstance(m, QuantEmbedding)}
+    tables = {id(m.weight): m.weight_quantizer for m in model.modules() if isinstance(m, TrainableLayer)}
     for module in list(model.modules()):
-        if type(module) is nn.Linear and id(module.weight) in tables:
-            quantizer = tables[id(module.weight)].weight_quantizer
-            converted.append(_replace(model, module, QuantLinear.from_float(module, quantizer, None)))
+        kind = None if isinstance(module, TrainableLayer) else kind_of(module)
+        if kind is not None and id(module.weight) in tables:
+            twin: Any = kind.trainable.from_float(module, tables[id(module.weight)])
+            converted.append(_replace(model, module, twin))
     return converted
 
 
 def _check_model(model: nn.Module) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected an encoder (nn.Module), got {type(model).__name__}")
-    if isinstance(model, (nn.Linear, nn.Embedding)):
+    if kind_of(model) is not None:
         raise ValueError(
             f"model: a bare {type(model).__name__} has no place to be replaced in; pass nn.Sequential of it"
         )
@@ -153,9 +188,7 @@ def _check_model(model: nn.Module) -> None:
 
 def _check_weights(targets: Mapping[str, Target], specs: Mapping[str, TensorSpec]) -> None:
     for path in specs:
-        module = targets[path].module
-        weight = module.weight
-        assert isinstance(weight, Tensor)
+        module, weight = targets[path].module, targets[path].weight
         if getattr(module, "max_norm", None) is not None:
             raise ValueError(f"model: {path} rescales its rows when they are used (max_norm); set max_norm to None")
         if weight.is_meta:
@@ -203,7 +236,7 @@ def calibrate_activations(model: nn.Module, batches: list[Batch]) -> None:
     names = {
         m: name
         for name, m in model.named_modules()
-        if isinstance(m, QuantLinear) and m.activation_quantizer is not None and m.activation_quantizer.mode == "static"
+        if isinstance(m, TrainableLayer) and m.activation_quantizer and m.activation_quantizer.mode == "static"
     }
     layers = list(names)
     if not layers:
@@ -228,19 +261,20 @@ def calibrate_activations(model: nn.Module, batches: list[Batch]) -> None:
         quantizer.set_range(*observers[layer].best_range(quantizer.bits))
 
 
-def _observe(
-    model: nn.Module, batches: list[Batch], modules: Iterable[nn.Module], see: Callable[[Any, Tensor], None]
-) -> None:
-    """Run `batches` through the model; `see(module, x)` gets the input of each module, padding left out."""
+def _observe(model: nn.Module, batches: list[Batch], layers: Iterable[Any], see: Callable[[Any, Tensor], None]) -> None:
+    """Run `batches` through the model; `see(layer, x)` gets what each layer quantizes, padding left out."""
     mask: Tensor | None = None
 
-    def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
-        x = args[0]
-        if mask is not None and mask.dim() == 2 and x.shape[:2] == mask.shape:
-            x = x[mask.bool()]
-        see(module, x)
+    def watch(layer: Any) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        def hook(quantizer: nn.Module, args: tuple[Any, ...]) -> None:
+            x = args[0]
+            if mask is not None and mask.dim() == 2 and x.shape[:2] == mask.shape:
+                x = x[mask.bool()]
+            see(layer, x)
 
-    handles = [module.register_forward_pre_hook(hook) for module in modules]
+        return hook
+
+    handles = [layer.activation_quantizer.register_forward_pre_hook(watch(layer)) for layer in layers]
     try:
         with evaluation_mode(model):
             for batch in batches:

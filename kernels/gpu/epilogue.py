@@ -1,4 +1,4 @@
-"""What happens to an integer product before it is stored: scale, zero, bias, GELU, residual, int8 again.
+"""What happens to a product before it is stored: scale, zero, bias, GELU, residual, int8 or e4m3 again.
 
     y = act((acc / 2^(8 - b) - zero[o] row_sum[t]) scale[o] x_scale[t] + bias[o]) + residual[t, o]
     with offsets, x ~ x_scale[0] xq + x_scale[1]: the bias is bias[o] + x_scale[1, t] weight_sum[o]
@@ -11,7 +11,7 @@ acc is [O, T], the transpose of what is stored, because weights are the left ope
 import triton
 import triton.language as tl
 
-from qbert.kernels.gpu.quantize_rows import to_int8
+from qbert.kernels.gpu.quantize_rows import count, to_codes
 
 
 @triton.jit
@@ -21,8 +21,10 @@ def gelu(y):
 
 
 @triton.jit
-def start_value(zero_ptr, row_sum_ptr, rm, rn, M, N, BM: tl.constexpr, BN: tl.constexpr, ZERO: tl.constexpr):
-    """First value of acc [BN, BM]: 0, or the whole zero-point term, -zero 2^(8 - BITS) row_sum, in exact integers.
+def start_value(
+    zero_ptr, row_sum_ptr, rm, rn, M, N, BM: tl.constexpr, BN: tl.constexpr, ZERO: tl.constexpr, SUM: tl.constexpr
+):
+    """First value of acc [BN, BM] of type SUM: 0, or the whole zero-point term, -zero 2^(8 - BITS) row_sum, exact.
 
     Done here and not in the epilogue because there a second vector over tokens costs 32 more registers a thread, and
     with them the second program on a processor.
@@ -32,7 +34,7 @@ def start_value(zero_ptr, row_sum_ptr, rm, rn, M, N, BM: tl.constexpr, BN: tl.co
         row_sum = tl.load(row_sum_ptr + rm, mask=rm < M, other=0)
         return -(zero[:, None] * row_sum[None, :])
     else:
-        return tl.zeros((BN, BM), dtype=tl.int32)
+        return tl.zeros((BN, BM), dtype=SUM)
 
 
 @triton.jit
@@ -63,8 +65,12 @@ def epilogue(
     HAS_RESIDUAL: tl.constexpr,
     OUT: tl.constexpr,
     OUT_SUM: tl.constexpr,
+    F8: tl.constexpr = False,
+    IN_UNITS: tl.constexpr = True,
 ):
     """From acc = 2^(8 - BITS) * integer product [BN, BM], int32 or float32, to the stored output.
+
+    With F8, x is e4m3: acc is the product / 512, or, not IN_UNITS, the product itself, and row sums count 1/512.
 
     X_SCALE: "one" for all tokens, one a "token", or "asymmetric": M steps with M offsets behind them.
     """
@@ -75,6 +81,8 @@ def epilogue(
     FULL: tl.constexpr = X_SCALE == "asymmetric" or (X_SCALE == "token" and acc.dtype == tl.float32)
     PARTS: tl.constexpr = 2 if (FULL and BM >= 64) or (X_SCALE == "token" and MORE and BM >= 128) else 1
     WIDTH: tl.constexpr = BM // PARTS
+    UNIT: tl.constexpr = (512.0 if IN_UNITS else 1.0) if F8 else 1.0 / (1 << (8 - BITS))
+    SUM_UNIT: tl.constexpr = 1.0 / 512 if F8 else 1.0
     if PARTS == 2:
         left, right = tl.split(tl.permute(tl.reshape(acc, (acc.shape[0], 2, WIDTH)), (0, 2, 1)))
     for part in tl.static_range(PARTS):
@@ -86,10 +94,10 @@ def epilogue(
         if OUT == "int32":
             tl.store(y_ptrs, acc >> (8 - BITS), mask=inside)
         else:
-            y = acc.to(tl.float32) * (1.0 / (1 << (8 - BITS)))
+            y = acc.to(tl.float32) * UNIT
             if ZERO == "float":
                 zero = tl.load(zero_ptr + rn, mask=rn < N, other=0.0)
-                row_sum = tl.load(row_sum_ptr + rm, mask=rm < M, other=0).to(tl.float32)
+                row_sum = tl.load(row_sum_ptr + rm, mask=rm < M, other=0).to(tl.float32) * SUM_UNIT
                 y -= zero[:, None] * row_sum[None, :]
             if X_SCALE == "asymmetric":  # before the other factor, so that steps are done with when offsets are loaded
                 y *= tl.load(x_scale_ptr + rm, mask=rm < M, other=0.0)[None, :]
@@ -108,11 +116,11 @@ def epilogue(
             if HAS_RESIDUAL:
                 r_ptrs = residual_ptr + rm[None, :].to(tl.int64) * stride_r + rn[:, None]
                 y += tl.load(r_ptrs, mask=inside, other=0.0).to(tl.float32)
-            if OUT == "int8":
-                q = to_int8(y * inv_out_scale, out_zero)
+            if OUT == "int8" or OUT == "e4m3":
+                q = to_codes(y * inv_out_scale, out_zero, OUT == "e4m3")
                 tl.store(y_ptrs, q, mask=inside)
                 if OUT_SUM:
-                    total = tl.sum(tl.where(inside, q.to(tl.int32), 0), axis=0)
+                    total = tl.sum(tl.where(inside, count(q), 0), axis=0)
                     tl.atomic_add(out_sum_ptr + rm, total, mask=rm < M, sem="relaxed")
             else:
                 tl.store(y_ptrs, y.to(y_ptr.dtype.element_ty), mask=inside)

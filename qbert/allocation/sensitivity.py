@@ -185,7 +185,7 @@ def _measure(
 
 def _distinct(members: Sequence[str], targets: Mapping[str, Target]) -> list[str]:
     """The members without those that share the weight of an earlier one."""
-    return list({id(targets[m].module.weight): m for m in reversed(members)}.values())[::-1]
+    return list({id(targets[m].weight): m for m in reversed(members)}.values())[::-1]
 
 
 def _change(target: Target, spec: Any) -> Tensor:
@@ -194,7 +194,7 @@ def _change(target: Target, spec: Any) -> Tensor:
 
 
 def _parameter(target: Target) -> nn.Parameter:
-    weight = target.module.weight
+    weight = target.weight
     assert isinstance(weight, nn.Parameter)
     return weight
 

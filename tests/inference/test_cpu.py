@@ -19,7 +19,9 @@ from qbert.inference.cpu import FusedEncoder, optimize_for_inference
 from qbert.inference.cpu_layers import FusedLayers
 from qbert.inference.cpu_model import FusedModel
 from qbert.kernels.cpu_gemm import available_engine, saturates
-from qbert.packing import PackedEmbedding, PackedLinear, pack
+from qbert.layers.embedding import PackedEmbedding
+from qbert.layers.linear import PackedLinear
+from qbert.packing import pack
 
 FUSED = ("bert", "roberta", "electra", "distilbert", "mpnet")
 # With float activations nothing is rounded, and the fast path must agree with the slow one to float precision.

@@ -7,7 +7,12 @@ from pathlib import Path
 
 import pytest
 
-_INTERPRETED = ("kernels_in_interpreter.py", "asymmetric_in_interpreter.py", "encoder_in_interpreter.py")
+_INTERPRETED = (
+    "kernels_in_interpreter.py",
+    "asymmetric_in_interpreter.py",
+    "e4m3_in_interpreter.py",
+    "encoder_in_interpreter.py",
+)
 
 
 @pytest.mark.parametrize("name", _INTERPRETED)

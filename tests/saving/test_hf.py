@@ -16,8 +16,9 @@ from safetensors.torch import load_file
 from torch import nn
 
 import qbert
-from qbert.layers.linear import QuantLinear
-from qbert.packing import PackedLinear, PackedTensor, pack, unpack
+from qbert.layers.linear import PackedLinear, QuantLinear
+from qbert.layers.packed import PackedTensor
+from qbert.packing import pack, unpack
 from qbert.sizes import model_size
 
 ROOT = Path(__file__).parents[2]
