@@ -11,23 +11,24 @@ from __future__ import annotations
 import copy
 import os
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
 from qbert.bits import BitsConfig, TensorSpec
+from qbert.calibration import Batch, Moment, calibrate_activations, check_batches, input_moments
 from qbert.encoders.replace import replace_everywhere
 from qbert.encoders.targets import Target, encoder_weights, find_targets
-from qbert.encoders.weights import weight_matrix
+from qbert.encoders.weights import is_table, stored, weight_matrix
 from qbert.layers.kind import TrainableLayer, kind_of
 from qbert.layers.quantizer import WeightQuantizer
 from qbert.layers.recurrent import open_recurrent
-from qbert.quantizers.activations import ActivationObserver, ActivationQuantizer
+from qbert.quantizers.activations import ActivationQuantizer
 from qbert.quantizers.groups import group_layout
+from qbert.quantizers.ranges import GroupRanges
 
 Model = TypeVar("Model", bound=nn.Module)
 _HOOKS = (
@@ -49,6 +50,7 @@ def quantize_model(
     *,
     calibration_data: Any = None,
     inplace: bool = False,
+    progress: bool = False,
 ) -> Model:
     """The fake-quantized twin of an encoder, ready to be evaluated, trained or packed.
 
@@ -58,9 +60,11 @@ def quantize_model(
             (``SentenceTransformer``, a bi-encoder). It is left alone unless `inplace`.
         bits_config: bits for all encoder matrices (2, 3, 4 or 8), a mapping from name patterns, a `BitsConfig`, or
             the path of its JSON file.
-        calibration_data: batches (a DataLoader, or a list of dicts of tensors) that are run through the model to fix
-            static activation ranges; ``None`` gives activations a range per token at run time.
+        calibration_data: batches (a DataLoader, or a list of dicts of tensors; a few hundred unlabelled rows) that
+            are run through the model to fix static activation ranges and for compensated rounding; ``None`` gives
+            activations a range per token at run time, and rounds to nearest.
         inplace: convert `model` itself instead of a copy.
+        progress: show a bar over the matrices of compensated rounding.
 
     Warns:
         UserWarning: if weights of the encoder stay in float because no kind of layer covers their modules.
@@ -75,7 +79,11 @@ def quantize_model(
             asked for without `calibration_data`.
         TypeError: for a `model`, `bits_config` or `calibration_data` of another type.
 
-    Source: Shen et al. 2020, sections 3.1 and 3.3.
+    Warns:
+        UserWarning: where compensated rounding is asked for but matrices are rounded to nearest, because there is no
+            `calibration_data` or it does not reach them; and where it has fewer tokens than a matrix has inputs.
+
+    Source: Shen et al. 2020, sections 3.1 and 3.3; for compensated rounding `qbert.quantizers.rounding`.
     """
     config = BitsConfig.parse(bits_config)
     _check_model(model)
@@ -89,19 +97,24 @@ def quantize_model(
         raise ValueError(f"activation_range='static' of {static[0]} needs calibration_data; pass a few batches")
     if not inplace:
         model = copy.deepcopy(model)
+    specs = {path: _settled(spec, batches is not None) for path, spec in specs.items()}
+    compensated = {path: spec for path, spec in specs.items() if spec.rounding == "compensated"}
+    if batches is None:
+        specs, compensated = _without_data(specs, compensated), {}
     open_recurrent(model, specs.keys())
-    converted = [
-        _convert(model, targets[path], _with_activation_range(spec, batches is not None))
-        for path, spec in specs.items()
-    ]
-    converted += _convert_tied(model)
-    if batches is not None:
-        try:
+    done = _Conversions(model)
+    try:
+        for path, spec in specs.items():
+            if path not in compensated:
+                done.convert(path, targets[path], spec)
+        done.convert_tied()
+        if batches is not None:
+            if compensated:
+                _round_compensated(done, targets, compensated, batches, progress)
             calibrate_activations(model, batches)
-        except BaseException:
-            for old, new in converted:
-                replace_everywhere(model, new, old)
-            raise
+    except BaseException:
+        done.undo()
+        raise
     return model
 
 
@@ -132,46 +145,135 @@ def _tell_what_is_not_covered(model: nn.Module, targets: Iterable[Target]) -> No
     )
 
 
-def _with_activation_range(spec: TensorSpec, calibrated: bool) -> TensorSpec:
+def _settled(spec: TensorSpec, calibrated: bool) -> TensorSpec:
+    """`spec` with the activation range that it leaves open."""
     if spec.activation_range is not None:
         return spec
+    if spec.rounding == "compensated":
+        return replace(spec, activation_range="asymmetric")
     return replace(spec, activation_range="static" if calibrated else "dynamic")
 
 
-def _convert(model: nn.Module, target: Target, spec: TensorSpec) -> tuple[nn.Module, nn.Module]:
-    """Put the quantized twin in the place of a target; (old, new)."""
-    module = model.get_submodule(target.path)
-    kind = kind_of(module)
-    assert kind is not None
-    weight = weight_matrix(module).detach()
+def _without_data(specs: Mapping[str, TensorSpec], compensated: Mapping[str, TensorSpec]) -> dict[str, TensorSpec]:
+    if compensated:
+        warnings.warn(
+            f"rounding='compensated' of {next(iter(compensated))} and others ({len(compensated)} in all) needs "
+            "calibration_data, so they are rounded to nearest; pass batches of a few hundred unlabelled rows",
+            stacklevel=3,
+        )
+    return {path: replace(spec, rounding="nearest") for path, spec in specs.items()}
+
+
+def _round_compensated(
+    done: _Conversions,
+    targets: Mapping[str, Target],
+    specs: Mapping[str, TensorSpec],
+    batches: list[Batch],
+    progress: bool,
+) -> None:
+    """Convert matrices one after the other, each with codes for the inputs that those before it leave to it."""
+    paths = {cast(nn.Linear, done.model.get_submodule(path)): path for path in specs}
+    missed: list[str] = []
+    few: dict[str, Moment] = {}
+    for modules, moment in input_moments(done.model, batches, list(paths), progress=progress):
+        if moment.inputs == 0:
+            missed += [paths[m] for m in modules]
+            for module in modules:
+                done.convert(paths[module], targets[paths[module]], replace(specs[paths[module]], rounding="nearest"))
+            continue
+        if moment.inputs < len(moment.value):
+            few[paths[modules[0]]] = moment
+        done.compensate([(paths[m], targets[paths[m]], specs[paths[m]]) for m in modules], moment.value)
+    done.restore_modes()
+    if missed:
+        warnings.warn(
+            f"calibration_data never reaches {', '.join(missed)}, so their weights are rounded to nearest; pass "
+            "batches that use them, or name them with rounding='nearest'",
+            stacklevel=3,
+        )
+    if few:
+        path, moment = max(few.items(), key=lambda item: len(item[1].value))
+        warnings.warn(
+            f"calibration_data has {moment.inputs} tokens without padding, fewer than the {len(moment.value)} inputs "
+            f"of {path}, whose codes will suit these tokens more than others; pass a few hundred rows",
+            stacklevel=3,
+        )
+
+
+class _Conversions:
+    """What is put into a model in the place of float modules, so that it can be taken back."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self._replaced: list[tuple[nn.Module, nn.Module]] = []
+        self._weights: list[tuple[nn.Parameter, Tensor]] = []
+
+    def convert(self, path: str, target: Target, spec: TensorSpec) -> None:
+        """Put the quantized twin in the place of a target, rounded to nearest."""
+        module = self.model.get_submodule(path)
+        weight = weight_matrix(module).detach()
+        quantizer = _quantizer(target, spec, weight)
+        quantizer.find(weight)
+        self._place(module, quantizer, spec)
+
+    def compensate(self, members: list[tuple[str, Target, TensorSpec]], moment: Tensor) -> None:
+        """Put quantized twins in the place of matrices with one weight, which is rounded for inputs of this moment."""
+        modules = [self.model.get_submodule(path) for path, _, _ in members]
+        weight = cast(nn.Parameter, modules[0].weight)
+        matrix = weight_matrix(modules[0]).detach()
+        quantizers = [_quantizer(target, spec, matrix) for _, target, spec in members]
+        first, *others = quantizers
+        rounded = first.compensate(matrix, moment.to(weight.device))
+        for other in others:
+            other.take(GroupRanges(first.scale, first.zero), weight.dtype)
+        for module, quantizer in zip(modules, quantizers, strict=True):
+            self._place(module, quantizer, quantizer.spec)
+        self._weights.append((weight, weight.data))
+        weight.data = stored(modules[0], rounded).contiguous()
+
+    def convert_tied(self) -> None:
+        """Give a float layer that shares its weight with a quantized one (a head with its table) that one's grids."""
+        tables = {id(m.weight): m.weight_quantizer for m in self.model.modules() if isinstance(m, TrainableLayer)}
+        for module in list(self.model.modules()):
+            kind = None if isinstance(module, TrainableLayer) else kind_of(module)
+            if kind is not None and id(module.weight) in tables:
+                twin: Any = kind.trainable.from_float(module, tables[id(module.weight)])
+                self._replace(module, twin)
+
+    def restore_modes(self) -> None:
+        """Give the new modules the modes of the old ones."""
+        for old, new in self._replaced:
+            new.train(old.training)
+
+    def undo(self) -> None:
+        """Put everything back."""
+        for old, new in self._replaced:
+            replace_everywhere(self.model, new, old)
+        for weight, original in self._weights:
+            weight.data = original
+
+    def _place(self, module: nn.Module, quantizer: WeightQuantizer, spec: TensorSpec) -> None:
+        kind = kind_of(module)
+        assert kind is not None
+        activation = None
+        if spec.activation_bits is not None and not is_table(module):
+            activation = ActivationQuantizer(spec.activation_bits, spec.activation_range or "dynamic")
+            activation.to(quantizer.scale.device)
+            activation.enabled = activation.mode != "static"  # until it is calibrated
+        twin: Any = kind.trainable.from_float(module, quantizer, activation)
+        self._replace(module, twin)
+
+    def _replace(self, old: nn.Module, new: nn.Module) -> None:
+        """Put `new`, with the hooks of `old`, in its place."""
+        for name in _HOOKS:
+            setattr(new, name, getattr(old, name))
+        replace_everywhere(self.model, old, new)
+        self._replaced.append((old, new))
+
+
+def _quantizer(target: Target, spec: TensorSpec, weight: Tensor) -> WeightQuantizer:
     row_group, input_groups = group_layout(target, spec)
-    quantizer = WeightQuantizer(row_group, input_groups, spec).to(weight.device)
-    quantizer.find(weight)
-    activation = None
-    if spec.activation_bits is not None and not target.is_embedding:
-        activation = ActivationQuantizer(spec.activation_bits, spec.activation_range or "dynamic").to(weight.device)
-    twin: Any = kind.trainable.from_float(module, quantizer, activation)
-    return _replace(model, module, twin)
-
-
-def _replace(model: nn.Module, old: nn.Module, new: nn.Module) -> tuple[nn.Module, nn.Module]:
-    """Put `new`, with the hooks of `old`, in its place."""
-    for name in _HOOKS:
-        setattr(new, name, getattr(old, name))
-    replace_everywhere(model, old, new)
-    return old, new
-
-
-def _convert_tied(model: nn.Module) -> list[tuple[nn.Module, nn.Module]]:
-    """Give a float layer that shares its weight with a quantized one (a head with its table) that one's quantizer."""
-    converted = []
-    tables = {id(m.weight): m.weight_quantizer for m in model.modules() if isinstance(m, TrainableLayer)}
-    for module in list(model.modules()):
-        kind = None if isinstance(module, TrainableLayer) else kind_of(module)
-        if kind is not None and id(module.weight) in tables:
-            twin: Any = kind.trainable.from_float(module, tables[id(module.weight)])
-            converted.append(_replace(model, module, twin))
-    return converted
+    return WeightQuantizer(row_group, input_groups, spec).to(weight.device)
 
 
 def _check_model(model: nn.Module) -> None:
@@ -195,117 +297,3 @@ def _check_weights(targets: Mapping[str, Target], specs: Mapping[str, TensorSpec
             raise ValueError(f"model: {path} has no values (device 'meta'); load the weights first")
         if not bool(torch.isfinite(weight).all()):
             raise ValueError(f"model: the weight of {path} holds NaN or infinity; reload or retrain the model")
-
-
-Batch = Mapping[str, Tensor]
-
-
-def check_batches(data: Any) -> list[Batch] | None:
-    """`data` as a list of batches (a single batch is accepted), or ``None`` if it is None.
-
-    Raises:
-        TypeError: if it is not an iterable of mappings; ValueError if it is empty.
-    """
-    if data is None:
-        return None
-    if isinstance(data, Mapping):
-        data = [data] if data else []
-    if not isinstance(data, Iterable):
-        raise TypeError(f"calibration_data: expected batches (dicts of tensors), got {type(data).__name__}")
-    batches = list(data)
-    if not batches:
-        raise ValueError("calibration_data is empty; pass at least one batch")
-    for batch in batches:
-        if not isinstance(batch, Mapping) or not any(isinstance(value, Tensor) for value in batch.values()):
-            raise TypeError(
-                "calibration_data: every batch must be a dict of tensors, such as a tokenizer returns with "
-                f"return_tensors='pt'; got a {type(batch).__name__}"
-                + (f" of {', '.join(map(str, batch))}" if isinstance(batch, Mapping) else "")
-            )
-    return batches
-
-
-@torch.no_grad()
-def calibrate_activations(model: nn.Module, batches: list[Batch]) -> None:
-    """Fix the static activation ranges of `model` in two passes over `batches` (extent, then histogram).
-
-    Raises:
-        ValueError: if the input of a layer is not finite, or none is seen: the layer is never called, or every token is
-            masked.
-    """
-    names = {
-        m: name
-        for name, m in model.named_modules()
-        if isinstance(m, TrainableLayer) and m.activation_quantizer and m.activation_quantizer.mode == "static"
-    }
-    layers = list(names)
-    if not layers:
-        return
-    observers = {layer: ActivationObserver() for layer in layers}
-    quantizers = [layer.activation_quantizer for layer in layers if layer.activation_quantizer is not None]
-    for quantizer in quantizers:
-        quantizer.enabled = False
-    try:
-        _observe(model, batches, layers, lambda layer, x: observers[layer].see_extent(x))
-        for layer, observer in observers.items():
-            if not observer.is_finite:
-                raise ValueError(
-                    f"calibration_data: the input of {names[layer]} runs from {observer.low} to {observer.high}; pass "
-                    "batches on which the layer sees unmasked tokens and the float model computes no NaN or infinity"
-                )
-        _observe(model, batches, layers, lambda layer, x: observers[layer].see_values(x))
-    finally:
-        for quantizer in quantizers:
-            quantizer.enabled = True
-    for layer, quantizer in zip(layers, quantizers, strict=True):
-        quantizer.set_range(*observers[layer].best_range(quantizer.bits))
-
-
-def _observe(model: nn.Module, batches: list[Batch], layers: Iterable[Any], see: Callable[[Any, Tensor], None]) -> None:
-    """Run `batches` through the model; `see(layer, x)` gets what each layer quantizes, padding left out."""
-    mask: Tensor | None = None
-
-    def watch(layer: Any) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-        def hook(quantizer: nn.Module, args: tuple[Any, ...]) -> None:
-            x = args[0]
-            if mask is not None and mask.dim() == 2 and x.shape[:2] == mask.shape:
-                x = x[mask.bool()]
-            see(layer, x)
-
-        return hook
-
-    handles = [layer.activation_quantizer.register_forward_pre_hook(watch(layer)) for layer in layers]
-    try:
-        with evaluation_mode(model):
-            for batch in batches:
-                inputs = to_device(batch, model)
-                mask = inputs.get("attention_mask")
-                run_batch(model, inputs)
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def run_batch(model: nn.Module, inputs: Mapping[str, Tensor]) -> Any:
-    """Call `model` on a dict batch: by keyword, or as one mapping where that is the model's own convention."""
-    if type(model).__name__ == "SentenceTransformer":
-        return model(dict(inputs))
-    return model(**inputs)
-
-
-def to_device(batch: Batch, model: nn.Module) -> dict[str, Any]:
-    """The batch with its tensors on the model's device."""
-    device = next(model.parameters()).device
-    return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
-
-
-@contextmanager
-def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Put every module of `model` in evaluation mode and give each its own mode back afterwards."""
-    training = [m for m in model.modules() if m.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True

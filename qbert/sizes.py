@@ -1,9 +1,9 @@
 """How many bytes a model takes under a bits configuration, to the byte, without quantizing it.
 
 A tensor [O, I] of b bits takes the packed codes (``qbert.kernels.formats``; b O I / 8 bytes where rows fill whole
-bytes), one float32 scale for each pair of row group and input group, and, in the ``asymmetric`` scheme only, one int8
-zero point for each; the map from rows to groups follows from their number and is not stored. Everything else stays in
-its own dtype. Tied and shared tensors are counted once.
+bytes), one float32 scale for each pair of row group and input group, and a zero point for each, int8 in the
+``asymmetric`` scheme, float32 in the ``offset`` one, none in the others; the map from rows to groups follows from their
+number and is not stored. Everything else stays in its own dtype. Tied and shared tensors are counted once.
 
     >>> print(model_size(model, {"encoder.layer.0": 8, "*": 4}))
 
@@ -194,7 +194,7 @@ def tensor_bytes(target: Target, spec: TensorSpec) -> tuple[int, int]:
     """(bytes of the codes, bytes of the metadata) of one tensor under a quantized specification."""
     row_group, input_groups = group_layout(target, spec)
     groups = int(row_group[-1]) + 1
-    zero_bytes = 1 if spec.scheme == "asymmetric" else 0
+    zero_bytes = {"asymmetric": 1, "offset": 4}.get(spec.scheme, 0)
     return packed_nbytes(*target.shape, spec.bits), groups * input_groups * (4 + zero_bytes)
 
 

@@ -17,8 +17,8 @@ from typing import Any
 
 import gpu_timing
 import torch
-from inference_gpu import MODELS, make_batch, parse_shape
 from gpu_machine import DEVICE, MODE, ON_GPU, brief, compiled, left, limited, record, say, stand_in
+from inference_gpu import MODELS, make_batch, parse_shape
 from torch import Tensor, nn
 
 import qbert

@@ -11,8 +11,8 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
-import low_bit_products
 import gpu_timing
+import low_bit_products
 import torch
 from gpu_machine import DEVICE, MODE, ON_GPU, brief, in_processes, left, record, say, stand_in
 from torch import Tensor

@@ -16,7 +16,7 @@ from qbert.quantizers.groups import row_groups
 from qbert.quantizers.ranges import find_ranges
 
 BITS = (2, 3, 4, 8)
-SCHEMES = ("asymmetric", "symmetric", "midrise")
+SCHEMES = ("asymmetric", "symmetric", "midrise", "offset")
 METHODS = ("minmax", "percentile", "mse")
 
 
