@@ -17,15 +17,21 @@ from typing import Any
 
 import gpu_timing
 import torch
-from inference_gpu import MODELS, make_batch, parse_shape
 from gpu_machine import DEVICE, MODE, ON_GPU, brief, compiled, left, limited, record, say, stand_in
+from inference_gpu import MODELS, make_batch, parse_shape
 from torch import Tensor, nn
 
 import qbert
 
 BASE = "fp16 compiled"
 FP8 = "fp8 compiled"
-ENGINES: dict[str, dict[str, Any]] = {"W8A8": {"bits": 8}, "W4A8": {"bits": 4}, "W2A8": {"bits": 2}}
+ENGINES: dict[str, dict[str, Any]] = {
+    "W8A8": {"bits": 8},
+    "W4A8": {"bits": 4},
+    "W2A8": {"bits": 2},
+    "W4 e4m3": {"bits": 4, "operands": "e4m3"},
+    "W2 e4m3": {"bits": 2, "operands": "e4m3"},
+}
 _F8_MAX = 448.0
 
 
@@ -109,7 +115,7 @@ def baselines(model: Any, autotune: bool) -> dict[str, Callable[[Tensor], Tensor
     return found if autotune else {"fp16 eager": forward_of(eager)} | found
 
 
-def packed_encoder(model: Any, bits: int, ranges: str = "static", **settings: Any) -> Any:
+def packed_encoder(model: Any, bits: int, ranges: str = "static", operands: str = "int8") -> Any:
     """`model` packed in fp16 with a fast forward."""
     data = [make_batch(4, 32 if MODE == "dry" else 128, False, torch.device("cpu")) for _ in range(2)]
     for one in data:
@@ -120,10 +126,10 @@ def packed_encoder(model: Any, bits: int, ranges: str = "static", **settings: An
     student = qbert.quantize_model(held, config, calibration_data=data if ranges == "static" else None)
     packed = qbert.pack(student).to(torch.float16)
     if ON_GPU:
-        return qbert.optimize_for_inference(packed, inplace=True, **settings)
+        return qbert.optimize_for_inference(packed, inplace=True, operands=operands)
     from qbert.inference.gpu import GpuEncoder
 
-    packed.forward = GpuEncoder(packed)
+    packed.forward = GpuEncoder(packed, operands=operands)
     return packed
 
 
@@ -148,7 +154,8 @@ def measure(
     torch.set_float32_matmul_precision("high")
     timer = gpu_timing.ColdTimer(DEVICE)
     model = random_model(name)
-    failures = 0
+    failures, seen = 0, {}
+    shapes = shapes[:1] if MODE == "dry" else shapes
     ours = engines(model, names)
     failures += len(names) - len(ours)
     theirs = baselines(model, False) | (baselines(model, True) if autotune else {})
@@ -196,9 +203,10 @@ def measure(
             + "  ".join(f"{k} {1e3 * v:.0f} us ({base / v:.2f}/{eight / v:.2f})" for k, v in row.items())
         )
         record(kind="encoder", model=name, shape=text, tokens=size * length, ms=row)
-        for key in profile:
-            if key in runs:
-                _profile(f"{name} {text} {key}", runs[key])
+        seen |= {f"{name} {text} {key}": runs[key] for key in profile if key in runs}
+    for what, run in seen.items():
+        if left() > 6:
+            _profile(what, run)
     return failures
 
 
@@ -226,7 +234,10 @@ def _profile(what: str, run: Callable[[], Any]) -> None:
     with profile(activities=[ProfilerActivity.CUDA if ON_GPU else ProfilerActivity.CPU]) as seen:
         run()
         torch.cuda.synchronize()
-    rows = [(getattr(e, "device_time_total", 0) if ON_GPU else e.cpu_time_total, e.count, e.key) for e in seen.key_averages()]
+    rows = [
+        (getattr(e, "device_time_total", 0) if ON_GPU else e.cpu_time_total, e.count, e.key)
+        for e in seen.key_averages()
+    ]
     total = sum(time_ for time_, _, _ in rows)
     say(f"kernels of {what}: {total:.0f} us in all")
     for time_, count, key in sorted(rows, reverse=True)[:12]:
@@ -236,4 +247,6 @@ def _profile(what: str, run: Callable[[], Any]) -> None:
 
 if __name__ == "__main__":
     stand_in()
-    sys.exit(measure(sys.argv[1], sys.argv[2].split(","), sys.argv[3].split(",") if len(sys.argv) > 3 else list(ENGINES)))
+    sys.exit(
+        measure(sys.argv[1], sys.argv[2].split(","), sys.argv[3].split(",") if len(sys.argv) > 3 else list(ENGINES))
+    )

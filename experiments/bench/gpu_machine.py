@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.overrides import TorchFunctionMode
 
 MODE = os.environ.get("QBERT_GPU_SESSION", "gpu")
 ON_GPU = MODE == "gpu"
@@ -58,13 +59,13 @@ def limited(seconds: float) -> Iterator[None]:
     def ring(*_: Any) -> None:
         raise TimeoutError(f"longer than {seconds:.0f} s")
 
-    before = signal.signal(signal.SIGALRM, ring)
-    signal.setitimer(signal.ITIMER_REAL, max(0.1, min(seconds, left())))
+    handler, start = signal.signal(signal.SIGALRM, ring), time.monotonic()
+    outer, _ = signal.setitimer(signal.ITIMER_REAL, max(0.1, min(seconds, left())))
     try:
         yield
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
+        signal.signal(signal.SIGALRM, handler)
+        signal.setitimer(signal.ITIMER_REAL, max(0.1, outer - time.monotonic() + start) if outer else 0)
 
 
 def brief(error: BaseException) -> str:
@@ -131,11 +132,11 @@ def stand_in() -> None:
     """Puts something in the place of the GPU, by the mode; nothing on a GPU."""
     if ON_GPU:
         return
+    import gpu_timing
     import triton.testing
-    from gpu_timing import event_timer  # noqa: F401  the module whose functions are replaced
     from triton.runtime.jit import JITFunction
 
-    import gpu_timing
+    from qbert.kernels.gpu import tune
 
     def timed(run: Callable[[], Any]) -> float:
         start = time.perf_counter()
@@ -145,7 +146,7 @@ def stand_in() -> None:
     gpu_timing.event_timer = timed
     gpu_timing.captured = lambda run: run
     gpu_timing.ColdTimer = lambda device: timed  # type: ignore[assignment, misc]
-    triton.testing.do_bench_cudagraph = lambda run, **options: timed(run)
+    triton.testing.do_bench_cudagraph = tune.do_bench_cudagraph = lambda run, **options: timed(run)
     torch.cuda.synchronize = lambda *_: None
     torch.cuda.empty_cache = lambda: None
     torch.cuda.get_device_name = lambda *_: "no GPU"
@@ -155,6 +156,31 @@ def stand_in() -> None:
         JITFunction.run = lambda self, *arguments, **options: None
     else:
         _compile_only()
+
+
+class _OnCpu(TorchFunctionMode):
+    """Makes on the CPU what is asked to be made on a GPU."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if str(kwargs.get("device")).startswith("cuda"):
+            kwargs["device"] = "cpu"
+        return function(*args, **kwargs)
+
+
+@contextlib.contextmanager
+def pretending() -> Iterator[None]:
+    """Inside, code that insists on a CUDA device runs on CPU tensors; on a GPU nothing is changed."""
+    if ON_GPU:
+        yield
+        return
+    kept = torch.cuda.is_available
+    torch.cuda.is_available = lambda: True
+    try:
+        with _OnCpu():
+            yield
+    finally:
+        torch.cuda.is_available = kept
 
 
 def _compile_only() -> None:
