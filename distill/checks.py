@@ -7,16 +7,18 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, Subset
 
 from qbert.distill.objective import accepted_inputs
-from qbert.targets import base_model
+from qbert.encoders.targets import base_model
 
 _STANDARD_ERRORS = 3.0
 
@@ -151,3 +153,30 @@ def _label_names(config: Any) -> list[str] | None:
 def _vocabulary(model: nn.Module) -> int | None:
     _, base = base_model(model)
     return getattr(getattr(base, "config", None), "vocab_size", None)
+
+
+_SAMPLE = 256
+_BATCH_SIZE = 64
+
+
+def first_rows(dataset: Any, count: int, columns: Collection[str]) -> list[dict[str, Any]]:
+    """The first `count` rows, or as many as there are, cut down to `columns`; of an iterable data set too.
+
+    Raises:
+        ValueError: the data set is empty.
+    """
+    indexed = hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")
+    rows = [dataset[i] for i in range(min(count, len(dataset)))] if indexed else itertools.islice(dataset, count)
+    found = [{key: value for key, value in row.items() if key in columns} for row in rows]
+    if not found:
+        raise ValueError("train_dataset is empty; give at least one row to distill on")
+    return found
+
+
+def sample_batches(dataset: Any, collate: Callable[[list[Any]], Any]) -> list[Any]:
+    """Batches of up to 256 rows from all over the data set; none of one that has no length."""
+    if not hasattr(dataset, "__len__"):
+        return []
+    indices = range(0, len(dataset), max(len(dataset) // _SAMPLE, 1))
+    subset: Any = Subset(dataset, list(indices)[:_SAMPLE])
+    return list(DataLoader(subset, _BATCH_SIZE, collate_fn=collate))

@@ -37,14 +37,25 @@ from transformers import (
 )
 from transformers.utils.generic import find_labels
 
-from qbert.distill.callbacks import InterruptCallback, StageCallback, TermsProgress
 from qbert.distill.checkpoint import TEACHER, WEIGHTS, last_good_checkpoint, load_weights, save_weights
-from qbert.distill.checks import check_checkpointing, check_pair, check_teacher_is_trained, check_tokenizers
-from qbert.distill.cost import estimate_cost
-from qbert.distill.curves import save_curves
+from qbert.distill.checks import (
+    check_checkpointing,
+    check_pair,
+    check_teacher_is_trained,
+    check_tokenizers,
+    first_rows,
+    sample_batches,
+)
 from qbert.distill.objective import Distillation, forward_arguments
+from qbert.distill.progress import (
+    InterruptCallback,
+    StageCallback,
+    TermMeans,
+    TermsProgress,
+    estimate_cost,
+    save_curves,
+)
 from qbert.distill.recipe import Recipe
-from qbert.distill.rows import first_rows, sample_batches
 from qbert.distill.step_sizes import (
     StepSizeCallback,
     begin_training,
@@ -52,7 +63,6 @@ from qbert.distill.step_sizes import (
     quantized_matrices,
     step_groups,
 )
-from qbert.distill.term_means import TermMeans
 
 
 class Distiller(Trainer):
@@ -129,7 +139,7 @@ class Distiller(Trainer):
         self._term_means = TermMeans()
         self._check_teacher = check_teacher
         self._interrupt = InterruptCallback()
-        for callback in (StageCallback(self), StepSizeCallback(self), self._interrupt):
+        for callback in (StageCallback(self), StepSizeCallback(student, recipe), self._interrupt):
             self.add_callback(callback)
         if not args.disable_tqdm:
             self.remove_callback(ProgressCallback)

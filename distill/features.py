@@ -32,7 +32,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from qbert.targets import base_model, linear_role
+from qbert.encoders.targets import base_model, linear_role
 
 _RELATIONS = {"relations.query": "query", "relations.key": "key", "relations.value": "value"}
 _STATES = frozenset({"hidden", "embeddings", "cls"})

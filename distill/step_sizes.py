@@ -11,18 +11,15 @@ says which. 8-bit tables and dynamic activation ranges have nothing to train.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from qbert.distill.recipe import Recipe
-from qbert.modules import QuantLinear
+from qbert.layers.linear import QuantLinear
 from qbert.quantizers.activations import ActivationQuantizer
-
-if TYPE_CHECKING:
-    from qbert.distill.distiller import Distiller
 
 _SMALLEST_SCALE = 1e-8
 _MOMENTUM = 0.99  # of moving activation ranges (Jacob et al. 2018, section 3.1)
@@ -87,8 +84,8 @@ def step_groups(student: nn.Module, recipe: Recipe) -> list[dict[str, Any]]:
 class StepSizeCallback(TrainerCallback):
     """Keeps learned step sizes positive, refits those that follow the weights, and freezes all near the end."""
 
-    def __init__(self, distiller: Distiller) -> None:
-        self.student, self.recipe = distiller.student, distiller.recipe
+    def __init__(self, student: nn.Module, recipe: Recipe) -> None:
+        self.student, self.recipe = student, recipe
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -23,7 +23,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from common import (
+from qbert.cli.arguments import (
     add_task_arguments,
     add_tuning_arguments,
     fine_tuned,
@@ -109,8 +109,8 @@ def check_request(arguments: argparse.Namespace, model: Any) -> None:
         ValueError: naming the argument and what would do.
     """
     import qbert
+    from qbert.encoders.targets import encoder_layers
     from qbert.hessian.measure import checked_settings
-    from qbert.targets import encoder_layers
 
     if arguments.fraction is not None and not 0 < arguments.fraction <= 1:
         raise ValueError(f"--fraction {arguments.fraction} is not a share of the data; use a number in (0, 1]")
@@ -173,9 +173,11 @@ def main() -> None:
         data, spectrum = measure(task, model, tokenizer, arguments, folder)
     if rank > 0:
         return
+    from ptq import ptq_report, ptq_table
+
     import qbert
     from qbert.files import write_json
-    from qbert.report import ptq_report, ptq_table, text_table
+    from qbert.results import text_table
     from qbert.tasks import evaluate
 
     spectrum.save(folder / "spectrum.json")
@@ -210,7 +212,7 @@ def main() -> None:
 
 def _spectrum_table(spectrum: Any, config: Any) -> str:
     """The table of the spectrum with the bits that follow from it in a last column."""
-    from qbert.report import text_table
+    from qbert.results import text_table
 
     rank = {name: i for i, name in enumerate(spectrum.ranking(), 1)}
     rows = []
@@ -232,7 +234,8 @@ def _spectrum_table(spectrum: Any, config: Any) -> str:
 
 def _landscapes(model: Any, data: Any, spectrum: Any, arguments: argparse.Namespace, path: Path) -> None:
     """Loss over the plane of the top two eigenvectors, for the most and the least sensitive block."""
-    from qbert.hessian.landscape import loss_landscape, plot_landscapes
+    from qbert.hessian.landscape import loss_landscape
+    from qbert.plots import plot_landscapes
 
     ranking = spectrum.ranking()
     # 121 points a surface: a small sample keeps them to seconds, and its shape is what the picture is for.

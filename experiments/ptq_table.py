@@ -14,15 +14,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from common import (
-    add_task_arguments,
-    add_tuning_arguments,
-    fine_tuned,
-    positive,
-    prepare_run,
-    provenance,
-    run_script,
-)
+from qbert.cli.arguments import add_task_arguments, add_tuning_arguments, fine_tuned, positive, prepare_run, run_script
+from qbert.results import provenance
 
 _BITS = (8, 4, 3, 2)
 _METHODS: dict[str, dict[str, Any]] = {
@@ -73,7 +66,9 @@ def configurations(group_counts: list[int]) -> dict[str, Any]:
 
 def sections(results: list[Any], metric: str, group_counts: list[int]) -> str:
     """Markdown: the comparison by bits, then the ablation over groups."""
-    from qbert.report import markdown_table, ptq_table
+    from ptq import ptq_table
+
+    from qbert.results import markdown_table
 
     by_label = {r.label: r for r in results}
     header, rows = ptq_table([r for r in results if r.label == "float" or _is_comparison(r.label)], metric)
@@ -102,8 +97,9 @@ def main() -> None:
     """Score every configuration on every task and write the page."""
     arguments = parse_arguments()
     folder = prepare_run(arguments, "ptq_table")
+    from ptq import ptq_report
+
     from qbert.files import write_whole
-    from qbert.report import ptq_report
     from qbert.tasks import evaluate
 
     page = ["# Post-training quantization", "", provenance(), ""]

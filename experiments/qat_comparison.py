@@ -87,7 +87,7 @@ class Comparison:
 
     def row(self, model: Any, seconds: float) -> dict[str, float]:
         """Score, retention, likeness to the teacher and time of one student."""
-        from qbert.distill.fidelity import fidelity
+        from qbert.tasks.evaluation import fidelity
 
         result = self.evaluate(model)
         likeness = fidelity(self.reference.logits, result.logits)

@@ -19,9 +19,11 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from common import add_task_arguments, positive, prepare_run, provenance, refuse_foreign, run_script
 from qat_comparison import METHODS, Comparison, describe, save_packed
 from qat_table import comparison_table
+
+from qbert.cli.arguments import add_task_arguments, positive, prepare_run, run_script
+from qbert.results import provenance, refuse_foreign
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -145,7 +147,7 @@ def main() -> None:
     """Run the comparison."""
     import torch
 
-    from qbert.distill.curves import curves_of, plot_curves
+    from qbert.distill.progress import curves_of, plot_curves
     from qbert.tasks.training import check_bf16
 
     arguments = parse_arguments()
@@ -199,7 +201,7 @@ def heading(comparison: Comparison) -> dict[str, Any]:
 def write_report(path: Path, content: dict[str, Any]) -> None:
     """Print the table, and write it with all that is needed to make it again."""
     from qbert.files import write_whole
-    from qbert.report import markdown_table, text_table
+    from qbert.results import markdown_table, text_table
 
     header, lines = comparison_table([content])
     print(f"\n{text_table(header, lines)}\n")

@@ -13,8 +13,9 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-from common import run_script
 from qat_comparison import METHODS
+
+from qbert.cli.arguments import run_script
 
 _COLUMNS = (("score", 2, ""), ("retention", 1, " %"), ("agreement", 1, " %"), ("divergence", 4, ""))
 _METHODS = ("PTQ", "QAT", "KD-QAT")
@@ -143,7 +144,7 @@ def _order(widths: str) -> float:
 
 def report_text(contents: list[dict[str, Any]]) -> str:
     """The page: the summary, then every result with its budget and command."""
-    from qbert.report import markdown_table
+    from qbert.results import markdown_table
 
     parts = [
         "# KD-aware QAT\n",
@@ -161,7 +162,7 @@ def report_text(contents: list[dict[str, Any]]) -> str:
 def main() -> None:
     """Read results and write the page and its picture."""
     from qbert.files import read_json, write_whole
-    from qbert.report import text_table
+    from qbert.results import text_table
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", nargs="+", help="results.json files of qat_distill.py")

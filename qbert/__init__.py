@@ -11,29 +11,31 @@ Names are imported on first use, so that `import qbert` stays fast.
 from __future__ import annotations
 
 import importlib
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qbert.registration import register_with_transformers
-
-__version__ = "0.1.0"
+from qbert.saving.registration import register_with_transformers
+from qbert.version import __version__
 
 _HOME = {
     "BitsConfig": "qbert.bits",
     "TensorSpec": "qbert.bits",
-    "allocate_bits": "qbert.allocation",
-    "bit_shares": "qbert.allocation_shares",
-    "export_onnx": "qbert.export",
+    "allocate_bits": "qbert.allocation.allocate",
+    "bit_shares": "qbert.allocation.allocate",
+    "export_onnx": "qbert.onnx",
     "HessianSpectrum": "qbert.hessian",
     "hessian_spectrum": "qbert.hessian",
-    "load": "qbert.hub",
+    "load": "qbert.saving.hf",
     "model_size": "qbert.sizes",
-    "optimize_for_inference": "qbert.inference",
-    "pack": "qbert.packed",
-    "pareto": "qbert.fronts",
+    "optimize_for_inference": "qbert.inference.cpu",
+    "pack": "qbert.packing",
+    "pareto": "qbert.allocation.front",
     "quantize_model": "qbert.quantize",
-    "sensitivity": "qbert.sensitivities",
-    "unpack": "qbert.packed",
+    "save_trainable": "qbert.saving.trainable",
+    "sensitivity": "qbert.allocation.sensitivity",
+    "unpack": "qbert.packing",
 }
+_ROOMS = ("allocation", "distill", "hessian", "kernels", "students", "tasks")
 
 __all__ = [
     "BitsConfig",
@@ -50,26 +52,35 @@ __all__ = [
     "pack",
     "pareto",
     "quantize_model",
+    "save_trainable",
     "sensitivity",
     "unpack",
 ]
 
 if TYPE_CHECKING:
-    from qbert.allocation import allocate_bits
-    from qbert.allocation_shares import bit_shares
+    from qbert.allocation.allocate import allocate_bits, bit_shares
+    from qbert.allocation.front import pareto
+    from qbert.allocation.sensitivity import sensitivity
     from qbert.bits import BitsConfig, TensorSpec
-    from qbert.export import export_onnx
-    from qbert.fronts import pareto
     from qbert.hessian import HessianSpectrum, hessian_spectrum
-    from qbert.hub import load
-    from qbert.inference import optimize_for_inference
-    from qbert.packed import pack, unpack
+    from qbert.inference.cpu import optimize_for_inference
+    from qbert.onnx import export_onnx
+    from qbert.packing import pack, unpack
     from qbert.quantize import quantize_model
-    from qbert.sensitivities import sensitivity
+    from qbert.saving.hf import load
+    from qbert.saving.trainable import save_trainable
     from qbert.sizes import model_size
+
+# The code of two rooms lies in top-level folders, reached through links. Where there are none (a clone without
+# symbolic links, an unpacked source archive), it is found beside this folder.
+_beside = Path(__file__).parent.parent
+if not (Path(__file__).parent / "kernels").is_dir() and (_beside / "kernels" / "formats.py").is_file():
+    __path__.append(str(_beside))
 
 
 def __getattr__(name: str) -> Any:
+    if name in _ROOMS:
+        return importlib.import_module(f"qbert.{name}")
     if name not in _HOME:
         raise AttributeError(f"module 'qbert' has no attribute {name!r}")
     value = getattr(importlib.import_module(_HOME[name]), name)
@@ -78,7 +89,7 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_HOME})
+    return sorted({*globals(), *_HOME, *_ROOMS})
 
 
 register_with_transformers()

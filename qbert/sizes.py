@@ -22,13 +22,14 @@ import torch
 from torch import Tensor, nn
 
 from qbert.bits import BitsConfig, TensorSpec
+from qbert.encoders.targets import Target, base_model, encoder_layers, find_targets
 from qbert.kernels.formats import packed_nbytes
-from qbert.modules import QuantEmbedding, QuantLinear, WeightQuantizer
-from qbert.packed_layout import stored_zero
-from qbert.packed_modules import PackedEmbedding, PackedLinear, PackedTensor
+from qbert.layers.embedding import PackedEmbedding, QuantEmbedding
+from qbert.layers.layout import stored_zero
+from qbert.layers.linear import PackedLinear, PackedTensor, QuantLinear
+from qbert.layers.quantizer import WeightQuantizer
 from qbert.quantizers.activations import ActivationQuantizer
 from qbert.quantizers.groups import group_layout
-from qbert.targets import Target, base_model, encoder_layers, find_targets
 
 PARTS = ("encoder", "embeddings", "other")
 _PART_LABELS = {"encoder": "encoder matrices", "embeddings": "embeddings", "other": "everything else"}

@@ -1,6 +1,7 @@
 """The layout that keeps transformers importable, and the one direction of imports."""
 
 import ast
+import graphlib
 import subprocess
 import sys
 from pathlib import Path
@@ -45,25 +46,64 @@ def starts_with_any(module: str, prefixes: tuple[str, ...]) -> bool:
     return any(module == p or module.startswith(p + ".") for p in prefixes)
 
 
-@pytest.mark.parametrize(
-    ("room", "forbidden"),
-    [
-        (
-            "kernels",
-            ("transformers", "qbert.hessian", "qbert.modules", "qbert.quantize", "qbert.tasks", "qbert.distill"),
-        ),
-        ("qbert/hessian", ("qbert.kernels", "qbert.quantize", "qbert.packed", "qbert.distill", "qbert.tasks")),
-        ("qbert/quantizers", ("qbert.modules", "qbert.quantize", "qbert.hessian", "qbert.tasks", "qbert.distill")),
-        ("qbert", ("qbert.distill", "experiments")),
-    ],
+# From the bottom: a room imports rooms of lower floors only.
+FLOORS = (
+    ("version", "files", "arguments", "encoders", "kernels"),
+    ("bits", "students", "tasks", "plots", "results"),
+    ("quantizers",),
+    ("layers", "hessian"),
+    ("quantize", "sizes", "inference", "distill"),
+    ("allocation", "saving", "onnx"),
+    ("packing",),
+    ("pipeline",),
+    ("cli",),
 )
-def test_imports_run_one_way(room: str, forbidden: tuple[str, ...]) -> None:
-    files = [
-        f for f in (ROOT / room).rglob("*.py") if not {"kernels", "distill"} & set(f.relative_to(ROOT / room).parts)
-    ]
-    assert files
-    wrong = {str(f): sorted(m for m in imported_modules(f) if starts_with_any(m, forbidden)) for f in files}
-    assert not {f: m for f, m in wrong.items() if m}
+FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
+
+
+def modules() -> dict[str, Path]:
+    """Every module of the library by its dotted name, each once."""
+    files = [f for f in (ROOT / "qbert").rglob("*.py") if not {"kernels", "distill"} & set(f.relative_to(ROOT).parts)]
+    files += [f for folder in ("kernels", "distill") for f in (ROOT / folder).rglob("*.py")]
+    dotted = {".".join(f.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): f for f in files}
+    return {name if name.startswith("qbert") else f"qbert.{name}": file for name, file in dotted.items()}
+
+
+def room_of(module: str) -> str:
+    return [*module.split("."), ""][1]
+
+
+def test_rooms_import_lower_floors_only() -> None:
+    wrong = []
+    for name, file in modules().items():
+        room = room_of(name)
+        if not room:
+            continue
+        assert room in FLOOR_OF, f"{file}: a new room needs a floor"
+        for imported in imported_modules(file):
+            if starts_with_any(imported, ("experiments",)):
+                wrong.append(f"{name} imports {imported}")
+            if not imported.startswith("qbert.") or room_of(imported) == room:
+                continue
+            if FLOOR_OF.get(room_of(imported), len(FLOORS)) >= FLOOR_OF[room]:
+                wrong.append(f"{name} imports {imported}")
+    assert not wrong
+
+
+def test_no_modules_import_each_other() -> None:
+    files = modules()
+    graph: dict[str, set[str]] = {}
+    for name, file in files.items():
+        imported = imported_modules(file)
+        # `from package import module` names the module, not the package's face.
+        faces = {m.rpartition(".")[0] for m in imported if m in files}
+        graph[name] = {m for m in imported if m in files and m != name and m not in faces}
+    graphlib.TopologicalSorter(graph).prepare()  # raises CycleError, which names a circle
+
+
+def test_the_kernels_know_torch_only() -> None:
+    for file in (ROOT / "kernels").rglob("*.py"):
+        assert not [m for m in imported_modules(file) if starts_with_any(m, ("transformers", "datasets", "sklearn"))]
 
 
 def test_nothing_is_unpickled() -> None:

@@ -11,7 +11,8 @@ from torch import nn
 from transformers import AutoModelForMaskedLM, BertConfig
 
 import qbert
-from qbert.modules import QuantEmbedding, QuantLinear
+from qbert.layers.embedding import QuantEmbedding
+from qbert.layers.linear import QuantLinear
 
 
 def quantized_modules(model: nn.Module) -> dict[str, QuantLinear | QuantEmbedding]:

@@ -13,8 +13,9 @@ from torch import nn
 
 from qbert.bits import BitsConfig
 from qbert.kernels import formats
-from qbert.modules import QuantEmbedding, QuantLinear
-from qbert.packed import pack
+from qbert.layers.embedding import QuantEmbedding
+from qbert.layers.linear import QuantLinear
+from qbert.packing import pack
 from qbert.quantize import quantize_model
 from qbert.sizes import model_size
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import functools
 import re
 import subprocess
 import tempfile
@@ -37,7 +38,7 @@ class Report:
 
     `waits` are, in program order, how many warpgroup products may still run behind each wait for them (sm_90).
     `warnings` are ptxas's of serialized warpgroup products (C75xx), `hazards` what `early_writes` finds. For gfx942
-    `sass` counts the instructions of its assembly, which also stands in `ptx`.
+    `sass` counts the instructions of its assembly, which also stands in `ptx`; `binary` is then empty.
     """
 
     target: str
@@ -45,11 +46,28 @@ class Report:
     spills: int
     shared: int
     warps: int
-    sass: collections.Counter[str]
     ptx: str
     warnings: tuple[str, ...]
-    hazards: tuple[str, ...]
+    binary: bytes = dataclasses.field(repr=False)
     waits: tuple[int, ...] = ()
+
+    @functools.cached_property
+    def _listing(self) -> str:
+        # Disassembling takes as long as compiling, so that it waits until somebody asks for it.
+        return _disassemble(self.binary) if self.binary else ""
+
+    @functools.cached_property
+    def sass(self) -> collections.Counter[str]:
+        """How often each machine instruction occurs, by its name without modifiers."""
+        if not self.binary:
+            return collections.Counter(re.findall(r"^\s+([a-z]\w+)", self.ptx, re.M))
+        instruction = r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\d+\s+)?([A-Z0-9]+)"
+        return collections.Counter(re.findall(instruction, self._listing, re.M))
+
+    @functools.cached_property
+    def hazards(self) -> tuple[str, ...]:
+        """Instructions that overwrite an operand of a product too early; none are looked for on gfx942."""
+        return early_writes(self._listing)
 
     def count(self, instruction: str) -> int:
         """How often a PTX instruction whose name starts with `instruction` occurs."""
@@ -113,22 +131,20 @@ def compile_report(
         return _amd_report(compiled.asm["amdgcn"], compiled.metadata.shared, options.get("num_warps", 4))
     compiled = triton.compile(source, target=GPUTarget("cuda", TARGETS[target], 32), options=options)
     ptx = compiled.asm["ptx"]
-    messages, sass = _assemble(ptx, target)
+    messages, binary = _assemble(ptx, target)
     used = re.search(r"Used (\d+) registers", messages)
     spilled = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", messages)
     if used is None or spilled is None:
         raise RuntimeError(f"ptxas did not report registers and spills: {messages[-400:]}")
-    operations = re.findall(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\d+\s+)?([A-Z0-9]+)", sass, re.M)
     return Report(
         target=target,
         registers=int(used[1]),
         spills=int(spilled[1]) + int(spilled[2]),
         shared=compiled.metadata.shared,
         warps=options.get("num_warps", 4),
-        sass=collections.Counter(operations),
         ptx=ptx,
         warnings=tuple(re.findall(r"\(C75\d\d\)[^\n]*|C75\d\d[^\n]*", messages)),
-        hazards=early_writes(sass),
+        binary=binary,
         waits=tuple(map(int, re.findall(r"warp_group_dot_wait.*pendings = (\d+)", compiled.asm["ttgir"]))),
     )
 
@@ -146,10 +162,9 @@ def _amd_report(assembly: str, shared: int, warps: int) -> Report:
         spills=count("vgpr_spill_count") + count("sgpr_spill_count"),
         shared=shared,
         warps=warps,
-        sass=collections.Counter(re.findall(r"^\s+([a-z]\w+)", assembly, re.M)),
         ptx=assembly,
         warnings=(),
-        hazards=(),
+        binary=b"",
     )
 
 
@@ -180,10 +195,9 @@ def early_writes(sass: str) -> tuple[str, ...]:
     return tuple(found)
 
 
-def _assemble(ptx: str, target: str) -> tuple[str, str]:
-    """ptxas's messages and the SASS of its output."""
+def _assemble(ptx: str, target: str) -> tuple[str, bytes]:
+    """ptxas's messages and its output."""
     ptxas = nvidia.get_ptxas(TARGETS[target]).path
-    nvdisasm = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "nvdisasm"
     with tempfile.TemporaryDirectory() as folder:
         source, binary = Path(folder, "kernel.ptx"), Path(folder, "kernel.cubin")
         source.write_text(ptx)
@@ -191,5 +205,13 @@ def _assemble(ptx: str, target: str) -> tuple[str, str]:
         run = subprocess.run(command, capture_output=True, text=True)
         if run.returncode:
             raise RuntimeError(f"ptxas refuses the kernel: {run.stderr[-400:]}")
-        sass = subprocess.run([str(nvdisasm), "-c", str(binary)], capture_output=True, text=True, check=True).stdout
-    return run.stderr, sass
+        return run.stderr, binary.read_bytes()
+
+
+def _disassemble(binary: bytes) -> str:
+    """The machine code of a cubin, as nvdisasm prints it."""
+    nvdisasm = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "nvdisasm"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(binary)
+        file.flush()
+        return subprocess.run([str(nvdisasm), "-c", file.name], capture_output=True, text=True, check=True).stdout

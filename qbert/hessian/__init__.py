@@ -6,17 +6,18 @@ Everything here is exact (up to stated bounds) and leaves the model as it was.
     >>> spectrum = hessian_spectrum(model, loader, runs=10)
 """
 
-from qbert.hessian.blocks import ParameterBlock, parameter_blocks
+from qbert.hessian.blocks import ParameterBlock, Rows, parameter_blocks
 from qbert.hessian.density import SpectralDensity, hessian_density, spectral_density
-from qbert.hessian.eigen import Eigenpair, PowerIteration, lanczos, power_iteration, top_eigenpairs
-from qbert.hessian.gauss_newton import gauss_newton_starts, gauss_newton_top
+from qbert.hessian.eigen import PowerIteration, lanczos, power_iteration, top_eigenpairs
+from qbert.hessian.eigenpair import Eigenpair
+from qbert.hessian.gauss_newton.top import gauss_newton_starts, gauss_newton_top
 from qbert.hessian.krylov import Lanczos
-from qbert.hessian.landscape import LossLandscape, loss_landscape, plot_landscapes
+from qbert.hessian.landscape import LossLandscape, loss_landscape
 from qbert.hessian.measure import hessian_spectrum
 from qbert.hessian.operator import HessianOperator
-from qbert.hessian.parts import Rows
 from qbert.hessian.spectrum import HessianSpectrum
 from qbert.hessian.trace import TraceEstimate, estimate_trace, hessian_traces
+from qbert.plots import plot_landscapes
 
 __all__ = [
     "Eigenpair",

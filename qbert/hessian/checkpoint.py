@@ -15,18 +15,19 @@ from __future__ import annotations
 import hashlib
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+import torch.distributed as dist
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from qbert.files import read_json, write_json, write_whole
-from qbert.hessian.eigen import Eigenpair
+from qbert.hessian.eigenpair import Eigenpair
 
 FORMAT = "qbert.hessian_checkpoint/3"
 _SCALARS = [field.name for field in fields(Eigenpair) if field.name != "vector"]
@@ -174,3 +175,53 @@ def model_fingerprint(model: nn.Module) -> str:
         digest.update(f"{name}{tuple(values.shape)}{values.dtype}".encode())
         digest.update(values.reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
+
+
+T = TypeVar("T")
+
+
+def rank_and_world() -> tuple[int, int]:
+    """Index of this process and number of processes; (0, 1) unless a process group was set up."""
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    return 0, 1
+
+
+def own_share(items: Sequence[T]) -> list[T]:
+    """Every N-th of `items`, beginning with this process's index: neighbours, alike in cost, go to different ones."""
+    rank, world = rank_and_world()
+    return list(items[rank::world])
+
+
+def wait_for_all() -> None:
+    """Return when every process has come here."""
+    if rank_and_world()[1] > 1:
+        dist.barrier()
+
+
+def check_same(description: str, what: str, mend: str = "load the same one in each") -> None:
+    """Refuse to share work between processes whose descriptions differ.
+
+    Args:
+        description: of this process.
+        what, mend: beginning and end of the sentence that is raised.
+
+    Raises:
+        ValueError: in every process.
+    """
+    world = rank_and_world()[1]
+    if world == 1:
+        return
+    found: list[str | None] = [None] * world
+    dist.all_gather_object(found, description)
+    if len(set(found)) > 1:
+        raise ValueError(f"{what} between the {world} processes; {mend}")
+
+
+def gathered(table: Tensor, device: torch.device) -> Tensor:
+    """Sum of the float64 `table` over all processes; entries that are not this process's own must be 0."""
+    if rank_and_world()[1] == 1:
+        return table
+    moved = table.to(device if dist.get_backend() == "nccl" else "cpu")
+    dist.all_reduce(moved)
+    return moved.cpu()

@@ -24,13 +24,11 @@ from torch import nn
 
 from qbert.arguments import whole_number
 from qbert.files import write_whole
-from qbert.hessian.blocks import find_block
-from qbert.hessian.eigen import Product, check_product
-from qbert.hessian.evaluating import in_full_precision
-from qbert.hessian.losses import LossFunction
+from qbert.hessian.batches import random_subset
+from qbert.hessian.blocks import find_block, vector_options
+from qbert.hessian.eigenpair import Product, check_product
+from qbert.hessian.losses import LossFunction, in_full_precision
 from qbert.hessian.operator import HessianOperator
-from qbert.hessian.parts import vector_options
-from qbert.hessian.subsets import random_subset
 
 Array = NDArray[np.float64]
 

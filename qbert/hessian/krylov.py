@@ -38,7 +38,7 @@ from scipy.linalg import eigh
 from torch import Tensor
 
 from qbert.arguments import whole_number
-from qbert.hessian.eigen import (
+from qbert.hessian.eigenpair import (
     Eigenpair,
     check_confidence,
     check_limits,
@@ -50,7 +50,6 @@ from qbert.hessian.eigen import (
 
 BOUNDS = ("residual", "gap")
 Array = NDArray[np.float64]
-
 # Chebyshev: an eigenvalue that holds a share s of a Ritz vector's spectral weight lies within r / sqrt(s) of its Ritz
 # value. After three products no eigenvalue with more than a ninth of it can overtake unseen; every further product
 # filters out what is left of the bulk, so that r itself is reach enough after nine.

@@ -10,7 +10,6 @@ this block costs much, a flat one that it costs little, a saddle that the model 
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,14 +20,11 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from qbert.arguments import real_number, whole_number
-from qbert.files import write_whole
-from qbert.hessian.blocks import find_block
+from qbert.hessian.batches import random_subset
+from qbert.hessian.blocks import Part, find_block, vector_options
 from qbert.hessian.eigen import top_eigenpairs
-from qbert.hessian.evaluating import in_full_precision
-from qbert.hessian.losses import LossFunction
+from qbert.hessian.losses import LossFunction, in_full_precision
 from qbert.hessian.operator import HessianOperator
-from qbert.hessian.parts import Part, vector_options
-from qbert.hessian.subsets import random_subset
 
 _RADIUS_SHARE = 0.01
 
@@ -151,73 +147,3 @@ def displaced(parameters: Sequence[Part]) -> Iterator[Callable[[Tensor], None]]:
         with torch.no_grad():
             for parameter, original in zip(parameters, originals, strict=True):
                 parameter.detach().copy_(original)
-
-
-def plot_landscapes(
-    landscapes: Sequence[LossLandscape], path: str | os.PathLike[str], *, kind: str = "contour"
-) -> None:
-    """Draw surfaces side by side with one colour scale; a star marks the trained weights.
-
-    Args:
-        landscapes: at least one.
-        path: image file; its suffix chooses the type.
-        kind: ``contour`` or ``surface`` (three-dimensional).
-
-    Raises:
-        ValueError: nothing to draw, or an unknown kind.
-    """
-    if not landscapes:
-        raise ValueError("landscapes: nothing to draw; pass at least one LossLandscape")
-    if kind not in ("contour", "surface"):
-        raise ValueError(f"kind: {kind!r} is unknown; use 'contour' or 'surface'")
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.cm import ScalarMappable
-    from matplotlib.colors import PowerNorm
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(5.2 * len(landscapes) + 1, 4.8), layout="constrained")
-    FigureCanvasAgg(figure)
-    finite = np.concatenate([s.losses[np.isfinite(s.losses)] for s in landscapes])
-    low, high = float(finite.min()), float(finite.max())
-    high = high if high > low else low + 1e-12
-    # Square-root colours and quadratic levels: a parabola gets evenly spaced contours.
-    norm = PowerNorm(0.5, low, high)
-    levels = low + (high - low) * np.linspace(0, 1, 17) ** 2
-    reach = min(float(s.offsets[-1]) for s in landscapes)  # the same window for all, so that slopes compare
-    panels = []
-    for index, surface in enumerate(landscapes, 1):
-        losses = np.clip(np.where(np.isfinite(surface.losses), surface.losses, high), low, high)
-        x, y = np.meshgrid(surface.offsets, surface.offsets, indexing="ij")
-        axes: Any = figure.add_subplot(1, len(landscapes), index, projection="3d" if kind == "surface" else None)
-        panels.append(axes)
-        if kind == "surface":
-            axes.plot_surface(x, y, losses, cmap="viridis", norm=norm, rstride=1, cstride=1, alpha=0.9)
-            axes.plot([0], [0], [surface.center], "*", color="red", markersize=11, label="trained weights", zorder=9)
-            axes.set_zlim(low, high)
-            axes.set_zlabel("mean loss")
-            axes.set_box_aspect(None, zoom=0.8)
-        else:
-            axes.contourf(x, y, losses, levels=levels, cmap="viridis", norm=norm)
-            axes.contour(x, y, losses, levels=levels, colors="white", linewidths=0.4, alpha=0.6)
-            axes.set(xlim=(-reach, reach), ylim=(-reach, reach))
-            axes.plot(
-                [0],
-                [0],
-                "*",
-                color="red",
-                markeredgecolor="white",
-                markersize=14,
-                label=f"trained weights, loss {surface.center:.3g}",
-            )
-            axes.set_aspect("equal")
-        eigenvalues = ", ".join(f"{value:.3g}" for value in surface.eigenvalues)
-        note = "" if surface.converged else " (not converged)"
-        axes.set_title(f"{surface.name}\ntop eigenvalues {eigenvalues}{note}", fontsize="medium")
-        axes.set_xlabel("distance along eigenvector 1")
-        axes.set_ylabel("distance along eigenvector 2")
-        axes.legend(loc="upper right", fontsize="small")
-    bar = figure.colorbar(
-        ScalarMappable(norm, "viridis"), ax=panels, shrink=0.85, pad=0.02 if kind == "contour" else 0.1
-    )
-    bar.set_label("mean loss")
-    write_whole(path, lambda aside: figure.savefig(aside, dpi=150))

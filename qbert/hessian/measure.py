@@ -15,18 +15,14 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from qbert.arguments import real_number, whole_number
+from qbert.hessian.batches import BATCH_COST, Batch, as_samples, draw, fingerprint, micro_batch, micro_batches
 from qbert.hessian.blocks import parameter_blocks
-from qbert.hessian.checkpoint import Checkpoint, model_fingerprint
-from qbert.hessian.eigen import check_confidence, check_limits
-from qbert.hessian.evaluating import in_full_precision
+from qbert.hessian.checkpoint import Checkpoint, check_same, model_fingerprint, own_share, rank_and_world, wait_for_all
+from qbert.hessian.eigenpair import check_confidence, check_limits
 from qbert.hessian.krylov import BOUNDS
-from qbert.hessian.losses import LossFunction, masks_padding
-from qbert.hessian.parallel import check_same, own_share, rank_and_world, wait_for_all
-from qbert.hessian.runs import Measurement, assemble
-from qbert.hessian.samples import Batch, as_samples
-from qbert.hessian.solve import METHODS, PRECISIONS
+from qbert.hessian.losses import LossFunction, in_full_precision, masks_padding
+from qbert.hessian.runs import METHODS, PRECISIONS, Measurement, assemble
 from qbert.hessian.spectrum import HessianSpectrum
-from qbert.hessian.subsets import BATCH_COST, draw, fingerprint, micro_batch, micro_batches
 
 
 @in_full_precision

@@ -7,25 +7,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import dataclasses
+import hashlib
+import logging
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from qbert.hessian.blocks import ParameterBlock
-from qbert.hessian.checkpoint import Checkpoint
-from qbert.hessian.eigen import Eigenpair
-from qbert.hessian.gauss_newton import gauss_newton_starts, gauss_newton_top
-from qbert.hessian.loss_factor import NoModelOutputError
+from qbert.arguments import whole_number
+from qbert.hessian.batches import Batch, batch_size
+from qbert.hessian.blocks import ParameterBlock, Part, vector_options
+from qbert.hessian.checkpoint import Checkpoint, gathered
+from qbert.hessian.eigen import PowerIteration
+from qbert.hessian.eigenpair import Eigenpair, error_bound, relative
+from qbert.hessian.gauss_newton.loss_factor import NoModelOutputError
+from qbert.hessian.gauss_newton.top import gauss_newton_starts, gauss_newton_top
+from qbert.hessian.krylov import Lanczos
 from qbert.hessian.losses import LossFunction
-from qbert.hessian.operator import HessianOperator
-from qbert.hessian.parallel import gathered
-from qbert.hessian.parts import Part
-from qbert.hessian.refine import refined
-from qbert.hessian.samples import Batch, batch_size
-from qbert.hessian.solve import Solver, chunks, new_solver, solve
+from qbert.hessian.operator import HessianOperator, free_bytes
 from qbert.hessian.spectrum import HessianSpectrum
 
 _WARM_START_SAMPLES = 16
@@ -173,3 +176,104 @@ def _some_samples(batches: Sequence[Batch], count: int) -> list[Batch]:
                 }
             )
     return chosen
+
+
+METHODS = ("lanczos", "power", "ggn")
+PRECISIONS = ("fp32", "bf16")
+BASIS_VECTORS = 40
+Solver = Lanczos | PowerIteration
+_log = logging.getLogger(__name__)
+
+
+def new_solver(block: ParameterBlock, warm: Sequence[Tensor], run: int, settings: Mapping[str, Any]) -> Solver:
+    """The iteration for one block; its random vectors depend on seed, run and block name alone."""
+    digest = hashlib.sha256(f"start/{settings['seed']}/{run}/{block.name}".encode()).digest()
+    common: dict[str, Any] = {
+        "tol": COARSE_TOL if settings["precision"] == "bf16" else settings["tol"],
+        "max_products": settings["max_products"],
+        "warm": warm,
+        "generator": torch.Generator().manual_seed(int.from_bytes(digest[:7], "big")),
+        **vector_options(block.parameters),
+    }
+    if settings["method"] == "power":
+        return PowerIteration(block.size, **common)
+    certainty = {"bound": settings["bound"], "confidence": settings["confidence"]}
+    return Lanczos(block.size, **certainty, **common)
+
+
+def solve(
+    operator: HessianOperator,
+    solvers: Mapping[str, Solver],
+    count: Callable[[int], object] = lambda products: None,
+) -> Iterator[tuple[str, Eigenpair]]:
+    """Drive the solvers of several blocks to their end; yields (name, eigenpair) as each finishes.
+
+    With retained graphs one block after the other (one Krylov basis in memory at a time), otherwise all in step, so
+    that each micro-batch's graph is built once per step for all of them.
+    """
+    groups = [[name] for name in solvers] if operator.retained else [list(solvers)]
+    for group in groups:
+        active = {name: solvers[name] for name in group}
+        while active:
+            queries = {name: s.query for name, s in active.items() if s.query is not None}
+            for name, product in operator.products(queries).items():
+                active[name].receive(product)
+            count(len(queries))
+            for name in [n for n, s in active.items() if s.query is None]:
+                result = active.pop(name).result
+                assert result is not None
+                yield name, result
+
+
+def chunks(blocks: Sequence[ParameterBlock], block_chunk: int | None) -> list[Sequence[ParameterBlock]]:
+    """`blocks` in groups that are solved together, `block_chunk` or as many as half of the free memory allows.
+
+    Raises:
+        TypeError, ValueError: if `block_chunk` is no whole number of at least 1.
+    """
+    if not blocks:
+        return []
+    if block_chunk is None:
+        # A typical iteration ends after a quarter of the basis; gradients and rows of the Gauss-Newton factor on top.
+        bytes_each = BASIS_VECTORS * max(b.size * b.parameters[0].element_size() for b in blocks)
+        block_chunk = max(1, min(len(blocks), int(0.5 * free_bytes(blocks[0].parameters[0].device) / bytes_each)))
+        if block_chunk < len(blocks):
+            _log.warning("free memory allows %d of %d blocks at a time (block_chunk)", block_chunk, len(blocks))
+    block_chunk = whole_number("block_chunk", block_chunk, least=1)
+    return [blocks[first : first + block_chunk] for first in range(0, len(blocks), block_chunk)]
+
+
+COARSE_TOL = 1e-2  # residual that the rounding of bfloat16 lets an iteration reach
+
+
+def refined(
+    pairs: Mapping[str, Eigenpair], operator: HessianOperator, *, tol: float, bound: str
+) -> dict[str, Eigenpair]:
+    """`pairs` (block name -> pair) with value, residual and error from one product of `operator` each.
+
+    ``upper_bound`` is infinite: what the rounded operator proves does not hold for the exact one. ``converged`` asks
+    that the coarse iteration had converged (so that no other eigenvalue was in sight) and that the error measured in
+    full precision is within `tol`; with ``bound="gap"`` it is the square of the residual over the coarse gap, where
+    the gap is wide enough to tell the eigenvalue from the next.
+    """
+    products = operator.products({name: pair.vector for name, pair in pairs.items()})
+    found = {}
+    for name, pair in pairs.items():
+        value = float(torch.dot(pair.vector, products[name]))
+        residual = float(torch.linalg.vector_norm(products[name] - value * pair.vector))
+        gap = pair.gap - abs(value - pair.value)
+        if gap > 2 * residual:
+            error = error_bound(value, residual, gap if bound == "gap" else math.nan)
+        else:  # the next eigenvalue is not told apart, and may lie as far above again
+            error = relative(2 * residual, value)
+        found[name] = dataclasses.replace(
+            pair,
+            value=value,
+            residual=relative(residual, value),
+            error=error,
+            upper_bound=math.inf,
+            gap=gap,
+            products=pair.products + 1,
+            converged=pair.converged and error <= tol,
+        )
+    return found

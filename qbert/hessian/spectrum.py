@@ -160,7 +160,7 @@ class HessianSpectrum:
 
     def plot(self, path: str | os.PathLike[str]) -> None:
         """Draw the spread of the eigenvalues per block into an image file (type by its suffix)."""
-        from qbert.hessian.spectrum_plot import plot_spectrum
+        from qbert.plots import plot_spectrum
 
         plot_spectrum(self, path)
 

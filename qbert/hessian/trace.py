@@ -20,13 +20,11 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from qbert.arguments import whole_number
-from qbert.hessian.blocks import parameter_blocks
-from qbert.hessian.eigen import Product
-from qbert.hessian.evaluating import in_full_precision
-from qbert.hessian.losses import LossFunction
+from qbert.hessian.batches import random_subset
+from qbert.hessian.blocks import parameter_blocks, vector_options
+from qbert.hessian.eigenpair import Product
+from qbert.hessian.losses import LossFunction, in_full_precision
 from qbert.hessian.operator import HessianOperator
-from qbert.hessian.parts import vector_options
-from qbert.hessian.subsets import random_subset
 
 METHODS = ("hutch++", "hutchinson")
 

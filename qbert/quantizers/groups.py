@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from qbert.bits import DEFAULT_GROUPS, TensorSpec
-from qbert.targets import Target
+from qbert.encoders.targets import Target
 
 
 def row_groups(rows: int, groups: int, heads: int | None = None) -> Tensor:
@@ -58,3 +58,21 @@ def group_layout(target: Target, spec: TensorSpec) -> tuple[Tensor, int]:
 def _near_equal(items: int, parts: int) -> Tensor:
     """The part of each item when `items` are cut into `parts` runs whose sizes differ by at most one."""
     return torch.div(torch.arange(items, device="cpu") * parts, items, rounding_mode="floor")
+
+
+def row_group_of(index: Tensor, rows: int, groups: int, heads: int | None) -> Tensor:
+    """The row group of each row of `index` (int64, any shape), as `qbert.quantizers.groups.row_groups` cuts them.
+
+    In closed form, so that neither a map of all rows nor its bytes are needed: row r of R lies in group r G // R; with
+    more groups than heads, head h of H owns groups ceil(h G / H) and on, shared out over its rows alike.
+    """
+    if groups == rows:
+        return index
+    if heads is None or groups <= heads:
+        return torch.div(index * groups, rows, rounding_mode="floor")
+    head_rows = rows // heads
+    head = torch.div(index, head_rows, rounding_mode="floor")
+    first = torch.div(head * groups + heads - 1, heads, rounding_mode="floor")
+    after = torch.div((head + 1) * groups + heads - 1, heads, rounding_mode="floor")
+    inside = torch.div((index % head_rows) * (after - first), head_rows, rounding_mode="floor")
+    return first + inside

@@ -17,19 +17,19 @@ _HOME = {
     "Evaluation": "qbert.tasks.evaluation",
     "FineTuned": "qbert.tasks.training",
     "Prepared": "qbert.tasks.encoding",
-    "SentenceRegression": "qbert.tasks.similarity",
+    "SentenceRegression": "qbert.tasks.heads",
     "TASK_NAMES": "qbert.tasks.registry",
     "Task": "qbert.tasks.task",
     "TrainingSettings": "qbert.tasks.training",
     "build_model": "qbert.tasks.heads",
-    "build_sentence_model": "qbert.tasks.similarity",
+    "build_sentence_model": "qbert.tasks.heads",
     "embedded_encoder": "qbert.tasks.embedded",
     "evaluate": "qbert.tasks.evaluation",
     "fine_tune": "qbert.tasks.training",
     "load_task": "qbert.tasks.registry",
     "prepare": "qbert.tasks.encoding",
     "seeded_split": "qbert.tasks.task",
-    "sentence_similarity_score": "qbert.tasks.similarity",
+    "sentence_similarity_score": "qbert.tasks.heads",
     "subset": "qbert.tasks.task",
 }
 
@@ -57,9 +57,8 @@ if TYPE_CHECKING:
     from qbert.tasks.embedded import embedded_encoder
     from qbert.tasks.encoding import Prepared, prepare
     from qbert.tasks.evaluation import Evaluation, evaluate
-    from qbert.tasks.heads import build_model
+    from qbert.tasks.heads import SentenceRegression, build_model, build_sentence_model, sentence_similarity_score
     from qbert.tasks.registry import TASK_NAMES, load_task
-    from qbert.tasks.similarity import SentenceRegression, build_sentence_model, sentence_similarity_score
     from qbert.tasks.task import Task, seeded_split, subset
     from qbert.tasks.training import FineTuned, TrainingSettings, fine_tune
 

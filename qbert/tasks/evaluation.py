@@ -9,15 +9,15 @@ The outputs are kept so that fidelity to another model (agreement, KL divergence
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from qbert.tasks.encoding import Prepared, prepare
-from qbert.tasks.spans import decode_spans
+from qbert.tasks.encoding import Prepared, decode_spans, prepare
 from qbert.tasks.task import Task
 
 _NEVER = -1e9  # logit of a padded position: its probability is exactly 0 in float32, and no infinity enters a KL
@@ -160,3 +160,40 @@ def _decode(outputs: list[Any], data: Prepared) -> tuple[torch.Tensor, Any, list
         logits = logits.reshape(len(outputs))
         return logits, logits.numpy(), references
     return logits, logits.argmax(-1).numpy(), references
+
+
+class Fidelity(NamedTuple):
+    """Likeness of two models' outputs.
+
+    Attributes:
+        agreement: percent of rows with the same most likely class (or position); for values, 100 x their Pearson
+            correlation.
+        divergence: mean KL(teacher || student) in nats; for values, the mean squared difference.
+    """
+
+    agreement: float
+    divergence: float
+
+
+def fidelity(teacher: Tensor, student: Tensor) -> Fidelity:
+    """Compare outputs row by row.
+
+    Args:
+        teacher, student: logits [N, C] of classes, tokens or positions, or values [N]; in the same order.
+
+    Raises:
+        ValueError: if the shapes differ or are of another kind.
+    """
+    if teacher.shape != student.shape or teacher.dim() not in (1, 2) or len(teacher) == 0:
+        raise ValueError(
+            "fidelity compares outputs of one shape, [N, C] or [N], "
+            f"got {list(teacher.shape)} and {list(student.shape)}"
+        )
+    teacher, student = teacher.double(), student.double()
+    if teacher.dim() == 1 or teacher.shape[1] == 1:
+        teacher, student = teacher.flatten(), student.flatten()
+        correlation = torch.corrcoef(torch.stack([teacher, student]))[0, 1]
+        return Fidelity(100 * float(correlation), float((teacher - student).square().mean()))
+    agreement = 100 * float((teacher.argmax(1) == student.argmax(1)).double().mean())
+    logs = [F.log_softmax(x, 1) for x in (teacher, student)]
+    return Fidelity(agreement, float(F.kl_div(logs[1], logs[0], log_target=True, reduction="batchmean")))

@@ -14,11 +14,75 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from qbert.tasks import local, remote
-from qbert.tasks.checks import check_rows
+from qbert.tasks import local
 from qbert.tasks.embedded import read_reviews
-from qbert.tasks.task import Kind, Row, Task
+from qbert.tasks.heads import quiet_libraries
+from qbert.tasks.task import Kind, Row, Task, check_rows
+
+_CONLL_HUB_ORDER = ("O", "B-PER", "I-PER", "B-ORG", "I-ORG", "B-LOC", "I-LOC", "B-MISC", "I-MISC")
+_WNUT_HUB_ORDER = (
+    "O",
+    *(
+        f"{prefix}-{name}"
+        for name in ("corporation", "creative-work", "group", "location", "person", "product")
+        for prefix in "BI"
+    ),
+)
+_HUB_TAGS = {
+    "conll2003": _CONLL_HUB_ORDER,
+    "wnut17": _WNUT_HUB_ORDER,
+    "wnut17_fine": _WNUT_HUB_ORDER,
+}
+_COARSE = {
+    "corporation": "ORG",
+    "group": "ORG",
+    "creative-work": "MISC",
+    "product": "MISC",
+    "location": "LOC",
+    "person": "PER",
+}
+
+
+def read_hub_splits(
+    name: str,
+    hub: tuple[str, str | None, str | None],
+    hub_splits: Mapping[str, str],
+    kind: Kind,
+    label_names: tuple[str, ...],
+) -> tuple[dict[str, list[Row]], str]:
+    """(rows by split, where they came from); ConnectionError with one sentence where the hub cannot be reached."""
+    import datasets
+
+    repository, config, revision = hub
+    try:
+        with quiet_libraries():
+            data = datasets.load_dataset(repository, config, revision=revision)
+    except Exception as error:
+        raise ConnectionError(
+            f"task {name!r} could not be fetched from the hub ({repository}: {str(error).splitlines()[0][:120]}); "
+            "give its local folder with --data-dir (data_dir=...) or go online once"
+        ) from error
+    splits = {
+        ours: [to_row(name, kind, raw, label_names) for raw in data[theirs]] for ours, theirs in hub_splits.items()
+    }
+    return splits, f"the hub ({repository}{' ' + config if config else ''})"
+
+
+def to_row(name: str, kind: Kind, raw: Mapping[str, Any], label_names: tuple[str, ...]) -> Row:
+    """One row of `datasets` in our layout (see `qbert.tasks.task`)."""
+    if kind == "span":
+        answers = dict(raw["answers"])
+        answers["start_exact"] = [True] * len(answers["text"])
+        return {key: raw[key] for key in ("id", "question", "context")} | {"answers": answers}
+    if kind == "token":
+        order = _HUB_TAGS[name]
+        tags = [tag if isinstance(tag, str) else order[tag] for tag in raw["ner_tags"]]
+        if name == "wnut17":
+            tags = [tag if tag == "O" else f"{tag[:2]}{_COARSE[tag[2:]]}" for tag in tags]
+        return {"tokens": list(raw["tokens"]), "tags": tags}
+    return {key: value for key, value in raw.items() if key not in ("idx", "label")} | {"label": raw["label"]}
 
 
 @dataclass(frozen=True)
@@ -149,7 +213,7 @@ def load_task(name: str = "reviews", *, data_dir: str | Path | None = None, drop
         return _task(name, SPECS[name], read_reviews(), "the embedded corpus (qbert/tasks/reviews.jsonl)")
     spec = SPECS[name]
     assert spec.hub is not None
-    splits, source = remote.read_splits(name, spec.hub, spec.hub_splits, spec.kind, spec.label_names)
+    splits, source = read_hub_splits(name, spec.hub, spec.hub_splits, spec.kind, spec.label_names)
     return _task(name, spec, splits, source)
 
 

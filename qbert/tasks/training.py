@@ -15,13 +15,16 @@ the model.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 import os
 import shutil
+import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -30,19 +33,100 @@ import transformers
 from torch import nn
 from tqdm.auto import tqdm
 
-import qbert
 from qbert.files import read_json, write_json
-from qbert.tasks.cache import cache_folder, run_key, weights_id
 from qbert.tasks.checkpoint import load_checkpoint, save_checkpoint
 from qbert.tasks.embedded import embedded_encoder, file_sha256
 from qbert.tasks.encoding import Prepared, prepare, resolve_max_length, training_order
 from qbert.tasks.evaluation import evaluate
-from qbert.tasks.heads import build_model, load_quietly
-from qbert.tasks.quiet import quiet_libraries
-from qbert.tasks.settings import TrainingSettings, default_settings
+from qbert.tasks.heads import build_model, load_quietly, quiet_libraries
 from qbert.tasks.task import Task
+from qbert.version import __version__
 
-__all__ = ["FineTuned", "TrainingSettings", "fine_tune"]
+
+@dataclass(frozen=True)
+class TrainingSettings:
+    """All that decides a fine-tuning run, apart from model and data.
+
+    Attributes:
+        epochs: passes over the training rows.
+        learning_rate: peak rate of AdamW, reached after the warm-up, then down to 0 linearly.
+        batch_size: examples a step.
+        warmup: share of the steps with a rising rate.
+        weight_decay: of matrices; biases and normalization weights are not decayed.
+        clip: largest norm of the gradient.
+        max_length: longest input in tokens; by task where None.
+        train_limit: rows to train on, drawn by `seed`; all where None.
+        seed: of new head, data order and dropout.
+        bf16: matrix products in bfloat16 (autocast) on a CPU that computes it natively; CUDA devices that have it
+            always use it.
+    """
+
+    epochs: int = 3
+    learning_rate: float = 1e-4
+    batch_size: int = 32
+    warmup: float = 0.1
+    weight_decay: float = 0.01
+    clip: float = 1.0
+    max_length: int | None = None
+    train_limit: int | None = None
+    seed: int = 0
+    bf16: bool = False
+
+    def __post_init__(self) -> None:
+        for name, lowest in (("epochs", 1), ("batch_size", 1), ("train_limit", 1), ("seed", 0)):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < lowest):
+                raise ValueError(f"{name}={value!r} is not an integer of at least {lowest}")
+        for name in ("learning_rate", "clip"):
+            value = getattr(self, name)
+            if not math.isfinite(value) or value <= 0:
+                raise ValueError(f"{name}={value!r} is not a positive number")
+        if not 0 <= self.warmup < 1:
+            raise ValueError(f"warmup={self.warmup!r} is not a share of the steps from 0 to below 1")
+        if not math.isfinite(self.weight_decay) or self.weight_decay < 0:
+            raise ValueError(f"weight_decay={self.weight_decay!r} is not a number of at least 0")
+
+
+# (epochs, batch size) for MiniLM; those of reviews were compared on its held-out rows, the others follow their sizes
+_BY_TASK = {
+    "reviews": (3, 16),
+    "sst2": (3, 32),
+    "mrpc": (5, 16),
+    "cola": (5, 32),
+    "stsb": (4, 16),
+    "rte": (8, 16),
+    "qnli": (3, 32),
+    "mnli": (3, 32),
+    "qqp": (3, 32),
+    "ag_news": (2, 32),
+    "wnut17": (6, 16),
+    "wnut17_fine": (6, 16),
+    "conll2003": (3, 16),
+    "squad": (2, 16),
+}
+_NARROW = 512
+
+
+def default_settings(task: Task, hidden_size: int, **changes: int | float | None) -> TrainingSettings:
+    """The settings for a task and a width; `changes` that are None leave the default.
+
+    Raises:
+        TypeError: a change that is no setting.
+        ValueError: an impossible value.
+    """
+    known = {item.name for item in fields(TrainingSettings)}
+    for name in changes:
+        if name not in known:
+            raise TypeError(f"{name!r} is no training setting; the settings are {', '.join(sorted(known))}")
+    epochs, batch_size = _BY_TASK.get(task.name, (3, 32))
+    values: dict[str, int | float | None] = {
+        "epochs": epochs,
+        "batch_size": batch_size,
+        "learning_rate": 1e-4 if hidden_size <= _NARROW else 3e-5,
+    }
+    values.update({name: value for name, value in changes.items() if value is not None})
+    return TrainingSettings(**values)  # type: ignore[arg-type]
+
 
 _FORMAT = 2  # of the cache; raised when the training below changes
 _SECONDS_BETWEEN_CHECKPOINTS = 60.0
@@ -136,7 +220,7 @@ def check_bf16(wanted: bool, device: torch.device) -> None:
 
 
 def _versions() -> dict[str, str]:
-    return {"qbert": qbert.__version__, "torch": torch.__version__, "transformers": transformers.__version__}
+    return {"qbert": __version__, "torch": torch.__version__, "transformers": transformers.__version__}
 
 
 def _key(task: Task, source: str, settings: TrainingSettings, device: torch.device) -> str:
@@ -280,3 +364,53 @@ def _load_entry(entry: Path, task: Task, settings: TrainingSettings, device: tor
         raise ValueError(f"the cached weights were changed or are damaged; {mend}")
     model, tokenizer = build_model(task, entry)
     return FineTuned(model.to(device), tokenizer, record["scores"], entry, settings, record["seconds"], from_cache=True)
+
+
+_WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
+_TOKENIZERS = ("tokenizer.json", "vocab.txt", "spiece.model", "sentencepiece.bpe.model", "tokenizer_config.json")
+
+
+def cache_folder(folder: str | Path | None = None) -> Path:
+    """The cache folder, made if need be and found writable.
+
+    Raises:
+        PermissionError: the folder cannot be made or written to; names QBERT_CACHE as the mend.
+    """
+    chosen = Path(folder or os.environ.get("QBERT_CACHE") or _platform_cache() / "qbert").expanduser()
+    try:
+        chosen.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=chosen):
+            pass
+    except OSError as error:
+        raise PermissionError(
+            f"the cache folder {str(chosen)!r} cannot be written ({error.strerror}); "
+            "set QBERT_CACHE (or cache_dir=...) to a folder of yours"
+        ) from error
+    return chosen
+
+
+def _platform_cache() -> Path:
+    if sys.platform == "win32":
+        return Path(os.environ.get("LOCALAPPDATA", Path.home() / "AppData" / "Local"))
+    if sys.platform == "darwin":
+        return Path.home() / "Library" / "Caches"
+    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
+
+
+def weights_id(model_name_or_path: str | Path) -> str:
+    """What identifies a model's weights and tokenizer: hashes of a folder's files, or a hub name with its commit."""
+    folder = Path(model_name_or_path)
+    if not folder.is_dir():
+        from transformers import AutoConfig
+
+        from qbert.tasks.heads import load_quietly
+
+        commit = getattr(load_quietly(AutoConfig, str(model_name_or_path)), "_commit_hash", None)
+        return f"{model_name_or_path}@{commit}"
+    files = [file for pattern in (*_WEIGHTS, *_TOKENIZERS, "config.json") for file in sorted(folder.glob(pattern))]
+    return run_key({file.name: file_sha256(file) for file in files})
+
+
+def run_key(parts: Mapping[str, Any]) -> str:
+    """24 hex digits over JSON-able parts, whatever their order."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:24]

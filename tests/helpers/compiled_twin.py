@@ -2,7 +2,7 @@
 
 import torch
 
-from qbert.inference_cpu_layers import FusedLayers
+from qbert.inference.cpu_layers import FusedLayers
 from qbert.kernels.cpu_chains import compiled
 
 

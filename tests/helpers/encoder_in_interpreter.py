@@ -9,9 +9,9 @@ from encoders import build, inputs_for
 from transformers import AutoModel
 
 import qbert
-from qbert.inference_gpu import GpuEncoder
+from qbert.inference.gpu import GpuEncoder
 from qbert.kernels import dispatch
-from qbert.packed import pack
+from qbert.packing import pack
 
 BITS = {"encoder.layer.0.attention.self.query": 2, "encoder.layer.0.attention.self.key": 4, "embeddings": 4, "*": 3}
 

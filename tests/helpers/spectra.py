@@ -6,8 +6,8 @@ from typing import Any
 import numpy as np
 
 from qbert.bits import BitsConfig
+from qbert.encoders.targets import find_targets
 from qbert.hessian import parameter_blocks
-from qbert.targets import find_targets
 
 
 @dataclasses.dataclass

@@ -1,0 +1,1 @@
+"""From measured sensitivities to bits: rankings, exact budgets, the whole front, and how good each prediction is."""

@@ -1,0 +1,317 @@
+"""Fast inference of packed encoders on a CPU: int8 matrix products, one input quantization for Q, K and V, no padding.
+
+`optimize_for_inference` prepares every packed layer for the exact int8 products of `qbert.kernels.cpu`. Encoders of the
+BERT kind (BERT, RoBERTa, XLM-R, ELECTRA, CamemBERT, DistilBERT, MPNet) get more: a whole layer runs as four products
+with as few passes over memory as torch's operators allow, Q, K and V in one, and all layers as one compiled program
+(`qbert.inference.cpu_layers`); sequences are sorted by length and run in chunks that stay in the cache, each cut to its
+longest member, so that padding costs next to nothing. A layer that does not fit runs between the others in its own
+way (`qbert.inference.cpu`).
+
+    >>> fast = optimize_for_inference(packed)
+    >>> fast(**tokenizer(texts, padding=True, return_tensors="pt"))
+
+Every layer computes what the packed layer does up to float rounding. A whole model may differ by more: now and then a
+value on the border between two int8 codes falls to the other side, and what follows rounds differently, so the two
+outputs differ by about the error that quantized activations have anyway.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from copy import copy, deepcopy
+from itertools import groupby
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from qbert.encoders.parts import LayerParts
+from qbert.encoders.targets import base_model
+from qbert.inference.cpu_layers import FusedLayers
+from qbert.inference.cpu_model import FusedModel
+from qbert.inference.fits import reason_not_four_products, reason_not_to_fuse_layer
+from qbert.inference.forward import FastForward, freeze, is_recording, reason_not_to_replace
+from qbert.kernels.cpu_chains import compiled
+from qbert.layers.packed import PackedTensor, check_module
+
+logger = logging.getLogger(__name__)
+Model = TypeVar("Model", bound=nn.Module)
+# Tokens per thread that run together. Small chunks cut padding well; without any, larger ones reuse weights more often.
+_CHUNK_TOKENS, _FULL_CHUNK_TOKENS = 256, 512
+
+
+@torch.inference_mode(False)  # tensors made in inference mode could be used nowhere else
+def optimize_for_inference(
+    packed: Model, *, inplace: bool = False, exact: bool = True, operands: str = "int8"
+) -> Model:
+    """A packed model that runs fast on the device it is on: a CPU, or a GPU (`qbert.inference.gpu`).
+
+    On a CPU the int8 operands are made here and kept beside the packed tensors: one byte a weight, but four for
+    matrices that run in float, as is logged (float weights, activations that are not quantized, grouped input columns),
+    and for small tables. The model can still be saved, moved to another dtype, copied, and asked for hidden states or
+    attentions, for which it takes the slow path. Hidden states of padding are zero. TorchScript compiles the layers
+    during the first two calls, a few tenths of a second. A layer that cannot be fused, such as one that was left in
+    float, runs in its own way between those that can; where none can, all do. The log says which, and why.
+
+    The parameters of the encoder are frozen (``requires_grad`` off), since a wanted gradient leads to the slow path;
+    those of a head are not. Hooks on modules inside of a fused layer are not called. Weights can no longer be loaded
+    into the model, since the operands would stay the old ones.
+
+    Args:
+        packed: what `qbert.pack`, `qbert.load` or ``from_pretrained`` returned, on the CPU or a CUDA device.
+        inplace: prepare `packed` itself instead of a copy.
+        exact: compute what the packed layers do, whatever it takes. ``False`` lets 8-bit weights be rounded once more
+            (`qbert.kernels.cpu_gemm.fit_pairs`) on CPUs that add int8 products in 16 bits, x86 without VNNI, where
+            they run 1.2 to 1.4 times as fast then; the relative error of MiniLM's last hidden state goes from 0.050 to
+            0.060 with asymmetric activation ranges. On other CPUs, on GPUs and for fewer bits it changes nothing.
+        operands: what GPUs multiply. "int8" is what the packed layers do. "e4m3", on a GPU of compute capability 8.9
+            or later, quantizes the inputs of products with weights of 2 to 4 bits to eight-bit floats instead, of the
+            same range (weights stay exact; 8-bit weights keep int8 inputs). Triton overlaps loads with e4m3 products
+            on sm_90, not with int8 ones. Outputs then differ from the packed model's by about the error that
+            quantized inputs have anyway, which is smaller: the relative error of MiniLM's last hidden state, weights
+            in float, is 0.050 (e4m3) against 0.067 (int8) with one range a token, 0.052 against 0.197 with static
+            ranges, but 0.038 with asymmetric int8 ranges a token, which e4m3 does not have (64 sentences of STS-B).
+
+    Raises:
+        ValueError: if the model has no packed layer, is on another device, or on one that cannot multiply `operands`
+            (a CPU takes "int8"); TypeError if it is not a torch module.
+    """
+    check_module("packed", packed)
+    layers = [m for m in packed.modules() if isinstance(m, PackedTensor)]
+    if not layers:
+        raise ValueError(f"packed: {type(packed).__name__} has no packed layer; call qbert.pack first")
+    devices = {layer.owner.codes.device for layer in layers}  # type: ignore[union-attr]
+    if len(devices) > 1 or next(iter(devices)).type not in ("cpu", "cuda"):
+        names = ", ".join(sorted(map(str, devices)))
+        raise ValueError(f"packed: the model is on {names}; move it to the CPU or to one CUDA device with .to()")
+    if operands != "int8" and next(iter(devices)).type == "cpu":
+        raise ValueError(f"operands={operands!r} is for GPUs, and the model is on the CPU; use 'int8'.")
+    model = packed if inplace else deepcopy(packed)
+    model.eval()
+    _, base = base_model(model)
+    freeze(base)
+    for module in model.modules():
+        if isinstance(module, PackedTensor):
+            module.register_load_state_dict_pre_hook(_refuse_to_load)
+    if next(iter(devices)).type == "cuda":
+        from qbert.inference.gpu import fuse_for_gpu
+
+        fuse_for_gpu(model, operands)
+        return model
+    encoder = getattr(base, "encoder", None) or getattr(base, "transformer", None)  # so called by DistilBERT
+    reason = _reason_not_to_fuse(base, encoder)
+    fused: set[int] = set()
+    if encoder is not None and not reason:
+        fused_encoder = encoder.forward = FusedEncoder(encoder, exact)
+        altered = reason_not_to_replace([base])
+        if altered:
+            logger.info("%s keeps its own forward: %s", type(base).__name__, altered)
+        elif hasattr(base, "embeddings"):
+            base.forward = FusedModel(base, fused_encoder.run, fused_encoder.cross_attention)  # type: ignore[method-assign]
+        own_layers = _log_layers(type(base).__name__, encoder)
+        fused = {id(m) for m in encoder.modules()} - {id(m) for layer in own_layers for m in layer.modules()}
+    else:
+        logger.info("%s is not fused: %s; its layers run one by one", type(base).__name__, reason)
+    for module in model.modules():
+        if isinstance(module, PackedTensor) and id(module) not in fused:
+            module.prepare(exact)
+    return model
+
+
+def _refuse_to_load(module: nn.Module, *_: Any) -> None:
+    raise RuntimeError(
+        "load_state_dict: this model was optimized for inference and computes from copies of its weights, which would "
+        "stay the old ones; load the weights into the packed model and call qbert.optimize_for_inference on it"
+    )
+
+
+class FusedEncoder(FastForward):
+    """``forward`` of an encoder of the BERT kind, in int8 (not a module: it adds nothing to the state of the model).
+
+    Args:
+        encoder: module whose ``layer`` is a list of layers, some of which can be fused.
+        exact: as for `optimize_for_inference`.
+    """
+
+    own = ("encoder",)
+
+    def __init__(self, encoder: Any, exact: bool = True) -> None:
+        self.encoder = encoder
+        self._stages = stages_of(encoder, exact)
+        self._position_bias: Tensor | None = None
+        self.cross_attention = any(hasattr(layer, "add_cross_attention") for layer in encoder.layer)
+
+    def __call__(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Any:
+        """[B, T, H] to transformers' output with ``last_hidden_state`` [B, T, H]; zeros where a token is padding."""
+        from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPastAndCrossAttentions
+
+        if not self._can_run(hidden_states, attention_mask, kwargs):
+            return type(self.encoder).forward(self.encoder, hidden_states, attention_mask, **kwargs)
+        lengths = None if attention_mask is None else _lengths(attention_mask, hidden_states.shape[:2])
+        if attention_mask is not None and lengths is None:
+            mask = attention_mask if attention_mask.dtype == torch.bool else attention_mask.float()
+            result = self._outside(hidden_states, lambda x: self._run(x, mask))
+        else:
+            result = self.run(hidden_states, lengths)
+        kind = BaseModelOutputWithPastAndCrossAttentions if self.cross_attention else BaseModelOutput
+        return kind(last_hidden_state=result)
+
+    def run(self, hidden_states: Tensor, lengths: Tensor | None) -> Tensor:
+        """[B, T, H] and the number of tokens of each sequence, [B] int64 (None: all T), to [B, T, H] in its dtype."""
+        return self._outside(hidden_states, lambda x: self._run_chunks(x, lengths))
+
+    @staticmethod
+    def _outside(hidden_states: Tensor, run: Callable[[Tensor], Tensor]) -> Tensor:
+        if torch.is_autocast_enabled("cpu"):
+            # The layers are in int8 and float32 already, and their programs take nothing else.
+            with torch.autocast("cpu", enabled=False):
+                return FusedEncoder._outside(hidden_states, run)
+        with torch.inference_mode():
+            result = run(hidden_states.float())
+        if torch.is_inference_mode_enabled() and hidden_states.dtype == torch.float32:
+            return result
+        # A copy made outside of inference mode, because tensors made inside cannot be used in training (of a head).
+        return result.to(hidden_states.dtype) if hidden_states.dtype != torch.float32 else result.clone()
+
+    def _can_run(self, x: Tensor, mask: Tensor | None, kwargs: dict[str, Any]) -> bool:
+        from transformers.utils.output_capturing import _active_collector
+
+        wanted = ("encoder_hidden_states", "past_key_values", "output_hidden_states", "output_attentions")
+        return (
+            x.device.type == "cpu"
+            and not (torch.is_grad_enabled() and self._wants_gradient(x))
+            and not is_recording()
+            and not any(kwargs.get(name) for name in wanted if not isinstance(kwargs.get(name), Tensor))
+            and kwargs.get("return_dict") in (None, True)
+            and not isinstance(kwargs.get("encoder_hidden_states"), Tensor)
+            and (mask is None or mask.dim() == 4)
+            and not _active_collector.get()
+            and not self.encoder.training
+        )
+
+    def _wants_gradient(self, x: Tensor) -> bool:
+        return x.requires_grad or any(p.requires_grad for p in self.encoder.parameters())
+
+    def _run_chunks(self, x: Tensor, lengths: Tensor | None) -> Tensor:
+        batch, longest, _ = x.shape
+        if lengths is not None and not bool((lengths < longest).any()):
+            lengths = None
+        room = (_FULL_CHUNK_TOKENS if lengths is None else _CHUNK_TOKENS) * torch.get_num_threads()
+        if not x.numel():
+            return x
+        if lengths is None and (batch == 1 or batch * longest <= room):
+            return self._run(x, None)
+        order = torch.arange(batch, device=x.device) if lengths is None else lengths.argsort(descending=True)
+        result = torch.zeros_like(x)
+        start = 0
+        while start < batch:
+            length = longest if lengths is None else max(int(lengths[order[start]]), 1)
+            rows = order[start : start + max(room // length, 1)]
+            start += len(rows)
+            mask = None
+            if lengths is not None:
+                keep = torch.arange(length, device=x.device) < lengths[rows, None]  # [b, t]
+                # A sequence of nothing but padding attends to all of it, as in transformers; its output is cleared.
+                mask = None if bool(keep.all()) else (keep | (lengths[rows, None] == 0))[:, None, None]
+            y = self._run(x[rows, :length], mask)
+            if mask is not None:
+                y.mul_(keep.unsqueeze(-1))
+            result[rows, :length] = y
+        return result
+
+    def _run(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        added = self._biased_mask(x, mask) if hasattr(self.encoder, "relative_attention_bias") else mask
+        for stage in self._stages:
+            x = run_alone(self.encoder, stage, x, mask) if isinstance(stage, int) else stage(x, added)
+        return x
+
+    def _biased_mask(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        """MPNet adds to all scores a bias that depends on the distance of two tokens: [1 or B, heads, T, T]."""
+        length = x.shape[1]
+        bias = self._position_bias  # read once: another thread may put a shorter one there at any time
+        if bias is None or bias.shape[-1] < length:
+            bias = self._position_bias = self.encoder.compute_position_bias(x[:1]).float()
+        bias = bias[..., :length, :length]
+        if mask is None:
+            return bias
+        return bias.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else bias + mask
+
+
+def _reason_not_to_fuse(base: Any, encoder: Any) -> str:
+    layers = getattr(encoder, "layer", None)
+    if not isinstance(layers, nn.ModuleList) or not len(layers):
+        return "it has no list of encoder layers"
+    altered = reason_not_to_replace([encoder])
+    if altered:
+        return altered
+    reasons = list(filter(None, map(reason_not_to_fuse_layer, layers)))
+    attention = getattr(getattr(base, "config", None), "_attn_implementation", "eager")
+    if reasons and attention not in ("sdpa", "eager"):
+        return f"{reasons[0]}, and {attention} attention takes no mask of its own"
+    return reasons[0] if len(reasons) == len(layers) else ""
+
+
+def _log_layers(model: str, encoder: Any) -> list[nn.Module]:
+    """Say which layers of a fused `encoder` are less than they could be; returns those that run in their own way."""
+    own_layers = []
+    for index, layer in enumerate(encoder.layer):
+        reason = reason_not_to_fuse_layer(layer)
+        if reason:
+            logger.info("layer %d of %s is not fused: %s; it runs in its own way", index, model, reason)
+            own_layers.append(layer)
+        elif other := reason_not_four_products(layer):
+            logger.info("layer %d of %s is fused, but not in four int8 products: %s", index, model, other)
+    return own_layers
+
+
+def _lengths(mask: Tensor, shape: torch.Size) -> Tensor | None:
+    """Number of tokens [B] if `mask` [B, 1, T or 1, T] hides nothing but padding on the right; ``None`` if not."""
+    batch, longest = shape
+    if mask.shape[0] != batch or mask.shape[1] != 1 or mask.shape[3] != longest:
+        return None
+    seen = mask if mask.dtype == torch.bool else mask == 0
+    if not bool((seen == seen[:, :, :1]).all()):
+        return None
+    keys = seen[:, 0, 0]  # [B, T]
+    lengths = keys.sum(1)
+    places = torch.arange(longest, device=mask.device)
+    return lengths if torch.equal(keys, places < lengths[:, None]) else None
+
+
+Stage = int | Callable[[Tensor, Tensor | None], Tensor]
+
+
+def stages_of(encoder: Any, exact: bool = True) -> list[Stage]:
+    """The layers of `encoder` in their order: neighbours that fit as one program, others as their index.
+
+    Args:
+        encoder: module whose ``layer`` is a list of encoder layers.
+        exact: as for `qbert.kernels.cpu.CpuLinear.prepare`.
+    """
+    stages: list[Stage] = []
+    for fits, indices in groupby(range(len(encoder.layer)), lambda i: not reason_not_to_fuse_layer(encoder.layer[i])):
+        if fits:
+            parts = [parts for i in indices if (parts := LayerParts.of(encoder.layer[i]))]
+            stages.append(compiled(FusedLayers(parts, exact)))
+        else:
+            stages.extend(indices)
+    return stages
+
+
+def run_alone(encoder: Any, index: int, x: Tensor, mask: Tensor | None) -> Tensor:
+    """What `encoder` makes of x float32 [B, T, H] if the layer at `index` is its only one: float32 [B, T, H].
+
+    `mask` broadcasts to [B, heads, T, T], and is true or 0 where a key is seen. It comes without MPNet's bias by
+    position, which the encoder adds.
+    """
+    only = copy(encoder)  # so that the encoder itself decides how its layers are called
+    only._modules = {**encoder._modules, "layer": encoder.layer[index : index + 1]}
+    # In the layer's dtype, which is another where the model was moved after it was optimized.
+    dtype = next((p.dtype for p in only.layer.parameters() if p.is_floating_point()), x.dtype)
+    if mask is not None:
+        lowest = torch.finfo(dtype).min
+        if mask.dtype == torch.bool:  # which only some kinds of attention understand
+            mask = torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, lowest)
+        mask = mask.clamp(min=lowest).to(dtype).expand(-1, -1, x.shape[1], -1)
+    return type(encoder).forward(only, x.to(dtype), mask)[0].float()  # type: ignore[no-any-return]

@@ -1,0 +1,73 @@
+"""Why an encoder layer cannot be fused: what a layer of a known name really computes is looked at closely.
+
+A fused layer takes the place of the original without calling it, on CPUs and GPUs alike.
+
+    >>> reason_not_to_fuse_layer(model.encoder.layer[0])              # '' if it can be
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from qbert.encoders.parts import LayerParts
+from qbert.inference.forward import reason_not_to_replace
+from qbert.layers.linear import PackedLinear
+
+
+def reason_not_to_fuse_layer(layer: Any) -> str:
+    """Why `layer` is not an encoder layer of a known family, with linear maps packed or some in float; empty if it is.
+
+    A layer wholly in float would gain little, and take its weights a second time.
+    """
+    parts = LayerParts.of(layer)
+    if parts is None:
+        return f"a {type(layer).__name__} is not an encoder layer of the BERT kind"
+    packed = [p for p in parts.linears if isinstance(p, PackedLinear)]
+    inner = {id(m) for part in (*packed, parts.activation) for m in part.modules()}
+    altered = reason_not_to_replace(m for m in layer.modules() if id(m) not in inner)
+    if altered:
+        return altered
+    if not all(
+        type(norm) is nn.LayerNorm and norm.elementwise_affine and norm.bias is not None for norm in parts.norms
+    ):
+        return "its norms are not LayerNorm with weight and bias"
+    for part in parts.linears:
+        if not isinstance(part, PackedLinear) and type(part) is not nn.Linear:
+            return f"its {_name(layer, part)} is a {type(part).__name__}"
+    return "" if packed else "its linear maps are in float"
+
+
+def reason_not_four_products(layer: Any) -> str:
+    """Why a `layer` that can be fused cannot be four products of packed weights; empty if it can."""
+    parts = LayerParts.of(layer)
+    assert parts is not None
+    in_float = [_name(layer, p) for p in parts.linears if not isinstance(p, PackedLinear)]
+    if in_float:
+        return f"{', '.join(in_float)} in float"
+    if any(p.layout.input_groups > 1 for p in parts.inputs):
+        return "query, key or value has input groups"
+    return "" if one_input(parts) else "query, key and value quantize their input differently"
+
+
+def one_input(parts: LayerParts) -> bool:
+    """Whether Q, K and V are packed and quantize what they get in the same way."""
+    query, *others = parts.inputs
+    return all(isinstance(p, PackedLinear) for p in parts.inputs) and all(_same_input(query, p) for p in others)
+
+
+def _name(layer: nn.Module, part: nn.Module) -> str:
+    return next(name for name, module in layer.named_modules() if module is part)
+
+
+def _same_input(one: Any, other: Any) -> bool:
+    for field in ("activation_bits", "activation_range"):
+        if getattr(one.spec, field) != getattr(other.spec, field):
+            return False
+    if one.layout.input_groups > 1 or other.layout.input_groups > 1:
+        return False
+    if one.input_scale is None or one.input_zero is None or other.input_scale is None or other.input_zero is None:
+        return True
+    return torch.equal(one.input_scale, other.input_scale) and torch.equal(one.input_zero, other.input_zero)

@@ -1,0 +1,100 @@
+"""Lookup tables with low-bit rows: `QuantEmbedding`, which trains, and `PackedEmbedding`, which is deployed.
+
+Both quantize or unpack only the rows that are looked up.
+
+    >>> packed.embeddings.word_embeddings(ids)                     # [...] -> [..., D]
+
+Reference: Shen et al. 2020, section 3.1.
+"""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from qbert.bits import TensorSpec
+from qbert.kernels import dispatch
+from qbert.layers.layout import PackedLayout
+from qbert.layers.packed import PackedTensor
+from qbert.layers.quantizer import WeightQuantizer
+
+
+class QuantEmbedding(nn.Embedding):
+    """A lookup table [V, D] with fake-quantized rows; only the rows that are looked up are quantized."""
+
+    spec: TensorSpec
+    weight_quantizer: WeightQuantizer
+
+    @classmethod
+    def from_float(cls, embedding: nn.Embedding, quantizer: WeightQuantizer) -> QuantEmbedding:
+        """A quantized twin that owns the very parameter of `embedding` (ties stay ties), which has no `max_norm`."""
+        quantized = cls(
+            embedding.num_embeddings,
+            embedding.embedding_dim,
+            embedding.padding_idx,
+            scale_grad_by_freq=embedding.scale_grad_by_freq,
+            sparse=embedding.sparse,
+            device="meta",
+        )
+        quantized.weight = embedding.weight
+        quantized.spec, quantized.weight_quantizer = quantizer.spec, quantizer
+        return quantized.train(embedding.training)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Token ids [...] -> rows [..., D]."""
+        return cast(Tensor, self.weight_quantizer(super().forward(input), rows=input))
+
+    @torch.no_grad()
+    def quantized_weight(self) -> Tensor:
+        """The dequantized table [V, D]."""
+        return cast(Tensor, self.weight_quantizer(self.weight))
+
+
+_SMALL_TABLE = 2**20
+
+
+class PackedEmbedding(PackedTensor):
+    """A lookup table [V, D] with packed rows; only the rows that are looked up are unpacked."""
+
+    def __init__(
+        self,
+        num_embeddings: int,
+        embedding_dim: int,
+        padding_idx: int | None,
+        layout: PackedLayout,
+        source: PackedTensor | None = None,
+    ) -> None:
+        super().__init__(num_embeddings, embedding_dim, layout, source)
+        self.num_embeddings, self.embedding_dim, self.padding_idx = num_embeddings, embedding_dim, padding_idx
+        self._float_table: Tensor | None = None
+        self._grids: tuple[Tensor, Tensor] | None = None
+
+    def prepare(self, exact: bool = True) -> None:
+        """Keep what is read faster than made.
+
+        On a CPU the float values of a table of at most 2^20 values, whose rows take longer to unpack than to read; on a
+        GPU the grids of all rows, for one kernel that gathers and dequantizes.
+        """
+        assert self.owner.codes is not None
+        if self.owner.codes.device.type != "cpu":
+            self._grids = self.row_grids()
+        elif self.rows * self.columns <= _SMALL_TABLE:
+            self._float_table = self._dequantize(None, torch.float32)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Token ids [...] -> rows [..., D]. Raises RuntimeError in training mode, IndexError for unknown ids."""
+        self._refuse_training()
+        if input.numel() == 0:
+            return torch.empty(*input.shape, self.embedding_dim, dtype=self.dtype, device=input.device)
+        if self._float_table is not None and input.device.type == "cpu" and self.dtype == torch.float32:
+            return F.embedding(input, self._float_table)
+        if self._grids is not None and input.device == self._grids[0].device:
+            codes, bits = self.owner.codes, self.layout.bits
+            assert codes is not None
+            return dispatch.embedding(
+                input, codes, *self._grids, bits=bits, features=self.embedding_dim, dtype=self.dtype
+            )
+        return self._dequantize(input.reshape(-1), self.dtype).reshape(*input.shape, self.embedding_dim)

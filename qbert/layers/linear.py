@@ -1,0 +1,157 @@
+"""Linear maps with low-bit weights: `QuantLinear`, which trains, and `PackedLinear`, which is deployed.
+
+`QuantLinear` computes fq(x) fq(W)^T + b, where fq quantizes and dequantizes with a straight-through gradient; its float
+weight keeps its name and identity. `PackedLinear` keeps codes, computes the same values with the kernels of
+`qbert.kernels`, and cannot be trained.
+
+    >>> packed.encoder.layer[0].output.dense(x)                    # [..., I] -> [..., O]
+
+Reference: Shen et al. 2020, section 3.1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from qbert.bits import TensorSpec
+from qbert.kernels import dispatch
+from qbert.kernels.cpu import CpuLinear
+from qbert.layers.layout import PackedLayout
+from qbert.layers.packed import PackedTensor
+from qbert.layers.quantizer import WeightQuantizer
+from qbert.quantizers.activations import ActivationQuantizer
+from qbert.quantizers.grid import code_range, fake_quantize
+
+
+class QuantLinear(nn.Linear):
+    """A linear map [O, I] with fake-quantized weight and input."""
+
+    spec: TensorSpec
+    weight_quantizer: WeightQuantizer
+    activation_quantizer: ActivationQuantizer | None
+
+    @classmethod
+    def from_float(
+        cls, linear: nn.Linear, quantizer: WeightQuantizer, activation: ActivationQuantizer | None
+    ) -> QuantLinear:
+        """A quantized twin that owns the very parameters of `linear` (ties stay ties)."""
+        has_bias = linear.bias is not None
+        quantized = cls(linear.in_features, linear.out_features, bias=has_bias, device="meta")
+        quantized.weight, quantized.bias = linear.weight, linear.bias
+        quantized.spec, quantized.weight_quantizer, quantized.activation_quantizer = (
+            quantizer.spec,
+            quantizer,
+            activation,
+        )
+        return quantized.train(linear.training)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """[..., I] -> [..., O]."""
+        if self.activation_quantizer is not None:
+            input = self.activation_quantizer(input)
+        return F.linear(input, self.weight_quantizer(self.weight), self.bias)
+
+    @torch.no_grad()
+    def quantized_weight(self) -> Tensor:
+        """The dequantized weight [O, I] that the layer computes with."""
+        return cast(Tensor, self.weight_quantizer(self.weight))
+
+
+class PackedLinear(PackedTensor):
+    """A linear map [O, I] with packed weight; the input is quantized as in training.
+
+    ``input_scale`` and ``input_zero`` (float32 scalars) exist if activations have a static range.
+    """
+
+    input_scale: Tensor | None
+    input_zero: Tensor | None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool,
+        layout: PackedLayout,
+        source: PackedTensor | None = None,
+    ) -> None:
+        super().__init__(out_features, in_features, layout, source)
+        self.in_features, self.out_features = in_features, out_features
+        self.bias = nn.Parameter(torch.zeros(out_features)) if bias else None
+        static = layout.spec.activation_bits is not None and layout.spec.activation_range == "static"
+        self.register_buffer("input_scale", torch.ones((), dtype=torch.float32) if static else None)
+        self.register_buffer("input_zero", torch.zeros((), dtype=torch.float32) if static else None)
+        dynamic = layout.spec.activation_bits is not None and not static
+        mode = layout.spec.activation_range or "dynamic"
+        self.activation_quantizer = ActivationQuantizer(8, mode) if dynamic else None
+        self._fast: Callable[[Tensor], Tensor] | None = None
+        self._fast_device = torch.device("cpu")
+
+    def prepare(self, exact: bool = True) -> None:
+        """Make the operand of the int8 product, which every later call on this device uses; `exact` as `cpu_linear`."""
+        assert self.owner.codes is not None
+        self._fast_device = self.owner.codes.device
+        if self._fast_device.type == "cpu":
+            self._fast = self.cpu_linear(exact)
+        else:
+            self._fast = self._gpu_linear()
+
+    def cpu_linear(self, exact: bool = True) -> CpuLinear:
+        """This layer, bias and activation quantization included, as an int8 product of `qbert.kernels.cpu`.
+
+        `exact` False gives up some exactness of 8-bit weights for speed on CPUs without VNNI.
+        """
+        scale, zero = self.row_grids()
+        rows = torch.arange(self.rows, device=scale.device)
+        options = self.activation_arguments() | {"exact": exact}
+        return CpuLinear.prepare(self.int_codes(), scale, zero, rows, self.bias, self.layout.bits, **options)
+
+    def _gpu_linear(self) -> Callable[[Tensor], Tensor]:
+        scale, zero = self.row_grids()
+        packed = self.owner.codes
+        assert packed is not None
+        return partial(
+            dispatch.linear,
+            packed=packed,
+            scale=scale,
+            zero=zero,
+            bias=None if self.bias is None else self.bias.detach(),
+            bits=self.layout.bits,
+            **self.activation_arguments(),
+        )
+
+    def activation_arguments(self) -> dict[str, Any]:
+        """How the input is quantized, as the arguments of `CpuLinear.prepare` and `dispatch.linear`."""
+        arguments: dict[str, Any] = {"activation_bits": self.spec.activation_bits}
+        if self.activation_quantizer is not None and self.activation_quantizer.mode == "asymmetric":
+            arguments["asymmetric"] = True
+        if self.input_scale is not None and self.input_zero is not None:
+            arguments |= {"activation_scale": float(self.input_scale), "activation_zero": int(self.input_zero)}
+        return arguments
+
+    def forward(self, input: Tensor) -> Tensor:
+        """[..., I] -> [..., O]. Raises RuntimeError in training mode."""
+        self._refuse_training()
+        if self._fast is not None and input.device == self._fast_device and not torch.compiler.is_compiling():
+            differentiable = input.requires_grad and torch.is_grad_enabled()
+            if not differentiable and input.dtype != torch.float64:
+                try:
+                    return self._fast(input)
+                except RuntimeError:
+                    # A trace cannot record compiled programs. Asked only here, for it would cost small layers time.
+                    if not torch.jit.is_tracing():
+                        raise
+        return F.linear(self.quantize_input(input), self._dequantize(None, input.dtype), self.bias)
+
+    def quantize_input(self, x: Tensor) -> Tensor:
+        """Quantized and dequantized input [..., I], or `x` itself if activations stay in float."""
+        if self.activation_quantizer is not None:
+            return self.activation_quantizer(x)  # type: ignore[no-any-return]
+        if self.input_scale is None or self.input_zero is None:
+            return x
+        return fake_quantize(x, self.input_scale.to(x.dtype), self.input_zero.to(x.dtype), *code_range(8))

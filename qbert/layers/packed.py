@@ -1,0 +1,183 @@
+r"""`PackedTensor`: the low-bit weight of a deployed layer, and what every such layer can do with it.
+
+A packed tensor holds the codes q in the byte layout of `qbert.kernels.formats`, and for every group of rows and input
+columns a float32 scale s and, where the grid needs one, a zero point z; its weights are
+
+.. math:: \hat w = s\,(q - z).
+
+Which rows form a group follows from the numbers of rows, groups and heads and is not stored. Scales stay float32 when
+the model is moved to another dtype, so that no move changes a weight by more than its own rounding.
+
+    >>> packed.encoder.layer[0].output.dense.quantized_weight()    # [O, I]
+
+Reference: Shen et al. 2020, sections 3.1 and 3.3 (the grid and its groups).
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from qbert.bits import TensorSpec
+from qbert.kernels import formats
+from qbert.layers.layout import FIXED_ZERO, PackedLayout
+from qbert.layers.quantizer import WeightQuantizer
+from qbert.quantizers.groups import row_group_of
+
+
+def check_module(name: str, value: Any) -> None:
+    """Raises TypeError unless the argument `name` is a torch module."""
+    if not isinstance(value, nn.Module):
+        raise TypeError(
+            f"{name}: a {type(value).__name__} is not a model; give what qbert.load or from_pretrained returns"
+        )
+
+
+class PackedTensor(nn.Module):
+    """The packed weight [O, I] of a layer, or a reference to the one of another layer that it is tied to.
+
+    Args:
+        rows, columns: O and I of the weight ([V, D] of a table).
+        layout: bits, groups and zero points.
+        source: the packed layer whose weight this one shares; ``None`` owns its weight.
+
+    Attributes:
+        codes: uint8 [O, bytes of a row], as `qbert.kernels.formats.pack` lays them out.
+        scale: float32 [G, K], K = 1 unless the input is grouped too.
+        zero: [G, K] int8, or float32 if the zero points were learned; ``None`` if the scheme fixes them.
+        dtype: dtype of the layer's output and of `quantized_weight`.
+    """
+
+    codes: Tensor | None
+    scale: Tensor | None
+    zero: Tensor | None
+
+    def __init__(self, rows: int, columns: int, layout: PackedLayout, source: PackedTensor | None = None) -> None:
+        super().__init__()
+        self.rows, self.columns, self.layout = rows, columns, layout
+        self.dtype = torch.get_default_dtype()
+        # A tuple hides the module from the tree: a tied tensor is saved and moved once, by its owner.
+        self._source = () if source is None else (source,)
+        size = (layout.groups, layout.input_groups)
+        owner = source is None
+        self.register_buffer(
+            "codes",
+            torch.zeros(rows, formats.packed_row_nbytes(columns, layout.bits), dtype=torch.uint8) if owner else None,
+        )
+        self.register_buffer("scale", torch.ones(size, dtype=torch.float32) if owner else None)
+        zero_dtype = {"none": None, "int8": torch.int8, "float32": torch.float32}[layout.zero]
+        self.register_buffer("zero", torch.zeros(size, dtype=zero_dtype) if owner and zero_dtype else None)
+        self.training = False
+
+    @property
+    def owner(self) -> PackedTensor:
+        """The layer that holds the codes: this one, or the one it is tied to."""
+        return self._source[0].owner if self._source else self
+
+    @property
+    def spec(self) -> TensorSpec:
+        """Bits, groups, scheme and activation quantization of the layer."""
+        return self.layout.spec
+
+    @property
+    def weight(self) -> Tensor:
+        """Alias of `quantized_weight`, for code that reads the weight without calling the layer."""
+        return self.quantized_weight()
+
+    @torch.no_grad()
+    def quantized_weight(self) -> Tensor:
+        """The dequantized weight [O, I] that the layer computes with, in the layer's dtype."""
+        return self._dequantize(None, self.dtype)
+
+    @torch.no_grad()
+    def int_codes(self) -> Tensor:
+        """int8 codes [O, I]."""
+        assert self.owner.codes is not None
+        return formats.unpack(self.owner.codes, self.layout.bits, self.columns)
+
+    def row_grids(self, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Float32 scale and zero [N, K] of the rows with indices `rows` [N], or of all rows."""
+        owner = self.owner
+        assert owner.scale is not None
+        if rows is None:
+            rows = torch.arange(self.rows, device=owner.scale.device)
+        group = row_group_of(rows, self.rows, self.layout.groups, self.layout.heads)
+        scale = owner.scale[group]
+        if owner.zero is not None:
+            return scale, owner.zero[group].float()
+        return scale, torch.full_like(scale, FIXED_ZERO.get(self.layout.spec.scheme, 0.0))
+
+    @abstractmethod
+    def prepare(self, exact: bool = True) -> None:
+        """Make what a subclass needs to be fast on the device it is on; `exact` as for `PackedLinear.cpu_linear`."""
+        raise NotImplementedError
+
+    def _dequantize(self, rows: Tensor | None, dtype: torch.dtype) -> Tensor:
+        """Weights [N, I] of the rows `rows` [N] (all rows if ``None``); only those rows are unpacked."""
+        packed = self.owner.codes
+        assert packed is not None
+        if rows is not None:
+            packed = F.embedding(rows, packed)
+        scale, zero = self.row_grids(rows)
+        # Unpacked with its padding, since the check of the padding would stop torch.compile.
+        whole = packed.shape[1] * 8 // self.layout.bits
+        codes = formats.unpack(packed, self.layout.bits, whole)[:, : self.columns]
+        work = torch.promote_types(dtype, torch.float32)
+        grid = codes.unflatten(1, (self.layout.input_groups, -1)).to(work)  # [N, K, I/K]
+        return (scale.to(work).unsqueeze(-1) * (grid - zero.to(work).unsqueeze(-1))).flatten(1).to(dtype)
+
+    def _refuse_training(self) -> None:
+        if self.training:
+            raise RuntimeError(
+                "a packed model cannot be trained: its weights are integers; call .eval(), or train what "
+                "qbert.unpack(model) returns and pack it again"
+            )
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedTensor:
+        before = {name: buffer for name, buffer in self._buffers.items() if buffer is not None}
+        home = self.owner.codes
+        assert home is not None
+        dtype = fn(torch.empty(0, dtype=self.dtype, device=home.device)).dtype
+        super()._apply(fn, recurse)
+        self.dtype = dtype if dtype.is_floating_point else self.dtype
+        for name, buffer in before.items():
+            moved = self._buffers[name]
+            if moved is not None and moved.dtype != buffer.dtype:
+                self._buffers[name] = buffer.to(moved.device)
+        return self
+
+    def _fill(self, quantizer: WeightQuantizer, weight: Tensor) -> None:
+        """Take codes and grids from a trained layer."""
+        self.dtype = weight.dtype
+        if self._source:
+            return
+        self.codes = formats.pack(quantizer.codes(weight), self.layout.bits)
+        # Through the weight's dtype, because that is the scale which a half-precision model computes with.
+        self.scale = quantizer.scale.detach().to(weight.dtype).float().contiguous().clone()
+        if self.zero is not None:
+            self.zero = quantizer.zero.detach().to(weight.dtype).to(self.zero.dtype).contiguous()
+
+    def _quantizer(self) -> WeightQuantizer:
+        """The trainable grids of this tensor."""
+        assert self.owner.scale is not None
+        device = self.owner.scale.device
+        rows = torch.arange(self.rows, device=device)
+        group = row_group_of(rows, self.rows, self.layout.groups, self.layout.heads)
+        quantizer = WeightQuantizer(group, self.layout.input_groups, self.layout.spec).to(device)
+        first = torch.searchsorted(group, torch.arange(self.layout.groups, device=device))
+        scale, zero = self.row_grids(first)
+        with torch.no_grad():
+            quantizer.scale.copy_(scale)
+            quantizer.zero.copy_(zero)
+        return quantizer
+
+    def extra_repr(self) -> str:
+        """Shown in the module tree."""
+        tied = ", tied" if self._source else ""
+        activation = f", input {self.spec.activation_range}" if self.spec.activation_bits else ""
+        return f"{self.rows}x{self.columns}, {self.layout}{activation}{tied}"

@@ -1,0 +1,115 @@
+"""`WeightQuantizer`: the grids of one weight tensor, and its fake-quantized values with a straight-through gradient.
+
+It stands beside the float weight in every trainable quantized layer, so that optimizers, tied weights and checkpoints
+see an ordinary model.
+
+Reference: Shen et al. 2020, sections 3.1 and 3.3.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from qbert.bits import TensorSpec
+from qbert.quantizers.grid import code_range, fake_quantize, least_scale, quantize, scale_gradient
+from qbert.quantizers.ranges import SMALLEST_SCALE, find_ranges, refit_scale
+
+
+class WeightQuantizer(nn.Module):
+    """Grids of all groups of one weight tensor [O, I].
+
+    Args:
+        row_group: [O] int64, the row group of each row.
+        input_groups: number K of runs of input columns with a range each.
+        spec: bits, scheme and range method.
+
+    Attributes:
+        scale, zero: [G, K] float32 parameters; the scale is trained after `learn(True)`, with LSQ's gradient factor.
+        row_group: [O] int64 buffer.
+    """
+
+    row_group: Tensor
+
+    def __init__(self, row_group: Tensor, input_groups: int, spec: TensorSpec) -> None:
+        super().__init__()
+        self.spec, self.bits, self.input_groups = spec, spec.bits, input_groups
+        self.qmin, self.qmax = code_range(spec.bits, spec.scheme)
+        groups = int(row_group[-1]) + 1
+        self.register_buffer("row_group", row_group)
+        # Whatever torch's default dtype and device are.
+        zeros = torch.zeros(groups, input_groups, dtype=torch.float32, device=row_group.device)
+        self.scale = nn.Parameter(torch.ones_like(zeros), requires_grad=False)
+        self.zero = nn.Parameter(zeros, requires_grad=False)
+
+    @torch.no_grad()
+    def find(self, weight: Tensor) -> None:
+        """Set scale and zero from the weights [O, I] by the specification's range method."""
+        ranges = find_ranges(
+            weight,
+            self.row_group,
+            bits=self.bits,
+            input_groups=self.input_groups,
+            scheme=self.spec.scheme,
+            method=self.spec.range_method,
+            percentile=self.spec.percentile,
+        )
+        self.scale.copy_(ranges.scale.clamp_min(least_scale(weight.dtype, SMALLEST_SCALE)))
+        self.zero.copy_(ranges.zero)
+
+    def forward(self, weight: Tensor, rows: Tensor | None = None) -> Tensor:
+        """Fake-quantized weight, same shape and dtype.
+
+        Args:
+            weight: [O, I], or gathered rows [..., I] of it.
+            rows: indices [...] of the gathered rows; ``None`` means all rows in order.
+        """
+        blocks, scale, zero = self._blocks(weight, rows)
+        if scale.requires_grad:
+            scale = scale_gradient(scale, self.gradient_factor(weight))
+        return fake_quantize(blocks, scale, zero, self.qmin, self.qmax).flatten(-2)
+
+    @torch.no_grad()
+    def refit(self, weight: Tensor) -> None:
+        """Set the scale to the least-squares one for the present codes of the weights [O, I]; zero stays."""
+        blocks = weight.detach().float().unflatten(-1, (self.input_groups, -1))
+        scale = refit_scale(blocks, self.row_group, self.scale, self.zero, self.bits, self.spec.scheme)
+        self.scale.copy_(scale.clamp_min(least_scale(weight.dtype, SMALLEST_SCALE)))
+
+    def learn(self, enabled: bool = True) -> None:
+        """Let the optimizer train the scale (LSQ), or stop it."""
+        self.scale.requires_grad_(enabled)
+
+    @torch.no_grad()
+    def change_bits(self, bits: int, weight: Tensor) -> None:
+        """Go over to another number of bits: a new code range, and a new grid found from the weights [O, I]."""
+        self.spec = replace(self.spec, bits=bits)
+        self.bits = bits
+        self.qmin, self.qmax = code_range(bits, self.spec.scheme)
+        self.find(weight)
+
+    def gradient_factor(self, weight: Tensor) -> float:
+        """LSQ's 1 / sqrt(N q_max) for groups of N weights on average (Esser et al. 2020, section 2.2)."""
+        per_group = self.row_group.numel() * weight.shape[-1] / self.scale.numel()
+        return float((per_group * max(self.qmax, 1)) ** -0.5)
+
+    @torch.no_grad()
+    def codes(self, weight: Tensor) -> Tensor:
+        """int8 codes [O, I], two's complement of ``bits`` bits."""
+        blocks, scale, zero = self._blocks(weight, None)
+        return quantize(blocks, scale, zero, self.qmin, self.qmax).flatten(-2)
+
+    def _blocks(self, weight: Tensor, rows: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        group = self.row_group if rows is None else self.row_group[rows]
+        scale = self.scale[group].unsqueeze(-1).to(weight.dtype)  # [..., K, 1]
+        if weight.dtype == torch.float16:  # of a row of zeros, once the model was made half, the scale is 0
+            scale = scale.clamp_min(least_scale(weight.dtype, SMALLEST_SCALE))
+        zero = self.zero[group].unsqueeze(-1).to(weight.dtype)
+        return weight.unflatten(-1, (self.input_groups, -1)), scale, zero
+
+    def extra_repr(self) -> str:
+        """Shown in the module tree."""
+        groups, input_groups = self.scale.shape
+        return f"bits={self.bits}, groups={groups}x{input_groups}, {self.spec.scheme}, {self.spec.range_method}"

@@ -1,0 +1,150 @@
+"""Every picture of the library; matplotlib is loaded when the first one is drawn.
+
+>>> plot_spectrum(spectrum, "spectrum.png")
+>>> plot_landscapes(surfaces, "landscape.png")
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from qbert.files import write_whole
+
+_DECADES_FOR_LOG = 30.0
+
+
+def plot_spectrum(spectrum: Any, path: str | os.PathLike[str]) -> None:
+    """Write the picture to `path`; the suffix chooses the type (png, pdf, svg)."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    values = spectrum.eigenvalues  # [R, L]
+    runs, blocks = values.shape
+    figure = Figure(figsize=(max(6.4, 0.42 * blocks + 2), 4.8), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    positions = np.arange(blocks)
+    if runs > 2:
+        axes.boxplot(
+            values,
+            positions=positions,
+            widths=0.55,
+            showfliers=False,
+            medianprops={"color": "black"},
+            boxprops={"color": "0.45"},
+            whiskerprops={"color": "0.45"},
+            capprops={"color": "0.45"},
+        )
+    jitter = np.linspace(-0.16, 0.16, runs) if runs > 1 else np.zeros(1)
+    x = positions[None, :] + jitter[:, None]
+    for sign, color, label in ((1, "tab:blue", "positive"), (-1, "tab:red", "negative: not at a minimum")):
+        chosen = (np.sign(values) == sign) & spectrum.converged
+        if chosen.any():
+            axes.plot(x[chosen], values[chosen], "o", markersize=4, color=color, alpha=0.75, label=label)
+    if not spectrum.converged.all():
+        missed = ~spectrum.converged
+        axes.plot(x[missed], values[missed], "x", markersize=5, color="tab:orange", label="not converged")
+    axes.plot(positions, spectrum.sensitivity, "_", markersize=16, color="tab:green", label="|mean| + std")
+    magnitudes = np.abs(values[values != 0])
+    if magnitudes.size and magnitudes.max() > _DECADES_FOR_LOG * magnitudes.min():
+        if (values < 0).any():
+            axes.set_yscale("symlog", linthresh=float(magnitudes.min()))
+        else:
+            axes.set_yscale("log")
+    if (values < 0).any():
+        axes.axhline(0, color="0.7", linewidth=0.8, zorder=0)
+    axes.set_xticks(positions, _short(spectrum.names), rotation=90 if blocks > 14 else 0)
+    axes.set_xlabel(_axis_label(spectrum))
+    axes.set_ylabel("eigenvalue of largest magnitude  [loss / weight²]")
+    fraction = spectrum.settings.get("fraction")
+    share = f", each on {100 * fraction:.3g} % of the data" if isinstance(fraction, int | float) else ""
+    axes.set_title(f"Top Hessian eigenvalue over {runs} run{'s' if runs > 1 else ''}{share}")
+    axes.grid(axis="y", alpha=0.25)
+    axes.legend(fontsize="small")
+    write_whole(path, lambda aside: figure.savefig(aside, dpi=150))
+
+
+def _short(names: list[str]) -> list[str]:
+    """Names without the parts that all of them share at the front."""
+    split = [name.split(".") for name in names]
+    shared = 0
+    while len(names) > 1 and all(len(s) > shared + 1 for s in split) and len({s[shared] for s in split}) == 1:
+        shared += 1
+    return [".".join(s[shared:]) for s in split]
+
+
+def _axis_label(spectrum: Any) -> str:
+    kind = {"layer": "encoder layer", "block": "half layer", "matrix": "weight matrix", "group": "rows of a matrix"}
+    return kind.get(str(spectrum.settings.get("granularity")), "block")
+
+
+def plot_landscapes(landscapes: Sequence[Any], path: str | os.PathLike[str], *, kind: str = "contour") -> None:
+    """Draw surfaces side by side with one colour scale; a star marks the trained weights.
+
+    Args:
+        landscapes: at least one.
+        path: image file; its suffix chooses the type.
+        kind: ``contour`` or ``surface`` (three-dimensional).
+
+    Raises:
+        ValueError: nothing to draw, or an unknown kind.
+    """
+    if not landscapes:
+        raise ValueError("landscapes: nothing to draw; pass at least one LossLandscape")
+    if kind not in ("contour", "surface"):
+        raise ValueError(f"kind: {kind!r} is unknown; use 'contour' or 'surface'")
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import PowerNorm
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5.2 * len(landscapes) + 1, 4.8), layout="constrained")
+    FigureCanvasAgg(figure)
+    finite = np.concatenate([s.losses[np.isfinite(s.losses)] for s in landscapes])
+    low, high = float(finite.min()), float(finite.max())
+    high = high if high > low else low + 1e-12
+    # Square-root colours and quadratic levels: a parabola gets evenly spaced contours.
+    norm = PowerNorm(0.5, low, high)
+    levels = low + (high - low) * np.linspace(0, 1, 17) ** 2
+    reach = min(float(s.offsets[-1]) for s in landscapes)  # the same window for all, so that slopes compare
+    panels = []
+    for index, surface in enumerate(landscapes, 1):
+        losses = np.clip(np.where(np.isfinite(surface.losses), surface.losses, high), low, high)
+        x, y = np.meshgrid(surface.offsets, surface.offsets, indexing="ij")
+        axes: Any = figure.add_subplot(1, len(landscapes), index, projection="3d" if kind == "surface" else None)
+        panels.append(axes)
+        if kind == "surface":
+            axes.plot_surface(x, y, losses, cmap="viridis", norm=norm, rstride=1, cstride=1, alpha=0.9)
+            axes.plot([0], [0], [surface.center], "*", color="red", markersize=11, label="trained weights", zorder=9)
+            axes.set_zlim(low, high)
+            axes.set_zlabel("mean loss")
+            axes.set_box_aspect(None, zoom=0.8)
+        else:
+            axes.contourf(x, y, losses, levels=levels, cmap="viridis", norm=norm)
+            axes.contour(x, y, losses, levels=levels, colors="white", linewidths=0.4, alpha=0.6)
+            axes.set(xlim=(-reach, reach), ylim=(-reach, reach))
+            axes.plot(
+                [0],
+                [0],
+                "*",
+                color="red",
+                markeredgecolor="white",
+                markersize=14,
+                label=f"trained weights, loss {surface.center:.3g}",
+            )
+            axes.set_aspect("equal")
+        eigenvalues = ", ".join(f"{value:.3g}" for value in surface.eigenvalues)
+        note = "" if surface.converged else " (not converged)"
+        axes.set_title(f"{surface.name}\ntop eigenvalues {eigenvalues}{note}", fontsize="medium")
+        axes.set_xlabel("distance along eigenvector 1")
+        axes.set_ylabel("distance along eigenvector 2")
+        axes.legend(loc="upper right", fontsize="small")
+    bar = figure.colorbar(
+        ScalarMappable(norm, "viridis"), ax=panels, shrink=0.85, pad=0.02 if kind == "contour" else 0.1
+    )
+    bar.set_label("mean loss")
+    write_whole(path, lambda aside: figure.savefig(aside, dpi=150))

@@ -1,0 +1,180 @@
+"""The record of a packed model: which tensor has which layout, as plain JSON values.
+
+Names are relative to the base model (full paths for modules outside of it), so that the record of a classifier also
+fits the bare encoder and every other head. Equal layouts are written once and referred to by a label.
+
+    >>> describe(packed)["tensors"]["encoder.layer.0.output.dense"]
+    'w4'
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from qbert.bits import TensorSpec, spec_to_dict
+from qbert.encoders.targets import base_model
+from qbert.files import read_json
+from qbert.layers.layout import PackedLayout
+from qbert.layers.linear import PackedTensor
+
+METHOD = "qbert"
+FORMAT_VERSION = 1
+_LAYOUT_FIELDS = ("heads", "input_groups", "zero")
+
+
+def describe(model: nn.Module) -> dict[str, Any]:
+    """The record of `model`: format_version, specs {label: values}, tensors {name: label} and tied {name: name}.
+
+    Raises:
+        ValueError: if two packed modules have the same name relative to the base model, or a layer is tied to one
+            outside of `model`.
+    """
+    prefix, _ = base_model(model)
+    layers = {path: m for path, m in model.named_modules() if isinstance(m, PackedTensor)}
+    specs, tensors = record_layouts(prefix, {path: layer.layout for path, layer in layers.items()})
+    names = {id(layer): name for layer, name in zip(layers.values(), tensors, strict=True)}
+    tied: dict[str, str] = {}
+    for layer in layers.values():
+        if id(layer.owner) not in names:
+            raise ValueError(
+                f"model: the codes of {names[id(layer)]} belong to a layer outside of {type(model).__name__}; "
+                "save the whole model"
+            )
+        if layer.owner is not layer:
+            tied[names[id(layer)]] = names[id(layer.owner)]
+    return {"format_version": FORMAT_VERSION, "specs": specs, "tensors": tensors, "tied": tied}
+
+
+def is_complete(model: nn.Module) -> bool:
+    """Whether `model` has packed layers and all of their codes: a part of a model may be tied to another part."""
+    layers = [m for m in model.modules() if isinstance(m, PackedTensor)]
+    inside = {id(layer) for layer in layers}
+    return bool(layers) and all(id(layer.owner) in inside for layer in layers)
+
+
+def record_layouts(
+    prefix: str, layouts: Mapping[str, PackedLayout]
+) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
+    """({label: values}, {name relative to the module at `prefix`: label}) of layouts by path, in their order."""
+    labels: dict[str, str] = {}
+    specs: dict[str, dict[str, Any]] = {}
+    tensors: dict[str, str] = {}
+    for path, layout in layouts.items():
+        name = path.removeprefix(prefix + ".") if prefix else path
+        if name in tensors:
+            raise ValueError(f"model: two quantized modules are called {name!r} relative to the base model; rename one")
+        values = {**spec_to_dict(layout.spec), **{f: getattr(layout, f) for f in _LAYOUT_FIELDS}}
+        key = json.dumps(values, sort_keys=True)
+        if key not in labels:
+            count = sum(label.split("-")[0] == f"w{layout.bits}" for label in specs)
+            labels[key] = f"w{layout.bits}" + (f"-{count + 1}" if count else "")
+            specs[labels[key]] = values
+        tensors[name] = labels[key]
+    return specs, tensors
+
+
+def read_layout(name: str, label: str, specs: Mapping[str, Mapping[str, Any]]) -> PackedLayout:
+    """The layout that the record gives to tensor `name`. Raises ValueError if the record is damaged or too new."""
+    try:
+        values = dict(specs[label])
+        heads, input_groups, zero = (values.pop(field) for field in _LAYOUT_FIELDS)
+        spec = TensorSpec(**values)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"quantization_config: the layout {label!r} of {name} cannot be read ({type(error).__name__}: {error}); "
+            "config.json is damaged or was written by another version"
+        ) from error
+    counts = (spec.groups, input_groups) if heads is None else (spec.groups, input_groups, heads)
+    whole = all(isinstance(n, int) and not isinstance(n, bool) and n >= 1 for n in counts)
+    if not whole or zero not in ("none", "int8", "float32") or spec.is_float:
+        raise ValueError(f"quantization_config: the layout {label!r} of {name} is impossible; config.json is damaged")
+    return PackedLayout(spec, heads, input_groups, zero)
+
+
+def configuration(path: str | os.PathLike[str], **hub: Any) -> dict[str, Any]:
+    """The values in ``config.json`` of a folder or hub name; keyword arguments say where on the hub.
+
+    Raises:
+        OSError: if there is none; ValueError: if it does not hold a table of values.
+    """
+    import transformers
+
+    values, _ = transformers.PreTrainedConfig.get_config_dict(path, **hub)
+    if not isinstance(values, dict):
+        raise ValueError(f"{path}: config.json does not hold the configuration of a model; copy the folder again")
+    return values
+
+
+def check_index(folder: Path) -> None:
+    """Check the index of a model in several files, if `folder` has one, before transformers trips over it.
+
+    Raises:
+        ValueError: if it is damaged, or names a file that is not there.
+    """
+    index = folder / "model.safetensors.index.json"
+    if not index.is_file():
+        return
+    content = read_json(index)
+    files = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(files, dict) or not files or not all(isinstance(name, str) for name in files.values()):
+        raise ValueError(f"{index} does not say which file holds which tensor; copy or download the folder again")
+    for name in sorted(set(files.values())):
+        if not (folder / name).is_file():
+            raise ValueError(f"{index} names {name}, which is not there; copy or download the folder again")
+
+
+def load_complete(path: str | os.PathLike[str], values: Mapping[str, Any], **kwargs: Any) -> Any:
+    """The model at `path`, of the first class among ``architectures`` of its configuration `values`.
+
+    Args:
+        path: folder or hub name.
+        values: what `configuration` returned.
+        **kwargs: passed on to ``from_pretrained``.
+
+    Raises:
+        ValueError: if transformers has no such class, or the files hold other tensors than the class has.
+    """
+    import transformers
+
+    names = values.get("architectures") or ["AutoModel"]
+    name = names[0] if isinstance(names, list) else names
+    model_class = getattr(transformers, name, None) if isinstance(name, str) else None
+    known = isinstance(model_class, type) and issubclass(model_class, transformers.PreTrainedModel)
+    if not known and name != "AutoModel":
+        raise ValueError(
+            f"{path}: transformers {transformers.__version__} has no model class {name!r}, which config.json names; "
+            "install the version that wrote it, or load with from_pretrained of your own class"
+        )
+    model, report = model_class.from_pretrained(path, output_loading_info=True, **kwargs)  # type: ignore[union-attr]
+    incomplete = sorted(report["missing_keys"]) + sorted(report["unexpected_keys"])
+    if incomplete:
+        raise ValueError(f"{path}: tensor {incomplete[0]!r} does not fit {name}; the files are not one model")
+    return model
+
+
+def find_module(model: nn.Module, prefix: str, base: nn.Module, name: str) -> str | None:
+    """Path in `model` of a recorded name: relative to its base model at `prefix`, or of a module outside of it.
+
+    ``None`` for what another head or a base model without its optional parts does not have.
+
+    Raises:
+        ValueError: if a part that the model has does not contain `name`.
+    """
+    for path in ((f"{prefix}.{name}" if prefix else name), name):
+        try:
+            model.get_submodule(path)
+            return path
+        except AttributeError:
+            continue
+    first = name.split(".")[0]
+    if "." in name and any(isinstance(getattr(parent, first, None), nn.Module) for parent in (base, model)):
+        raise ValueError(
+            f"quantization_config: {type(model).__name__} has no module {name!r}; config.json belongs to another model"
+        )
+    return None

@@ -1,0 +1,1 @@
+"""Smaller models made from a teacher, one file a family."""
