@@ -79,7 +79,9 @@ def epilogue(
     BM: tl.constexpr = acc.shape[1]
     MORE: tl.constexpr = HAS_RESIDUAL or OUT_SUM or ZERO == "float"
     FULL: tl.constexpr = X_SCALE == "asymmetric" or (X_SCALE == "token" and acc.dtype == tl.float32)
-    PARTS: tl.constexpr = 2 if (FULL and BM >= 64) or (X_SCALE == "token" and MORE and BM >= 128) else 1
+    HALVES8: tl.constexpr = X_SCALE == "token" or GELU or ZERO == "float"
+    HALVES: tl.constexpr = (FULL and BM >= 64) or (X_SCALE == "token" and MORE and BM >= 128)
+    PARTS: tl.constexpr = 2 if (HALVES8 and BM >= 128 if F8 and IN_UNITS else HALVES) else 1
     WIDTH: tl.constexpr = BM // PARTS
     UNIT: tl.constexpr = (512.0 if IN_UNITS else 1.0) if F8 else 1.0 / (1 << (8 - BITS))
     SUM_UNIT: tl.constexpr = 1.0 / 512 if F8 else 1.0
