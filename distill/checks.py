@@ -27,8 +27,8 @@ def check_pair(teacher: nn.Module, student: nn.Module) -> None:
     """Refuse models whose outputs or inputs do not mean the same.
 
     Raises:
-        ValueError: the same object twice, a student without trainable parameters, another number or order of labels,
-            another vocabulary.
+        ValueError: the same object twice, a student without trainable parameters, another number, order or kind of
+            labels, another vocabulary.
     """
     if teacher is student:
         raise ValueError(
@@ -42,6 +42,12 @@ def check_pair(teacher: nn.Module, student: nn.Module) -> None:
     if ours.num_labels != theirs.num_labels:
         raise ValueError(
             f"the student has {ours.num_labels} labels and the teacher {theirs.num_labels}; give both the task's labels"
+        )
+    kinds = [getattr(config, "problem_type", None) for config in (ours, theirs)]
+    if None not in kinds and kinds[0] != kinds[1]:
+        raise ValueError(
+            f"the student's problem_type is {kinds[0]!r} and the teacher's {kinds[1]!r}, so their outputs mean other "
+            "things; give both configs the same"
         )
     names = [_label_names(config) for config in (ours, theirs)]
     if None not in names and names[0] != names[1]:

@@ -172,7 +172,7 @@ class Distiller(Trainer):
             result = super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
         finally:
             self._interrupt.restore()
-            self.student.eval()
+            self.distillation.eval()
             end_training(self.student)
         if self.args.should_save:
             save_curves(self.state.log_history, self.folder)

@@ -15,15 +15,29 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from qbert.distill.dropout import Rates, restore, train_without_dropout
 from qbert.distill.features import Recorder
-from qbert.distill.losses import LOSSES, kl_divergence, mse, soft_cross_entropy, span_cross_entropy
+from qbert.distill.losses import (
+    LOSSES,
+    Loss,
+    kl_divergence,
+    mse,
+    sigmoid_cross_entropy,
+    sigmoid_kl_divergence,
+    soft_cross_entropy,
+    span_cross_entropy,
+)
 from qbert.distill.mapping import Pairs, layer_pairs, state_pairs
 from qbert.distill.recipe import Match, Recipe, Stage
 
 AUTO_WEIGHT_STEPS = 100
+MULTI_LABEL = "multi_label_classification"
 
-# Losses over classes say nothing about a single value; a regression's outputs are compared by squares instead.
-_OF_CLASSES = (soft_cross_entropy, kl_divergence)
+# Losses over classes that exclude each other, and what they become where every label is decided on its own.
+_OF_CLASSES: dict[Loss, Loss] = {
+    soft_cross_entropy: sigmoid_cross_entropy,
+    kl_divergence: sigmoid_kl_divergence,
+}
 
 
 class DistillationHeads(nn.Module):
@@ -66,8 +80,10 @@ class Distillation(nn.Module):
         self.recipe = recipe
         self.stage_index = 0
         self.heads = DistillationHeads(len(recipe.terms))
+        self._dropout_rates: Rates = []
         self.set_teacher(teacher)
         self._pairs: dict[tuple[int, str], Pairs] = {}
+        self._predicts_words = False
         self._prepare(example)
 
     @property
@@ -85,9 +101,10 @@ class Distillation(nn.Module):
         """Training mode of the student; without dropout where the recipe says so. The teacher stays as it is."""
         super().train(mode)
         if mode and not self.recipe.dropout:
-            for module in self.student.modules():
-                if isinstance(module, nn.Dropout):
-                    module.eval()
+            self._dropout_rates += train_without_dropout(self.student)
+        elif self._dropout_rates:
+            restore(self._dropout_rates)
+            self._dropout_rates = []
         return self
 
     def activation_checkpointing_enable(self, **arguments: Any) -> None:
@@ -137,8 +154,16 @@ class Distillation(nn.Module):
         student = recorder.features(match.feature, output)
         teacher = [x.to(student[0].dtype) for x in target[0].features(match.feature, target[1])]
         if match.feature == "logits":
-            span = getattr(output, "start_logits", None) is not None
-            return _logits_loss(match, student[0], teacher[0], mask, labels, span)
+            if getattr(output, "start_logits", None) is not None:
+                kind = "span"
+            else:
+                kind = problem_type(self.student, self.teacher) or _guessed_type(student[0], labels)
+                kind = None if student[0].dim() == 3 else kind
+            if hasattr(self.student, "discriminator_predictions"):  # ELECTRA's: each token is replaced, or it is not
+                kind, student, teacher = MULTI_LABEL, *([x[0].unsqueeze(-1)] for x in (student, teacher))
+            elif student[0].dim() == 3 and kind != "span":
+                mask = self._output_mask(mask, labels)
+            return _logits_loss(match, student[0], teacher[0], mask, kind)
         pairs = self._pairs.get((self.stage_index, match.term))
         if pairs is None:
             pairs = self._pair(match, student, teacher)
@@ -149,7 +174,20 @@ class Distillation(nn.Module):
                 f"term {match.term!r} has no gradient: the feature was recorded inside reentrant gradient "
                 "checkpointing; set activation_checkpointing_kwargs={'use_reentrant': False}"
             )
-        return torch.stack(values).mean()
+        stacked = torch.stack(values)
+        return stacked.sum() if match.reduction == "sum" else stacked.mean()
+
+    def _output_mask(self, mask: Tensor, labels: Tensor | None) -> Tensor:
+        """[B, T]: the tokens whose outputs are compared.
+
+        All real ones of a language model, which has something to say about each (Sanh et al. 2019); of other token
+        heads those that the task labels, in rows that have a label at all.
+        """
+        unlabelled = labels is None or labels.shape != mask.shape or labels.is_floating_point()
+        if self._predicts_words or labels is None or unlabelled:
+            return mask
+        labelled = labels >= 0
+        return torch.where(labelled.any(1, keepdim=True), labelled, mask)
 
     def _pair(self, match: Match, student: list[Tensor], teacher: list[Tensor]) -> Pairs:
         counts = {"students": len(student), "teachers": len(teacher)}
@@ -198,6 +236,7 @@ class Distillation(nn.Module):
                 self.stage_index = index
                 recorded = self._run(self.student, _without_labels(inputs), stage)
                 target = self._run(self.teacher, _without_labels(inputs), stage) if stage.uses_teacher else None
+                self._predicts_words |= _predicts_words(self.student, recorded[1])
                 for match in stage.matches:
                     if match.feature not in ("labels", "logits") and target is not None:
                         student = recorded[0].features(match.feature, recorded[1])
@@ -212,11 +251,8 @@ class Distillation(nn.Module):
         for s, t in self._pair(match, student, teacher):
             ours, theirs = student[s].shape, teacher[t].shape
             if match.projection is None:
-                if ours != theirs and match.feature not in ("relations.query", "relations.key", "relations.value"):
-                    raise ValueError(
-                        f"term {match.term!r}: the student's feature has shape {list(ours)} and the teacher's "
-                        f"{list(theirs)}; give the match projection='linear' or match another feature"
-                    )
+                if ours != theirs:
+                    raise ValueError(_misfit(match, list(ours), list(theirs)))
                 continue
             key = self._projection_key(match, s)
             if key not in self.heads.projections:
@@ -224,6 +260,23 @@ class Distillation(nn.Module):
                 nn.init.orthogonal_(linear.weight)
                 nn.init.zeros_(linear.bias)
                 self.heads.projections[key] = linear.to(device)
+
+
+def _misfit(match: Match, ours: list[int], theirs: list[int]) -> str:
+    """Why two features cannot be compared, and what can."""
+    shapes = f"term {match.term!r}: the student's feature has shape {ours} and the teacher's {theirs}"
+    if match.feature == "scores" and ours[1] != theirs[1]:
+        names = "'relations.query', 'relations.key' or 'relations.value'"
+        return f"{shapes}, {ours[1]} and {theirs[1]} heads; match {names}, which have as many heads as you say"
+    if match.feature.startswith("relations."):
+        return f"{shapes}; give all relations options={{'heads': N}} with an N that divides both widths"
+    return f"{shapes}; give the match projection='linear' or match another feature"
+
+
+def _predicts_words(model: nn.Module, output: Any) -> bool:
+    """Whether the outputs are over the vocabulary, as a (masked) language model's are."""
+    logits, size = getattr(output, "logits", None), getattr(getattr(model, "config", None), "vocab_size", None)
+    return isinstance(logits, Tensor) and logits.dim() == 3 and logits.shape[-1] == size
 
 
 def token_mask(inputs: dict[str, Any]) -> Tensor:
@@ -251,10 +304,24 @@ def _without_labels(inputs: dict[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in inputs.items() if k not in ("labels", "start_positions", "end_positions")}
 
 
+def problem_type(*models: nn.Module) -> str | None:
+    """``config.problem_type`` of the first model that has one: what the outputs of a sequence classifier mean."""
+    types = (getattr(getattr(model, "config", None), "problem_type", None) for model in models)
+    return next((kind for kind in types if kind is not None), None)
+
+
+def _guessed_type(logits: Tensor, labels: Tensor | None) -> str | None:
+    """What transformers takes a head for whose config does not say: by the number of outputs and the labels' dtype."""
+    if logits.dim() == 1 or logits.shape[-1] == 1:
+        return "regression"
+    several = labels is not None and labels.is_floating_point() and labels.shape == logits.shape
+    return MULTI_LABEL if several else None
+
+
 def _logits_loss(
-    match: Match, student: Tensor, teacher: Tensor, mask: Tensor, labels: Tensor | None, span: bool
+    match: Match, student: Tensor, teacher: Tensor, mask: Tensor, kind: str | None
 ) -> Tensor:
-    """Loss of the outputs, by the kind of head: span, token, regression or classification."""
+    """Loss of the outputs, by the kind of head: ``span``, a `problem_type`, or None (classes, of rows or of tokens)."""
     if student.shape != teacher.shape:
         raise ValueError(
             f"term {match.term!r}: the student's outputs have shape {list(student.shape)} and the teacher's "
@@ -262,11 +329,13 @@ def _logits_loss(
         )
     options = dict(match.options)
     chosen = LOSSES[match.loss] if isinstance(match.loss, str) else match.loss
-    if span:
+    if kind == "span":
         return (chosen or span_cross_entropy)(student, teacher, mask, **options)
+    chosen = chosen or soft_cross_entropy
+    if kind == MULTI_LABEL:
+        return _OF_CLASSES.get(chosen, chosen)(student, teacher, mask if student.dim() == 3 else None, **options)
     if student.dim() == 3:
-        keep = mask if labels is None else labels != -100
-        return (chosen or soft_cross_entropy)(student, teacher, keep, **options)
-    if student.dim() == 1 or student.shape[-1] == 1:
-        return mse(student, teacher) if chosen is None or chosen in _OF_CLASSES else chosen(student, teacher)
-    return (chosen or soft_cross_entropy)(student, teacher, None, **options)
+        return chosen(student, teacher, mask, **options)
+    if chosen in _OF_CLASSES and (kind == "regression" or student.shape[-1] == 1):
+        return mse(student, teacher)  # a softmax over classes says nothing about values
+    return chosen(student, teacher, None, **options)

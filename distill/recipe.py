@@ -36,13 +36,15 @@ class Match:
     Attributes:
         feature: see `qbert.distill.features`; ``labels`` is the task's own loss on the data's labels.
         loss: a name from `qbert.distill.losses.LOSSES`, or a callable (student, teacher, mask) -> scalar. Where None,
-            the feature's usual one; for ``logits`` by the head: soft cross-entropy, mean squared error for a
-            regression, soft cross-entropy over positions for a span.
+            the feature's usual one; for ``logits`` by the head: soft cross-entropy, over positions for a span; by
+            ``config.problem_type`` a cross-entropy of every label on its own (so of ``soft_ce`` and ``kl`` too), or
+            the mean squared error of a regression's values.
         weight: factor of the term; ``auto`` divides the term by its mean over the first 100 steps.
         layers: a named layer map or explicit pairs (see `qbert.distill.mapping`).
         embedding: whether a named map also pairs the embedding outputs (``hidden`` only).
         projection: ``linear`` (one map a pair), ``shared`` (one for all pairs), or None: student and teacher widths
             must then agree. On the student's side.
+        reduction: ``mean`` or ``sum`` over the pairs of layers.
         options: further arguments of the loss, such as ``{"temperature": 2.0}``.
         name: what the term is called in logs; the feature's name where empty.
     """
@@ -53,6 +55,7 @@ class Match:
     layers: LayerMap = "uniform"
     embedding: bool = True
     projection: Literal["linear", "shared"] | None = None
+    reduction: Literal["mean", "sum"] = "mean"
     options: Mapping[str, Any] = field(default_factory=dict)
     name: str = ""
 
@@ -66,6 +69,14 @@ class Match:
             raise ValueError(f"layer map {self.layers!r} is not known; use one of {', '.join(LAYER_MAPS)} or pairs")
         if self.projection not in (None, "linear", "shared"):
             raise ValueError(f"projection={self.projection!r} is not possible; use 'linear', 'shared' or None")
+        states = self.feature in ("hidden", "embeddings", "cls") or self.feature.startswith("module:")
+        if self.projection is not None and not states:
+            raise ValueError(
+                f"projection={self.projection!r} maps states to another width, and {self.feature!r} has none; "
+                "leave it out (heads of another number are matched by 'relations.query' and the like)"
+            )
+        if self.reduction not in ("mean", "sum"):
+            raise ValueError(f"reduction={self.reduction!r} is not possible; use 'mean' or 'sum'")
 
     @property
     def term(self) -> str:
@@ -108,6 +119,8 @@ class Stage:
         twice = next((term for term in terms if terms.count(term) > 1), None)
         if twice is not None:
             raise ValueError(f"stage {self.name!r} has two terms called {twice!r}; give one of them another name")
+        if len({match.options["heads"] for match in self.matches if "heads" in match.options}) > 1:
+            raise ValueError(f"stage {self.name!r} has relations of several numbers of heads; give all the same")
         if not self.share > 0 or not self.rate > 0:
             raise ValueError(f"stage {self.name!r}: share={self.share} and rate={self.rate} must be positive")
         if self.bits not in (None, 2, 3, 4, 8):

@@ -80,7 +80,8 @@ def compare(
 ) -> None:
     """An operator's results beside its twin's: floats relative to the largest, codes by how many differ.
 
-    Up to the share `codes_off` of the codes may be off by one step; `bound` takes the place of the dtype's. An `out_row_sum` among the options must equal the sums of the very codes that were returned.
+    Up to the share `codes_off` of the codes may be off by one step; `bound` takes the place of the dtype's. An
+    `out_row_sum` among the options must equal the sums of the very codes that were returned.
     """
     try:
         given = dict(options)
@@ -200,6 +201,7 @@ def epilogues(bits: int, rows: int, columns: int) -> int:
         "float": torch.randn(rows, device=DEVICE),
     }
     weight_sum = torch.randn(rows, device=DEVICE)
+    given: Any
     for tokens in (5,) if SMALL else (16, 33, 512, 4096):
         residual = normal(tokens, rows).half()
         for kind, zero, options in (
@@ -247,7 +249,8 @@ def eight_bit_floats(bits: int, rows: int, columns: int) -> int:
             given = dict(options)
             if "out_scale" in given:
                 given["out_row_sum"] = torch.zeros(tokens, dtype=torch.int32, device=DEVICE)
-            what = f"{tokens} tokens, x {'one' if x is static else 'token'}, zero {zeros is not None}, {', '.join(options)}"
+            kind = "one" if x is static else "token"
+            what = f"{tokens} tokens, x {kind}, zero {zeros is not None}, {', '.join(options)}"
             compare(
                 tally, what, operators.matmul_a8, *x, packed, scale, zeros, bits=bits, bound=E4M3_SUMS, codes_off=0.3,
                 **given,
@@ -420,13 +423,13 @@ def encoder(ranges: str, operands: str = "int8") -> int:
         return {"input_ids": torch.randint(5, 500, mask.shape), "attention_mask": mask.long()}
 
     bits = {"encoder.layer.0.attention.self.query": 2, "encoder.layer.1": 3, "embeddings": 4, "*": 8}
-    settings = {"activation_range": ranges, "range_method": "minmax"}
+    settings: Any = {"activation_range": ranges, "range_method": "minmax"}
     data = [batch(4, 32)] if ranges == "static" else None
     packed = qbert.pack(qbert.quantize_model(model, qbert.BitsConfig(bits, **settings), calibration_data=data))
     with twins():
         slow = GpuEncoder(packed, operands=operands)
         given = [batch(*shape) for shape in ([(2, 9)] if SMALL else [(3, 40), (2, 37), (1, 1), (17, 300)])]
-        wanted = [slow(**one)[0] for one in given] if MODE != "compile" else given
+        wanted: list[Tensor] = [] if MODE == "compile" else [slow(**one)[0] for one in given]
     if MODE != "gpu":
         for one in given:
             GpuEncoder(packed, operands=operands)(**one)
@@ -481,19 +484,19 @@ def linear() -> int:
         scale = torch.rand(groups, 1, device=DEVICE) * 0.01 + 0.01
         zero = torch.randint(-3, 3, (groups, 1), device=DEVICE).float()
         group, bias = torch.arange(rows_, device=DEVICE) // 3, torch.randn(rows_, device=DEVICE)
-        spread = [reference.expand_groups(t, group, rows_) for t in (scale, zero)]
+        spread: Any = [reference.expand_groups(t, group, rows_) for t in (scale, zero)]
         for dtype in (torch.float16, torch.bfloat16, torch.float32):
             for seen_as, asymmetric in ((8, False), (8, True), (None, False)):
                 for tokens in (2,) if SMALL else (33, 500):
                     x = normal(tokens, columns).to(dtype)
                     what = f"W{bits}, {tokens} tokens, {dtype}, activations {seen_as} asymmetric {asymmetric}"
                     try:
-                        options = {"bits": bits, "activation_bits": seen_as, "asymmetric": asymmetric}
+                        options: Any = {"bits": bits, "activation_bits": seen_as, "asymmetric": asymmetric}
                         y = dispatch.linear(x, packed, scale, zero, group, bias, **options)
                         if MODE == "compile":
                             continue
                         real = reference.fake_quantize(x.float(), asymmetric=asymmetric) if seen_as else x.float()
-                        expected = reference.matmul_a16(real, codes, *spread, bias)
+                        expected = reference.matmul_a16(real, codes, spread[0], spread[1], bias)
                         error = float((y.double() - expected).abs().max() / expected.abs().max())
                         bound = {torch.float32: 1e-3, torch.float16: 5e-3, torch.bfloat16: 4e-2}[dtype]
                         tally.note(what, error, 1.0 if MODE == "dry" else bound)
@@ -511,11 +514,9 @@ def check_all(names: list[str] | None = None, at_once: int = 10, seconds: float 
     found = cases(every_tile)
     chosen = {name: found[name] for name in (names or found)}
     codes = in_processes(chosen, at_once, min(seconds, left()))
-    broken = {name: code for name, code in codes.items() if code}
-    words = ", ".join(
-        f"{name} ({'did not end' if code < 0 else 'exception' if code == 99 else code})"
-        for name, code in broken.items()
-    )
+    fates = {99: "exception", 98: "98 and more"}
+    broken = {name: "did not end" if code < 0 else fates.get(code, code) for name, code in codes.items() if code}
+    words = ", ".join(f"{name} ({fate})" for name, fate in broken.items())
     say(f"EXACTNESS: {len(codes) - len(broken)} of {len(codes)} cases hold" + (f"; not: {words}" if broken else ""))
     return len(broken)
 

@@ -83,7 +83,8 @@ def in_processes(cases: dict[str, Callable[[], int]], at_once: int, seconds: flo
     if not forks[0]:
         return {name: _guarded(case, min(seconds, left())) for name, case in cases.items()}
     codes: dict[str, int] = {}
-    waiting, running, end = list(cases), {}, min(time.time() + seconds, deadline())
+    running: dict[int, str] = {}
+    waiting, end = list(cases), min(time.time() + seconds, deadline())
     while waiting or running:
         while waiting and len(running) < at_once and time.time() < end:
             name = waiting.pop(0)
@@ -145,7 +146,7 @@ def stand_in() -> None:
 
     gpu_timing.event_timer = timed
     gpu_timing.captured = lambda run: run
-    gpu_timing.ColdTimer = lambda device: timed  # type: ignore[assignment, misc]
+    gpu_timing.ColdTimer = lambda device: timed  # type: ignore[assignment, misc, return-value]
     triton.testing.do_bench_cudagraph = tune.do_bench_cudagraph = lambda run, **options: timed(run)
     torch.cuda.synchronize = lambda *_: None
     torch.cuda.empty_cache = lambda: None
@@ -224,8 +225,10 @@ def _compile_only() -> None:
     JITFunction.run = compile_only
     knobs.compilation.listener = note
     torch.cuda.get_device_capability = lambda *_: (9, 0)
-    for module in (launch, matmul_a8, matmul_a8_mixed, matmul_a16, attention):
+    modules: list[Any] = [launch, matmul_a8, matmul_a8_mixed, matmul_a16, attention]
+    for module in modules:
         if hasattr(module, "registers_option"):
             module.registers_option = lambda tile, x: {"maxnreg": tile.registers} if tile.registers else {}
-    for module in (dispatch, qbert.inference.gpu):
+    modules = [dispatch, qbert.inference.gpu]
+    for module in modules:
         module.implementation = lambda device: "triton"

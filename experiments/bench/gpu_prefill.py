@@ -3,9 +3,9 @@
     export QBERT_GPU_SESSION=compile TRITON_CACHE_DIR=/tmp/triton_cache
     python experiments/bench/gpu_prefill.py .gpu [DATA_DIR]
 
-Run it with the GPU machine's version of Triton, on the commit that travels: an entry's key holds Triton's own files, the
-kernel's lines and where they stand. The group files of the cache hold absolute paths, so that it must lie in the same
-folder there. Kernels are compiled for sm_90 by the launchers themselves, on CPU tensors, and not launched.
+Run it with the GPU machine's version of Triton, on the commit that travels: an entry's key holds Triton's own files,
+the kernel's lines and where they stand. The group files of the cache hold absolute paths, so that it must lie in the
+same folder there. Kernels are compiled for sm_90 by the launchers themselves, on CPU tensors, and not launched.
 """
 
 from __future__ import annotations
@@ -89,9 +89,8 @@ def main() -> None:
             shutil.copyfile(Path(sys.argv[2]) / "sst2" / file, target / "data" / "sst2" / file)
     size = sum(file.stat().st_size for file in target.rglob("*") if file.is_file())
     failed = [name for name, code in codes.items() if code]
-    say(
-        f"{len(list(cache.iterdir()))} entries, {time.time() - start:.0f} s, {target} has {size / 2**20:.1f} MiB; failed: {failed}"
-    )
+    say(f"{len(list(cache.iterdir()))} entries in {time.time() - start:.0f} s; {target} has {size / 2**20:.1f} MiB")
+    say(f"not done: {failed}")
 
 
 if __name__ == "__main__":

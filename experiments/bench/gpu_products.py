@@ -19,7 +19,7 @@ from torch import Tensor
 
 from qbert.kernels import operators
 from qbert.kernels.gpu import tune
-from qbert.kernels.gpu.tiles import candidates
+from qbert.kernels.gpu.tiles import Tile, candidates
 
 
 def measure(models: Sequence[str], token_counts: Sequence[int]) -> int:
@@ -35,13 +35,13 @@ def measure(models: Sequence[str], token_counts: Sequence[int]) -> int:
                 rows, columns = 64, 256
             copies = min(64, low_bit_products.copies_for(tokens, rows, columns)) if ON_GPU else 2
             x = torch.randn(tokens, columns, device=DEVICE).half()
-            codes = operators.quantize_rows(x)
+            codes: Any = operators.quantize_rows(x)
             build: dict[str, Callable[[], Callable[[int], Any]]] = {
                 "cuBLAS fp16": partial(low_bit_products._cublas, x, rows, copies),
                 "torch._int_mm": partial(low_bit_products._int_mm, codes[0], rows, copies),
                 "torch._scaled_mm": partial(_scaled_mm, x, rows, copies),
             }
-            build |= {f"W{b}A8": partial(low_bit_products._ours_a8, *codes, rows, b, copies) for b in (8, 4, 3, 2)}
+            build |= {f"W{b}A8": partial(_a8, codes, rows, b, copies) for b in (8, 4, 3, 2)}
             if tokens <= 64:
                 build["W4A16"] = partial(low_bit_products._ours_a16, x, rows, copies)
             runs = {}
@@ -67,6 +67,10 @@ def measure(models: Sequence[str], token_counts: Sequence[int]) -> int:
     return failures
 
 
+def _a8(codes: Any, rows: int, bits: int, copies: int) -> Callable[[int], Any]:
+    return low_bit_products._ours_a8(codes[0], codes[1], codes[2], rows, bits, copies)
+
+
 def _scaled_mm(x: Tensor, rows: int, copies: int) -> Callable[[int], Any]:
     weights = torch.randn(copies, rows, x.shape[1], device=DEVICE).to(torch.float8_e4m3fn)
     codes = x.to(torch.float8_e4m3fn)
@@ -87,17 +91,24 @@ def work(widths: Sequence[int] = (4, 8, 2), token_counts: Sequence[int] = (4096,
     ]
 
 
+def _compile_all(kernel: str, tokens: int, rows: int, columns: int, bits: int, *rest: Any) -> Tile:
+    tiles = candidates(tokens, rows, columns, bits)
+    for tile in tiles:
+        rest[-1](tile)
+    return tiles[0]
+
+
 def compile_candidates(at_once: int = 14, seconds: float = 60) -> None:
     """Compiles all candidates into Triton's cache, side by side, so that tuning only times."""
 
     def one(shape: dict[str, Any]) -> int:
         tune.do_bench_cudagraph = lambda run, **options: run() or 1.0  # a launch compiles
-        tune.measure = lambda *arguments: [arguments[-1](t) for t in candidates(*arguments[1:5])][0]  # type: ignore[assignment]
+        tune.measure = _compile_all  # type: ignore[assignment]
         with pretending():
             tune.tune(**shape)
         return 0
 
-    cases = {str(shape): partial(one, shape) for shape in work()}
+    cases: dict[str, Callable[[], int]] = {str(shape): partial(one, shape) for shape in work()}
     codes = in_processes(cases, at_once, seconds)
     say(f"candidate tiles: {sum(c == 0 for c in codes.values())} of {len(codes)} shapes compiled")
 

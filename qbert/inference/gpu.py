@@ -32,7 +32,7 @@ from qbert.inference.gpu_layers import (
 )
 from qbert.inference.graphs import Given, GraphCache, Inputs, Rows, as_tensor
 from qbert.kernels.dispatch import implementation
-from qbert.layers.linear import PackedTensor
+from qbert.layers.packed import PackedTensor
 
 logger = logging.getLogger(__name__)
 

@@ -21,7 +21,7 @@ from qbert.bits import TensorSpec, spec_to_dict
 from qbert.encoders.targets import base_model
 from qbert.files import read_json
 from qbert.layers.layout import PackedLayout
-from qbert.layers.linear import PackedTensor
+from qbert.layers.packed import PackedTensor
 
 METHOD = "qbert"
 FORMAT_VERSION = 1

@@ -166,34 +166,45 @@ class Fidelity(NamedTuple):
     """Likeness of two models' outputs.
 
     Attributes:
-        agreement: percent of rows with the same most likely class (or position); for values, 100 x their Pearson
-            correlation.
-        divergence: mean KL(teacher || student) in nats; for values, the mean squared difference.
+        agreement: percent of rows with the same most likely class (or position, or set of labels); for values, 100 x
+            their Pearson correlation (of several outputs, the mean over them).
+        divergence: mean KL(teacher || student) in nats (of labels that are decided on their own, the sum over them);
+            for values, the mean squared difference.
     """
 
     agreement: float
     divergence: float
 
 
-def fidelity(teacher: Tensor, student: Tensor) -> Fidelity:
+def fidelity(teacher: Tensor, student: Tensor, problem_type: str | None = None) -> Fidelity:
     """Compare outputs row by row.
 
     Args:
-        teacher, student: logits [N, C] of classes, tokens or positions, or values [N]; in the same order.
+        teacher, student: logits [N, C] of classes, tokens or positions, or values [N] or [N, C]; in the same order.
+        problem_type: ``config.problem_type`` of the models: ``regression``, ``multi_label_classification`` or
+            ``single_label_classification``; where None, one column is values and several are classes.
 
     Raises:
-        ValueError: if the shapes differ or are of another kind.
+        ValueError: if the shapes differ or are of another kind, or for another `problem_type`.
     """
     if teacher.shape != student.shape or teacher.dim() not in (1, 2) or len(teacher) == 0:
         raise ValueError(
             "fidelity compares outputs of one shape, [N, C] or [N], "
             f"got {list(teacher.shape)} and {list(student.shape)}"
         )
-    teacher, student = teacher.double(), student.double()
-    if teacher.dim() == 1 or teacher.shape[1] == 1:
-        teacher, student = teacher.flatten(), student.flatten()
-        correlation = torch.corrcoef(torch.stack([teacher, student]))[0, 1]
-        return Fidelity(100 * float(correlation), float((teacher - student).square().mean()))
-    agreement = 100 * float((teacher.argmax(1) == student.argmax(1)).double().mean())
-    logs = [F.log_softmax(x, 1) for x in (teacher, student)]
+    if problem_type not in (None, "regression", "multi_label_classification", "single_label_classification"):
+        raise ValueError(
+            f"problem_type={problem_type!r} is not known; use 'regression', 'multi_label_classification', "
+            "'single_label_classification' or None"
+        )
+    teacher, student = (x.double().reshape(len(x), -1) for x in (teacher, student))  # [N, C]
+    if problem_type == "multi_label_classification":
+        agreement = 100 * float(((teacher > 0) == (student > 0)).all(1).double().mean())
+        logs = [F.logsigmoid(torch.stack([x, -x], -1)) for x in (teacher, student)]  # [N, C, 2]
+    elif problem_type == "regression" or teacher.shape[1] == 1:
+        correlations = [torch.corrcoef(torch.stack(pair))[0, 1] for pair in zip(teacher.T, student.T, strict=True)]
+        return Fidelity(100 * float(torch.stack(correlations).mean()), float((teacher - student).square().mean()))
+    else:
+        agreement = 100 * float((teacher.argmax(1) == student.argmax(1)).double().mean())
+        logs = [F.log_softmax(x, 1) for x in (teacher, student)]
     return Fidelity(agreement, float(F.kl_div(logs[1], logs[0], log_target=True, reduction="batchmean")))

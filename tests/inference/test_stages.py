@@ -18,7 +18,8 @@ from qbert.inference import cpu as inference
 from qbert.inference.cpu import FusedEncoder, optimize_for_inference, run_alone
 from qbert.inference.cpu_layers import FusedLayers
 from qbert.inference.cpu_model import FusedModel
-from qbert.packing import PackedLinear, pack
+from qbert.layers.linear import PackedLinear
+from qbert.packing import pack
 
 # Names of query, key, value, and of the first and second linear map behind the attention's own.
 _BERT = ("attention.self.query", "attention.self.key", "attention.self.value", "intermediate.dense", "output.dense")
