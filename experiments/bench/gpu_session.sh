@@ -11,8 +11,10 @@ cd "$(dirname "$0")/../.."
 : "${OUT:=$PWD/outputs/gpu_session}" "${CALL:=1}" "${SECONDS_LEFT:=330}" "${QBERT_CARRIED:=$PWD/.gpu}"
 : "${PYTHON:=python3}" "${TRITON_CACHE_DIR:=/tmp/triton_cache}"
 mkdir -p "$OUT" "$TRITON_CACHE_DIR"
+export PATH=$PATH:/usr/local/cuda/bin
 export OUT QBERT_CARRIED TRITON_CACHE_DIR PYTHONUNBUFFERED=1 PYTHONFAULTHANDLER=1
 export PYTHONPATH=$PWD:$PWD/experiments:$PWD/experiments/bench${PYTHONPATH:+:$PYTHONPATH}
+export TRITON_STORE_BINARY_ONLY=1  # as where the cache was filled
 export QBERT_TILES=${QBERT_TILES:-$OUT/tiles.json} QBERT_CACHE=/tmp/qbert_cache QBERT_TRACEBACK=1
 export HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS=${OMP_NUM_THREADS:-4}
 export TORCHINDUCTOR_CACHE_DIR=/tmp/inductor_cache TORCHINDUCTOR_COMPILE_THREADS=14
