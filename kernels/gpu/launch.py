@@ -27,6 +27,13 @@ def kernel_name(kernel: str, xq: Tensor) -> str:
     return kernel if xq.dtype == torch.int8 else f"{kernel}_e4m3"
 
 
+def zero_kind(zero: Tensor | None, xq: Tensor) -> str:
+    """What the products call their zeros: "none", "e4m3" for float32 ones beside e4m3 xq, else "int32" or "float"."""
+    if zero is None:
+        return "none"
+    return "e4m3" if xq.dtype != torch.int8 else "int32" if zero.dtype == torch.int32 else "float"
+
+
 def output_kind(dtype: torch.dtype) -> str:
     """What the epilogue calls the dtype of its output."""
     return {torch.int32: "int32", torch.int8: "int8", torch.float8_e4m3fn: "e4m3"}.get(dtype, "float")

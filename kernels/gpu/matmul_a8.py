@@ -37,6 +37,7 @@ from qbert.kernels.gpu.launch import (
     scale_kind,
     split_workspace,
     tail_of,
+    zero_kind,
 )
 from qbert.kernels.gpu.tiles import Tile, choose_tile
 from qbert.kernels.gpu.unpack import load_weight_tile, tile_columns
@@ -315,7 +316,7 @@ def matmul_a8(
         TAIL_PAD=tail_pad,
         ASM=asm,
         X_SCALE=scale_kind(x_scale),
-        ZERO="none" if zero is None else "int32" if zero.dtype == torch.int32 else "float",
+        ZERO=zero_kind(zero, xq),
         HAS_BIAS=bias is not None,
         GELU=gelu,
         HAS_RESIDUAL=residual is not None,

@@ -58,7 +58,7 @@ def check(report: Report) -> None:
     # ptxas's words where it runs products one by one (C75xx).
     assert report.warnings == () and report.hazards == ()
     if report.target == "sm_90":
-        assert report.register_operands == report.e4m3_products == report.sass["QGMMA"]
+        assert report.register_operands == report.e4m3_products <= report.sass["QGMMA"]
         assert max(report.waits) > 0 and report.waits[-1] == 0  # products run on while the next are prepared
 
 
@@ -72,34 +72,23 @@ def test_default_tiles(tokens, bits, target):
         assert report.programs_per_processor >= 2
 
 
-@pytest.mark.parametrize(("bits", "most"), [(4, 10), (2, 16), (3, 32)])
-def test_unpacking_costs_few_instructions(bits, most):
-    """In those of a tile's inner loop: at most `most` for eight (4 bits), sixteen (2) or sixteen (3) weights a thread."""
+@pytest.mark.parametrize(("bits", "logic"), [(4, 2), (2, 2.2), (3, 3)])
+def test_unpacking_costs_few_instructions(bits, logic):
+    """Of the logic unit, `logic` for four weights in a step of the loop; no byte is moved, signs are spread at most."""
     tile = rule(8192, 3072, 768, bits)
-    weights = tile.bn * tile.bk // (32 * tile.warps)
-    words = weights // (8 if bits == 4 else 16)
-    kinds = ("LOP3", "SHF", "PRMT", "IADD3", "LEA", "IMAD", "VIADD")
+    fours = tile.bn * tile.bk // (32 * tile.warps) // 4
     counts = compile_product(bits, tile).sass
-    # What is not unpacking is what 8-bit operands, which are not unpacked, have too.
-    others = compile_int8(tile).sass
-    assert sum(counts[k] - others[k] for k in kinds) <= 1.25 * words * most
-    assert counts["PRMT"] <= (0 if bits == 2 else weights // 4)
-
-
-def compile_int8(tile: Tile) -> Report:
-    constants = {"BITS": 8, "BM": tile.bm, "BN": tile.bn, "BK": tile.bk, "SPLIT": 1, "TAIL": 0, "TAIL_PAD": 0}
-    constants |= {"ASM": True, "X_SCALE": "token", "ZERO": "none", "HAS_BIAS": True, "GELU": False}
-    constants |= {"HAS_RESIDUAL": False, "OUT": "float", "OUT_SUM": False}
-    types = TYPES | {"x_ptr": "*i8", "parts_ptr": "*i32"}
-    return compiled(matmul_a8.matmul_a8_kernel, types, constants, tile, "sm_90")
+    around = 64  # addresses and masks outside of the unpacking
+    assert counts["LOP3"] <= logic * fours + around
+    assert counts["PRMT"] <= (0 if bits == 2 else fours)
 
 
 EPILOGUES = {
     "attention output, static": {"X_SCALE": "one", "HAS_RESIDUAL": True},
-    "attention output, static, with zeros": {"X_SCALE": "one", "HAS_RESIDUAL": True, "ZERO": "float"},
-    "attention output, per token, with zeros": {"HAS_RESIDUAL": True, "ZERO": "float"},
+    "attention output, static, with zeros": {"X_SCALE": "one", "HAS_RESIDUAL": True, "ZERO": "e4m3"},
+    "attention output, per token, with zeros": {"HAS_RESIDUAL": True, "ZERO": "e4m3"},
     "ffn in, static": {"GELU": True, "OUT": "e4m3"},
-    "ffn in, static, with zeros": {"GELU": True, "OUT": "e4m3", "OUT_SUM": True, "ZERO": "float"},
+    "ffn in, static, with zeros": {"GELU": True, "OUT": "e4m3", "OUT_SUM": True, "ZERO": "e4m3"},
     "ffn in, per token": {"GELU": True},
 }
 
