@@ -30,6 +30,7 @@ from qbert.quantizers.activations import ActivationQuantizer
 from qbert.quantizers.groups import group_layout
 from qbert.quantizers.ranges import GroupRanges
 
+_GRADIENT_SHARE = 0.9
 Model = TypeVar("Model", bound=nn.Module)
 _HOOKS = (
     "_forward_hooks",
@@ -175,7 +176,7 @@ def _round_compensated(
     paths = {cast(nn.Linear, done.model.get_submodule(path)): path for path in specs}
     missed: list[str] = []
     few: dict[str, Moment] = {}
-    for modules, moment in input_moments(done.model, batches, list(paths), progress=progress):
+    for modules, moment in input_moments(done.model, batches, list(paths), weigh=_GRADIENT_SHARE, progress=progress):
         if moment.inputs == 0:
             missed += [paths[m] for m in modules]
             for module in modules:
