@@ -216,7 +216,7 @@ def _sharing(blocks: Sequence[Block], model: nn.Module | None) -> list[list[str]
     """Names of blocks that hold one and the same weight."""
     if model is None:
         return []
-    weights = {t.name: id(t.module.weight) for t in find_targets(model)}
+    weights = {t.name: id(t.weight) for t in find_targets(model)}
     owners: dict[int, list[str]] = {}
     for block in blocks:
         for member in block.members:

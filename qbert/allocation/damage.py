@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from qbert.allocation.blocks import Choice, Measured, free_targets
 from qbert.bits import FLOAT_BITS, BitsConfig, TensorSpec
 from qbert.encoders.targets import Target, find_targets
+from qbert.encoders.weights import stored
 from qbert.layers.quantizer import WeightQuantizer
 from qbert.quantizers.groups import group_layout
 
@@ -42,15 +43,12 @@ def target_specs(model: nn.Module, bits: int, **settings: Any) -> dict[str, Tens
 
 @torch.no_grad()
 def quantized_weight(target: Target, spec: TensorSpec) -> Tensor:
-    """The dequantized weight [O, I] that `quantize_model` would compute with, in the weight's own dtype."""
-    weight = target.module.weight
-    assert isinstance(weight, Tensor)
+    """The dequantized weight that `quantize_model` would compute with, in the layout and dtype of `target.weight`."""
+    weight = target.matrix.detach()
     row_group, input_groups = group_layout(target, spec)
     quantizer = WeightQuantizer(row_group, input_groups, spec).to(weight.device)
     quantizer.find(weight)
-    moved = quantizer(weight.detach())
-    assert isinstance(moved, Tensor)
-    return moved
+    return stored(target.module, quantizer(weight))
 
 
 def weight_errors(
@@ -87,8 +85,7 @@ def errors_under(specs: Specs, model: nn.Module, names: Iterable[str] | None = N
 def _squared_error(target: Target, spec: TensorSpec | None) -> float:
     if spec is None:
         return 0.0
-    weight = target.module.weight
-    assert isinstance(weight, Tensor)
+    weight = target.weight
     return float((weight.detach().double() - quantized_weight(target, spec).double()).square().sum())
 
 
@@ -138,8 +135,7 @@ def damage_table(
         weights: dict[int, tuple[float, str]] = {}  # a weight in several blocks is as sensitive as the most sensitive
         for block in choice.blocks:
             for member in (m for m in block.members if m in choice.members):
-                weight = targets[member].module.weight
-                assert isinstance(weight, Tensor)
+                weight = targets[member].weight
                 known, _ = weights.get(id(weight), (block.sensitivity, member))
                 weights[id(weight)] = max(known, block.sensitivity), member
         table.append([math.fsum(omega * errors[member][w] for omega, member in weights.values()) for w in widths])

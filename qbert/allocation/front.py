@@ -108,7 +108,7 @@ class ParetoFront:
             rising = all(a.bytes < b.bytes and a.damage > b.damage for a, b in itertools.pairwise(points))
             if not (points and rising):
                 raise ValueError("its points are not a front: none, or not each larger and less damaging")
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError, AttributeError) as error:
             raise ValueError(f"path: {path} is a damaged front ({error!r}); compute it again") from error
         return cls(points)
 

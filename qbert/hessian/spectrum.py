@@ -166,7 +166,7 @@ class HessianSpectrum:
                 settings=dict(content["settings"]),
                 **arrays,
             )
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError, AttributeError) as error:
             raise ValueError(f"path: {path} is a damaged spectrum file ({error!r}); measure it again") from error
         shape = (spectrum.losses.size, len(names))
         if not (np.isfinite(spectrum.eigenvalues).all() and np.isfinite(spectrum.losses).all()):

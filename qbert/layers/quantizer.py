@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from qbert.bits import TensorSpec
-from qbert.quantizers.grid import code_range, fake_quantize, least_scale, quantize, scale_gradient
-from qbert.quantizers.ranges import SMALLEST_SCALE, find_ranges, refit_scale
+from qbert.quantizers.grid import code_range, dequantize, fake_quantize, least_scale, quantize, scale_gradient
+from qbert.quantizers.ranges import SMALLEST_SCALE, GroupRanges, find_ranges, refit_scale
+from qbert.quantizers.rounding import round_compensated
 
 
 class WeightQuantizer(nn.Module):
@@ -47,7 +48,11 @@ class WeightQuantizer(nn.Module):
     @torch.no_grad()
     def find(self, weight: Tensor) -> None:
         """Set scale and zero from the weights [O, I] by the specification's range method."""
-        ranges = find_ranges(
+        self.take(self.ranges_of(weight), weight.dtype)
+
+    def ranges_of(self, weight: Tensor) -> GroupRanges:
+        """The grids of weights [O, I] by the specification's range method."""
+        return find_ranges(
             weight,
             self.row_group,
             bits=self.bits,
@@ -56,8 +61,37 @@ class WeightQuantizer(nn.Module):
             method=self.spec.range_method,
             percentile=self.spec.percentile,
         )
-        self.scale.copy_(ranges.scale.clamp_min(least_scale(weight.dtype, SMALLEST_SCALE)))
+
+    @torch.no_grad()
+    def take(self, ranges: GroupRanges, dtype: torch.dtype) -> None:
+        """Set scale and zero [G, K]; scales are at least what weights of `dtype` can be divided by."""
+        self.scale.copy_(ranges.scale.clamp_min(least_scale(dtype, SMALLEST_SCALE)))
         self.zero.copy_(ranges.zero)
+
+    @torch.no_grad()
+    def compensate(self, weight: Tensor, moment: Tensor) -> Tensor:
+        """Set the grids by compensated rounding of the weights [O, I] for inputs with a second moment [I, I].
+
+        Returns:
+            The rounded weights in the dtype of `weight`, which lie on the grids: rounded to nearest they stay the same.
+
+        Raises:
+            ValueError: as `round_compensated`.
+        """
+        found = round_compensated(
+            weight,
+            moment,
+            self.row_group,
+            self.ranges_of(weight),
+            bits=self.bits,
+            scheme=self.spec.scheme,
+            damping=self.spec.damping,
+            by_activity=self.spec.column_order == "activity",
+            refits=self.spec.refits,
+        )
+        self.take(GroupRanges(found.scale, found.zero), weight.dtype)
+        blocks, scale, zero = self._blocks(found.codes, None, weight.dtype)
+        return dequantize(blocks, scale, zero).flatten(-2)
 
     def forward(self, weight: Tensor, rows: Tensor | None = None) -> Tensor:
         """Fake-quantized weight, same shape and dtype.
@@ -101,12 +135,15 @@ class WeightQuantizer(nn.Module):
         blocks, scale, zero = self._blocks(weight, None)
         return quantize(blocks, scale, zero, self.qmin, self.qmax).flatten(-2)
 
-    def _blocks(self, weight: Tensor, rows: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    def _blocks(
+        self, weight: Tensor, rows: Tensor | None, dtype: torch.dtype | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        dtype = dtype or weight.dtype
         group = self.row_group if rows is None else self.row_group[rows]
-        scale = self.scale[group].unsqueeze(-1).to(weight.dtype)  # [..., K, 1]
-        if weight.dtype == torch.float16:  # of a row of zeros, once the model was made half, the scale is 0
-            scale = scale.clamp_min(least_scale(weight.dtype, SMALLEST_SCALE))
-        zero = self.zero[group].unsqueeze(-1).to(weight.dtype)
+        scale = self.scale[group].unsqueeze(-1).to(dtype)  # [..., K, 1]
+        if dtype == torch.float16:  # of a row of zeros, once the model was made half, the scale is 0
+            scale = scale.clamp_min(least_scale(dtype, SMALLEST_SCALE))
+        zero = self.zero[group].unsqueeze(-1).to(dtype)
         return weight.unflatten(-1, (self.input_groups, -1)), scale, zero
 
     def extra_repr(self) -> str:

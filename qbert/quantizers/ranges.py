@@ -23,6 +23,7 @@ from qbert.quantizers.grid import code_range
 
 _SHRINK_STEPS = 40
 _REFINE_STEPS = 4
+_FINEST = 2.0**-16
 _CACHED_VALUES = 1 << 20  # float32 values that are searched together on CPUs: 4 MB
 _VALUES_A_LEVEL = 128  # from as many weights a group and level on, running sums are cheaper than passes over them
 _ROUNDING = 1e-3  # more than float32 sums and codes of up to 8 bits can be off, as a share of the squared error
@@ -35,7 +36,7 @@ class GroupRanges(NamedTuple):
     """Grids of all groups of a tensor."""
 
     scale: Tensor  # [G, K] float32, > 0
-    zero: Tensor  # [G, K] float32; integer for asymmetric, 0 for symmetric, -1/2 for midrise
+    zero: Tensor  # [G, K] float32; integer for asymmetric, 0 for symmetric, -1/2 for midrise, any for offset
 
 
 def find_ranges(
@@ -66,7 +67,7 @@ def find_ranges(
     blocks = weight.detach().float().unflatten(1, (input_groups, -1))  # [O, K, I/K]
     low, high = _extent(blocks, row_group, method, percentile)
     if method != "mse":
-        return GroupRanges(*_grid_for(low, high, bits, scheme))
+        return GroupRanges(*covering_grid(low, high, bits, scheme))
     return _least_squares(blocks, row_group, low, high, bits, scheme)
 
 
@@ -74,7 +75,12 @@ def _extent(blocks: Tensor, row_group: Tensor, method: RangeMethod, percentile: 
     """Lowest and highest weight [G, K] of each group, without outliers if asked for."""
     if method == "percentile":
         return _percentile_extent(blocks, row_group, percentile)
-    return _reduce_rows(blocks.amin(-1), row_group, "amin"), _reduce_rows(blocks.amax(-1), row_group, "amax")
+    return reduce_rows(blocks.amin(-1), row_group, "amin"), reduce_rows(blocks.amax(-1), row_group, "amax")
+
+
+def extent(weight: Tensor, row_group: Tensor, input_groups: int) -> tuple[Tensor, Tensor]:
+    """Lowest and highest weight, both [G, K], of every group of a matrix [O, I]."""
+    return _extent(weight.detach().float().unflatten(1, (input_groups, -1)), row_group, "minmax", 100.0)
 
 
 def _percentile_extent(blocks: Tensor, row_group: Tensor, percentile: float) -> tuple[Tensor, Tensor]:
@@ -92,9 +98,14 @@ def _percentile_extent(blocks: Tensor, row_group: Tensor, percentile: float) -> 
     return low, high
 
 
-def _grid_for(low: Tensor, high: Tensor, bits: int, scheme: Scheme) -> tuple[Tensor, Tensor]:
-    """Scale and zero of the grid that covers [low, high] (widened to hold 0)."""
+def covering_grid(low: Tensor, high: Tensor, bits: int, scheme: Scheme) -> tuple[Tensor, Tensor]:
+    """Scale and zero of the grid that covers [low, high] (widened to hold 0, but for ``offset``)."""
     qmin, qmax = code_range(bits, scheme)
+    if scheme == "offset":
+        # A zero point far from the codes would leave them no digits in float32.
+        least = torch.maximum(low.abs(), high.abs()) * _FINEST
+        scale = torch.maximum((high - low) / (qmax - qmin), least).clamp_min(SMALLEST_SCALE)
+        return scale, qmin - low / scale
     if scheme == "asymmetric":
         low, high = low.clamp_max(0), high.clamp_min(0)
         scale = ((high - low) / (qmax - qmin)).clamp_min(SMALLEST_SCALE)
@@ -102,6 +113,14 @@ def _grid_for(low: Tensor, high: Tensor, bits: int, scheme: Scheme) -> tuple[Ten
     largest = torch.maximum(low.abs(), high.abs())
     zero = torch.full_like(largest, -0.5 if scheme == "midrise" else 0.0)
     return (largest / (qmax - zero)).clamp_min(SMALLEST_SCALE), zero
+
+
+def shrunk(low: Tensor, high: Tensor, share: float, scheme: Scheme) -> tuple[Tensor, Tensor]:
+    """A share of the range: towards 0, which every grid but ``offset`` keeps near its middle; there, to its middle."""
+    if scheme != "offset":
+        return low * share, high * share
+    middle, half = (low + high) / 2, (high - low) / 2 * share
+    return middle - half, middle + half
 
 
 def _least_squares(
@@ -117,7 +136,7 @@ def _least_squares(
     Groups do not depend on each other: on CPUs they are searched a few at a time, so that codes stay in the cache.
     """
     shares = [1.0 - step / _SHRINK_STEPS for step in range(_SHRINK_STEPS)]
-    grids = [_grid_for(low * share, high * share, bits, scheme) for share in shares]
+    grids = [covering_grid(*shrunk(low, high, share, scheme), bits, scheme) for share in shares]
     scales, zeros = torch.stack([scale for scale, _ in grids]), torch.stack([zero for _, zero in grids])
     sizes = torch.bincount(row_group).tolist()
     most = _CACHED_VALUES // blocks[0].numel() if blocks.device.type == "cpu" else len(blocks)
@@ -176,7 +195,8 @@ class _Search:
         self.part = part
         self.scale, self.zero = scales[0].clone(), zeros[0].clone()
         per_group = len(part.blocks) * part.blocks.shape[-1] / len(self.scale)
-        many = per_group >= _VALUES_A_LEVEL << part.bits and float(scales.max()) < _LARGEST_SCALE
+        by_sums = part.scheme != "offset" and float(scales.max()) < _LARGEST_SCALE
+        many = by_sums and per_group >= _VALUES_A_LEVEL << part.bits
         self.sums = _Sums(part) if many else None
         if self.sums is None:
             self._shrink(scales, zeros)
@@ -225,8 +245,13 @@ class _Search:
         self.scale, self.zero = scales.gather(0, best)[0], zeros.gather(0, best)[0]
 
     def _refine(self) -> None:
-        """Least-squares steps of the scale, and steps of one of the zero point, as long as something changes."""
+        """Least-squares steps of scale (and of an offset), and steps of one of the zero, while anything changes."""
         groups, part = torch.arange(len(self.scale), device=self.scale.device), self.part
+        if part.scheme == "offset":
+            for _ in range(_REFINE_STEPS):
+                scale, zero = _refit_line(part.blocks, part.row_group, self.scale, self.zero, part.bits)
+                self._keep(groups, part.error(scale, zero), scale, zero)
+            return
         self.error, fitted = part.error_and_fit(self.scale, self.zero)
         for _ in range(_REFINE_STEPS):
             zero = self.zero[groups]
@@ -333,7 +358,7 @@ def _codes(blocks: Tensor, row_group: Tensor, scale: Tensor, zero: Tensor, bits:
 def _group_error(codes: Tensor, blocks: Tensor, row_group: Tensor, scale: Tensor) -> Tensor:
     """Squared error [G, K] of each group; takes the place of the centred codes."""
     codes.mul_(scale[row_group].unsqueeze(-1)).sub_(blocks).square_()
-    return _reduce_rows(codes.sum(-1), row_group, "sum")
+    return reduce_rows(codes.sum(-1), row_group, "sum")
 
 
 def refit_scale(
@@ -356,12 +381,25 @@ def refit_scale(
 
 def _fitted(centred: Tensor, blocks: Tensor, row_group: Tensor, scale: Tensor) -> Tensor:
     """<w, c> / <c, c> [G, K] for centred codes c [O, K, I/K]; the present scale where they are all 0."""
-    inner = _reduce_rows((centred * blocks).sum(-1), row_group, "sum")
-    norm = _reduce_rows(centred.square().sum(-1), row_group, "sum")
+    inner = reduce_rows((centred * blocks).sum(-1), row_group, "sum")
+    norm = reduce_rows(centred.square().sum(-1), row_group, "sum")
     return torch.where(norm > 0, inner / norm.clamp_min(1e-30), scale).clamp_min(SMALLEST_SCALE)
 
 
-def _reduce_rows(values: Tensor, row_group: Tensor, how: str) -> Tensor:
+def _refit_line(blocks: Tensor, row_group: Tensor, scale: Tensor, zero: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """Scale and real-valued zero [G, K] of least squared error for the codes of a grid: the regression line."""
+    centred = _codes(blocks, row_group, scale, zero, bits, "offset")
+    count = reduce_rows(torch.full_like(centred[..., 0], centred.shape[-1]), row_group, "sum")
+    mean, level = (reduce_rows(x.sum(-1), row_group, "sum") / count for x in (centred, blocks))
+    deviation = centred - mean[row_group].unsqueeze(-1)
+    inner = reduce_rows((deviation * blocks).sum(-1), row_group, "sum")
+    norm = reduce_rows(deviation.square().sum(-1), row_group, "sum")
+    slope = torch.where((norm > 0) & (inner > 0), inner / norm.clamp_min(1e-30), scale).clamp_min(SMALLEST_SCALE)
+    slope = torch.maximum(slope, level.abs() * _FINEST)
+    return slope, zero - (level - slope * mean) / slope
+
+
+def reduce_rows(values: Tensor, row_group: Tensor, how: str) -> Tensor:
     """Reduce [O, K] over the rows of each group to [G, K]."""
     groups = int(row_group[-1]) + 1
     if groups == values.shape[0]:
