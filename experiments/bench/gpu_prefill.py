@@ -78,10 +78,7 @@ def main() -> None:
         work, int(os.environ.get("PREFILL_PROCESSES", "2")), float(os.environ.get("PREFILL_SECONDS", 900))
     )
     cache = Path(os.environ["TRITON_CACHE_DIR"])
-    shutil.rmtree(target / "triton_cache", ignore_errors=True)
-    shutil.copytree(cache, target / "triton_cache", ignore=shutil.ignore_patterns("tmp*", "*.lock"))
-    from triton.runtime.cache import triton_key
-
+    shutil.make_archive(str(target / "triton_cache"), "gztar", cache)
     (target / "triton_cache_dir").write_text(str(cache.resolve()))
     (target / "triton_key").write_text(hashlib.sha256(triton_key().encode()).hexdigest())
     if len(sys.argv) > 2:
