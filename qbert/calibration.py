@@ -155,7 +155,7 @@ class Moment:
     """The second moment of a matrix's inputs.
 
     Attributes:
-        value: [I, I] float64, C = E[x x^T] over the inputs that are no padding.
+        value: [I, I] float64, C = E[w x x^T] over the inputs that are no padding, the weights w of mean 1.
         inputs: how many those were.
     """
 
@@ -168,7 +168,12 @@ class _SeenError(Exception):
 
 
 def input_moments(
-    model: nn.Module, batches: Sequence[Batch], linears: Sequence[nn.Linear], *, progress: bool = False
+    model: nn.Module,
+    batches: Sequence[Batch],
+    linears: Sequence[nn.Linear],
+    *,
+    weigh: float = 0.0,
+    progress: bool = False,
 ) -> Iterator[tuple[list[nn.Linear], Moment]]:
     """Matrix after matrix, in the order in which the model calls them, the second moment of its inputs.
 
@@ -180,6 +185,9 @@ def input_moments(
         batches: at least one.
         linears: ``nn.Linear`` modules of `model`, each once. Modules that are tied to one weight have one moment, over
             the inputs of all.
+        weigh: share, from 0 to 1, by which an input counts as much as the model's outputs depend on what the matrix
+            makes of it: w = 1 - weigh + weigh |g|^2 / mean |g|^2, where g is the gradient in the matrix's output of the
+            model's outputs (logits, or last hidden states) times random numbers.
         progress: show a bar over the matrices.
 
     Yields:
@@ -193,6 +201,8 @@ def input_moments(
     names = {module: name for name, module in model.named_modules()}
     with _Passes(model, batches) as passes, tqdm(total=len(linears), desc="rounding", disable=not progress) as bar:
         stages, missed = passes.stages(linears)
+        if weigh:
+            passes.weigh(linears, weigh)
         for stage in stages:
             moment = passes.moment(stage)
             if not bool(torch.isfinite(moment.value).all()):
@@ -234,6 +244,7 @@ class _Passes:
         self.depth_of: dict[nn.Module, int] = {}
         self.calls: dict[nn.Module, int] = {}
         self.checked: set[int] = set()
+        self.weights: dict[tuple[nn.Module, int], list[Tensor]] = {}  # (module, batch) -> weights of each call
         self._mode = evaluation_mode(model)
 
     def __enter__(self) -> _Passes:
@@ -290,6 +301,47 @@ class _Passes:
             last = source
         return stages, [shared for key, shared in by_weight.items() if key not in seen]
 
+    def weigh(self, linears: Sequence[nn.Linear], share: float) -> None:
+        """Find the weight of every input of `linears` from one backward pass a batch."""
+        generator = torch.Generator().manual_seed(0)
+        for index, batch in enumerate(self.batches):
+            mask = batch.get("attention_mask")
+            for module, gradients in self._output_gradients(linears, index, generator).items():
+                squares = [unmasked(g, None if mask is None else mask.to(g.device)).square() for g in gradients]
+                self.weights[module, index] = [x.flatten(0, -2).sum(-1).float() for x in squares]
+        for module in linears:
+            of_module = [w for (m, _), calls in self.weights.items() if m is module for w in calls]
+            mean = float(torch.cat(of_module).mean()) if of_module else 0.0
+            for weights in of_module:
+                weights.mul_(share / mean).add_(1 - share) if mean > 0 else weights.fill_(1.0)
+
+    def _output_gradients(
+        self, linears: Sequence[nn.Linear], index: int, generator: torch.Generator
+    ) -> dict[nn.Module, list[Tensor]]:
+        """Gradients of the model's outputs times random numbers in the outputs of every call of `linears`."""
+        calls: list[tuple[nn.Module, Tensor]] = []
+        frozen = [m.weight for m in linears if not m.weight.requires_grad]
+        handles = [m.register_forward_hook(lambda m, _, y: calls.append((m, y))) for m in linears]
+        try:
+            for weight in frozen:
+                weight.requires_grad_(True)
+            with torch.enable_grad():
+                inputs = to_device(self.batches[index], self.model)
+                outputs = [y for y in _outputs(run_batch(self.model, inputs)) if y.requires_grad]
+                seeds = [_random_seeds(y, inputs.get("attention_mask"), generator) for y in outputs]
+                if not outputs:
+                    return {}
+                found = torch.autograd.grad(outputs, [y for _, y in calls], seeds, allow_unused=True)
+        finally:
+            for weight in frozen:
+                weight.requires_grad_(False)
+            for handle in handles:
+                handle.remove()
+        gradients: dict[nn.Module, list[Tensor]] = {}
+        for (module, y), gradient in zip(calls, found, strict=True):
+            gradients.setdefault(module, []).append(torch.zeros_like(y) if gradient is None else gradient)
+        return gradients
+
     def moment(self, stage: list[list[nn.Linear]]) -> Moment:
         """The moment of what the first matrix of a stage reads."""
         modules = stage[0]
@@ -301,25 +353,40 @@ class _Passes:
         width, count = modules[0].in_features, 0
         total = torch.zeros(width, width, dtype=torch.float64, device=modules[0].weight.device)
 
-        def see(x: Tensor) -> None:
+        def see(x: Tensor, weights: Tensor | None) -> None:
             nonlocal count
             rows = x.detach().flatten(0, -2).float()
-            total.add_(rows.T @ rows)
             count += len(rows)
+            if weights is not None:
+                rows = rows * weights.sqrt().unsqueeze(1)
+            total.add_(rows.T @ rows)
 
         for index in range(len(self.batches)):
-            self._inputs(modules, index, see)
+            self._inputs(modules, index, see, [shared[0] for shared in stage])
         return Moment(total / max(count, 1), count)
 
-    def _inputs(self, modules: Sequence[nn.Module], index: int, see: Callable[[Tensor], None]) -> None:
-        """Give `see` what `modules` read of batch `index`, padding left out; the pass ends with the last of them."""
+    def _inputs(
+        self,
+        modules: Sequence[nn.Module],
+        index: int,
+        see: Callable[[Tensor, Tensor | None], None],
+        readers: Sequence[nn.Module] = (),
+    ) -> None:
+        """Give `see` what `modules` read of batch `index`, and its weights; the pass ends with the last of them.
+
+        Where several `readers` read one tensor, its weights are the means of theirs.
+        """
         mask = self.batches[index].get("attention_mask")
         left = sum(self.calls.get(m, 0) for m in modules)
+        turn = dict.fromkeys(modules, 0)
 
         def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
             nonlocal left
-            left -= 1
-            see(unmasked(args[0], None if mask is None else mask.to(args[0].device)))
+            x = unmasked(args[0], None if mask is None else mask.to(args[0].device))
+            sources = readers if len(readers) > 1 else [module]
+            found = [self.weights[m, index][turn[module]] for m in sources if (m, index) in self.weights]
+            see(x, torch.stack(found).mean(0) if found else None)
+            left, turn[module] = left - 1, turn[module] + 1
             if left == 0:
                 raise _SeenError
 
@@ -336,9 +403,27 @@ class _Passes:
     def _replays(self, modules: Sequence[nn.Module]) -> bool:
         """Whether the kept layers stand in for themselves: the same input as without them."""
         found: list[Tensor] = []
-        self._inputs(modules, 0, found.append)
+        self._inputs(modules, 0, lambda x, _: found.append(x))
         depth, self.cache.depth = self.cache.depth, 0
-        self._inputs(modules, 0, found.append)
+        self._inputs(modules, 0, lambda x, _: found.append(x))
         self.cache.depth = depth
         half = len(found) // 2
         return all(torch.allclose(a, b, rtol=1e-3, atol=1e-4) for a, b in zip(found[:half], found[half:], strict=True))
+
+
+def _outputs(output: Any) -> list[Tensor]:
+    """What a model is used for: its logits, else its last hidden states, else its first tensor."""
+    names = output if isinstance(output, Mapping) else vars(output) if hasattr(output, "__dict__") else {}
+    for wanted in (("logits",), ("start_logits", "end_logits"), ("sentence_embedding",), ("last_hidden_state",)):
+        if all(isinstance(names.get(n), Tensor) for n in wanted):
+            return [names[n] for n in wanted]
+    values = names.values() if names else output if isinstance(output, (tuple, list)) else [output]
+    return [y for y in values if isinstance(y, Tensor)][:1]
+
+
+def _random_seeds(y: Tensor, mask: Tensor | None, generator: torch.Generator) -> Tensor:
+    """Standard normal numbers in the shape of `y`, zero where it belongs to padding."""
+    seeds = torch.randn(y.shape, generator=generator).to(y)
+    if mask is not None and y.dim() == mask.dim() + 1 and y.shape[: mask.dim()] == mask.shape:
+        seeds = seeds * mask.to(y).unsqueeze(-1)
+    return seeds

@@ -240,3 +240,27 @@ def test_half_precision_weights_keep_their_codes_through_packing() -> None:
     for name, layer in linears(student).items():
         assert layer.weight.dtype == torch.bfloat16
         assert torch.equal(packed.get_submodule(name).quantized_weight(), layer.quantized_weight())
+
+
+def test_inputs_that_the_outputs_do_not_depend_on_weigh_nothing() -> None:
+    # A classifier reads the first token of the last layer alone, so that of its inputs there are as many as rows.
+    model, data = build("bert").eval(), batches("bert", 1)
+    last = model.bert.encoder.layer[1].output.dense
+    ((_, plain),) = input_moments(model, data, [last])
+    ((_, weighted),) = input_moments(model, data, [last], weigh=1.0)
+    assert int(torch.linalg.matrix_rank(plain.value.float())) > 6
+    assert int(torch.linalg.matrix_rank(weighted.value.float())) == 6
+    ((_, mixed),) = input_moments(model, data, [last], weigh=0.25)
+    assert torch.allclose(mixed.value, 0.75 * plain.value + 0.25 * weighted.value, rtol=1e-4, atol=1e-7)
+    assert all(p.requires_grad and p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_no_input_weighs_less_than_its_share(family: str) -> None:
+    model, data = build(family).eval().requires_grad_(False), batches(family, 2)
+    modules = [m for n, m in model.named_modules() if type(m) is nn.Linear and "layer" in n]
+    plain = {m: found for shared, found in input_moments(model, data, modules) for m in shared}
+    for shared, found in input_moments(model, data, modules, weigh=0.5):
+        assert found.inputs == plain[shared[0]].inputs and bool(torch.isfinite(found.value).all())
+        assert bool((found.value.diagonal() >= 0.5 * plain[shared[0]].value.diagonal() * (1 - 1e-4)).all())
+    assert not any(p.requires_grad for p in model.parameters())

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from qbert.kernels import operators
 from qbert.kernels.gpu import tune
-from qbert.kernels.gpu.tiles import Tile, candidates
+from qbert.kernels.gpu.tiles import E4M3, Tile, candidates
 
 
 def measure(models: Sequence[str], token_counts: Sequence[int]) -> int:
@@ -42,6 +42,9 @@ def measure(models: Sequence[str], token_counts: Sequence[int]) -> int:
                 "torch._scaled_mm": partial(_scaled_mm, x, rows, copies),
             }
             build |= {f"W{b}A8": partial(_a8, codes, rows, b, copies) for b in (8, 4, 3, 2)}
+            if MODE == "dry" or torch.cuda.get_device_capability() >= (8, 9):
+                floats: Any = operators.quantize_rows(x, codes_dtype=torch.float8_e4m3fn)
+                build |= {f"W{b} e4m3": partial(_a8, floats, rows, b, copies) for b in (4, 3, 2)}
             if tokens <= 64:
                 build["W4A16"] = partial(low_bit_products._ours_a16, x, rows, copies)
             runs = {}
@@ -83,16 +86,20 @@ def work(widths: Sequence[int] = (4, 8, 2), token_counts: Sequence[int] = (4096,
     shapes = ((3072, 768), (768, 3072), (768, 768))
     if MODE == "dry":
         shapes, widths, token_counts = ((64, 256),), widths[:1], (16,)  # type: ignore[assignment]
+    kernels = [("matmul_a8" if bits > 4 else f"matmul_a8{E4M3}", bits) for bits in widths]
+    if MODE != "dry":
+        kernels += [("matmul_a8", bits) for bits in widths if bits <= 4]
     return [
-        {"kernel": "matmul_a8", "tokens": tokens, "rows": rows, "columns": columns, "bits": bits}
+        {"kernel": name, "tokens": tokens, "rows": rows, "columns": columns, "bits": bits}
         for tokens in token_counts
-        for bits in widths
+        for kernel, bits in kernels
         for rows, columns in shapes
+        for name in ([kernel] if rows != columns else [kernel, kernel.replace("matmul_a8", "matmul_a8_mixed")])
     ]
 
 
 def _compile_all(kernel: str, tokens: int, rows: int, columns: int, bits: int, *rest: Any) -> Tile:
-    tiles = candidates(tokens, rows, columns, bits)
+    tiles = candidates(tokens, rows, columns, bits, kernel.endswith(E4M3))
     for tile in tiles:
         rest[-1](tile)
     return tiles[0]

@@ -151,7 +151,7 @@ class Sensitivities:
             members = {n: [str(m) for m in content["members"][n]] for n in names}
             loss, metric, settings = float(content["loss"]), str(content["metric"]), dict(content["settings"])
             report = cls(names, members, bits, **arrays, loss=loss, metric=metric, settings=settings)
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError, AttributeError) as error:
             raise ValueError(f"path: {path} is a damaged sensitivity file ({error!r}); measure it again") from error
         for name, array in arrays.items():
             if array.shape != ((len(names),) if name in _BY_BLOCK else (len(names), len(bits))):

@@ -66,7 +66,7 @@ def check(report: Report) -> None:
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("tokens", [16, 512, 8192])
 def test_default_tiles(tokens, bits, target):
-    report = compile_product(bits, rule(tokens, 3072, 768, bits), target)
+    report = compile_product(bits, rule(tokens, 3072, 768, bits, e4m3=True), target)
     check(report)
     if tokens == 8192 and target == "sm_90":
         assert report.programs_per_processor >= 2
@@ -75,7 +75,7 @@ def test_default_tiles(tokens, bits, target):
 @pytest.mark.parametrize(("bits", "logic"), [(4, 2), (2, 2.2), (3, 3)])
 def test_unpacking_costs_few_instructions(bits, logic):
     """Of the logic unit, `logic` for four weights in a step of the loop; no byte is moved, signs are spread at most."""
-    tile = rule(8192, 3072, 768, bits)
+    tile = rule(8192, 3072, 768, bits, e4m3=True)
     fours = tile.bn * tile.bk // (32 * tile.warps) // 4
     counts = compile_product(bits, tile).sass
     around = 64  # addresses and masks outside of the unpacking
@@ -97,22 +97,22 @@ EPILOGUES = {
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("epilogue", EPILOGUES)
 def test_epilogues_of_an_encoder(epilogue, bits, tokens):
-    report = compile_product(bits, rule(tokens, 3072, 768, bits), **EPILOGUES[epilogue])
+    report = compile_product(bits, rule(tokens, 3072, 768, bits, e4m3=True), **EPILOGUES[epilogue])
     check(report)
     assert report.programs_per_processor >= 2
 
 
 @pytest.mark.parametrize("bits", BITS)
 def test_last_blocks_and_split_columns(bits):
-    check(compile_product(bits, rule(512, 384, 384, bits), columns=384, HAS_RESIDUAL=True))
-    check(compile_product(bits, rule(16, 312, 312, bits), columns=312))
-    check(compile_product(bits, rule(64, 768, 3072, bits), columns=3072, HAS_RESIDUAL=True))
+    check(compile_product(bits, rule(512, 384, 384, bits, e4m3=True), columns=384, HAS_RESIDUAL=True))
+    check(compile_product(bits, rule(16, 312, 312, bits, e4m3=True), columns=312))
+    check(compile_product(bits, rule(64, 768, 3072, bits, e4m3=True), columns=3072, HAS_RESIDUAL=True))
 
 
 @pytest.mark.parametrize("tokens", [16, 512, 8192])
 @pytest.mark.parametrize("bits", [(2, 3, 4), (4, 4, 4), (4, 2, 4)])
 def test_query_key_and_value(bits, tokens):
-    tile = rule(tokens, 768, 768, max(bits))
+    tile = rule(tokens, 768, 768, max(bits), e4m3=True)
     types = dict.fromkeys(("query_ptr", "key_ptr", "value_ptr"), "*i8")
     kernel = matmul_a8_mixed.matmul_a8_mixed_kernel
     types |= {n: t for n, t in TYPES.items() if n in kernel.arg_names}
@@ -129,7 +129,7 @@ def test_query_key_and_value(bits, tokens):
 @pytest.mark.slow
 @pytest.mark.parametrize("bits", BITS)
 def test_every_candidate_tile_fits_and_most_do_not_spill(bits):
-    tiles = {t for tokens in (16, 64, 512, 2048, 8192) for t in candidates(tokens, 3072, 3072, bits)}
+    tiles = {t for tokens in (16, 64, 512, 2048, 8192) for t in candidates(tokens, 3072, 3072, bits, True)}
     usable = 0
     for tile in sorted(tiles, key=str):
         report = compile_product(bits, tile)

@@ -67,7 +67,7 @@ def test_every_family_comes_back_bit_equal(family: str, ranges: str, tmp_path: P
     assert data == sum(t.numel() * t.element_size() for t in packed.state_dict().values())
 
 
-# MobileBERT's head reads its weight past the layer, and is refused by `pack` (test_packed.py).
+# MobileBERT's head reads its weight past the layer, and is refused by `pack` (layers/test_packed.py).
 @pytest.mark.parametrize("family", [f for f in FAMILIES if f not in ("vit", "mobilebert")])
 def test_every_masked_language_model_comes_back_with_its_tied_head(family: str, tmp_path: Path) -> None:
     model = tf.AutoModelForMaskedLM.from_config(build(family).config).eval()
