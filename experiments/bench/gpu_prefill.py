@@ -1,11 +1,12 @@
 """What travels to a lent GPU: Triton's cache, filled without one; a model in fp16 and SST-2, for KD-QAT.
 
-    export QBERT_GPU_SESSION=compile TRITON_CACHE_DIR=/tmp/triton_cache
+    export QBERT_GPU_SESSION=compile TRITON_CACHE_DIR=FOLDER
     python experiments/bench/gpu_prefill.py .gpu [DATA_DIR]
 
 Run it with the GPU machine's version of Triton, on the commit that travels: an entry's key holds Triton's own files,
-the kernel's lines and where they stand. The group files of the cache hold absolute paths, so that it must lie in the
-same folder there. Kernels are compiled for sm_90 by the launchers themselves, on CPU tensors, and not launched.
+the kernel's lines and where they stand. The group files of the cache hold absolute paths, so that `gpu_session.sh`
+puts it into the same FOLDER there. Kernels are compiled for sm_90 by the launchers themselves, on CPU tensors, and not
+launched.
 """
 
 from __future__ import annotations
@@ -77,10 +78,8 @@ def main() -> None:
         work, int(os.environ.get("PREFILL_PROCESSES", "2")), float(os.environ.get("PREFILL_SECONDS", 900))
     )
     cache = Path(os.environ["TRITON_CACHE_DIR"])
-    shutil.rmtree(target / "triton_cache", ignore_errors=True)
-    shutil.copytree(cache, target / "triton_cache", ignore=shutil.ignore_patterns("tmp*", "*.lock"))
-    from triton.runtime.cache import triton_key
-
+    shutil.make_archive(str(target / "triton_cache"), "gztar", cache)
+    (target / "triton_cache_dir").write_text(str(cache.resolve()))
     (target / "triton_key").write_text(hashlib.sha256(triton_key().encode()).hexdigest())
     if len(sys.argv) > 2:
         carry_model(target / "model")

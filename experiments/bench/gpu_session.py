@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from functools import partial
@@ -29,6 +31,7 @@ import gpu_timing  # noqa: E402
 import torch  # noqa: E402
 import transformers.models.bert.modeling_bert  # noqa: E402, F401  once for all parts
 from gpu_machine import DEVICE, MODE, ON_GPU, OUT, brief, forks, in_processes, left, record, say, stand_in  # noqa: E402
+from safetensors.torch import load_file, save_file  # noqa: E402
 
 import qbert  # noqa: E402
 
@@ -159,11 +162,18 @@ def distil() -> None:
     if not (carried / "model").is_dir() or not (carried / "data" / "sst2").is_dir():
         say(f"== KD-QAT: left out, {carried} holds no model/ and data/sst2/")
         return
+    # It travels in half precision, and is trained in full.
+    scratch = Path(tempfile.mkdtemp())
+    model = scratch / "model"
+    shutil.copytree(carried / "model", model, dirs_exist_ok=True)
+    tensors = load_file(model / "model.safetensors")
+    whole = {name: t.float() if t.is_floating_point() else t for name, t in tensors.items()}
+    save_file(whole, model / "model.safetensors", {"format": "pt"})
     script = str(Path(__file__).parents[1] / "qat_distill.py")
-    words = f"--task sst2 --data-dir {carried / 'data'} --model {carried / 'model'} --device {DEVICE.type} --bits 2"
-    words += f" --epochs 1 --batch-size 64 --teacher-epochs 1 --output-dir /tmp/kd --report {OUT / 'qat.md'}"
+    words = f"--task sst2 --data-dir {carried / 'data'} --model {model} --device {DEVICE.type} --bits 2"
+    words += f" --epochs 1 --batch-size 64 --teacher-epochs 1 --output-dir {scratch} --report {OUT / 'qat.md'}"
     words += " --bf16" if ON_GPU else " --train-limit 64 --eval-limit 16"
-    command("KD-QAT", 110, sys.executable, script, *words.split())
+    command("KD-QAT", 110, sys.executable, script, *words.split(), TOKENIZERS_PARALLELISM="true")
 
 
 def _profiled() -> list[str]:
