@@ -52,6 +52,7 @@ FLOORS = (
     ("bits", "students", "tasks", "plots", "results"),
     ("quantizers",),
     ("layers", "hessian"),
+    ("calibration",),
     ("quantize", "sizes", "inference", "distill"),
     ("allocation", "saving", "onnx"),
     ("packing",),
