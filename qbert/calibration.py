@@ -190,8 +190,10 @@ def input_moments(
         linears: ``nn.Linear`` modules of `model`, each once. Modules that are tied to one weight have one moment, over
             the inputs of all.
         weigh: share, from 0 to 1, by which an input counts as much as the model's outputs depend on what the matrix
-            makes of it: w = 1 - weigh + weigh |g|^2 / mean |g|^2, where g is the gradient in the matrix's output of the
-            model's outputs (logits, or last hidden states) times random numbers.
+            makes of it: w = weigh |g|^2 / mean |g|^2 + (1 - weigh) |x|^-2 / mean |x|^-2, where g is the gradient in the
+            matrix's output of the model's outputs (logits, or last hidden states) times random numbers. The second
+            part counts all directions of inputs alike, since a few tokens are larger than others by orders of
+            magnitude and normalized after the matrix. With 0, w = 1.
         progress: show a bar over the matrices.
 
     Yields:
@@ -308,24 +310,31 @@ class _Passes:
     def weigh(self, linears: Sequence[nn.Linear], share: float) -> None:
         """Find the weight of every input of `linears` from one backward pass a batch."""
         generator = torch.Generator().manual_seed(0)
+        sizes: dict[tuple[nn.Module, int], list[Tensor]] = {}
         for index, batch in enumerate(self.batches):
             mask = batch.get("attention_mask")
-            for module, gradients in self._output_gradients(linears, index, generator).items():
-                squares = [unmasked(g, None if mask is None else mask.to(g.device)).square() for g in gradients]
-                self.weights[module, index] = [x.flatten(0, -2).sum(-1).float() for x in squares]
+            for module, x, gradient in self._output_gradients(linears, index, generator):
+                for kept, values in ((sizes, x), (self.weights, gradient)):
+                    on_device = None if mask is None else mask.to(values.device)
+                    squares = unmasked(values, on_device).flatten(0, -2).float().square().sum(-1)
+                    kept.setdefault((module, index), []).append(squares)
         for module in linears:
-            of_module = [w for (m, _), calls in self.weights.items() if m is module for w in calls]
-            mean = float(torch.cat(of_module).mean()) if of_module else 0.0
-            for weights in of_module:
-                weights.mul_(share / mean).add_(1 - share) if mean > 0 else weights.fill_(1.0)
+            keys = [(module, index) for index in range(len(self.batches)) if (module, index) in self.weights]
+            depends, size = (torch.cat([w for key in keys for w in of[key]]) for of in (self.weights, sizes))
+            small = size.clamp_min(1e-12 * float(size.mean())).reciprocal()
+            weights = (1 - share) * small / small.mean()
+            weights += share * (depends / depends.mean() if bool(depends.any()) else 1.0)
+            weights = torch.where(weights.isfinite(), weights, 1.0)  # the input that is to blame is told later
+            pieces = iter(weights.split([len(w) for key in keys for w in self.weights[key]]))
+            self.weights |= {key: [next(pieces) for _ in self.weights[key]] for key in keys}
 
     def _output_gradients(
         self, linears: Sequence[nn.Linear], index: int, generator: torch.Generator
-    ) -> dict[nn.Module, list[Tensor]]:
-        """Gradients of the model's outputs times random numbers in the outputs of every call of `linears`."""
-        calls: list[tuple[nn.Module, Tensor]] = []
+    ) -> list[tuple[nn.Linear, Tensor, Tensor]]:
+        """(module, input, gradient of the model's outputs times random numbers in its output) of every call."""
+        calls: list[tuple[nn.Linear, Tensor, Tensor]] = []
         frozen = [m.weight for m in linears if not m.weight.requires_grad]
-        handles = [m.register_forward_hook(lambda m, _, y: calls.append((m, y))) for m in linears]
+        handles = [m.register_forward_hook(lambda m, x, y: calls.append((m, x[0].detach(), y))) for m in linears]
         try:
             for weight in frozen:
                 weight.requires_grad_(True)
@@ -333,18 +342,18 @@ class _Passes:
                 inputs = to_device(self.batches[index], self.model)
                 outputs = [y for y in _outputs(run_batch(self.model, inputs)) if y.requires_grad]
                 seeds = [_random_seeds(y, inputs.get("attention_mask"), generator) for y in outputs]
-                if not outputs:
-                    return {}
-                found = torch.autograd.grad(outputs, [y for _, y in calls], seeds, allow_unused=True)
+                found: Sequence[Tensor | None] = [None] * len(calls)
+                if outputs:
+                    found = torch.autograd.grad(outputs, [y for _, _, y in calls], seeds, allow_unused=True)
         finally:
             for weight in frozen:
                 weight.requires_grad_(False)
             for handle in handles:
                 handle.remove()
-        gradients: dict[nn.Module, list[Tensor]] = {}
-        for (module, y), gradient in zip(calls, found, strict=True):
-            gradients.setdefault(module, []).append(torch.zeros_like(y) if gradient is None else gradient)
-        return gradients
+        return [
+            (module, x, torch.zeros_like(y) if gradient is None else gradient)
+            for (module, x, y), gradient in zip(calls, found, strict=True)
+        ]
 
     def moments(self, stages: list[list[list[nn.Linear]]]) -> list[tuple[list[list[nn.Linear]], Moment]]:
         """(stage, moment of what its matrices read) for stages of one depth, from one pass over the batches."""
