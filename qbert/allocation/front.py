@@ -22,7 +22,7 @@ from qbert.allocation.budgets import make_budgets, rounded_up
 from qbert.allocation.damage import Damage, damage_table
 from qbert.allocation.knapsack import front
 from qbert.bits import BitsConfig
-from qbert.files import read_saved, write_json, write_whole
+from qbert.files import check_seal, read_saved, write_json, write_whole
 
 FORMAT = "qbert.pareto/1"
 
@@ -109,6 +109,7 @@ class ParetoFront:
                 raise ValueError("its points are not a front: none, or not each larger and less damaging")
         except (KeyError, TypeError, ValueError, OverflowError, AttributeError) as error:
             raise ValueError(f"path: {path} is a damaged front ({error!r}); compute it again") from error
+        check_seal(path, content)
         return cls(points)
 
     def __str__(self) -> str:

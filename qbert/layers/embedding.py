@@ -19,10 +19,10 @@ from qbert.bits import TensorSpec
 from qbert.kernels import dispatch
 from qbert.layers.layout import PackedLayout
 from qbert.layers.packed import PackedTensor
-from qbert.layers.quantizer import WeightQuantizer
+from qbert.layers.quantizer import GridKeeper, WeightQuantizer
 
 
-class QuantEmbedding(nn.Embedding):
+class QuantEmbedding(GridKeeper, nn.Embedding):
     """A lookup table [V, D] with fake-quantized rows; only the rows that are looked up are quantized."""
 
     spec: TensorSpec
@@ -44,7 +44,9 @@ class QuantEmbedding(nn.Embedding):
         return quantized.train(embedding.training)
 
     def forward(self, input: Tensor) -> Tensor:
-        """Token ids [...] -> rows [..., D]."""
+        """Token ids [...] -> rows [..., D]. Raises ValueError if the table was resized."""
+        if len(self.weight) != len(self.weight_quantizer.row_group):
+            raise ValueError(self.weight_quantizer.resized(len(self.weight)))
         return cast(Tensor, self.weight_quantizer(super().forward(input), rows=input))
 
     @torch.no_grad()

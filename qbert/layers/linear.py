@@ -24,12 +24,12 @@ from qbert.kernels import dispatch
 from qbert.kernels.cpu import CpuLinear
 from qbert.layers.layout import PackedLayout
 from qbert.layers.packed import PackedTensor
-from qbert.layers.quantizer import WeightQuantizer
+from qbert.layers.quantizer import GridKeeper, WeightQuantizer
 from qbert.quantizers.activations import ActivationQuantizer
 from qbert.quantizers.grid import code_range, fake_quantize
 
 
-class QuantLinear(nn.Linear):
+class QuantLinear(GridKeeper, nn.Linear):
     """A linear map [O, I] with fake-quantized weight and input."""
 
     spec: TensorSpec

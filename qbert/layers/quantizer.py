@@ -8,7 +8,9 @@ Reference: Shen et al. 2020, sections 3.1 and 3.3.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +18,30 @@ from torch import Tensor, nn
 from qbert.bits import TensorSpec
 from qbert.quantizers.grid import code_range, fake_quantize, least_scale, quantize, scale_gradient
 from qbert.quantizers.ranges import SMALLEST_SCALE, find_ranges, refit_scale
+
+
+def note_grid(state: Any, prefix: str, grid: list[Any]) -> None:
+    """Write into the metadata of a state dict on what grid the tensors under `prefix` lie.
+
+    Bits, scheme and kind of activation range are no tensors, so that a state dict of another grid would fit.
+    """
+    if hasattr(state, "_metadata"):
+        state._metadata.setdefault(prefix[:-1], {})["grid"] = grid
+
+
+def check_grid(prefix: str, metadata: Mapping[str, Any], grid: list[Any], errors: list[str]) -> None:
+    """Add a sentence to `errors` if a state dict was made on another grid; one without metadata cannot be checked."""
+    found = metadata.get("grid")
+    if found is not None and list(found) != grid:
+        errors.append(
+            f"{prefix[:-1]}: the state dict holds values for {_told(found)}, the layer computes with {_told(grid)}; "
+            "quantize the model with the same configuration, or load a model that was saved with from_pretrained"
+        )
+
+
+def _told(grid: Sequence[Any]) -> str:
+    names = ("bits", "scheme", "activation bits", "activation range")
+    return ", ".join(f"{name} {value}" for name, value in zip(names, grid, strict=False))
 
 
 class WeightQuantizer(nn.Module):
@@ -102,6 +128,8 @@ class WeightQuantizer(nn.Module):
         return quantize(blocks, scale, zero, self.qmin, self.qmax).flatten(-2)
 
     def _blocks(self, weight: Tensor, rows: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        if rows is None and len(weight) != len(self.row_group):
+            raise ValueError(self.resized(len(weight)))
         group = self.row_group if rows is None else self.row_group[rows]
         scale = self.scale[group].unsqueeze(-1).to(weight.dtype)  # [..., K, 1]
         if weight.dtype == torch.float16:  # of a row of zeros, once the model was made half, the scale is 0
@@ -109,7 +137,59 @@ class WeightQuantizer(nn.Module):
         zero = self.zero[group].unsqueeze(-1).to(weight.dtype)
         return weight.unflatten(-1, (self.input_groups, -1)), scale, zero
 
+    def resized(self, rows: int) -> str:
+        """A sentence for a weight that has `rows` rows and not those that the grids were made for."""
+        return (
+            f"weight: it has {rows} rows, its grids were made for {len(self.row_group)}; resize the float model "
+            "(resize_token_embeddings) and call quantize_model on that"
+        )
+
     def extra_repr(self) -> str:
         """Shown in the module tree."""
         groups, input_groups = self.scale.shape
         return f"bits={self.bits}, groups={groups}x{input_groups}, {self.spec.scheme}, {self.spec.range_method}"
+
+
+class GridKeeper(nn.Module):
+    """A trainable layer with a `WeightQuantizer`, whose grids follow when its weight is exchanged for another.
+
+    A new ``weight`` (a tied head, say), or a state dict that holds a weight without its grids (of a float model), has
+    the grids found anew; one of other bits or another scheme is refused. What an optimizer does in place is training.
+    """
+
+    weight_quantizer: WeightQuantizer
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        exchanged = name == "weight" and isinstance(value, nn.Parameter) and value is not self._parameters.get(name)
+        super().__setattr__(name, value)
+        if exchanged and "weight_quantizer" in self._modules:
+            self._find_again()
+
+    def grid(self) -> list[Any]:
+        """What a state dict of the layer does not say by tensors."""
+        activation = getattr(self, "activation_quantizer", None)
+        if activation is not None and not activation.enabled:
+            activation = None
+        quantizer = self.weight_quantizer
+        asked = (None, None) if activation is None else (activation.bits, activation.mode)
+        return [quantizer.bits, quantizer.spec.scheme, *asked]
+
+    def _find_again(self) -> None:
+        weight, quantizer = self._parameters["weight"], self.weight_quantizer
+        assert weight is not None
+        if len(weight) != len(quantizer.row_group):
+            raise ValueError(quantizer.resized(len(weight)))
+        if not weight.is_meta:
+            quantizer.find(weight.detach())
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        note_grid(destination, prefix, self.grid())
+
+    def _load_from_state_dict(
+        self, state_dict: Any, prefix: str, local_metadata: Any, strict: bool, *lists: list[str]
+    ) -> None:
+        check_grid(prefix, local_metadata, self.grid(), lists[2])
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, *lists)
+        if f"{prefix}weight" in state_dict and f"{prefix}weight_quantizer.scale" not in state_dict and not lists[2]:
+            self._find_again()

@@ -228,7 +228,9 @@ def digest(files: Iterable[str | os.PathLike[str]], record: Mapping[str, Any]) -
 
 
 def _digest(tensors: Mapping[str, bytes], record: Mapping[str, Any]) -> str:
-    total = hashlib.sha256(json.dumps({k: v for k, v in record.items() if k != "sha256"}, sort_keys=True, separators=(",", ":")).encode())
+    total = hashlib.sha256(
+        json.dumps({k: v for k, v in record.items() if k != "sha256"}, sort_keys=True, separators=(",", ":")).encode()
+    )
     for name in sorted(tensors):
         total.update(tensors[name])
     return total.hexdigest()
@@ -285,13 +287,13 @@ def check_folder(files: Iterable[str | os.PathLike[str]], record: Mapping[str, A
     Raises:
         ValueError: naming what is wrong.
     """
-    files = [Path(os.path.abspath(file)) for file in files]
-    for file in files:
-        if file.parent != files[0].parent or file.parent.name == "":
-            raise ValueError(f"{files[0].parent}: the index names {file}, outside of the folder; save the model again")
-    if files and (files[0].parent / "config.json").is_file():
-        check_configuration(files[0].parent)
-    check_digest(files, record)
+    paths = [Path(os.path.abspath(file)) for file in files]
+    for path in paths:
+        if path.parent != paths[0].parent:
+            raise ValueError(f"{paths[0].parent}: the index names {path}, outside of the folder; save the model again")
+    if paths and (paths[0].parent / "config.json").is_file():
+        check_configuration(paths[0].parent)
+    check_digest(paths, record)
 
 
 def model_card(model: Any, name: str) -> str:

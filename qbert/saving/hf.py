@@ -144,7 +144,7 @@ class QBertHfQuantizer(HfQuantizer):  # type: ignore[misc]
         self.files = [Path(file) for file in checkpoint_files or ()]
         known: Any = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
         ours = {rf"\.{part.strip('.')}\." for part in GRID_PARTS}
-        model._keys_to_ignore_on_load_unexpected = {*known, *ours}  # read after the float weights
+        model._keys_to_ignore_on_load_unexpected = {*known, *ours}  # type: ignore[assignment] # read after the weights
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         if hasattr(model.config, "transformers_weights"):

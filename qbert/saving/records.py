@@ -55,7 +55,10 @@ def describe(model: nn.Module) -> dict[str, Any]:
         if mixed is not None:
             raise ValueError(f"model: {mixed} is packed and other layers are not; pack or unpack the whole model")
         found = {p: m for p, m in model.named_modules() if isinstance(m, (QuantLinear, QuantEmbedding))}
-        specs, tensors = record_layouts(prefix, {path: layout_of(layer) for path, layer in found.items()})
+        for path, trained in found.items():
+            if len(trained.weight) != len(trained.weight_quantizer.row_group):
+                raise ValueError(f"model: {path}: {trained.weight_quantizer.resized(len(trained.weight))}")
+        specs, tensors = record_layouts(prefix, {path: layout_of(trained) for path, trained in found.items()})
         record = {"format_version": FORMAT_VERSION, "specs": specs, "tensors": tensors, "tied": {}}
         return {**record, "form": "trainable", "prefix": prefix}
     layers = {path: m for path, m in model.named_modules() if isinstance(m, PackedTensor)}
@@ -218,7 +221,9 @@ def load_complete(path: str | os.PathLike[str], values: Mapping[str, Any], **kwa
         text = str(error).strip() or type(error).__name__
         if isinstance(error, ValueError) and "\n" not in text and (str(path) in text or "quantization_config" in text):
             raise
-        raise ValueError(f"{path} cannot be loaded as {name} ({text.splitlines()[0]}); copy the folder again") from error
+        raise ValueError(
+            f"{path} cannot be loaded as {name} ({text.splitlines()[0]}); copy the folder again"
+        ) from error
     incomplete = sorted(report["missing_keys"]) + sorted(report["unexpected_keys"])
     if incomplete:
         raise ValueError(f"{path}: tensor {incomplete[0]!r} does not fit {name}; the files are not one model")

@@ -1,7 +1,7 @@
 """SentenceTransformers with a quantized encoder: how `qbert.load` knows them, and what their model card says.
 
-    >>> qbert.pack(qbert.quantize_model(SentenceTransformer("name"), 4)).save("out")
-    >>> qbert.load("out").encode(["a sentence"])
+>>> qbert.pack(qbert.quantize_model(SentenceTransformer("name"), 4)).save("out")
+>>> qbert.load("out").encode(["a sentence"])
 """
 
 from __future__ import annotations
@@ -46,7 +46,9 @@ def load_sentence_model(path: str | os.PathLike[str], **kwargs: Any) -> Any:
             "transformers.AutoModel.from_pretrained"
         ) from error
     names = {"cache_dir": "cache_folder", "device_map": "device"}
-    own = {names.get(k, k): kwargs.pop(k) for k in ("revision", "token", "cache_dir", "local_files_only") if k in kwargs}
+    own = {
+        names.get(k, k): kwargs.pop(k) for k in ("revision", "token", "cache_dir", "local_files_only") if k in kwargs
+    }
     if "device" not in kwargs and "device_map" not in kwargs:
         own["device"] = "cpu"  # where `qbert.load` leaves every model
     return SentenceTransformer(str(path), model_kwargs=kwargs, trust_remote_code=False, **own).eval()
@@ -56,9 +58,9 @@ def install(theirs: ModuleType) -> None:
     """Let every model card that sentence-transformers writes say of a quantized encoder what it is, once."""
     for name in ("BaseModel", "SentenceTransformer"):
         kind: Any = getattr(theirs, name, None)
-        if kind is not None and "_create_model_card" in vars(kind):
-            if not hasattr(kind._create_model_card, "before_qbert"):
-                kind._create_model_card = _with_notice(kind._create_model_card)
+        own = kind is not None and "_create_model_card" in vars(kind)
+        if own and not hasattr(kind._create_model_card, "before_qbert"):
+            kind._create_model_card = _with_notice(kind._create_model_card)
 
 
 def _with_notice(plain: Callable[..., None]) -> Any:

@@ -134,9 +134,7 @@ def load_trainable(folder: str | os.PathLike[str], **kwargs: Any) -> Any:
     return model.eval()
 
 
-def _convert(
-    model: Any, record: Mapping[str, Any], grids: Mapping[str, Tensor], where: str, whole: bool
-) -> None:
+def _convert(model: Any, record: Mapping[str, Any], grids: Mapping[str, Tensor], where: str, whole: bool) -> None:
     prefix, base = base_model(model)
     quantizers: dict[int, WeightQuantizer] = {}
     for name, label in record["tensors"].items():

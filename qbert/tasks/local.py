@@ -69,7 +69,9 @@ def read_lines(path: Path) -> Iterator[Any]:
         with _open(path) as file:
             for number, line in enumerate(iter(lambda: file.readline(_LONGEST_LINE + 1), ""), start=1):
                 if len(line) > _LONGEST_LINE:
-                    raise ValueError(f"line {number} of {path} is longer than {_LONGEST_LINE} characters; split the row")
+                    raise ValueError(
+                        f"line {number} of {path} is longer than {_LONGEST_LINE} characters; split the row"
+                    )
                 if not line.strip():
                     continue
                 try:
