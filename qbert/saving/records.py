@@ -167,17 +167,21 @@ def configuration(path: str | os.PathLike[str], **hub: Any) -> dict[str, Any]:
     return values
 
 
-def check_index(folder: Path) -> None:
-    """Check the index of a model in several files, if `folder` has one, before transformers trips over it.
+def check_index(folder: Path, weights: str | None = None) -> None:
+    """Check the index of a model in several files, if that is what `folder` holds, before transformers trips over it.
+
+    Args:
+        folder: of the model.
+        weights: name of the file of its tensors or of its index; as transformers looks for them where None.
 
     Raises:
         ValueError: if it is damaged, or names a file that is not there or outside of the folder.
     """
-    for index in sorted(folder.glob("model*.safetensors.index.json")):
-        _check_index(folder, index)
-
-
-def _check_index(folder: Path, index: Path) -> None:
+    index = folder / (weights or "model.safetensors.index.json")
+    if not index.name.endswith(".index.json") or not index.is_file():
+        return
+    if weights is None and (folder / "model.safetensors").is_file():
+        return  # what is left of another model
     content = read_json(index)
     files = content.get("weight_map") if isinstance(content, dict) else None
     if isinstance(content, dict) and not isinstance(content.get("metadata"), dict):
