@@ -6,18 +6,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from qbert.bits import BitsConfig
+from qbert.calibration import unmasked
+from qbert.encoders.targets import base_model
 from qbert.quantize import quantize_model
 from qbert.sizes import model_size
+from qbert.tasks.evaluation import fidelity
 
 
 @dataclass(frozen=True)
@@ -28,7 +33,10 @@ class PTQResult:
         label: what was done, such as "4 bits".
         score: primary metric, 0 to 100.
         retention: score in percent of the float model's.
+        standard_error: of the score over the held-out examples (bootstrap); ``None`` if not asked for.
         agreement: percent of held-out examples that get the float model's class; ``None`` without classes.
+        divergence: mean KL(float || quantized) of the outputs in nats; for numbers, their mean squared difference.
+        hidden_error: relative error of the encoder's last hidden states, padding left out; ``None`` if not asked for.
         megabytes: exact size of the packed tensors, 10^6 bytes.
         ratio: how many times smaller than the float model, everything counted.
         seconds: time to quantize.
@@ -37,7 +45,10 @@ class PTQResult:
     label: str
     score: float
     retention: float
+    standard_error: float | None
     agreement: float | None
+    divergence: float
+    hidden_error: float | None
     megabytes: float
     ratio: float
     seconds: float
@@ -49,6 +60,8 @@ def ptq_report(
     score: Callable[[nn.Module], Any],
     *,
     calibration_data: Any = None,
+    standard_error: Callable[[Any], float] | None = None,
+    hidden: bool = False,
     progress: bool = False,
 ) -> list[PTQResult]:
     """Score `model` in float and quantized under each configuration.
@@ -57,36 +70,103 @@ def ptq_report(
         model: a float model.
         configs: label -> bits configuration.
         score: returns an `Evaluation` (with ``primary`` and ``logits``) of a model.
-        calibration_data: as in `quantize_model`.
+        calibration_data: as in `quantize_model`; given to configurations with compensated rounding only, so that
+            the others keep ranges per token.
+        standard_error: returns that of an `Evaluation`'s primary metric, such as `bootstrap`.
+        hidden: compare the last hidden states too.
         progress: show a bar over the configurations.
 
     Returns:
         The float model's row, then one row a configuration in the given order.
     """
-    reference = score(model)
-    size = model_size(model)
-    results = [PTQResult("float", reference.primary, 100.0, None, size.mb, 1.0, 0.0)]
+    states: list[Tensor] = []
+    with _last_hidden(model, states if hidden else None):
+        reference = score(model)
+    size, wanted = model_size(model), list(states)
+    error = standard_error(reference) if standard_error else None
+    results = [PTQResult("float", reference.primary, 100.0, error, None, 0.0, None, size.mb, 1.0, 0.0)]
     for label, config in tqdm(configs.items(), desc="quantized", disable=not progress):
+        parsed = BitsConfig.parse(config)
+        compensated = any("compensated" in s.values() for s in (parsed.defaults, *parsed.rules.values()))
         start = time.perf_counter()
-        student = quantize_model(model, config, calibration_data=calibration_data)
+        student = quantize_model(model, parsed, calibration_data=calibration_data if compensated else None)
         seconds = time.perf_counter() - start
-        result, small = score(student), model_size(student)
+        states.clear()
+        with _last_hidden(student, states if hidden else None):
+            result = score(student)
+        small = model_size(student)
         retention = 100.0 * result.primary / reference.primary if reference.primary else float("nan")
         results.append(
-            PTQResult(label, result.primary, retention, _agreement(reference, result), small.mb, small.ratio, seconds)
+            PTQResult(
+                label,
+                result.primary,
+                retention,
+                standard_error(result) if standard_error else None,
+                _agreement(reference, result),
+                fidelity(reference.logits, result.logits).divergence,
+                _relative_error(wanted, states) if hidden else None,
+                small.mb,
+                small.ratio,
+                seconds,
+            )
         )
     return results
 
 
+@contextlib.contextmanager
+def _last_hidden(model: nn.Module, states: list[Tensor] | None) -> Iterator[None]:
+    """Inside, the last hidden states of every forward pass are added to `states`, padding left out."""
+    if states is None:
+        yield
+        return
+
+    def hook(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+        states.append(unmasked(output[0].detach(), kwargs.get("attention_mask")))
+
+    handle = base_model(model)[1].register_forward_hook(hook, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _relative_error(wanted: Sequence[Tensor], found: Sequence[Tensor]) -> float:
+    off = sum(float((a - b).square().sum()) for a, b in zip(wanted, found, strict=True))
+    return float((off / sum(float(a.square().sum()) for a in wanted)) ** 0.5)
+
+
+def bootstrap(task: Any, rows: Sequence[Mapping[str, Any]], draws: int = 200) -> Callable[[Any], float]:
+    """The standard error of a task's primary metric over its held-out `rows`, as a function of an `Evaluation`."""
+    read = {"token": lambda row: row["tags"], "span": lambda row: row["answers"]["text"]}.get(
+        task.kind, lambda row: row["label"]
+    )
+    references = [read(row) for row in rows]
+
+    def error(result: Any) -> float:
+        generator, found = np.random.default_rng(0), []
+        for _ in range(draws):
+            chosen = generator.integers(0, len(references), len(references))
+            predictions = [result.predictions[i] for i in chosen]
+            whole = predictions if task.kind in ("token", "span") else np.array(predictions)
+            found.append(task.score(whole, [references[i] for i in chosen])[task.primary_metric])
+        return float(np.std(found))
+
+    return error
+
+
 def ptq_table(results: Sequence[PTQResult], metric: str) -> tuple[list[str], list[list[str]]]:
     """Header and rows for `text_table` or `markdown_table`."""
-    header = ["weights", metric, "of float", "same class", "MB", "smaller"]
+    hidden = any(r.hidden_error is not None for r in results)
+    header = ["weights", metric, "of float", "same class", "divergence"]
+    header += ["hidden error", "MB", "smaller"] if hidden else ["MB", "smaller"]
     rows = [
         [
             r.label,
-            f"{r.score:.2f}",
+            f"{r.score:.2f}" + ("" if r.standard_error is None else f" +- {r.standard_error:.2f}"),
             f"{r.retention:.1f} %",
             "" if r.agreement is None else f"{r.agreement:.1f} %",
+            f"{r.divergence:.4f}" if r.label != "float" else "",
+            *([f"{r.hidden_error:.3f}" if r.hidden_error is not None else ""] if hidden else []),
             f"{r.megabytes:.1f}",
             f"{r.ratio:.1f}x",
         ]

@@ -32,13 +32,15 @@ from qbert.arguments import is_whole
 from qbert.encoders.targets import HEAD_ROLE, Target, find_targets
 from qbert.files import read_json, write_json
 
-Scheme: TypeAlias = Literal["asymmetric", "symmetric", "midrise"]
+Scheme: TypeAlias = Literal["asymmetric", "symmetric", "midrise", "offset"]
 RangeMethod: TypeAlias = Literal["minmax", "percentile", "mse"]
 ActivationRange: TypeAlias = Literal["dynamic", "asymmetric", "static"]
+Rounding: TypeAlias = Literal["nearest", "compensated"]
+ColumnOrder: TypeAlias = Literal["activity", "given"]
 QUANTIZED_BITS = (2, 3, 4, 8)
 FLOAT_BITS = (16, 32)
 DEFAULT_GROUPS = 128
-_WHOLE_NUMBERS = ("bits", "groups", "input_group_size", "activation_bits")
+_WHOLE_NUMBERS = ("bits", "groups", "input_group_size", "activation_bits", "refits")
 
 
 @dataclass(frozen=True)
@@ -53,13 +55,23 @@ class TensorSpec:
         input_group_size: also cut the inputs into groups of this many columns; ``None`` does not.
         scheme: ``asymmetric`` has an integer zero point, so that 0 is on the grid; ``symmetric`` has levels
             -m..m with m = 2^(bits-1) - 1, which is ternary at 2 bits; ``midrise`` has 2^bits levels
-            placed symmetrically around 0 without 0 itself.
+            placed symmetrically around 0 without 0 itself; ``offset`` has a real-valued zero point, so that the levels
+            may lie anywhere, at 4 bytes a group instead of 1.
         range_method: ``minmax``, ``percentile`` (of the weights of a group) or ``mse`` (least squared error).
         percentile: share in percent of the weights that ``percentile`` keeps inside the range.
         activation_bits: bits of the input of a matrix product: 8, or ``None`` for float activations.
         activation_range: ``dynamic`` (per token, symmetric), ``asymmetric`` (per token, from its smallest to its
             largest value: finer steps where a token's outliers have one sign, as in BERT) or ``static`` (per tensor,
-            affine, calibrated); ``None`` is static if calibration data is given and dynamic if not.
+            affine, calibrated); ``None`` is static if calibration data is given and dynamic if not, and asymmetric
+            for a matrix with compensated rounding.
+        rounding: ``nearest``, or ``compensated``: codes for the least error of the layer's outputs on calibration
+            data, the error of each column spread over the others (`qbert.quantizers.rounding`). Tables, whose rows
+            are looked up one by one, are always rounded to nearest.
+        damping: share of the mean squared input that is added to the inputs' second moment for compensated rounding.
+        column_order: the columns that are rounded first: those with the largest inputs (``activity``), or as they
+            stand (``given``).
+        refits: how often compensated rounding fits its ranges anew to the codes found; 0 keeps those of
+            `range_method`.
     """
 
     bits: int = 4
@@ -70,6 +82,10 @@ class TensorSpec:
     percentile: float = 99.9
     activation_bits: int | None = 8
     activation_range: ActivationRange | None = None
+    rounding: Rounding = "nearest"
+    damping: float = 0.01
+    column_order: ColumnOrder = "activity"
+    refits: int = 4
 
     def __post_init__(self) -> None:
         for name in _WHOLE_NUMBERS:
@@ -84,6 +100,7 @@ class TensorSpec:
 
 
 SPEC_FIELDS = tuple(f.name for f in fields(TensorSpec))
+_ROUNDING_FIELDS = ("rounding", "damping", "column_order", "refits")
 
 
 def make_spec(where: str, base: TensorSpec, settings: Mapping[str, Any]) -> TensorSpec:
@@ -102,8 +119,12 @@ def make_spec(where: str, base: TensorSpec, settings: Mapping[str, Any]) -> Tens
 
 
 def spec_to_dict(spec: TensorSpec) -> dict[str, Any]:
-    """Plain JSON values of one specification; ``TensorSpec(**values)`` reads them back."""
-    return asdict(spec)
+    """Plain JSON values of one specification; ``TensorSpec(**values)`` reads them back.
+
+    How the codes were rounded is left out where it is the default, so that versions that know no other read the rest.
+    """
+    plain = {f.name: f.default for f in fields(TensorSpec)}
+    return {n: v for n, v in asdict(spec).items() if n not in _ROUNDING_FIELDS or v != plain[n]}
 
 
 def check_bits(name: str, bits: Any) -> int:
@@ -125,10 +146,12 @@ def _check_spec(spec: TensorSpec) -> None:
         if value is not None and not (is_whole(value) and value >= 1):
             raise ValueError(f"{name}={value!r} is not possible; use a whole number of at least 1")
     choices = {
-        "scheme": ("asymmetric", "symmetric", "midrise"),
+        "scheme": ("asymmetric", "symmetric", "midrise", "offset"),
         "range_method": ("minmax", "percentile", "mse"),
         "activation_bits": (8, None),
         "activation_range": ("dynamic", "asymmetric", "static", None),
+        "rounding": ("nearest", "compensated"),
+        "column_order": ("activity", "given"),
     }
     for name, allowed in choices.items():
         value = getattr(spec, name)
@@ -136,6 +159,10 @@ def _check_spec(spec: TensorSpec) -> None:
             raise ValueError(f"{name}={value!r} is not possible; use one of {allowed}")
     if not (isinstance(spec.percentile, Real) and 50.0 < spec.percentile <= 100.0):
         raise ValueError(f"percentile={spec.percentile!r} is not possible; use a percentage in (50, 100]")
+    if not (isinstance(spec.damping, Real) and 0.0 < spec.damping <= 1.0):
+        raise ValueError(f"damping={spec.damping!r} is not possible; use a share in (0, 1], such as 0.01")
+    if not (is_whole(spec.refits) and spec.refits >= 0):
+        raise ValueError(f"refits={spec.refits!r} is not possible; use a whole number of at least 0")
 
 
 def check_groups(target: Target, spec: TensorSpec) -> None:
@@ -169,7 +196,9 @@ def _suits_heads(groups: int, heads: int | None) -> bool:
 
 def covers(pattern: str, names: Iterable[str]) -> bool:
     """Whether a pattern matches one of the names of a tensor."""
-    return any(n == pattern or n.startswith(pattern + ".") or fnmatch.fnmatchcase(n, pattern) for n in names)
+    glob = any(c in pattern for c in "*?[")
+    below = pattern + "."
+    return any(n == pattern or n.startswith(below) or (glob and fnmatch.fnmatchcase(n, pattern)) for n in names)
 
 
 def longest(patterns: Iterable[str]) -> list[str]:
@@ -259,7 +288,7 @@ class BitsConfig:
         targets = find_targets(model)
         if all(t.role == HEAD_ROLE for t in targets):
             raise ValueError(
-                f"model: {type(model).__name__} has no nn.Linear or nn.Embedding that could be quantized; "
+                f"model: {type(model).__name__} has no matrix or table that could be quantized; "
                 "pass an encoder that is not quantized yet"
             )
         used: set[str] = set()
@@ -269,12 +298,17 @@ class BitsConfig:
             if pattern is None and not target.is_embedding:
                 continue
             base = (
-                replace(self._default_spec, groups=None, input_group_size=None)
+                replace(self._default_spec, groups=None, input_group_size=None, rounding="nearest")
                 if target.is_embedding
                 else self._default_spec
             )
             settings = self.rules[pattern] if pattern is not None else {"bits": self.embedding_bits}
             spec = replace(base, **settings)
+            if target.is_embedding and spec.rounding != "nearest":
+                raise ValueError(
+                    f"pattern {pattern!r}: rounding='compensated' makes nothing better in the table {target.name}, "
+                    "whose rows are looked up one by one; leave it out"
+                )
             if not spec.is_float:
                 check_groups(target, spec)
                 resolved[target.path] = spec
@@ -301,7 +335,7 @@ class BitsConfig:
         for pattern in self.rules:
             if pattern in used or pattern in ("*", "embeddings"):
                 continue
-            names = {part for t in targets for name in (t.name, t.path) for part in _prefixes(name)}
+            names = {part for t in targets for name in t.names for part in _prefixes(name)}
             close = difflib.get_close_matches(pattern, sorted(names), n=3, cutoff=0.0)
             raise ValueError(
                 f"pattern {pattern!r} matches no tensor of the model; the nearest names are {', '.join(close)}"
@@ -366,25 +400,27 @@ def _matches(pattern: str, target: Target) -> bool:
         return target.is_embedding
     if target.role == HEAD_ROLE and pattern.startswith(("*", "?", "[")):
         return False
-    return covers(pattern, (target.name, target.path))
+    return covers(pattern, target.names)
 
 
 def _settle_ties(targets: Iterable[Target], resolved: dict[str, TensorSpec]) -> None:
-    """Refuse different grids for one weight; a matrix tied to a table takes the table's groups if it names none.
+    """Refuse different grids for one weight; a matrix tied to a table is rounded as the table is, in its groups if it
+    names none.
 
     A head that no pattern names follows its table in `quantize_model`.
     """
     first: dict[int, Target] = {}
     for target in sorted(targets, key=lambda t: t.path not in resolved):
         spec = resolved.get(target.path)
-        owner = first.setdefault(id(target.module.weight), target)
+        owner = first.setdefault(id(target.weight), target)
         if owner is target or owner.path not in resolved:
             continue
         given = resolved[owner.path]
         if spec is None and target.role == HEAD_ROLE and owner.is_embedding:
             continue
-        if spec is not None and spec.groups is None and owner.is_embedding:
-            spec = resolved[target.path] = replace(spec, groups=_layout(owner, given)[1])
+        if spec is not None and owner.is_embedding:
+            groups = _layout(owner, given)[1] if spec.groups is None else spec.groups
+            spec = resolved[target.path] = replace(spec, groups=groups, rounding="nearest")
         if spec is None or _layout(target, spec) != _layout(owner, given):
             here, there = ("float" if x is None else f"{x.bits} bits" for x in (given, spec))
             raise ValueError(
@@ -400,7 +436,8 @@ def _layout(target: Target, spec: TensorSpec) -> tuple[Any, ...]:
     groups = min(rows, spec.groups or (rows if target.is_embedding else DEFAULT_GROUPS))
     heads = target.heads if 1 < groups < rows else None
     cut = spec.percentile if spec.range_method == "percentile" else None
-    return spec.bits, groups, heads, spec.input_group_size, spec.scheme, spec.range_method, cut
+    how = (spec.damping, spec.column_order, spec.refits) if spec.rounding == "compensated" else None
+    return spec.bits, groups, heads, spec.input_group_size, spec.scheme, spec.range_method, cut, how
 
 
 def _prefixes(name: str) -> list[str]:

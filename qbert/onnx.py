@@ -34,6 +34,7 @@ from qbert.inference.forward import remove_fast_forwards
 from qbert.layers.embedding import PackedEmbedding
 from qbert.layers.linear import PackedLinear
 from qbert.layers.packed import PackedTensor, check_module
+from qbert.layers.transposed import PackedTransposed
 from qbert.quantizers.activations import token_range, token_scale
 
 _OPSET = 18
@@ -76,7 +77,15 @@ def export_onnx(
     remove_fast_forwards(model)
     _check_inputs(model, inputs)
     for module in [m for m in model.modules() if isinstance(m, PackedTensor)]:
-        twin = OnnxTable(module) if isinstance(module, PackedEmbedding) else onnx_linear(module, quantize_activations)
+        if isinstance(module, PackedEmbedding):
+            twin: nn.Module = OnnxTable(module)
+        elif type(module) in (PackedLinear, PackedTransposed):
+            twin = onnx_linear(module, quantize_activations)
+        else:
+            raise ValueError(
+                f"packed: {type(module).__name__} has no ONNX form yet; export a model without convolutions, or "
+                "quantize with {'*': ..., '<its name>': 32} to leave it in float"
+            )
         replace_everywhere(model, module, twin)
     example = _example(inputs, 9)
     names, axes = _outputs(model, inputs, example)
@@ -157,23 +166,26 @@ _LARGEST_BLOCK, _SMALLEST_BLOCK = 256, 16  # what MatMulNBits takes
 
 
 def onnx_linear(layer: nn.Module, quantize_activations: bool) -> nn.Module:
-    """The twin of a `PackedLinear`: MatMulNBits where its codes fit, else DequantizeLinear, else floats."""
+    """The twin of a `PackedLinear`: MatMulNBits where its codes fit, else DequantizeLinear, else floats.
+
+    Both operators know integer zero points only. What a real one is off its nearest integer, times the scale, is an
+    offset of all weights of a row, so it comes back as the sum of the inputs times that.
+    """
     assert isinstance(layer, PackedLinear)
     scale, zero = layer.row_grids()
     codes = layer.int_codes().to(torch.int32)
-    if not bool((zero == zero.round()).all()):
-        # Zeros of one half become integers on the grid of half the step.
-        codes, scale, zero = codes * 2, scale / 2, zero * 2
-    whole = bool((zero == zero.round()).all())
+    whole = zero.round().clamp(int(codes.min()), int(codes.max())) if layer.spec.scheme == "offset" else zero.round()
+    offset = None if torch.equal(zero, whole) else scale * (whole - zero)
     block = _block(layer.columns // layer.layout.input_groups)
     for bits in (2, 4):
         half = 1 << (bits - 1)
-        shift = 0 if bits == 4 and int(codes.min()) >= -half else _centre(codes, zero, bits)
-        q, z = codes - shift, zero - shift
+        shift = 0 if bits == 4 and int(codes.min()) >= -half else _centre(codes, whole, bits)
+        q, z = codes - shift, whole - shift
         fits = -half <= min(int(q.min()), int(z.min())) and max(int(q.max()), int(z.max())) < half
-        if whole and fits and block and layer.layout.bits < 8:
-            return _OnnxNBits(layer, q + half, scale, z.to(torch.int32) + half, bits, block, quantize_activations)
-    return _OnnxLinear(layer, quantize_activations)
+        if fits and block and layer.layout.bits < 8:
+            grids = scale, z.to(torch.int32) + half
+            return _OnnxNBits(layer, q + half, *grids, offset, bits, block, quantize_activations)
+    return _OnnxLinear(layer, codes, scale, whole, offset, quantize_activations)
 
 
 def _centre(codes: Tensor, zero: Tensor, bits: int) -> int:
@@ -192,8 +204,11 @@ def _block(columns: int) -> int:
 class _OnnxInput(nn.Module):
     """Fake quantization of a layer's input in operators that ONNX has."""
 
-    def __init__(self, layer: PackedLinear, enabled: bool) -> None:
+    offset: Tensor | None
+
+    def __init__(self, layer: PackedLinear, enabled: bool, offset: Tensor | None = None) -> None:
         super().__init__()
+        self.register_buffer("offset", None if offset is None else offset.T.contiguous())  # [K, O]
         activation = layer.activation_quantizer if enabled else None
         self.mode = None if activation is None else activation.mode
         self.static: tuple[float, float] | None = None
@@ -213,14 +228,28 @@ class _OnnxInput(nn.Module):
             return (torch.clamp(torch.round(x / scale_ + zero), -128, 127) - zero) * scale_
         return x
 
+    def finish(self, y: Tensor, x: Tensor) -> Tensor:
+        """The product `y` [..., O] of the quantized input `x` [..., I] with offsets and bias added."""
+        if self.offset is not None:
+            y = y + x.unflatten(-1, (self.offset.shape[0], -1)).sum(-1) @ self.offset
+        return y if self.bias is None else y + self.bias
+
 
 class _OnnxNBits(_OnnxInput):
     """A matrix as MatMulNBits: unsigned codes [O, I] of 2 or 4 bits, lowest first in a byte."""
 
     def __init__(
-        self, layer: PackedLinear, codes: Tensor, scale: Tensor, zero: Tensor, bits: int, block: int, quantize: bool
+        self,
+        layer: PackedLinear,
+        codes: Tensor,
+        scale: Tensor,
+        zero: Tensor,
+        offset: Tensor | None,
+        bits: int,
+        block: int,
+        quantize: bool,
     ) -> None:
-        super().__init__(layer, quantize)
+        super().__init__(layer, quantize, offset)
         self.bits, self.block = bits, block
         rows, columns = codes.shape
         self.shape = rows, columns
@@ -232,10 +261,9 @@ class _OnnxNBits(_OnnxInput):
         self.register_buffer("weight", layer.quantized_weight().float(), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = _MatMulNBits.apply(
-            self.quantize(x), self.codes, self.scale, self.zero, self.weight, *self.shape, self.bits, self.block
-        )
-        return y if self.bias is None else y + self.bias
+        x = self.quantize(x)
+        y = _MatMulNBits.apply(x, self.codes, self.scale, self.zero, self.weight, *self.shape, self.bits, self.block)
+        return self.finish(y, x)
 
 
 class _MatMulNBits(torch.autograd.Function):
@@ -263,21 +291,23 @@ class _MatMulNBits(torch.autograd.Function):
 
 
 class _OnnxLinear(_OnnxInput):
-    """A matrix as int8 codes behind DequantizeLinear, or in float where zeros or input groups do not allow that."""
+    """A matrix as int8 codes behind DequantizeLinear, or in float where input groups do not allow that."""
 
-    def __init__(self, layer: PackedLinear, quantize: bool) -> None:
-        super().__init__(layer, quantize)
-        scale, zero = layer.row_grids()
+    def __init__(
+        self, layer: PackedLinear, codes: Tensor, scale: Tensor, zero: Tensor, offset: Tensor | None, quantize: bool
+    ) -> None:
+        self.plain = scale.shape[1] > 1
+        super().__init__(layer, quantize, None if self.plain else offset)
         self.register_buffer("weight", layer.quantized_weight().float())
-        self.plain = scale.shape[1] > 1 or not bool((zero == zero.round()).all())
         if not self.plain:
-            self.register_buffer("codes", layer.int_codes())
+            self.register_buffer("codes", codes.to(torch.int8))
             self.register_buffer("scale", scale[:, 0].contiguous())
             self.register_buffer("zero", zero[:, 0].to(torch.int8))
 
     def forward(self, x: Tensor) -> Tensor:
         weight = self.weight if self.plain else _Dequantize.apply(self.codes, self.scale, self.zero, self.weight)
-        return nn.functional.linear(self.quantize(x), weight, self.bias)  # type: ignore[arg-type]
+        x = self.quantize(x)
+        return self.finish(nn.functional.linear(x, weight), x)  # type: ignore[arg-type]
 
 
 class _Dequantize(torch.autograd.Function):

@@ -10,23 +10,27 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+import warnings
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
 from qbert.bits import BitsConfig, TensorSpec
+from qbert.calibration import Batch, Moment, calibrate_activations, check_batches, input_moments
 from qbert.encoders.replace import replace_everywhere
-from qbert.encoders.targets import Target, find_targets
-from qbert.layers.embedding import QuantEmbedding
-from qbert.layers.linear import QuantLinear
+from qbert.encoders.targets import Target, encoder_weights, find_targets
+from qbert.encoders.weights import is_table, stored, weight_matrix
+from qbert.layers.kind import TrainableLayer, kind_of
 from qbert.layers.quantizer import WeightQuantizer
-from qbert.quantizers.activations import ActivationObserver, ActivationQuantizer
+from qbert.layers.recurrent import open_recurrent
+from qbert.quantizers.activations import ActivationQuantizer
 from qbert.quantizers.groups import group_layout
+from qbert.quantizers.ranges import GroupRanges
 
+_GRADIENT_SHARE = 0.9
 Model = TypeVar("Model", bound=nn.Module)
 _HOOKS = (
     "_forward_hooks",
@@ -47,17 +51,24 @@ def quantize_model(
     *,
     calibration_data: Any = None,
     inplace: bool = False,
+    progress: bool = False,
 ) -> Model:
     """The fake-quantized twin of an encoder, ready to be evaluated, trained or packed.
 
     Args:
-        model: any encoder that transformers builds from ``nn.Linear`` and ``nn.Embedding``, with or without a task
-            head, or a wrapper of one (``SentenceTransformer``). It is left alone unless `inplace`.
+        model: any encoder built from the kinds of layer in `qbert.layers` (linear maps, tables, convolutions over a
+            sequence, LSTMs and GRUs), with or without a task head, or a wrapper of one or several
+            (``SentenceTransformer``, a bi-encoder). It is left alone unless `inplace`.
         bits_config: bits for all encoder matrices (2, 3, 4 or 8), a mapping from name patterns, a `BitsConfig`, or
             the path of its JSON file.
-        calibration_data: batches (a DataLoader, or a list of dicts of tensors) that are run through the model to fix
-            static activation ranges; ``None`` gives activations a range per token at run time.
+        calibration_data: batches (a DataLoader, or a list of dicts of tensors; a few hundred unlabelled rows) that
+            are run through the model to fix static activation ranges and for compensated rounding; ``None`` gives
+            activations a range per token at run time, and rounds to nearest.
         inplace: convert `model` itself instead of a copy.
+        progress: show a bar over the matrices of compensated rounding.
+
+    Warns:
+        UserWarning: if weights of the encoder stay in float because no kind of layer covers their modules.
 
     Returns:
         The converted model, of the same class and in the same mode. Every converted module has
@@ -65,15 +76,21 @@ def quantize_model(
 
     Raises:
         ValueError: if the configuration does not fit the model (see `BitsConfig.resolve`), the model is quantized
-            already, a weight is not finite, or static activation ranges are asked for without `calibration_data`.
+            already, nothing in its layers can be quantized, a weight is not finite, or static activation ranges are
+            asked for without `calibration_data`.
         TypeError: for a `model`, `bits_config` or `calibration_data` of another type.
 
-    Source: Shen et al. 2020, sections 3.1 and 3.3.
+    Warns:
+        UserWarning: where compensated rounding is asked for but matrices are rounded to nearest, because there is no
+            `calibration_data` or it does not reach them; and where it has fewer tokens than a matrix has inputs.
+
+    Source: Shen et al. 2020, sections 3.1 and 3.3; for compensated rounding `qbert.quantizers.rounding`.
     """
     config = BitsConfig.parse(bits_config)
     _check_model(model)
     specs = config.resolve(model)
     targets = {t.path: t for t in find_targets(model)}
+    _tell_what_is_not_covered(model, targets.values())
     _check_weights(targets, specs)
     batches = check_batches(calibration_data)
     static = [p for p, s in specs.items() if s.activation_range == "static" and not targets[p].is_embedding]
@@ -81,68 +98,194 @@ def quantize_model(
         raise ValueError(f"activation_range='static' of {static[0]} needs calibration_data; pass a few batches")
     if not inplace:
         model = copy.deepcopy(model)
-    converted = [
-        _convert(model, targets[path], _with_activation_range(spec, batches is not None))
-        for path, spec in specs.items()
-    ]
-    converted += convert_tied(model)
-    if batches is not None:
-        try:
+    specs = {path: _settled(spec, batches is not None) for path, spec in specs.items()}
+    compensated = {path: spec for path, spec in specs.items() if spec.rounding == "compensated"}
+    if batches is None:
+        specs, compensated = _without_data(specs, compensated), {}
+    open_recurrent(model, specs.keys())
+    done = _Conversions(model)
+    try:
+        for path, spec in specs.items():
+            if path not in compensated:
+                done.convert(path, targets[path], spec)
+        done.convert_tied()
+        if batches is not None:
+            if compensated:
+                _round_compensated(done, targets, compensated, batches, progress)
             calibrate_activations(model, batches)
-        except BaseException:
-            for old, new in converted:
-                replace_everywhere(model, new, old)
-            raise
+    except BaseException:
+        done.undo()
+        raise
     return model
 
 
-def _with_activation_range(spec: TensorSpec, calibrated: bool) -> TensorSpec:
+def _tell_what_is_not_covered(model: nn.Module, targets: Iterable[Target]) -> None:
+    """Name the weights of the encoder that no kind of layer covers, and so stay in float whatever is asked.
+
+    Raises:
+        ValueError: if those are all the weights of its layers.
+    """
+    covered = {id(t.weight) for t in targets}
+    weights = encoder_weights(model)
+    left = [w for w in weights if id(w.tensor) not in covered]
+    if not left:
+        return
+    share = sum(w.tensor.numel() for w in left) / sum(w.tensor.numel() for w in weights)
+    left.sort(key=lambda w: (not w.in_layers, -w.tensor.numel()))
+    names = ", ".join(f"{w.path} ({w.owner})" for w in left[:3]) + (f" and {len(left) - 3} more" if left[3:] else "")
+    in_layers = [w for w in weights if w.in_layers]
+    if in_layers and not any(id(w.tensor) in covered for w in in_layers):
+        raise ValueError(
+            f"model: none of the weights in the layers of {type(model).__name__} can be quantized: {names}; pass an "
+            "encoder built from Linear, Embedding, Conv1d, LSTM or GRU modules, or register a kind of layer for these"
+        )
+    warnings.warn(
+        f"{share:.1%} of the weights of {type(model).__name__}'s encoder stay in float, because no kind of layer "
+        f"covers them, or they are read without calling one: {names}",
+        stacklevel=4,  # past the decorator of quantize_model
+    )
+
+
+def _settled(spec: TensorSpec, calibrated: bool) -> TensorSpec:
+    """`spec` with the activation range that it leaves open."""
     if spec.activation_range is not None:
         return spec
+    if spec.rounding == "compensated":
+        return replace(spec, activation_range="asymmetric")
     return replace(spec, activation_range="static" if calibrated else "dynamic")
 
 
-def _convert(model: nn.Module, target: Target, spec: TensorSpec) -> tuple[nn.Module, nn.Module]:
-    """Put the quantized twin in the place of a target; (old, new)."""
-    module = model.get_submodule(target.path)
-    row_group, input_groups = group_layout(target, spec)
-    quantizer = WeightQuantizer(row_group, input_groups, spec).to(module.weight.device)  # type: ignore[arg-type]
-    quantizer.find(module.weight.detach())  # type: ignore[operator, union-attr, arg-type]
-    converted: nn.Module
-    if isinstance(module, nn.Embedding):
-        converted = QuantEmbedding.from_float(module, quantizer)
-    else:
+def _without_data(specs: Mapping[str, TensorSpec], compensated: Mapping[str, TensorSpec]) -> dict[str, TensorSpec]:
+    if compensated:
+        warnings.warn(
+            f"rounding='compensated' of {next(iter(compensated))} and others ({len(compensated)} in all) needs "
+            "calibration_data, so they are rounded to nearest; pass batches of a few hundred unlabelled rows",
+            stacklevel=3,
+        )
+    return {path: replace(spec, rounding="nearest") for path, spec in specs.items()}
+
+
+def _round_compensated(
+    done: _Conversions,
+    targets: Mapping[str, Target],
+    specs: Mapping[str, TensorSpec],
+    batches: list[Batch],
+    progress: bool,
+) -> None:
+    """Convert matrices one after the other, each with codes for the inputs that those before it leave to it."""
+    paths = {cast(nn.Linear, done.model.get_submodule(path)): path for path in specs}
+    missed: list[str] = []
+    few: dict[str, Moment] = {}
+    for modules, moment in input_moments(done.model, batches, list(paths), weigh=_GRADIENT_SHARE, progress=progress):
+        if moment.inputs == 0:
+            missed += [paths[m] for m in modules]
+            for module in modules:
+                done.convert(paths[module], targets[paths[module]], replace(specs[paths[module]], rounding="nearest"))
+            continue
+        if moment.inputs < len(moment.value):
+            few[paths[modules[0]]] = moment
+        done.compensate([(paths[m], targets[paths[m]], specs[paths[m]]) for m in modules], moment.value)
+    done.restore_modes()
+    if missed:
+        warnings.warn(
+            f"calibration_data never reaches {', '.join(missed)}, so their weights are rounded to nearest; pass "
+            "batches that use them, or name them with rounding='nearest'",
+            stacklevel=3,
+        )
+    if few:
+        path, moment = max(few.items(), key=lambda item: len(item[1].value))
+        warnings.warn(
+            f"calibration_data has {moment.inputs} tokens without padding, fewer than the {len(moment.value)} inputs "
+            f"of {path}, whose codes will suit these tokens more than others; pass a few hundred rows",
+            stacklevel=3,
+        )
+
+
+class _Conversions:
+    """What is put into a model in the place of float modules, so that it can be taken back."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self._replaced: list[tuple[nn.Module, nn.Module]] = []
+        self._weights: list[tuple[nn.Parameter, Tensor]] = []
+
+    def convert(self, path: str, target: Target, spec: TensorSpec) -> None:
+        """Put the quantized twin in the place of a target, rounded to nearest."""
+        module = self.model.get_submodule(path)
+        weight = weight_matrix(module).detach()
+        quantizer = _quantizer(target, spec, weight)
+        quantizer.find(weight)
+        self._place(module, quantizer, spec)
+
+    def compensate(self, members: list[tuple[str, Target, TensorSpec]], moment: Tensor) -> None:
+        """Put quantized twins in the place of matrices with one weight, which is rounded for inputs of this moment."""
+        modules = [self.model.get_submodule(path) for path, _, _ in members]
+        weight = cast(nn.Parameter, modules[0].weight)
+        matrix = weight_matrix(modules[0]).detach()
+        quantizers = [_quantizer(target, spec, matrix) for _, target, spec in members]
+        first, *others = quantizers
+        rounded = first.compensate(matrix, moment.to(weight.device))
+        for other in others:
+            other.take(GroupRanges(first.scale, first.zero), weight.dtype)
+        for module, quantizer in zip(modules, quantizers, strict=True):
+            self._place(module, quantizer, quantizer.spec)
+        self._weights.append((weight, weight.data))
+        weight.data = stored(modules[0], rounded).contiguous()
+
+    def convert_tied(self) -> None:
+        """Give a float layer that shares its weight with a quantized one (a head with its table) that one's grids."""
+        tables = {id(m.weight): m.weight_quantizer for m in self.model.modules() if isinstance(m, TrainableLayer)}
+        for module in list(self.model.modules()):
+            kind = None if isinstance(module, TrainableLayer) else kind_of(module)
+            if kind is not None and id(module.weight) in tables:
+                twin: Any = kind.trainable.from_float(module, tables[id(module.weight)])
+                self._replace(module, twin)
+
+    def restore_modes(self) -> None:
+        """Give the new modules the modes of the old ones."""
+        for old, new in self._replaced:
+            new.train(old.training)
+
+    def undo(self) -> None:
+        """Put everything back."""
+        for old, new in self._replaced:
+            replace_everywhere(self.model, new, old)
+        for weight, original in self._weights:
+            weight.data = original
+
+    def _place(self, module: nn.Module, quantizer: WeightQuantizer, spec: TensorSpec) -> None:
+        kind = kind_of(module)
+        assert kind is not None
         activation = None
-        if spec.activation_bits is not None:
+        if spec.activation_bits is not None and not is_table(module):
             activation = ActivationQuantizer(spec.activation_bits, spec.activation_range or "dynamic")
-            activation.to(module.weight.device)  # type: ignore[arg-type]
-        converted = QuantLinear.from_float(module, quantizer, activation)  # type: ignore[arg-type]
-    return _replace(model, module, converted)
+            activation.to(quantizer.scale.device)
+            activation.enabled = activation.mode != "static"  # until it is calibrated
+        twin: Any = kind.trainable.from_float(module, quantizer, activation)
+        self._replace(module, twin)
+
+    def _replace(self, old: nn.Module, new: nn.Module) -> None:
+        """Put `new`, with the hooks of `old`, in its place."""
+        for name in _HOOKS:
+            setattr(new, name, getattr(old, name))
+        replace_everywhere(self.model, old, new)
+        self._replaced.append((old, new))
 
 
-def _replace(model: nn.Module, old: nn.Module, new: nn.Module) -> tuple[nn.Module, nn.Module]:
-    """Put `new`, with the hooks of `old`, in its place."""
-    for name in _HOOKS:
-        setattr(new, name, getattr(old, name))
-    replace_everywhere(model, old, new)
-    return old, new
+def convert_tied(model: nn.Module) -> None:
+    """Give float layers that share their weight with a quantized one (a head with its table) that one's grids."""
+    _Conversions(model).convert_tied()
 
 
-def convert_tied(model: nn.Module) -> list[tuple[nn.Module, nn.Module]]:
-    """Give a float matrix that shares its weight with a quantized embedding that embedding's quantizer."""
-    converted = []
-    tables = {id(m.weight): m for m in model.modules() if isinstance(m, QuantEmbedding)}
-    for module in list(model.modules()):
-        if type(module) is nn.Linear and id(module.weight) in tables:
-            quantizer = tables[id(module.weight)].weight_quantizer
-            converted.append(_replace(model, module, QuantLinear.from_float(module, quantizer, None)))
-    return converted
+def _quantizer(target: Target, spec: TensorSpec, weight: Tensor) -> WeightQuantizer:
+    row_group, input_groups = group_layout(target, spec)
+    return WeightQuantizer(row_group, input_groups, spec).to(weight.device)
 
 
 def _check_model(model: nn.Module) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected an encoder (nn.Module), got {type(model).__name__}")
-    if isinstance(model, (nn.Linear, nn.Embedding)):
+    if kind_of(model) is not None:
         raise ValueError(
             f"model: a bare {type(model).__name__} has no place to be replaced in; pass nn.Sequential of it"
         )
@@ -153,125 +296,10 @@ def _check_model(model: nn.Module) -> None:
 
 def _check_weights(targets: Mapping[str, Target], specs: Mapping[str, TensorSpec]) -> None:
     for path in specs:
-        module = targets[path].module
-        weight = module.weight
-        assert isinstance(weight, Tensor)
+        module, weight = targets[path].module, targets[path].weight
         if getattr(module, "max_norm", None) is not None:
             raise ValueError(f"model: {path} rescales its rows when they are used (max_norm); set max_norm to None")
         if weight.is_meta:
             raise ValueError(f"model: {path} has no values (device 'meta'); load the weights first")
         if not bool(torch.isfinite(weight).all()):
             raise ValueError(f"model: the weight of {path} holds NaN or infinity; reload or retrain the model")
-
-
-Batch = Mapping[str, Tensor]
-
-
-def check_batches(data: Any) -> list[Batch] | None:
-    """`data` as a list of batches (a single batch is accepted), or ``None`` if it is None.
-
-    Raises:
-        TypeError: if it is not an iterable of mappings; ValueError if it is empty.
-    """
-    if data is None:
-        return None
-    if isinstance(data, Mapping):
-        data = [data] if data else []
-    if not isinstance(data, Iterable):
-        raise TypeError(f"calibration_data: expected batches (dicts of tensors), got {type(data).__name__}")
-    batches = list(data)
-    if not batches:
-        raise ValueError("calibration_data is empty; pass at least one batch")
-    for batch in batches:
-        if not isinstance(batch, Mapping) or not any(isinstance(value, Tensor) for value in batch.values()):
-            raise TypeError(
-                "calibration_data: every batch must be a dict of tensors, such as a tokenizer returns with "
-                f"return_tensors='pt'; got a {type(batch).__name__}"
-                + (f" of {', '.join(map(str, batch))}" if isinstance(batch, Mapping) else "")
-            )
-    return batches
-
-
-@torch.no_grad()
-def calibrate_activations(model: nn.Module, batches: list[Batch]) -> None:
-    """Fix the static activation ranges of `model` in two passes over `batches` (extent, then histogram).
-
-    Raises:
-        ValueError: if the input of a layer is not finite, or none is seen: the layer is never called, or every token is
-            masked.
-    """
-    names = {
-        m: name
-        for name, m in model.named_modules()
-        if isinstance(m, QuantLinear) and m.activation_quantizer is not None and m.activation_quantizer.mode == "static"
-    }
-    layers = list(names)
-    if not layers:
-        return
-    observers = {layer: ActivationObserver() for layer in layers}
-    quantizers = [layer.activation_quantizer for layer in layers if layer.activation_quantizer is not None]
-    for quantizer in quantizers:
-        quantizer.enabled = False
-    try:
-        _observe(model, batches, layers, lambda layer, x: observers[layer].see_extent(x))
-        for layer, observer in observers.items():
-            if not observer.is_finite:
-                raise ValueError(
-                    f"calibration_data: the input of {names[layer]} runs from {observer.low} to {observer.high}; pass "
-                    "batches on which the layer sees unmasked tokens and the float model computes no NaN or infinity"
-                )
-        _observe(model, batches, layers, lambda layer, x: observers[layer].see_values(x))
-    finally:
-        for quantizer in quantizers:
-            quantizer.enabled = True
-    for layer, quantizer in zip(layers, quantizers, strict=True):
-        quantizer.set_range(*observers[layer].best_range(quantizer.bits))
-
-
-def _observe(
-    model: nn.Module, batches: list[Batch], modules: Iterable[nn.Module], see: Callable[[Any, Tensor], None]
-) -> None:
-    """Run `batches` through the model; `see(module, x)` gets the input of each module, padding left out."""
-    mask: Tensor | None = None
-
-    def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
-        x = args[0]
-        if mask is not None and mask.dim() == 2 and x.shape[:2] == mask.shape:
-            x = x[mask.bool()]
-        see(module, x)
-
-    handles = [module.register_forward_pre_hook(hook) for module in modules]
-    try:
-        with evaluation_mode(model):
-            for batch in batches:
-                inputs = to_device(batch, model)
-                mask = inputs.get("attention_mask")
-                run_batch(model, inputs)
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def run_batch(model: nn.Module, inputs: Mapping[str, Tensor]) -> Any:
-    """Call `model` on a dict batch: by keyword, or as one mapping where that is the model's own convention."""
-    if type(model).__name__ == "SentenceTransformer":
-        return model(dict(inputs))
-    return model(**inputs)
-
-
-def to_device(batch: Batch, model: nn.Module) -> dict[str, Any]:
-    """The batch with its tensors on the model's device."""
-    device = next(model.parameters()).device
-    return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
-
-
-@contextmanager
-def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Put every module of `model` in evaluation mode and give each its own mode back afterwards."""
-    training = [m for m in model.modules() if m.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True

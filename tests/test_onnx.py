@@ -25,6 +25,9 @@ CONFIGS = {
     "3 symmetric": qbert.BitsConfig(3, scheme="symmetric", activation_bits=None),
     "4, input groups of 16": qbert.BitsConfig(4, input_group_size=16, activation_bits=None),
     "4, input groups of 12": qbert.BitsConfig(4, input_group_size=12, activation_bits=None),
+    "2 offset": qbert.BitsConfig(2, scheme="offset", activation_bits=None),
+    "3 offset, input groups of 16": qbert.BitsConfig(3, scheme="offset", input_group_size=16, activation_bits=None),
+    "8 offset": qbert.BitsConfig(8, scheme="offset", activation_bits=None),
     "8, tables 4": qbert.BitsConfig(8, embedding_bits=4, activation_bits=None),
 }
 

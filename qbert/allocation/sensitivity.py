@@ -23,6 +23,7 @@ from qbert.allocation.damage import quantized_weight, target_specs
 from qbert.allocation.predictions import TRUTH, Sensitivities
 from qbert.arguments import whole_number
 from qbert.bits import BitsConfig
+from qbert.encoders.prefix import LayerCache
 from qbert.encoders.targets import Target, encoder_layers, find_targets
 from qbert.hessian import HessianOperator, HessianSpectrum, estimate_trace, hessian_spectrum, parameter_blocks
 from qbert.hessian.batches import Batch, batch_size, loss_weight, random_subset
@@ -185,7 +186,7 @@ def _measure(
 
 def _distinct(members: Sequence[str], targets: Mapping[str, Target]) -> list[str]:
     """The members without those that share the weight of an earlier one."""
-    return list({id(targets[m].module.weight): m for m in reversed(members)}.values())[::-1]
+    return list({id(targets[m].weight): m for m in reversed(members)}.values())[::-1]
 
 
 def _change(target: Target, spec: Any) -> Tensor:
@@ -194,7 +195,7 @@ def _change(target: Target, spec: Any) -> Tensor:
 
 
 def _parameter(target: Target) -> nn.Parameter:
-    weight = target.module.weight
+    weight = target.weight
     assert isinstance(weight, nn.Parameter)
     return weight
 
@@ -227,22 +228,18 @@ class LossChanges:
         weights = [loss_weight(batch) for batch in batches]
         self._shares = [weight / sum(weights) for weight in weights]
         self._modules = {t.name: t.module for t in find_targets(model)}
-        self._layers = [layer for _, layer in encoder_layers(model)] if cache_prefix else []
         self._layer_of = {t.name: t.layer for t in find_targets(model)}
-        self._depth = 0  # layers 0 .. depth-1 are cached
-        self._outputs: list[Any] = []  # output of layer depth-1 for every batch
+        layers = [layer for _, layer in encoder_layers(model)] if cache_prefix else []
+        self._cache = LayerCache(layers, len(batches), self._whole_loss)
         self._first = self._batch_loss(0)
         self.loss = self._mean_loss()
-        if self._layers and not self._called_once_each():
-            self._layers = []
 
     def of(self, weights: Mapping[str, Tensor]) -> float:
         """Change of the mean loss when the matrices named (`Target.name`) have these values [O, I].
 
         Fastest when called for the lowest layers first.
         """
-        if self._layers:
-            self._advance(min(self._layer_of[name] or 0 for name in weights))
+        self._advance(min(self._layer_of[name] or 0 for name in weights))
         with replaced({name: self._modules[name] for name in weights}, weights):
             return self._mean_loss() - self.loss
 
@@ -250,60 +247,23 @@ class LossChanges:
         return sum(share * self._batch_loss(i) for i, share in enumerate(self._shares))
 
     def _batch_loss(self, index: int) -> float:
-        with evaluating(self.model, ()), torch.no_grad(), self._prefix(index):
+        with self._cache.replay(index):
+            return self._whole_loss(index)
+
+    def _whole_loss(self, index: int) -> float:
+        with evaluating(self.model, ()), torch.no_grad():
             return float(self.loss_fn(self.model, to_device(self.batches[index], self.model)))
 
-    def _called_once_each(self) -> bool:
-        calls = [0] * len(self._layers)
-
-        def count(index: int) -> Any:
-            def hook(*_: Any) -> None:
-                calls[index] += 1
-
-            return hook
-
-        with contextlib.ExitStack() as stack:
-            for index, layer in enumerate(self._layers):
-                stack.callback(layer.register_forward_hook(count(index)).remove)
-            with evaluating(self.model, ()), torch.no_grad():
-                self.loss_fn(self.model, to_device(self.batches[0], self.model))
-        return all(c == 1 for c in calls)
-
     def _advance(self, depth: int) -> None:
-        """Cache the output of layer depth-1, starting over if a deeper one is cached."""
-        if depth < self._depth:
-            self._depth, self._outputs = 0, []
-        if depth == self._depth:
-            return
-        recorded: list[Any] = []
-        hook = self._layers[depth - 1].register_forward_hook(lambda module, inputs, output: recorded.append(output))
-        try:
-            self._mean_loss()
-        finally:
-            hook.remove()
-        self._depth, self._outputs = depth, recorded
-        if len(recorded) != len(self.batches) or not self._same_as(self._batch_loss(0), self._first):
-            self._layers, self._depth, self._outputs = [], 0, []
+        """Keep the outputs of the layers below `depth`, unless the loss then comes out another."""
+        before = self._cache.depth
+        self._cache.advance(depth)
+        if self._cache.depth != before and not self._same_as(self._batch_loss(0), self._first):
+            self._cache.forget()
 
     @staticmethod
     def _same_as(loss: float, expected: float) -> bool:
         return abs(loss - expected) <= _SAME_LOSS * max(1.0, abs(expected))
-
-    @contextlib.contextmanager
-    def _prefix(self, index: int) -> Iterator[None]:
-        """Inside, the cached layers give back their stored output for batch `index`."""
-        stubbed = self._layers[: self._depth]
-        own = [layer.__dict__.get("forward") for layer in stubbed]
-        try:
-            for layer in stubbed:
-                layer.forward = lambda *args, **kwargs: self._outputs[index]
-            yield
-        finally:
-            for layer, forward in zip(stubbed, own, strict=True):
-                if forward is None:
-                    layer.__dict__.pop("forward", None)
-                else:
-                    layer.forward = forward
 
 
 @contextlib.contextmanager

@@ -2,7 +2,7 @@
 
 Everything here can be written into a configuration file; with the number of rows and columns of a weight it fixes the
 shape of every stored tensor. Codes take ``rows * columns * bits / 8`` bytes (rows padded to whole bytes), scales 4
-bytes a group, zero points 1 byte a group for the asymmetric scheme and nothing for the others.
+bytes a group, zero points 1 byte a group for the asymmetric scheme, 4 for the offset one and nothing for the others.
 
     >>> layout_of(quantized.get_submodule("encoder.layer.0.output.dense")).groups
     128

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from qbert.bits import TensorSpec
-from qbert.quantizers.grid import code_range, fake_quantize, least_scale, quantize, scale_gradient
-from qbert.quantizers.ranges import SMALLEST_SCALE, find_ranges, refit_scale
+from qbert.quantizers.grid import code_range, dequantize, fake_quantize, least_scale, quantize, scale_gradient
+from qbert.quantizers.ranges import SMALLEST_SCALE, GroupRanges, find_ranges, refit_scale
+from qbert.quantizers.rounding import round_compensated
 
 
 def note_grid(state: Any, prefix: str, grid: list[Any]) -> None:
@@ -73,7 +74,11 @@ class WeightQuantizer(nn.Module):
     @torch.no_grad()
     def find(self, weight: Tensor) -> None:
         """Set scale and zero from the weights [O, I] by the specification's range method."""
-        ranges = find_ranges(
+        self.take(self.ranges_of(weight), weight.dtype)
+
+    def ranges_of(self, weight: Tensor) -> GroupRanges:
+        """The grids of weights [O, I] by the specification's range method."""
+        return find_ranges(
             weight,
             self.row_group,
             bits=self.bits,
@@ -82,8 +87,37 @@ class WeightQuantizer(nn.Module):
             method=self.spec.range_method,
             percentile=self.spec.percentile,
         )
-        self.scale.copy_(ranges.scale.clamp_min(least_scale(weight.dtype, SMALLEST_SCALE)))
+
+    @torch.no_grad()
+    def take(self, ranges: GroupRanges, dtype: torch.dtype) -> None:
+        """Set scale and zero [G, K]; scales are at least what weights of `dtype` can be divided by."""
+        self.scale.copy_(ranges.scale.clamp_min(least_scale(dtype, SMALLEST_SCALE)))
         self.zero.copy_(ranges.zero)
+
+    @torch.no_grad()
+    def compensate(self, weight: Tensor, moment: Tensor) -> Tensor:
+        """Set the grids by compensated rounding of the weights [O, I] for inputs with a second moment [I, I].
+
+        Returns:
+            The rounded weights in the dtype of `weight`, which lie on the grids: rounded to nearest they stay the same.
+
+        Raises:
+            ValueError: as `round_compensated`.
+        """
+        found = round_compensated(
+            weight,
+            moment,
+            self.row_group,
+            self.ranges_of(weight),
+            bits=self.bits,
+            scheme=self.spec.scheme,
+            damping=self.spec.damping,
+            by_activity=self.spec.column_order == "activity",
+            refits=self.spec.refits,
+        )
+        self.take(GroupRanges(found.scale, found.zero), weight.dtype)
+        blocks, scale, zero = self._blocks(found.codes, None, weight.dtype)
+        return dequantize(blocks, scale, zero).flatten(-2)
 
     def forward(self, weight: Tensor, rows: Tensor | None = None) -> Tensor:
         """Fake-quantized weight, same shape and dtype.
@@ -127,14 +161,17 @@ class WeightQuantizer(nn.Module):
         blocks, scale, zero = self._blocks(weight, None)
         return quantize(blocks, scale, zero, self.qmin, self.qmax).flatten(-2)
 
-    def _blocks(self, weight: Tensor, rows: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    def _blocks(
+        self, weight: Tensor, rows: Tensor | None, dtype: torch.dtype | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        dtype = dtype or weight.dtype
         if rows is None and len(weight) != len(self.row_group):
             raise ValueError(self.resized(len(weight)))
         group = self.row_group if rows is None else self.row_group[rows]
-        scale = self.scale[group].unsqueeze(-1).to(weight.dtype)  # [..., K, 1]
-        if weight.dtype == torch.float16:  # of a row of zeros, once the model was made half, the scale is 0
-            scale = scale.clamp_min(least_scale(weight.dtype, SMALLEST_SCALE))
-        zero = self.zero[group].unsqueeze(-1).to(weight.dtype)
+        scale = self.scale[group].unsqueeze(-1).to(dtype)  # [..., K, 1]
+        if dtype == torch.float16:  # of a row of zeros, once the model was made half, the scale is 0
+            scale = scale.clamp_min(least_scale(dtype, SMALLEST_SCALE))
+        zero = self.zero[group].unsqueeze(-1).to(dtype)
         return weight.unflatten(-1, (self.input_groups, -1)), scale, zero
 
     def resized(self, rows: int) -> str:
@@ -148,48 +185,3 @@ class WeightQuantizer(nn.Module):
         """Shown in the module tree."""
         groups, input_groups = self.scale.shape
         return f"bits={self.bits}, groups={groups}x{input_groups}, {self.spec.scheme}, {self.spec.range_method}"
-
-
-class GridKeeper(nn.Module):
-    """A trainable layer with a `WeightQuantizer`, whose grids follow when its weight is exchanged for another.
-
-    A new ``weight`` (a tied head, say), or a state dict that holds a weight without its grids (of a float model), has
-    the grids found anew; one of other bits or another scheme is refused. What an optimizer does in place is training.
-    """
-
-    weight_quantizer: WeightQuantizer
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        exchanged = name == "weight" and isinstance(value, nn.Parameter) and value is not self._parameters.get(name)
-        super().__setattr__(name, value)
-        if exchanged and "weight_quantizer" in self._modules:
-            self._find_again()
-
-    def grid(self) -> list[Any]:
-        """What a state dict of the layer does not say by tensors."""
-        activation = getattr(self, "activation_quantizer", None)
-        if activation is not None and not activation.enabled:
-            activation = None
-        quantizer = self.weight_quantizer
-        asked = (None, None) if activation is None else (activation.bits, activation.mode)
-        return [quantizer.bits, quantizer.spec.scheme, *asked]
-
-    def _find_again(self) -> None:
-        weight, quantizer = self._parameters["weight"], self.weight_quantizer
-        assert weight is not None
-        if len(weight) != len(quantizer.row_group):
-            raise ValueError(quantizer.resized(len(weight)))
-        if not weight.is_meta:
-            quantizer.find(weight.detach())
-
-    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        note_grid(destination, prefix, self.grid())
-
-    def _load_from_state_dict(
-        self, state_dict: Any, prefix: str, local_metadata: Any, strict: bool, *lists: list[str]
-    ) -> None:
-        check_grid(prefix, local_metadata, self.grid(), lists[2])
-        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, *lists)
-        if f"{prefix}weight" in state_dict and f"{prefix}weight_quantizer.scale" not in state_dict and not lists[2]:
-            self._find_again()

@@ -6,7 +6,8 @@ One grid serves every scheme. With signed ``bits``-bit codes q,
 
 where the scale s > 0 and the zero point z belong to a group. ``asymmetric`` has an integer z in the code range, so
 that 0 is a level (a grid without it costs 28 points of accuracy at 4 bits on SST-2); ``symmetric`` has z = 0 and drops
-the most negative code (ternary at 2 bits); ``midrise`` has z = -1/2.
+the most negative code (ternary at 2 bits); ``midrise`` has z = -1/2; ``offset`` has any real z, which is the same as
+an offset -s z of the group.
 
 References: Shen et al. 2020, eq. 1-2; Bengio et al. 2013 (straight-through estimator);
 Esser et al. 2020, "Learned step size quantization", eq. 3.

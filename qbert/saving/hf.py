@@ -27,10 +27,12 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from qbert.encoders.replace import replace_everywhere
 from qbert.encoders.targets import base_model
+from qbert.encoders.weights import weight_matrix
 from qbert.inference.forward import remove_fast_forwards
-from qbert.layers.embedding import PackedEmbedding
+from qbert.layers.kind import kind_of
 from qbert.layers.layout import PackedLayout
-from qbert.layers.linear import PackedLinear, PackedTensor
+from qbert.layers.packed import PackedTensor
+from qbert.layers.recurrent import open_recurrent
 from qbert.saving.folder import NO_WEIGHTS, TRAINABLE_RECORD, check_configuration, check_folder
 from qbert.saving.records import (
     FORMAT_VERSION,
@@ -201,6 +203,7 @@ def swap_in_packed(model: nn.Module, config: QBertConfig) -> None:
         ValueError: if a name does not fit the model.
     """
     prefix, base = base_model(model)
+    open_recurrent(model, {path for name in config.tensors for path in (name, f"{prefix}.{name}")})
     placed: dict[str, PackedTensor] = {}
     for name in sorted(config.tensors, key=lambda n: n in config.tied):
         path = find_module(model, prefix, base, name)
@@ -220,27 +223,22 @@ def swap_in_packed(model: nn.Module, config: QBertConfig) -> None:
 
 
 def _empty_twin(module: nn.Module, name: str, layout: PackedLayout, source: PackedTensor | None) -> PackedTensor:
-    if type(module) not in (nn.Linear, nn.Embedding):
-        raise ValueError(f"quantization_config: {name} is a {type(module).__name__}, not nn.Linear or nn.Embedding")
-    rows, columns = module.weight.shape  # type: ignore[union-attr, misc]
+    kind = kind_of(module)
+    if kind is None or not kind.covers(module):
+        raise ValueError(f"quantization_config: {name} is a {type(module).__name__}, no layer that could be packed")
+    rows, columns = weight_matrix(module).shape
     if layout.groups > rows or columns % layout.input_groups or (layout.heads and rows % layout.heads):
         raise ValueError(f"quantization_config: the layout of {name} does not fit its shape [{rows}, {columns}]")
     with torch.device("meta"):
-        if isinstance(module, nn.Embedding):
-            return PackedEmbedding(rows, columns, module.padding_idx, layout, source)
-        return PackedLinear(columns, rows, module.bias is not None, layout, source)
+        return kind.packed.shaped_as(module, layout, source)
 
 
 def _float_twin(layer: PackedTensor, dtype: torch.dtype) -> nn.Module:
-    twin: nn.Linear | nn.Embedding
-    if isinstance(layer, PackedEmbedding):
-        twin = nn.Embedding(layer.num_embeddings, layer.embedding_dim, layer.padding_idx, device="meta")
-    else:
-        assert isinstance(layer, PackedLinear)
-        twin = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
-        twin.bias = layer.bias  # type: ignore[assignment]
-    twin.weight = nn.Parameter(layer.quantized_weight().to(dtype))
-    return twin.eval()
+    twin: Any = layer.float_module()
+    if getattr(layer, "bias", None) is not None:
+        twin.bias = layer.bias
+    twin.weight = nn.Parameter(layer.stored(layer.quantized_weight()).to(dtype))
+    return twin.eval()  # type: ignore[no-any-return]
 
 
 def _pack_tied_heads(model: nn.Module) -> None:

@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from qbert.bits import TensorSpec, spec_to_dict
 from qbert.encoders.targets import base_model
 from qbert.files import read_json
-from qbert.layers.embedding import QuantEmbedding
+from qbert.layers.kind import TrainableLayer
 from qbert.layers.layout import PackedLayout, layout_of
-from qbert.layers.linear import PackedTensor, QuantLinear
+from qbert.layers.packed import PackedTensor
 
 METHOD = "qbert"
 FORMAT_VERSION = 1
@@ -32,12 +32,12 @@ _LAYOUT_FIELDS = ("heads", "input_groups", "zero")
 
 def is_quantized(model: nn.Module) -> bool:
     """Whether a layer of `model` is fake-quantized or packed."""
-    return any(isinstance(m, (PackedTensor, QuantLinear, QuantEmbedding)) for m in model.modules())
+    return any(isinstance(m, (PackedTensor, TrainableLayer)) for m in model.modules())
 
 
 def is_trainable(model: nn.Module) -> bool:
     """Whether a layer of `model` is fake-quantized."""
-    return any(isinstance(m, (QuantLinear, QuantEmbedding)) for m in model.modules())
+    return any(isinstance(m, TrainableLayer) for m in model.modules())
 
 
 def describe(model: nn.Module) -> dict[str, Any]:
@@ -54,10 +54,10 @@ def describe(model: nn.Module) -> dict[str, Any]:
         mixed = next((path for path, m in model.named_modules() if isinstance(m, PackedTensor)), None)
         if mixed is not None:
             raise ValueError(f"model: {mixed} is packed and other layers are not; pack or unpack the whole model")
-        found = {p: m for p, m in model.named_modules() if isinstance(m, (QuantLinear, QuantEmbedding))}
+        found = {p: m for p, m in model.named_modules() if isinstance(m, TrainableLayer)}
         for path, trained in found.items():
-            if len(trained.weight) != len(trained.weight_quantizer.row_group):
-                raise ValueError(f"model: {path}: {trained.weight_quantizer.resized(len(trained.weight))}")
+            if len(trained.matrix) != len(trained.weight_quantizer.row_group):
+                raise ValueError(f"model: {path}: {trained.weight_quantizer.resized(len(trained.matrix))}")
         specs, tensors = record_layouts(prefix, {path: layout_of(trained) for path, trained in found.items()})
         record = {"format_version": FORMAT_VERSION, "specs": specs, "tensors": tensors, "tied": {}}
         return {**record, "form": "trainable", "prefix": prefix}
@@ -92,7 +92,7 @@ def counts_by_bits(model: nn.Module) -> dict[int, tuple[int, int]]:
     for layer in model.modules():
         if isinstance(layer, PackedTensor):
             key, bits, values = id(layer.owner), layer.layout.bits, layer.rows * layer.columns
-        elif isinstance(layer, (QuantLinear, QuantEmbedding)):
+        elif isinstance(layer, TrainableLayer):
             key, bits, values = id(layer.weight), layer.weight_quantizer.bits, layer.weight.numel()
         else:
             continue

@@ -25,11 +25,12 @@ from torch import Tensor, nn
 
 from qbert.encoders.replace import replace_everywhere
 from qbert.encoders.targets import base_model
+from qbert.encoders.weights import is_table, weight_matrix
 from qbert.files import read_json
-from qbert.layers.embedding import QuantEmbedding
+from qbert.layers.kind import kind_of
 from qbert.layers.layout import PackedLayout
-from qbert.layers.linear import QuantLinear
 from qbert.layers.quantizer import WeightQuantizer
+from qbert.layers.recurrent import open_recurrent
 from qbert.quantize import convert_tied
 from qbert.quantizers.activations import ActivationQuantizer
 from qbert.quantizers.groups import row_group_of
@@ -136,6 +137,7 @@ def load_trainable(folder: str | os.PathLike[str], **kwargs: Any) -> Any:
 
 def _convert(model: Any, record: Mapping[str, Any], grids: Mapping[str, Tensor], where: str, whole: bool) -> None:
     prefix, base = base_model(model)
+    open_recurrent(model, {path for name in record["tensors"] for path in (name, f"{prefix}.{name}")})
     quantizers: dict[int, WeightQuantizer] = {}
     for name, label in record["tensors"].items():
         path = find_module(model, prefix, base, name)
@@ -158,7 +160,7 @@ def _files(folder: Path) -> list[Path]:
 
 
 def _quantizer(name: str, layout: PackedLayout, module: Any, grids: Mapping[str, Tensor]) -> WeightQuantizer:
-    rows = int(module.weight.shape[0])
+    rows = len(weight_matrix(module))
     group = row_group_of(torch.arange(rows), rows, layout.groups, layout.heads)
     quantizer = WeightQuantizer(group, layout.input_groups, layout.spec)
     with torch.no_grad():
@@ -170,13 +172,15 @@ def _quantizer(name: str, layout: PackedLayout, module: Any, grids: Mapping[str,
 def _converted(
     name: str, layout: PackedLayout, module: Any, quantizer: WeightQuantizer, grids: Mapping[str, Tensor]
 ) -> nn.Module:
-    if isinstance(module, nn.Embedding):
-        return QuantEmbedding.from_float(module, quantizer)
+    kind = kind_of(module)
+    if kind is None:
+        raise ValueError(f"{RECORD}: {name} is a {type(module).__name__}, no layer that could be quantized")
     activation = None
-    if layout.spec.activation_bits is not None:
+    if layout.spec.activation_bits is not None and not is_table(module):
         activation = ActivationQuantizer(layout.spec.activation_bits, layout.spec.activation_range or "dynamic")
         if activation.mode == "static":
             activation.scale.copy_(grids[f"{name}.input_scale"])
             activation.zero.copy_(grids[f"{name}.input_zero"])
         activation.to(module.weight.device)
-    return QuantLinear.from_float(module, quantizer, activation)
+    twin: Any = kind.trainable.from_float(module, quantizer, activation)
+    return twin  # type: ignore[no-any-return]

@@ -139,7 +139,8 @@ def default_settings(task: Task, hidden_size: int, **changes: int | float | None
     return TrainingSettings(**values)  # type: ignore[arg-type]
 
 
-_FORMAT = 2  # of the cache; raised when the training below changes
+# Of the cache, by kind of task; raised when the training below, or what it reads, changes.
+_FORMAT = {"classification": 2, "regression": 2, "token": 3, "span": 3}
 _SECONDS_BETWEEN_CHECKPOINTS = 60.0
 _EPOCH_EVALUATION_ROWS = 1000
 
@@ -238,7 +239,7 @@ def _key(task: Task, source: str, settings: TrainingSettings, device: torch.devi
     held_out = {split: task.fingerprint(split) for split in task.splits}
     return run_key(
         {
-            "format": _FORMAT,
+            "format": _FORMAT[task.kind],
             "model": weights_id(source),
             "data": held_out,
             "settings": asdict(settings),
@@ -259,7 +260,9 @@ def _train(
         max_length=resolve_max_length(task, tokenizer, settings.max_length),
         limit=settings.train_limit,
         seed=settings.seed,
-    )
+    ).with_labels()
+    if not len(data):
+        raise ValueError(f"no word of the training rows of {task.name!r} has a tag; there is nothing to learn")
     steps_per_epoch = -(-len(data) // settings.batch_size)
     total = steps_per_epoch * settings.epochs
     optimizer = _optimizer(model, settings)

@@ -166,7 +166,8 @@ def test_a_folder_is_reused_for_the_other_form(tmp_path: Path) -> None:
     packed = qbert.pack(student)
     save_trainable(student, tmp_path)
     packed.save_pretrained(tmp_path)
-    assert torch.equal(outputs(qbert.load(tmp_path), batch), outputs(packed, batch))
+    assert same_state(qbert.load(tmp_path), packed)
+    assert (outputs(qbert.load(tmp_path), batch) - outputs(packed, batch)).abs().max() <= 1e-6
     assert sorted(p.name for p in tmp_path.iterdir()) == ["README.md", "config.json", "model.safetensors"]
     save_trainable(student, tmp_path)
     assert same_state(qbert.load(tmp_path), student)

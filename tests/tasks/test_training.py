@@ -157,6 +157,18 @@ def test_loss_that_is_not_finite_stops_the_run(task: Task, encoder: Path, tmp_pa
     assert list((tmp_path / "cache").iterdir()) == []
 
 
+def test_sentences_without_a_tag_are_left_out_of_training(encoder: Path, tmp_path: Path) -> None:
+    rows = [{"tokens": ["Anna", "visited", "Rome"], "tags": ["B-PER", "O", "B-LOC"]}, {"tokens": [], "tags": []}] * 9
+    tasks = [
+        load_task("mine", data_dir=write_task(tmp_path / name, "mine", {"train.jsonl": kept, "dev.jsonl": rows[:2]}))
+        for name, kept in (("all", rows), ("tagged", rows[::2]), ("none", rows[1::2] * 9))
+    ]
+    tuned = [_tune(task, encoder, tmp_path / "cache", batch_size=1) for task in tasks[:2]]
+    assert _same_weights(tuned[0].model, tuned[1].model) and tuned[0].settings == tuned[1].settings
+    with pytest.raises(ValueError, match="no word of the training rows of 'mine' has a tag"):
+        _tune(tasks[2], encoder, tmp_path / "cache")
+
+
 def test_damaged_cache_entry_is_refused(task: Task, encoder: Path, tmp_path: Path) -> None:
     entry = _tune(task, encoder, tmp_path, epochs=1).path
     weights = entry / "model.safetensors"

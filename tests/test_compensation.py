@@ -1,0 +1,266 @@
+"""`quantize_model` with compensated rounding: what it collects, what it changes, and what becomes of its codes."""
+
+import copy
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from encoders import FAMILIES, build, inputs_for
+from torch import Tensor, nn
+from transformers import BertConfig, BertForMaskedLM, BertForSequenceClassification
+
+import qbert
+from qbert.calibration import input_moments, unmasked
+from qbert.layers.linear import QuantLinear
+
+COMPENSATED = {"rounding": "compensated"}
+
+
+def batches(family: str, count: int = 3) -> list[dict[str, Tensor]]:
+    # Differences of length, since what is padding differs by batch.
+    return [inputs_for(family, batch=6, length=9 + i) for i in range(count)]
+
+
+def linears(model: nn.Module) -> dict[str, QuantLinear]:
+    return {n: m for n, m in model.named_modules() if isinstance(m, QuantLinear)}
+
+
+def moments_of(model: nn.Module, data: list[dict[str, Tensor]], modules: list[nn.Linear]) -> dict[nn.Module, Tensor]:
+    return {m: found.value for shared, found in input_moments(model, data, modules) for m in shared}
+
+
+@pytest.mark.filterwarnings("ignore:calibration_data")
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_is_rounded_and_the_original_left_alone(family: str) -> None:
+    model, data = build(family), batches(family)
+    before = copy.deepcopy(model.state_dict())
+    student = qbert.quantize_model(model, qbert.BitsConfig(2, **COMPENSATED), calibration_data=data)
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert student.training and all(m.training for m in student.modules() if isinstance(m, (QuantLinear, nn.Dropout)))
+    plain = qbert.quantize_model(model, qbert.BitsConfig(2))
+    assert list(linears(student)) == list(linears(plain))
+    changed = 0
+    for name, layer in linears(student).items():
+        assert torch.equal(layer.weight, layer.quantized_weight()), name  # trains from the very codes
+        changed += int(not torch.equal(layer.quantized_weight(), linears(plain)[name].quantized_weight()))
+    assert changed == len(linears(student))
+
+
+def test_moments_are_those_of_the_inputs_without_padding() -> None:
+    model = build("bert").eval()
+    data = batches("bert")
+    layer = model.bert.encoder.layer[1]
+    wanted = [layer.attention.self.query, layer.output.dense]
+    seen: dict[nn.Module, list[Tensor]] = {m: [] for m in wanted}
+    for batch in data:
+        mask = batch["attention_mask"].bool()
+        handles = [m.register_forward_pre_hook(lambda m, a, k=mask: seen[m].append(a[0][k].double())) for m in wanted]
+        with torch.no_grad():
+            model(**batch)
+        for handle in handles:
+            handle.remove()
+    found = moments_of(model, data, wanted)
+    for module, inputs in seen.items():
+        x = torch.cat(inputs)
+        assert torch.allclose(found[module], x.T @ x / len(x), rtol=1e-4, atol=1e-6)
+
+
+def test_a_matrix_sees_what_the_rounded_ones_before_it_make_of_the_batches() -> None:
+    model, data = build("bert").eval(), batches("bert")
+    first, last = model.bert.encoder.layer[0].intermediate.dense, model.bert.encoder.layer[1].output.dense
+    alone = moments_of(model, data, [last])[last]
+    for shared, moment in input_moments(model, data, [first, last]):
+        if shared == [first]:
+            first.weight.data.mul_(0.5)
+        else:
+            assert shared == [last] and not torch.allclose(moment.value, alone, rtol=0.01)
+            assert torch.allclose(moment.value, moments_of(model, data, [last])[last], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_kept_layers_change_no_moment(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, data = build(family).eval(), batches(family, 2)
+    modules = [m for n, m in model.named_modules() if type(m) is nn.Linear and "layer" in n]
+    kept = moments_of(model, data, modules)
+    monkeypatch.setattr("qbert.encoders.prefix.LayerCache._called_once_each", lambda self: False)
+    for module, moment in moments_of(model, data, modules).items():
+        assert torch.allclose(kept[module], moment, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("leading", [(4,), (2, 2)])
+def test_padding_of_rows_and_of_pairs_that_are_encoded_apart(leading: tuple[int, ...]) -> None:
+    mask = torch.tensor([1, 1, 0]).expand(*leading, 3)
+    x = torch.randn(4, 3, 5)
+    assert torch.equal(unmasked(x, mask), x[:, :2].reshape(8, 5))
+    assert torch.equal(unmasked(x.reshape(12, 5), mask), x[:, :2].reshape(8, 5))
+    assert unmasked(x, None) is x
+
+
+@pytest.mark.parametrize(("bits", "scheme"), [(2, "asymmetric"), (3, "offset"), (4, "midrise"), (8, "symmetric")])
+def test_codes_survive_packing_and_saving(bits: int, scheme: Any, tmp_path: Any) -> None:
+    model = build("bert").eval()
+    config = qbert.BitsConfig(bits, scheme=scheme, groups=16, **COMPENSATED)
+    student = qbert.quantize_model(model, config, calibration_data=batches("bert"))
+    packed = qbert.pack(student)
+    assert qbert.model_size(packed).total == qbert.model_size(model, config).total
+    packed.save_pretrained(tmp_path / "packed")
+    loaded = type(model).from_pretrained(tmp_path / "packed")
+    trainable = qbert.unpack(loaded)
+    for name, layer in linears(student).items():
+        for other in (packed, loaded, trainable):
+            assert torch.equal(other.get_submodule(name).quantized_weight(), layer.quantized_weight()), name
+    batch = inputs_for("bert")
+    with torch.no_grad():
+        assert torch.allclose(loaded(**batch).logits, student(**batch).logits, atol=1e-5)
+
+
+def test_mixed_configurations_and_their_json(tmp_path: Any) -> None:
+    config = qbert.BitsConfig(
+        {"encoder.layer.0": {"bits": 2, "input_group_size": 12}, "*.query": {"bits": 4, "rounding": "nearest"}, "*": 3},
+        damping=0.05,
+        column_order="given",
+        refits=1,
+        **COMPENSATED,
+    )
+    config.save(tmp_path / "bits.json")
+    assert qbert.BitsConfig.load(tmp_path / "bits.json") == config
+    model = build("bert").eval()
+    student = qbert.quantize_model(model, str(tmp_path / "bits.json"), calibration_data=batches("bert"))
+    specs = {n: m.weight_quantizer.spec for n, m in linears(student).items()}
+    assert {s.bits for s in specs.values()} == {2, 3, 4}
+    assert all((s.rounding == "nearest") == n.endswith("1.attention.self.query") for n, s in specs.items())
+    # Those that are rounded to nearest train from their own float weights.
+    query = "bert.encoder.layer.1.attention.self.query"
+    assert torch.equal(student.get_submodule(query).weight, model.get_submodule(query).weight)
+
+
+def test_settings_of_nearest_rounding_stay_out_of_the_record() -> None:
+    from qbert.bits import spec_to_dict
+
+    assert "rounding" not in spec_to_dict(qbert.TensorSpec()) and "damping" not in spec_to_dict(qbert.TensorSpec())
+    assert spec_to_dict(qbert.TensorSpec(rounding="compensated"))["rounding"] == "compensated"
+
+
+def test_two_modules_with_one_weight_share_codes_for_the_inputs_of_both() -> None:
+    model = build("bert").eval()
+    first, second = (layer.attention.self.query for layer in model.bert.encoder.layer)
+    second.weight = first.weight
+    student = qbert.quantize_model(model, qbert.BitsConfig(2, **COMPENSATED), calibration_data=batches("bert"))
+    one, two = (layer.attention.self.query for layer in student.bert.encoder.layer)
+    assert one.weight is two.weight and torch.equal(one.quantized_weight(), two.quantized_weight())
+    found = [(len(s), m.inputs) for s, m in input_moments(model, batches("bert"), [first, second])]
+    single = [m.inputs for _, m in input_moments(model, batches("bert"), [first])]
+    assert found == [(2, 2 * single[0])]
+
+
+def test_a_head_tied_to_a_table_is_rounded_as_the_table_is() -> None:
+    small = BertConfig(vocab_size=100, hidden_size=48, num_hidden_layers=1, num_attention_heads=4, intermediate_size=96)
+    model = BertForMaskedLM(small).eval()
+    config = qbert.BitsConfig({"embeddings": 4, "cls.predictions.decoder": 4, "*": 2}, **COMPENSATED)
+    student = qbert.quantize_model(model, config, calibration_data=batches("bert"))
+    table, head = student.bert.embeddings.word_embeddings, student.cls.predictions.decoder
+    assert table.weight is head.weight and torch.equal(table.quantized_weight(), head.quantized_weight())
+    assert torch.equal(table.weight, model.bert.embeddings.word_embeddings.weight)
+
+
+def test_static_ranges_are_calibrated_on_the_rounded_model() -> None:
+    config = qbert.BitsConfig(4, activation_range="static", **COMPENSATED)
+    student = qbert.quantize_model(build("bert").eval(), config, calibration_data=batches("bert"))
+    assert all(
+        m.activation_quantizer.enabled and bool(torch.isfinite(m.activation_quantizer.scale))  # type: ignore[union-attr]
+        for m in linears(student).values()
+    )
+
+
+def test_without_data_it_says_that_it_rounds_to_nearest() -> None:
+    model = build("bert").eval()
+    with pytest.warns(UserWarning, match="needs calibration_data, so they are rounded to nearest"):
+        student = qbert.quantize_model(model, qbert.BitsConfig(2, **COMPENSATED))
+    plain = qbert.quantize_model(model, 2)
+    for name, layer in linears(student).items():
+        assert layer.weight_quantizer.spec.rounding == "nearest"
+        assert torch.equal(layer.quantized_weight(), linears(plain)[name].quantized_weight())
+
+
+def test_a_matrix_that_calibration_never_reaches_is_named() -> None:
+    class Model(BertForSequenceClassification):
+        def __init__(self, config: Any) -> None:
+            super().__init__(config)
+            self.bert.encoder.layer[1].spare = nn.Linear(48, 48)
+
+    model = Model(build("bert").config).eval()
+    with pytest.warns(UserWarning, match="never reaches bert.encoder.layer.1.spare"):
+        student = qbert.quantize_model(model, qbert.BitsConfig(2, **COMPENSATED), calibration_data=batches("bert", 10))
+    assert student.bert.encoder.layer[1].spare.weight_quantizer.spec.rounding == "nearest"
+
+
+def test_a_handful_of_rows_is_said_to_be_one() -> None:
+    with pytest.warns(UserWarning, match=r"fewer than the 96 inputs of .*output\.dense.*a few hundred rows"):
+        qbert.quantize_model(build("bert"), qbert.BitsConfig(2, **COMPENSATED), calibration_data=inputs_for("bert"))
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_activations_that_are_not_finite_change_nothing(inplace: bool) -> None:
+    model = build("bert").eval()
+    model.bert.encoder.layer[1].attention.output.LayerNorm.bias.data[3] = float("nan")
+    before = {n: p.clone() for n, p in model.named_parameters()}
+    with pytest.raises(ValueError, match=r"input of bert.encoder.layer.1.intermediate.dense holds NaN"):
+        qbert.quantize_model(
+            model, qbert.BitsConfig(2, **COMPENSATED), calibration_data=batches("bert"), inplace=inplace
+        )
+    assert not linears(model) and not any(m._forward_pre_hooks for m in model.modules())
+    assert all(torch.equal(p.nan_to_num(), before[n].nan_to_num()) for n, p in model.named_parameters())
+
+
+def test_what_cannot_be_used_is_refused_with_its_mend() -> None:
+    model = build("bert", max_position_embeddings=16).eval()
+    with pytest.raises(ValueError, match=r"17 tokens a row, but the model reads at most 16; .*max_length=16"):
+        qbert.quantize_model(
+            model, qbert.BitsConfig(2, **COMPENSATED), calibration_data=[inputs_for("bert", length=17)]
+        )
+    with pytest.raises(ValueError, match=r"in the table embeddings\.word_embeddings"):
+        qbert.quantize_model(model, {"embeddings": {"bits": 4, "rounding": "compensated"}, "*": 4})
+    for settings, message in (
+        ({"rounding": "best"}, "rounding='best'"),
+        ({"damping": 0}, "damping=0 "),
+        ({"refits": -1}, "refits=-1"),
+        ({"column_order": "random"}, "column_order='random'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            qbert.BitsConfig(2, **settings)
+
+
+def test_half_precision_weights_keep_their_codes_through_packing() -> None:
+    model = build("bert").eval().to(torch.bfloat16)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        student = qbert.quantize_model(model, qbert.BitsConfig(4, **COMPENSATED), calibration_data=batches("bert"))
+    packed = qbert.pack(student)
+    for name, layer in linears(student).items():
+        assert layer.weight.dtype == torch.bfloat16
+        assert torch.equal(packed.get_submodule(name).quantized_weight(), layer.quantized_weight())
+
+
+def test_inputs_that_the_outputs_do_not_depend_on_weigh_nothing() -> None:
+    # A classifier reads the first token of the last layer alone, so that of its inputs there are as many as rows.
+    model, data = build("bert").eval(), batches("bert", 1)
+    last = model.bert.encoder.layer[1].output.dense
+    ((_, plain),) = input_moments(model, data, [last])
+    ((_, weighted),) = input_moments(model, data, [last], weigh=1.0)
+    assert int(torch.linalg.matrix_rank(plain.value.float())) > 6
+    assert int(torch.linalg.matrix_rank(weighted.value.float())) == 6
+    ((_, mixed),) = input_moments(model, data, [last], weigh=0.25)
+    assert torch.allclose(mixed.value, 0.75 * plain.value + 0.25 * weighted.value, rtol=1e-4, atol=1e-7)
+    assert all(p.requires_grad and p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_no_input_weighs_less_than_its_share(family: str) -> None:
+    model, data = build(family).eval().requires_grad_(False), batches(family, 2)
+    modules = [m for n, m in model.named_modules() if type(m) is nn.Linear and "layer" in n]
+    plain = {m: found for shared, found in input_moments(model, data, modules) for m in shared}
+    for shared, found in input_moments(model, data, modules, weigh=0.5):
+        assert found.inputs == plain[shared[0]].inputs and bool(torch.isfinite(found.value).all())
+        assert bool((found.value.diagonal() >= 0.5 * plain[shared[0]].value.diagonal() * (1 - 1e-4)).all())
+    assert not any(p.requires_grad for p in model.parameters())
