@@ -30,7 +30,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import kendalltau, spearmanr
 
-from qbert.files import json_array, read_saved, write_json
+from qbert.files import check_seal, json_array, read_saved, write_json
 
 FORMAT = "qbert.sensitivity/1"
 METRICS = ("omega", "eigenvalue", "trace", "weight_error", "curvature", "kronecker", "taylor", "loss_change")
@@ -174,6 +174,7 @@ class Sensitivities:
         for name, array in arrays.items():
             if array.shape != ((len(names),) if name in _BY_BLOCK else (len(names), len(bits))):
                 raise ValueError(f"path: {path} is a damaged sensitivity file ({name} has another shape)")
+        check_seal(path, content)
         return report
 
     def __str__(self) -> str:
