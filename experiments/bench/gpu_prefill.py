@@ -79,6 +79,8 @@ def main() -> None:
     )
     cache = Path(os.environ["TRITON_CACHE_DIR"])
     shutil.make_archive(str(target / "triton_cache"), "gztar", cache)
+    from triton.runtime.cache import triton_key
+
     (target / "triton_cache_dir").write_text(str(cache.resolve()))
     (target / "triton_key").write_text(hashlib.sha256(triton_key().encode()).hexdigest())
     if len(sys.argv) > 2:

@@ -245,7 +245,7 @@ class _Search:
         self.scale, self.zero = scales.gather(0, best)[0], zeros.gather(0, best)[0]
 
     def _refine(self) -> None:
-        """Least-squares steps of the scale (``offset``: and the zero), and steps of one of the zero, while anything changes."""
+        """Least-squares steps of scale (and of an offset), and steps of one of the zero, while anything changes."""
         groups, part = torch.arange(len(self.scale), device=self.scale.device), self.part
         if part.scheme == "offset":
             for _ in range(_REFINE_STEPS):

@@ -1,6 +1,6 @@
 """Every Triton kernel in Triton's interpreter, on a CPU, against integer references: exactly equal where exact.
 
-Run by `test_kernels_interpreted.py` in a process of its own, with TRITON_INTERPRET=1: the interpreter must be chosen
+Run by `kernels/test_interpreted.py` in a process of its own, with TRITON_INTERPRET=1: the interpreter must be chosen
 before a kernel is imported.
 """
 
