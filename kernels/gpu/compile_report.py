@@ -65,6 +65,12 @@ class Report:
         return collections.Counter(re.findall(instruction, self._listing, re.M))
 
     @functools.cached_property
+    def loop(self) -> collections.Counter[str]:
+        """`sass` of the loops with a warpgroup product alone."""
+        names = re.findall(r"^(?:@!?U?P\d+\s+)?([A-Z0-9]+)", "\n".join(_loops_twice(self._listing)[1]), re.M)
+        return collections.Counter(names)
+
+    @functools.cached_property
     def hazards(self) -> tuple[str, ...]:
         """Instructions that overwrite an operand of a product too early; none are looked for on gfx942."""
         return early_writes(self._listing)
@@ -178,8 +184,9 @@ def early_writes(sass: str) -> tuple[str, ...]:
     may then read the new value. A scan in program order, through every loop that multiplies twice, so that a step's
     products still run when the next step begins; it does not prove the pattern's absence across other branches.
     """
-    lines = _twice(re.findall(r"^\s*(?:/\*[0-9a-f]{4,}\*/\s+([^;]*);|(\.L_\w+):)", sass, re.M))
-    running: list[range] = []  # operands of the products that may not be done, oldest first
+    lines, _ = _loops_twice(sass)
+    running: list[set[int]] = []  # operands of the groups of products that may not be done, oldest first
+    group: set[int] = set()  # those of products since the last one that ends a group
     found = []
     for line in lines:
         text = re.sub(r"^@!?U?P\d+\s+", "", line)
@@ -187,30 +194,36 @@ def early_writes(sass: str) -> tuple[str, ...]:
         wait = re.match(r"WARPGROUP\.DEPBAR\.LE gsb0, (0x[0-9a-f]+)", text)
         write = re.match(r"([A-Z0-9_.]+)\s+(?:U?P\d+,\s*)?R(\d+)\b", text)
         if product:
-            first = int(product[1] or 0)
-            running.append(range(first, first + 4) if product[1] else range(0))
+            group |= set(range(int(product[1]), int(product[1]) + 4)) if product[1] else set()
+            if "gsb0" in text:
+                running, group = [*running, group], set()
         elif wait:
             running = running[max(0, len(running) - int(wait[1], 16)) :]
+        elif line.startswith(("BRA", "EXIT")):
+            running, group = [], set()  # what stands below is reached from elsewhere
         elif write and not re.match(r"(ST|RED|BAR|LDGSTS|UTMA)", write[1]):
             width = next((w for suffix, w in _WIDTHS.items() if suffix in write[1]), 1)
-            if any(r in operands for operands in running for r in range(int(write[2]), int(write[2]) + width)):
+            written = range(int(write[2]), int(write[2]) + width)
+            if any(operands.intersection(written) for operands in [*running, group]):
                 found.append(text)
     return tuple(found)
 
 
-def _twice(lines: list[tuple[str, str]]) -> list[str]:
-    """The instructions of (instruction, label) lines, those of innermost loops with a warpgroup product repeated."""
+def _loops_twice(sass: str) -> tuple[list[str], list[str]]:
+    """All instructions, loops with a warpgroup product repeated once, and those of these loops alone, once."""
     places: dict[str, int] = {}
     code: list[str] = []
-    for instruction, label in lines:
+    loops: list[str] = []
+    for instruction, label in re.findall(r"^\s*(?:/\*[0-9a-f]{4,}\*/\s+([^;]*);|(\.L_\w+):)", sass, re.M):
         if label:
             places[label] = len(code)
             continue
         code.append(instruction)
         back = re.search(r"\bBRA\b.*`\((\.L_\w+)\)", instruction)
         if back and back[1] in places and any("GMMA" in line for line in code[places[back[1]] :]):
-            code += code[places[back[1]] :]
-    return code
+            body = code[places[back[1]] :]
+            code, loops = code + body, loops + body
+    return code, loops
 
 
 def _assemble(ptx: str, target: str) -> tuple[str, bytes]:

@@ -119,6 +119,21 @@ def test_an_operand_overwritten_too_early_is_found():
     assert early_writes("\n".join(lines)) == ("LDS.64 R24, [R2] ",)
 
 
+def test_an_operand_of_the_step_before_is_found_in_a_loop():
+    """Made-up machine code: the wait leaves the newest group running, whose R24..R27 the loop's first line writes."""
+    lines = [
+        ".L_x_1:",
+        "/*0010*/ LOP3.LUT R24, R30, R31, RZ, 0x3c, !PT ;",
+        "/*0020*/ QGMMA.64x64x32.F32.E4M3.E4M3 R40, R20, gdesc[UR4], R40 ;",
+        "/*0030*/ QGMMA.64x64x32.F32.E4M3.E4M3 R40, R24, gdesc[UR4], R40, gsb0 ;",
+        "/*0040*/ WARPGROUP.DEPBAR.LE gsb0, {wait} ;",
+        "/*0050*/ @P0 BRA `(.L_x_1) ;",
+    ]
+    code = "\n".join(lines)
+    assert early_writes(code.format(wait="0x1")) == ("LOP3.LUT R24, R30, R31, RZ, 0x3c, !PT ",)
+    assert early_writes(code.format(wait="0x0")) == ()
+
+
 @pytest.mark.parametrize("target", ["sm_80", "sm_90"])
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 @pytest.mark.parametrize("tokens", [16, 512, 8192])
