@@ -6,7 +6,7 @@ pytest.importorskip("triton")
 
 from qbert.kernels.gpu import matmul_a8, matmul_a8_mixed
 from qbert.kernels.gpu.compile_report import Report, compile_report
-from qbert.kernels.gpu.launch import tail_of
+from qbert.kernels.gpu.launch import asm_for, tail_of
 from qbert.kernels.gpu.tiles import Tile, candidates, rule
 
 BITS = [2, 3, 4]
@@ -47,7 +47,13 @@ def compiled(kernel, types: dict, constants: dict, tile: Tile, target: str, colu
 def compile_product(bits: int, tile: Tile, target: str = "sm_90", columns: int = 768, **changes) -> Report:
     tail, tail_pad = tail_of(columns, bits)
     constants = {"BITS": bits, "BM": tile.bm, "BN": tile.bn, "BK": tile.bk, "SPLIT": tile.split}
-    constants |= {"TAIL": tail, "TAIL_PAD": tail_pad, "ASM": True, "X_SCALE": "token", "ZERO": "none"}
+    constants |= {
+        "TAIL": tail,
+        "TAIL_PAD": tail_pad,
+        "ASM": asm_for(True, target == "sm_90"),
+        "X_SCALE": "token",
+        "ZERO": "none",
+    }
     constants |= {"HAS_BIAS": True, "GELU": False, "HAS_RESIDUAL": False, "OUT": "float", "OUT_SUM": False} | changes
     types = TYPES | ({"y_ptr": "*fp8e4nv"} if constants["OUT"] == "e4m3" else {})
     return compiled(matmul_a8.matmul_a8_kernel, types, constants, tile, target, columns)
@@ -117,7 +123,8 @@ def test_query_key_and_value(bits, tokens):
     kernel = matmul_a8_mixed.matmul_a8_mixed_kernel
     types |= {n: t for n, t in TYPES.items() if n in kernel.arg_names}
     types |= {n: "i32" for n in kernel.arg_names if n.startswith("stride")}
-    constants = {"BM": tile.bm, "BN": tile.bn, "BK": tile.bk, "ASM": True, "X_SCALE": "token", "ZERO": "none"}
+    constants = {"BM": tile.bm, "BN": tile.bn, "BK": tile.bk, "ASM": asm_for(True, True), "X_SCALE": "token"}
+    constants |= {"ZERO": "e4m3"}
     loops, (key, value) = matmul_a8_mixed.loops_of(bits, 768)
     names = [f"{name}{loop}" for loop in range(3) for name in ("BITS", "TAIL", "PAD")]
     constants |= dict(zip(names, loops, strict=True)) | {"LOOP_KEY": key, "LOOP_VALUE": value, "HAS_BIAS": True}
