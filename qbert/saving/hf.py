@@ -130,6 +130,13 @@ class QBertHfQuantizer(HfQuantizer):  # type: ignore[misc]
         return False
 
     @property
+    def is_qat_trainable(self) -> bool:
+        """Only asked by Trainer, whose own refusal sends the user to adapters. Raises ValueError."""
+        raise ValueError(
+            "the model is packed, and packed weights cannot be trained; train qbert.unpack(model), and pack the result"
+        )
+
+    @property
     def is_compileable(self) -> bool:
         """Packed models can be compiled."""
         return True
