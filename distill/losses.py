@@ -202,4 +202,4 @@ def loss_items(loss: Loss, *, rows_only: bool) -> str:
     """
     if rows_only:
         return "rows"
-    return _ITEMS.get(loss) or getattr(loss, "items", "tokens")
+    return _ITEMS.get(loss) or str(getattr(loss, "items", "tokens"))

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from qbert.distill.aside import problem_type_kept
 from qbert.distill.dropout import Rates, restore, train_without_dropout
 from qbert.distill.features import Recorder
 from qbert.distill.items import ITEMS, count_items, count_labels, output_mask, span_labels, token_mask
@@ -33,6 +34,7 @@ from qbert.distill.losses import (
 )
 from qbert.distill.mapping import Pairs, layer_pairs, state_pairs
 from qbert.distill.recipe import Match, Recipe, Stage
+from qbert.quantize import evaluation_mode
 
 AUTO_WEIGHT_STEPS = 100
 EXPECTED_ITEMS = "expected_items"  # keyword of `Distillation.forward`
@@ -62,6 +64,11 @@ class DistillationHeads(nn.Module):
         self.register_buffer("auto_sum", torch.zeros(terms))
         self.register_buffer("auto_count", torch.zeros(terms))
 
+    def forget(self) -> None:
+        """Begin to count again."""
+        self.auto_sum.zero_()
+        self.auto_count.zero_()
+
 
 class Distillation(nn.Module):
     """The student under training.
@@ -86,6 +93,7 @@ class Distillation(nn.Module):
         self.stage_index = 0
         self.heads = DistillationHeads(len(recipe.terms))
         self._dropout_rates: Rates = []
+        self._recorders: dict[tuple[int, bool], Recorder] = {}  # by stage, and whether of the teacher
         self.set_teacher(teacher)
         self._pairs: dict[tuple[int, str], Pairs] = {}
         self._all_tokens = False
@@ -99,10 +107,11 @@ class Distillation(nn.Module):
         return self.recipe.stages[self.stage_index]
 
     def set_teacher(self, teacher: nn.Module) -> None:
-        """Learn from `teacher`, which is put in evaluation mode and only ever run without gradients."""
+        """Learn from `teacher`, which is only ever run in evaluation mode and without gradients, and keeps its own."""
         # Past nn.Module's bookkeeping: as a submodule it would be trained, moved to train() and saved. Its parameters
         # keep their requires_grad, because students are copies of it.
-        object.__setattr__(self, "teacher", teacher.eval())
+        object.__setattr__(self, "teacher", teacher)
+        self._recorders = {key: recorder for key, recorder in self._recorders.items() if not key[1]}
 
     def train(self, mode: bool = True) -> Distillation:
         """Training mode of the student; without dropout where the recipe says so. The teacher stays as it is."""
@@ -113,6 +122,10 @@ class Distillation(nn.Module):
             restore(self._dropout_rates)
             self._dropout_rates = []
         return self
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The student's table (the Trainer adds NEFTune's noise to its output)."""
+        return cast(Any, self.student).get_input_embeddings()  # type: ignore[no-any-return]
 
     def activation_checkpointing_enable(self, **arguments: Any) -> None:
         """Recompute the student's activations in the backward pass (the Trainer asks for it)."""
@@ -137,8 +150,7 @@ class Distillation(nn.Module):
         recorded = self._run(self.student, student_inputs, stage)
         target = None
         if stage.uses_teacher:
-            with torch.no_grad():
-                target = self._run(self.teacher, _without_labels(inputs), stage)
+            target = self._run_teacher(inputs, stage)
         shares = None if expected is None else self.count_items(inputs).to(expected.device) / expected.clamp_min(1e-9)
         total: Tensor | None = None
         terms: list[Tensor] = []
@@ -149,6 +161,8 @@ class Distillation(nn.Module):
             weight = self._weight(match, value)
             total = value * weight if total is None else total + value * weight
             terms.append(value.detach().float())
+        for recorder, _ in (found for found in (recorded, target) if found is not None):
+            recorder.forget()
         assert total is not None  # a stage has at least one match
         return {"loss": total, "terms": torch.stack(terms)}
 
@@ -157,10 +171,17 @@ class Distillation(nn.Module):
         return count_items(inputs, all_tokens=self._all_tokens, real_only=self._decides_tokens)
 
     def _run(self, model: nn.Module, inputs: dict[str, Any], stage: Stage) -> tuple[Recorder, Any]:
-        wanted = {match.feature for match in stage.matches} - {"labels"}
-        heads = {m.options["heads"] for m in stage.matches if "heads" in m.options}
-        with Recorder(model, wanted, relation_heads=max(heads) if heads else None) as recorder:
+        key = (self.stage_index, model is self.teacher)
+        if key not in self._recorders:
+            wanted = {match.feature for match in stage.matches} - {"labels"}
+            heads = {m.options["heads"] for m in stage.matches if "heads" in m.options}
+            self._recorders[key] = Recorder(model, wanted, relation_heads=max(heads) if heads else None)
+        with self._recorders[key] as recorder:
             return recorder, model(**accepted_inputs(model, inputs), **recorder.arguments)
+
+    def _run_teacher(self, inputs: dict[str, Any], stage: Stage) -> tuple[Recorder, Any]:
+        with torch.no_grad(), evaluation_mode(self.teacher):
+            return self._run(self.teacher, _without_labels(inputs), stage)
 
     def _term(self, match: Match, recorded: Any, target: Any, inputs: dict[str, Any]) -> tuple[Tensor, str]:
         """(value, what it is a mean over: one of `ITEMS`)."""
@@ -254,26 +275,26 @@ class Distillation(nn.Module):
     @torch.no_grad()
     def _prepare(self, example: dict[str, Any]) -> None:
         """Run one batch through every stage: refuse what cannot work, make the projections."""
-        was_training = self.student.training
-        self.student.eval()
         device = next(self.student.parameters()).device
         self.teacher.to(device)
         inputs = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in example.items()}
         try:
-            for index, stage in enumerate(self.recipe.stages):
-                self.stage_index = index
-                recorded = self._run(self.student, _without_labels(inputs), stage)
-                target = self._run(self.teacher, _without_labels(inputs), stage) if stage.uses_teacher else None
-                self._all_tokens |= _predicts_words(self.student, recorded[1])
-                for match in stage.matches:
-                    if match.feature not in ("labels", "logits") and target is not None:
-                        student = recorded[0].features(match.feature, recorded[1])
-                        teacher = target[0].features(match.feature, target[1])
-                        self._check_widths(match, student, teacher, device)
-                self.losses(inputs if stage.uses_labels else _without_labels(inputs))
+            with evaluation_mode(self.student), problem_type_kept(self.student):
+                for index, stage in enumerate(self.recipe.stages):
+                    self.stage_index = index
+                    recorded = self._run(self.student, _without_labels(inputs), stage)
+                    self._all_tokens |= _predicts_words(self.student, recorded[1])
+                    if stage.uses_teacher:
+                        self._check_features(stage, recorded, self._run_teacher(inputs, stage), device)
+                    self.losses(inputs if stage.uses_labels else _without_labels(inputs))
         finally:
             self.stage_index = 0
-            self.student.train(was_training)
+
+    def _check_features(self, stage: Stage, recorded: Any, target: Any, device: torch.device) -> None:
+        for match in stage.matches:
+            if match.feature not in ("labels", "logits"):
+                features = (recorder.features(match.feature, output) for recorder, output in (recorded, target))
+                self._check_widths(match, *features, device=device)
 
     def _check_widths(self, match: Match, student: list[Tensor], teacher: list[Tensor], device: torch.device) -> None:
         for s, t in self._pair(match, student, teacher):
