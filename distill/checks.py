@@ -227,9 +227,9 @@ def check_teacher_is_trained(teacher: nn.Module, batches: Iterable[dict[str, Any
         several = logits is not None and logits.dim() == 2 and logits.shape[1] > 1
         if logits is None or logits.dim() > 2 or (several and target.is_floating_point()):
             return True
-        known = torch.ones_like(target, dtype=torch.bool) if target.is_floating_point() or not several else target >= 0
-        outputs.append(logits[known.to(device)].float().cpu())
-        labels.append(target[known].cpu())
+        labelled = target >= 0 if several else torch.ones_like(target, dtype=torch.bool)
+        outputs.append(logits[labelled.to(device)].float().cpu())
+        labels.append(target[labelled].cpu())
     if not sum(len(found) for found in labels):
         return True
     known, chance, what = _knowledge(torch.cat(outputs), torch.cat(labels))

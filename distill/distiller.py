@@ -295,9 +295,10 @@ class Distiller(Trainer):
         total = self._evaluated
         if self.args.world_size > 1:
             total = self.accelerator.reduce(total.float().to(self.args.device), "sum").cpu()
-        name = next((name for name in output.metrics if name.endswith("_loss")), None)
+        metrics = output.metrics or {}
+        name = next((name for name in metrics if name.endswith("_loss")), None)
         if name is not None and total[1] > 0:
-            output.metrics[name] = float(total[0] / total[1])
+            metrics[name] = float(total[0] / total[1])
         return output
 
     def _note_evaluation(self, inputs: dict[str, Any], loss: Tensor) -> None:
@@ -432,4 +433,4 @@ class Distiller(Trainer):
         begin_training(self.student, self.recipe)
         if self._own_optimizer:
             self.optimizer = None
-        self.model_wrapped = self.model  # the wrapper of the first training knows other parameters
+        self.model_wrapped = self.distillation  # the wrapper of the first training knows other parameters

@@ -31,6 +31,7 @@ from qbert.distill.losses import (
     sigmoid_kl_divergence,
     soft_cross_entropy,
     span_cross_entropy,
+    span_kl_divergence,
 )
 from qbert.distill.mapping import Pairs, layer_pairs, state_pairs
 from qbert.distill.recipe import Match, Recipe, Stage
@@ -40,11 +41,12 @@ AUTO_WEIGHT_STEPS = 100
 EXPECTED_ITEMS = "expected_items"  # keyword of `Distillation.forward`
 MULTI_LABEL = "multi_label_classification"
 
-# Losses over classes that exclude each other, and what they become where every label is decided on its own.
-_OF_CLASSES: dict[Loss, Loss] = {
-    soft_cross_entropy: sigmoid_cross_entropy,
-    kl_divergence: sigmoid_kl_divergence,
-}
+SPAN = "span"
+
+# Losses over classes that exclude each other, and what they become where every label is decided on its own, or where
+# the classes are the positions of each text.
+_OF_LABELS: dict[Loss, Loss] = {soft_cross_entropy: sigmoid_cross_entropy, kl_divergence: sigmoid_kl_divergence}
+_OF_POSITIONS: dict[Loss, Loss] = {soft_cross_entropy: span_cross_entropy, kl_divergence: span_kl_divergence}
 
 
 class DistillationHeads(nn.Module):
@@ -229,7 +231,8 @@ class Distillation(nn.Module):
     ) -> tuple[Tensor, str]:
         mask, labels = token_mask(inputs), inputs.get("labels")
         if getattr(output, "start_logits", None) is not None:
-            return _logits_loss(match, student, teacher, mask, "span"), "rows"
+            items = "tokens" if match.loss == "mse" else "rows"
+            return _logits_loss(match, student, teacher, mask, SPAN), items
         if self._decides_tokens:
             student, teacher = student.unsqueeze(-1), teacher.unsqueeze(-1)  # [B, T, 1]
             return _logits_loss(match, student, teacher, mask, MULTI_LABEL), "tokens"
@@ -293,8 +296,8 @@ class Distillation(nn.Module):
     def _check_features(self, stage: Stage, recorded: Any, target: Any, device: torch.device) -> None:
         for match in stage.matches:
             if match.feature not in ("labels", "logits"):
-                features = (recorder.features(match.feature, output) for recorder, output in (recorded, target))
-                self._check_widths(match, *features, device=device)
+                ours, theirs = (recorder.features(match.feature, output) for recorder, output in (recorded, target))
+                self._check_widths(match, ours, theirs, device)
 
     def _check_widths(self, match: Match, student: list[Tensor], teacher: list[Tensor], device: torch.device) -> None:
         for s, t in self._pair(match, student, teacher):
@@ -365,12 +368,13 @@ def _logits_loss(match: Match, student: Tensor, teacher: Tensor, mask: Tensor | 
             f"term {match.term!r}: the student's outputs have shape {list(student.shape)} and the teacher's "
             f"{list(teacher.shape)}; give both the same labels"
         )
-    chosen = LOSSES[match.loss] if isinstance(match.loss, str) else match.loss
-    if kind == "span":
-        return (chosen or span_cross_entropy)(student, teacher, mask, **match.options)
-    chosen = chosen or soft_cross_entropy
-    if kind == MULTI_LABEL:
-        chosen = _OF_CLASSES.get(chosen, chosen)
-    elif chosen in _OF_CLASSES and student.dim() < 3 and (kind == "regression" or student.shape[-1] == 1):
+    chosen = (LOSSES[match.loss] if isinstance(match.loss, str) else match.loss) or soft_cross_entropy
+    if kind == SPAN:
+        chosen = _OF_POSITIONS.get(chosen, chosen)
+        if chosen is mse and mask is not None:
+            mask = mask.expand(2, -1, -1)
+    elif kind == MULTI_LABEL:
+        chosen = _OF_LABELS.get(chosen, chosen)
+    elif chosen in _OF_LABELS and student.dim() < 3 and (kind == "regression" or student.shape[-1] == 1):
         return mse(student, teacher)  # a softmax over classes says nothing about values
     return chosen(student, teacher, mask, **match.options)

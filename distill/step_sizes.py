@@ -128,7 +128,7 @@ def renew_groups(optimizer: Any, scheduler: Any, scales: list[nn.Parameter], rec
     """Rates for the scales of new grids, and no memory of the steps that the old ones took."""
     renewed = {id(scale) for scale in scales}
     for number, group in enumerate(optimizer.param_groups):
-        scale = group["params"][0] if len(group["params"]) == 1 else None
+        scale = group["params"][0]
         if id(scale) not in renewed:
             continue
         base = group.get("initial_lr", group["lr"])
