@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 
-from qbert.distill.objective import accepted_inputs
 from qbert.distill.recipe import Recipe
+from qbert.encoders.inputs import accepted_inputs
 from qbert.encoders.targets import base_model
 from qbert.layers.packed import PackedTensor
 from qbert.quantize import evaluation_mode

@@ -55,7 +55,7 @@ from qbert.distill.checks import (
     schedule_of,
 )
 from qbert.distill.items import ITEMS
-from qbert.distill.objective import EXPECTED_ITEMS, Distillation, forward_arguments
+from qbert.distill.objective import EXPECTED_ITEMS, Distillation
 from qbert.distill.progress import (
     InterruptCallback,
     StageCallback,
@@ -76,6 +76,7 @@ from qbert.distill.step_sizes import (
     stage_bits,
     step_groups,
 )
+from qbert.encoders.inputs import forward_arguments
 
 
 class Distiller(Trainer):

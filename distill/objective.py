@@ -9,7 +9,6 @@ weights). The teacher is *not* a submodule, so it is never switched to training 
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping
 from typing import Any, cast
 
@@ -35,6 +34,7 @@ from qbert.distill.losses import (
 )
 from qbert.distill.mapping import Pairs, layer_pairs, state_pairs
 from qbert.distill.recipe import Match, Recipe, Stage
+from qbert.encoders.inputs import accepted_inputs
 from qbert.quantize import evaluation_mode
 
 AUTO_WEIGHT_STEPS = 100
@@ -329,18 +329,6 @@ def _predicts_words(model: nn.Module, output: Any) -> bool:
     """Whether the outputs are over the vocabulary, as a (masked) language model's are."""
     logits, size = getattr(output, "logits", None), getattr(getattr(model, "config", None), "vocab_size", None)
     return isinstance(logits, Tensor) and logits.dim() == 3 and logits.shape[-1] == size
-
-
-def accepted_inputs(model: nn.Module, inputs: dict[str, Any]) -> dict[str, Any]:
-    """The inputs that the model's forward names (DistilBERT has no token types); all if it names none."""
-    names = forward_arguments(model)
-    return {k: v for k, v in inputs.items() if k in names} if names else inputs
-
-
-def forward_arguments(model: nn.Module) -> list[str]:
-    """Names of the keyword arguments of the model's forward, without the catch-all ones."""
-    parameters = inspect.signature(model.forward).parameters.values()
-    return [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
 
 
 def _without_labels(inputs: dict[str, Any]) -> dict[str, Any]:
