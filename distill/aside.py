@@ -1,6 +1,6 @@
-"""Contexts that give back what they found: modes, buffers, gradients, the state of the random generators.
+"""Contexts that give back what they found: buffers, gradients, the state of the random generators.
 
-It stands alone because teacher, estimate, constructor and training all lean on it, and none of them on another.
+It stands alone because the constructor, the estimate and the training all lean on it, and none of them on another.
 
     >>> with random_state_kept(), left_as_it_is(model):
     ...     model.train()(**batch).loss.backward()
@@ -16,6 +16,8 @@ import numpy as np
 import torch
 from torch import nn
 
+from qbert.encoders.modes import modes_kept
+
 
 @contextmanager
 def random_state_kept() -> Iterator[None]:
@@ -28,17 +30,6 @@ def random_state_kept() -> Iterator[None]:
     finally:
         random.setstate(python)
         np.random.set_state(numpy)
-
-
-@contextmanager
-def modes_kept(*models: nn.Module) -> Iterator[None]:
-    """Every module is afterwards in the mode that it was in, training or evaluation."""
-    modes = [(module, module.training) for model in models for module in model.modules()]
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
 
 
 @contextmanager

@@ -19,9 +19,9 @@ from torch.utils.data import DataLoader, Subset
 
 from qbert.distill.recipe import Recipe
 from qbert.encoders.inputs import accepted_inputs
+from qbert.encoders.modes import evaluation_mode
 from qbert.encoders.targets import base_model
 from qbert.layers.packed import PackedTensor
-from qbert.quantize import evaluation_mode
 
 _STANDARD_ERRORS = 3.0
 

@@ -41,7 +41,7 @@ from transformers import (
 )
 from transformers.utils.generic import find_labels
 
-from qbert.distill.aside import left_as_it_is, modes_kept, problem_type_kept, random_state_kept
+from qbert.distill.aside import left_as_it_is, problem_type_kept, random_state_kept
 from qbert.distill.checkpoint import TEACHER, WEIGHTS, last_good_checkpoint, load_weights, save_weights
 from qbert.distill.checks import (
     check_arguments,
@@ -77,6 +77,7 @@ from qbert.distill.step_sizes import (
     step_groups,
 )
 from qbert.encoders.inputs import forward_arguments
+from qbert.encoders.modes import modes_kept
 
 
 class Distiller(Trainer):
@@ -158,6 +159,7 @@ class Distiller(Trainer):
         self._signature_columns = sorted({*self._columns, *self.label_names})  # type: ignore[assignment]
         self._term_means = TermMeans()
         self._expected_items: Tensor | None = None
+        self._ahead: list[Any] | None = None
         self._evaluated = torch.zeros(2, dtype=torch.float64)  # sum of the losses of all labels, their number
         self._check_teacher = check_teacher
         self._own_optimizer = self.optimizer is None
@@ -268,6 +270,9 @@ class Distiller(Trainer):
     ) -> Any:
         """The recipe's loss in training; the student's own loss in evaluation."""
         training = model.training
+        if training and self._ahead is not None:  # the first micro-batch of a step, in its stage
+            self._look_ahead(self._ahead)
+            self._ahead = None
         if training and self._expected_items is not None:
             inputs = {**inputs, EXPECTED_ITEMS: self._expected_items}
         outputs = model(**inputs)
@@ -287,7 +292,16 @@ class Distiller(Trainer):
             processes = self.args.world_size
             whole = self.accelerator.reduce(counts, "sum") if processes > 1 else counts
             self._expected_items = whole / (len(batches) * processes)
+        self._ahead = batches if len(batches) * self.args.world_size > 1 else []
         return batches, items
+
+    def _look_ahead(self, batches: list[Any]) -> None:
+        def mean(value: Tensor) -> Tensor:
+            return self.accelerator.reduce(value, "mean") if self.args.world_size > 1 else value  # type: ignore[no-any-return]
+
+        with random_state_kept(), self.compute_loss_context_manager():
+            prepared = [self._prepare_inputs(batch) for batch in batches]
+            self.distillation.look_ahead(prepared, self._expected_items, mean)  # type: ignore[arg-type]
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """As Trainer's, with the loss as the mean over all labels: batches may hold unequal numbers of them."""

@@ -9,14 +9,14 @@ weights). The teacher is *not* a submodule, so it is never switched to training 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qbert.distill.aside import problem_type_kept
+from qbert.distill.aside import left_as_it_is, problem_type_kept
 from qbert.distill.dropout import Rates, restore, train_without_dropout
 from qbert.distill.features import Recorder
 from qbert.distill.items import ITEMS, count_items, count_labels, output_mask, span_labels, token_mask
@@ -31,11 +31,12 @@ from qbert.distill.losses import (
     soft_cross_entropy,
     span_cross_entropy,
     span_kl_divergence,
+    teacher_scale,
 )
 from qbert.distill.mapping import Pairs, layer_pairs, state_pairs
 from qbert.distill.recipe import Match, Recipe, Stage
 from qbert.encoders.inputs import accepted_inputs
-from qbert.quantize import evaluation_mode
+from qbert.encoders.modes import evaluation_mode
 
 AUTO_WEIGHT_STEPS = 100
 EXPECTED_ITEMS = "expected_items"  # keyword of `Distillation.forward`
@@ -98,6 +99,8 @@ class Distillation(nn.Module):
         self._recorders: dict[tuple[int, bool], Recorder] = {}  # by stage, and whether of the teacher
         self.set_teacher(teacher)
         self._pairs: dict[tuple[int, str], Pairs] = {}
+        self._scales: dict[tuple[str, int], Tensor] = {}  # by term and student layer, of the present step
+        self._has_looked = False
         self._all_tokens = False
         # ELECTRA's discriminator: each token is replaced, or it is not.
         self._decides_tokens = hasattr(student, "discriminator_predictions")
@@ -167,6 +170,51 @@ class Distillation(nn.Module):
             recorder.forget()
         assert total is not None  # a stage has at least one match
         return {"loss": total, "terms": torch.stack(terms)}
+
+    @torch.no_grad()
+    def look_ahead(
+        self, batches: Sequence[dict[str, Any]], expected: Tensor | None, mean: Callable[[Tensor], Tensor]
+    ) -> None:
+        """Find what all micro-batches of a step must share: the scales of normalised terms, and automatic weights.
+
+        Args:
+            batches: the micro-batches of this process, on the device; none where the step is one batch, which needs
+                nothing of the kind.
+            expected: as of `losses`.
+            mean: gives the mean of a tensor over all processes.
+        """
+        self._scales, self._has_looked = {}, False
+        matches = self.stage.matches
+        if not batches or expected is None:
+            return
+        normalized = [match for match in matches if match.options.get("normalized")]
+        counted = [match for match in matches if self._counts_weight(match)]
+        if normalized:
+            found = [self._teacher_scales(normalized, dict(inputs), expected) for inputs in batches]
+            whole = mean(torch.stack([torch.stack(list(scales.values())) for scales in found]).mean(0))
+            self._scales = dict(zip(found[0], whole.unbind(), strict=True))
+        if counted:
+            with left_as_it_is(self):
+                terms = torch.stack([self.losses(dict(inputs), expected)["terms"] for inputs in batches]).mean(0)
+            for match, value in zip(matches, mean(terms), strict=True):
+                if match in counted:
+                    self._count_weight(match, value)
+        self._has_looked = True
+
+    def _teacher_scales(
+        self, matches: Sequence[Match], inputs: dict[str, Any], expected: Tensor
+    ) -> dict[tuple[str, int], Tensor]:
+        recorder, output = self._run_teacher(inputs, self.stage)
+        shares = self.count_items(inputs).to(expected.device) / expected.clamp_min(1e-9)
+        mask, found = token_mask(inputs), {}
+        for match in matches:
+            teacher = recorder.features(match.feature, output)
+            for s, t in self._pairs[self.stage_index, match.term]:
+                share = shares[ITEMS.index(loss_items(match.loss_function(), rows_only=teacher[t].dim() == 2))]
+                kept = None if teacher[t].dim() == 2 else mask
+                found[match.term, s] = teacher_scale(match.loss_function(), teacher[t], kept).float() * share
+        recorder.forget()
+        return found
 
     def count_items(self, inputs: Mapping[str, Any]) -> Tensor:
         """float32 [len(ITEMS)]: what the losses of these models are means over, in one batch."""
@@ -257,6 +305,8 @@ class Distillation(nn.Module):
         if match.projection is not None:
             student = self.heads.projections[self._projection_key(match, index)](student)
         options = {key: value for key, value in match.options.items() if key != "heads"}
+        if (match.term, index) in self._scales:
+            options["scale"] = self._scales[match.term, index]
         if mask is None and student.dim() > 2:
             mask = torch.ones(student.shape[0], student.shape[-2], dtype=torch.bool, device=student.device)
         return match.loss_function()(student, teacher, None if student.dim() == 2 else mask, **options)
@@ -269,11 +319,19 @@ class Distillation(nn.Module):
         if match.weight != "auto":
             return match.weight
         index = self.recipe.terms.index(match.term)
-        if self.training and torch.is_grad_enabled() and self.heads.auto_count[index] < AUTO_WEIGHT_STEPS:
-            self.heads.auto_sum[index] += value.detach().float()
-            self.heads.auto_count[index] += 1
+        if self.training and torch.is_grad_enabled() and not self._has_looked and self._counts_weight(match):
+            self._count_weight(match, value)
         mean = self.heads.auto_sum[index] / self.heads.auto_count[index].clamp_min(1)
         return 1.0 / mean.clamp_min(1e-12) if self.heads.auto_count[index] > 0 else 1.0
+
+    def _counts_weight(self, match: Match) -> bool:
+        index = self.recipe.terms.index(match.term)
+        return match.weight == "auto" and bool(self.heads.auto_count[index] < AUTO_WEIGHT_STEPS)
+
+    def _count_weight(self, match: Match, value: Tensor) -> None:
+        index = self.recipe.terms.index(match.term)
+        self.heads.auto_sum[index] += value.detach().float()
+        self.heads.auto_count[index] += 1
 
     @torch.no_grad()
     def _prepare(self, example: dict[str, Any]) -> None:

@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -19,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from qbert.bits import BitsConfig, TensorSpec
+from qbert.encoders.modes import evaluation_mode
 from qbert.encoders.replace import replace_everywhere
 from qbert.encoders.targets import Target, find_targets
 from qbert.layers.embedding import QuantEmbedding
@@ -263,15 +263,3 @@ def to_device(batch: Batch, model: nn.Module) -> dict[str, Any]:
     """The batch with its tensors on the model's device."""
     device = next(model.parameters()).device
     return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
-
-
-@contextmanager
-def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Put every module of `model` in evaluation mode and give each its own mode back afterwards."""
-    training = [m for m in model.modules() if m.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
