@@ -302,6 +302,8 @@ class Distillation(nn.Module):
             raise ValueError(f"term {match.term!r}: {error}") from error
 
     def _pair_loss(self, match: Match, index: int, student: Tensor, teacher: Tensor, mask: Tensor | None) -> Tensor:
+        # Squares and sums of half-precision features overflow.
+        student, teacher = (x.float() if x.dtype in (torch.float16, torch.bfloat16) else x for x in (student, teacher))
         if match.projection is not None:
             student = self.heads.projections[self._projection_key(match, index)](student)
         options = {key: value for key, value in match.options.items() if key != "heads"}
