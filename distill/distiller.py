@@ -84,7 +84,7 @@ class Distiller(Trainer):
     """Trains a student to act like its teacher.
 
     Args:
-        teacher: a fine-tuned model; put in evaluation mode and never changed.
+        teacher: a fine-tuned model; run in evaluation mode, whatever mode it is in, and never changed.
         student: the model to train: quantized (`qbert.quantize_model`), smaller, or both.
         recipe: what the loss is made of (`qbert.distill.recipes`).
         args: `TrainingArguments`; the recipe's own where None, in the folder ``distilled``.
@@ -95,7 +95,8 @@ class Distiller(Trainer):
         **kwargs: further arguments of `Trainer` (eval_dataset, data_collator, compute_metrics, callbacks, ...).
 
     Raises:
-        ValueError: models that do not fit each other, a match that does not fit the models, reentrant checkpointing.
+        ValueError: models that do not fit each other or share what is trained, a match that does not fit the models, a
+            packed student, reentrant checkpointing, an argument of Trainer's that a distillation cannot heed.
         TypeError: a recipe of another type.
     """
 
