@@ -254,7 +254,7 @@ def test_dequantize_gives_a_plain_float_model(saved: Path, tmp_path: Path) -> No
 
 
 def test_trainer_refuses_a_packed_model(saved: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"quantized model cannot be trained.*qbert\.unpack"):
+    with pytest.raises(ValueError, match=r"packed weights cannot be trained.*qbert\.unpack"):
         tf.Trainer(qbert.load(saved), tf.TrainingArguments(str(tmp_path), report_to=[]))
 
 
