@@ -162,7 +162,7 @@ class _Graph(nn.Module):
         given = dict(zip(self.inputs, values, strict=True))
         result = self.model(given) if self.sentences else self.model(**given)
         if isinstance(result, Mapping):
-            return tuple(result[name] for name in self.outputs) if self.outputs else tuple(result.values())[:1]
+            return tuple(result[name] for name in self.outputs)
         return (result if isinstance(result, Tensor) else result[0],)
 
     def copy(self, quantize_activations: bool = True) -> _Graph:
@@ -186,10 +186,7 @@ class _Graph(nn.Module):
         """Find out the names of the outputs; returns the axes of varying size of inputs and outputs."""
         try:
             with torch.no_grad():
-                result = self.model if self.sentences else self.copy().model(**self._named(*_RECORDED))
-                if not self.sentences and isinstance(result, Mapping):
-                    names = list(result)
-                    self.outputs = ("start_logits", "end_logits") if "start_logits" in names else (names[0],)
+                self.outputs = self.outputs or self._first_outputs()
                 long, short = (self.copy()(*self.example(*shape)) for shape in (_RECORDED, _OTHERS[0]))
         except Exception as error:  # whatever the forward of an unknown model may raise
             raise ValueError(
@@ -197,14 +194,16 @@ class _Graph(nn.Module):
                 f"({type(error).__name__}: {error}); export a text encoder, such as the one inside "
                 "of it, or name other inputs"
             ) from error
-        self.outputs = self.outputs or ("output",)
         axes = {name: {0: "batch", 1: "length"} for name in self.inputs}
         for name, one, other in zip(self.outputs, long, short, strict=True):
             axes[name] = {0: "batch"} | {d: "length" for d in range(1, one.dim()) if one.shape[d] != other.shape[d]}
         return axes
 
-    def _named(self, batch: int, length: int) -> dict[str, Tensor]:
-        return dict(zip(self.inputs, self.example(batch, length), strict=True))
+    def _first_outputs(self) -> tuple[str, ...]:
+        result = self.copy().model(**dict(zip(self.inputs, self.example(*_RECORDED), strict=True)))
+        if not isinstance(result, Mapping):
+            return ("output",)
+        return ("start_logits", "end_logits") if "start_logits" in result else tuple(result)[:1]
 
     def shapes(self) -> Iterator[tuple[int, int]]:
         """Batches and lengths to compare at, up to the longest text that the model says it takes."""

@@ -200,12 +200,11 @@ def test_a_length_that_only_changes_values_is_found(tmp_path: Path) -> None:
         qbert.export_onnx(packed, tmp_path / "model.onnx")
 
 
-def test_operators_that_onnx_lacks_are_named(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_operators_that_onnx_lacks_are_named(tmp_path: Path) -> None:
     model = transformers.FNetModel(transformers.FNetConfig(vocab_size=50, hidden_size=32, num_hidden_layers=1)).eval()
     packed = qbert.pack(qbert.quantize_model(model, 8))
     with pytest.raises(ValueError, match=r"FNetModel cannot be written as an ONNX file \(.*fft"):
         qbert.export_onnx(packed, tmp_path / "model.onnx", inputs=("input_ids",))
-    assert capfd.readouterr().out == ""
 
 
 @pytest.mark.parametrize("bits", [4, 8])
@@ -230,7 +229,7 @@ def test_a_file_that_computes_something_else_is_refused(tmp_path: Path, monkeypa
     packed = qbert.pack(qbert.quantize_model(AutoModel.from_config(build("bert").config), 4))
     original = ort.InferenceSession.run
     monkeypatch.setattr(ort.InferenceSession, "run", lambda *a, **k: [-value for value in original(*a, **k)])
-    with pytest.raises(ValueError, match="ONNX Runtime does not compute what BertModel does .relative error 2"):
+    with pytest.raises(ValueError, match=r"ONNX Runtime does not compute what BertModel does \(relative error 2"):
         qbert.export_onnx(packed, tmp_path / "model.onnx")
     assert not list(tmp_path.iterdir())
 
