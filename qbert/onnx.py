@@ -54,7 +54,9 @@ def export_onnx(
     The first output of the model keeps its name, by which Optimum looks for it: ``logits``, ``last_hidden_state``
     (float32 [B, ...]), ``start_logits`` and ``end_logits`` [B, T]; ``output`` if it has none. A ``SentenceTransformer``
     has ``sentence_embedding`` [B, D], after pooling and all further modules, and ``token_embeddings`` [B, T, H]; for
-    its ``backend="onnx"``, which pools outside of the file, export the transformers model inside of it.
+    its ``backend="onnx"``, which pools outside of the file, export the transformers model inside of it. A
+    ``CrossEncoder`` has ``logits``, before its activation function; other models of that library the first they have of
+    ``sentence_embedding`` and ``token_embeddings``.
 
     The steps of the model are recorded at one length and replayed at others before a file is written; then ONNX Runtime
     runs the file, where it is installed. A model that computes something else at another length, as models do that cut
@@ -139,7 +141,12 @@ def _check_inputs(model: nn.Module, inputs: Sequence[str]) -> None:
 
 
 def _is_sentence_model(model: nn.Module) -> bool:
-    return type(model).__name__ == "SentenceTransformer" and type(model).__module__.startswith("sentence_transformers.")
+    """Whether it is one of sentence-transformers: a sequence of modules from a dict of features to another."""
+    return isinstance(model, nn.Sequential) and type(model).__module__.startswith("sentence_transformers.")
+
+
+# What modules of sentence-transformers call their results: its name in a file.
+_FEATURES = {"sentence_embedding": "sentence_embedding", "scores": "logits", "token_embeddings": "token_embeddings"}
 
 
 _RECORDED = 2, 9  # batch and length at which the model is recorded
@@ -156,13 +163,14 @@ class _Graph(nn.Module):
         super().__init__()
         self.model, self.inputs, self.name = model, tuple(inputs), type(model).__name__
         self.sentences = _is_sentence_model(model)
-        self.outputs: tuple[str, ...] = ("sentence_embedding", "token_embeddings") if self.sentences else ()
+        self.outputs: tuple[str, ...] = ()
+        self.keys: tuple[str, ...] = ()  # of the outputs in what the model returns
 
     def forward(self, *values: Tensor) -> tuple[Tensor, ...]:
         given = dict(zip(self.inputs, values, strict=True))
         result = self.model(given) if self.sentences else self.model(**given)
         if isinstance(result, Mapping):
-            return tuple(result[name] for name in self.outputs)
+            return tuple(result[key] for key in self.keys)
         return (result if isinstance(result, Tensor) else result[0],)
 
     def copy(self, quantize_activations: bool = True) -> _Graph:
@@ -186,7 +194,8 @@ class _Graph(nn.Module):
         """Find out the names of the outputs; returns the axes of varying size of inputs and outputs."""
         try:
             with torch.no_grad():
-                self.outputs = self.outputs or self._first_outputs()
+                self.keys = self._first_results()
+                self.outputs = tuple(_FEATURES.get(key, key) for key in self.keys) or ("output",)
                 long, short = (self.copy()(*self.example(*shape)) for shape in (_RECORDED, _OTHERS[0]))
         except Exception as error:  # whatever the forward of an unknown model may raise
             raise ValueError(
@@ -199,10 +208,14 @@ class _Graph(nn.Module):
             axes[name] = {0: "batch"} | {d: "length" for d in range(1, one.dim()) if one.shape[d] != other.shape[d]}
         return axes
 
-    def _first_outputs(self) -> tuple[str, ...]:
-        result = self.copy().model(**dict(zip(self.inputs, self.example(*_RECORDED), strict=True)))
+    def _first_results(self) -> tuple[str, ...]:
+        """What the first output is called in the results of the model, and what belongs to it."""
+        given = dict(zip(self.inputs, self.example(*_RECORDED), strict=True))
+        result = self.copy().model(given) if self.sentences else self.copy().model(**given)
         if not isinstance(result, Mapping):
-            return ("output",)
+            return ()
+        if self.sentences:
+            return tuple(key for key in _FEATURES if key in result)[: 2 if self.name == "SentenceTransformer" else 1]
         return ("start_logits", "end_logits") if "start_logits" in result else tuple(result)[:1]
 
     def shapes(self) -> Iterator[tuple[int, int]]:

@@ -150,6 +150,21 @@ def test_a_sentence_model_keeps_pooling_and_what_follows(more: str, tmp_path: Pa
     assert torch.allclose(got.norm(dim=1), torch.ones(3), atol=1e-5)
 
 
+def test_a_cross_encoder_has_logits(tmp_path: Path) -> None:
+    sentence = pytest.importorskip("sentence_transformers")
+    model = sentence.CrossEncoder(str(tiny_encoder(tmp_path / "encoder")), num_labels=1, device="cpu").eval()
+    packed = qbert.pack(qbert.quantize_model(model, qbert.BitsConfig(4, activation_bits=None)))
+    qbert.export_onnx(packed, tmp_path / "model.onnx", inputs=("input_ids", "attention_mask", "token_type_ids"))
+    session = ort.InferenceSession(str(tmp_path / "model.onnx"), providers=["CPUExecutionProvider"])
+    assert [output.name for output in session.get_outputs()] == ["logits"]
+    pairs = [("who visited Rome ?", "Anna visited Rome ."), ("the film", "it was a dull film , the film was awful .")]
+    tokens = packed.tokenizer(*map(list, zip(*pairs, strict=True)), padding=True, return_tensors="np")
+    got = session.run(None, {name: value.astype("int64") for name, value in tokens.items()})[0]
+    with torch.no_grad():
+        wanted = packed({name: torch.from_numpy(value) for name, value in tokens.items()})["scores"]
+    assert torch.allclose(torch.from_numpy(got), wanted, atol=1e-5)
+
+
 SMALL = {"vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
 
 
