@@ -189,3 +189,17 @@ LOSSES: dict[str, Loss] = {
     "normalized_mse": normalized_mse,
     "span_ce": span_cross_entropy,
 }
+
+
+_ITEMS: dict[Loss, str] = {score_mse: "pairs", span_cross_entropy: "rows"}
+
+
+def loss_items(loss: Loss, *, rows_only: bool) -> str:
+    """What a loss is a mean over (see `qbert.distill.items`): its attribute ``items``, or real tokens, or rows.
+
+    Args:
+        rows_only: the features are [B, D], without tokens.
+    """
+    if rows_only:
+        return "rows"
+    return _ITEMS.get(loss) or getattr(loss, "items", "tokens")

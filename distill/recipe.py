@@ -14,6 +14,7 @@ Nothing here touches a model; `Distiller` reads it.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -35,7 +36,8 @@ class Match:
 
     Attributes:
         feature: see `qbert.distill.features`; ``labels`` is the task's own loss on the data's labels.
-        loss: a name from `qbert.distill.losses.LOSSES`, or a callable (student, teacher, mask) -> scalar. Where None,
+        loss: a name from `qbert.distill.losses.LOSSES`, or a callable (student, teacher, mask) -> scalar, a mean
+            over rows [B, D] or real tokens (over what else its attribute ``items`` says: "rows" or "pairs"). Where None,
             the feature's usual one; for ``logits`` by the head: soft cross-entropy, over positions for a span; by
             ``config.problem_type`` a cross-entropy of every label on its own (so of ``soft_ce`` and ``kl`` too), or
             the mean squared error of a regression's values.
@@ -83,11 +85,11 @@ class Match:
         """Name of the term in logs."""
         return self.name or self.feature.removeprefix("module:").replace(".", "_")
 
-    def loss_name(self) -> str | Loss | None:
-        """The loss to use; None where the head decides."""
-        if self.loss is not None or self.feature in ("logits", "labels"):
-            return self.loss
-        return "attention_kl" if self.feature.startswith("relations.") else _DEFAULT_LOSS.get(self.feature, "mse")
+    def loss_function(self) -> Loss:
+        """The loss of a feature; where the head decides (``logits``), see `qbert.distill.objective`."""
+        usual = "attention_kl" if self.feature.startswith("relations.") else _DEFAULT_LOSS.get(self.feature, "mse")
+        loss = self.loss or usual
+        return LOSSES[loss] if isinstance(loss, str) else loss
 
 
 @dataclass(frozen=True)
@@ -204,29 +206,46 @@ class Recipe:
         Raises:
             ValueError: if a stage would have no step.
         """
-        whole = sum(stage.share for stage in self.stages)
-        ends, done = [0], 0.0
-        for stage in self.stages:
-            done += stage.share
-            ends.append(round(total * done / whole))
-        for stage, begin, end in zip(self.stages, ends, ends[1:], strict=False):
-            if begin == end:
-                raise ValueError(f"stage {stage.name!r} has no step among {total}; train for longer")
-        return ends
+        table = Timetable(self, total)
+        for stage in table.missing:
+            raise ValueError(f"stage {stage.name!r} has no step among {total}; train for longer")
+        return table.ends
 
     def stage_at(self, step: int, total: int) -> int:
         """Index of the stage that step number `step` (from 0) of `total` belongs to."""
-        ends = self.boundaries(total)
-        return next((i for i, end in enumerate(ends[1:]) if step < end), len(self.stages) - 1)
+        return Timetable(self, total).stage_at(step)
 
     def rate_at(self, step: int, total: int, warmup: int) -> float:
         """Factor of the learning rate at a step: warm-up in the first stage, then each stage's own schedule."""
-        index = self.stage_at(step, total)
-        stage = self.stages[index]
-        begin, end = self.boundaries(total)[index : index + 2]
-        if step < warmup:
-            return stage.rate * (step + 1) / warmup
+        return Timetable(self, total, warmup).rate_at(step)
+
+
+class Timetable:
+    """When each stage of a recipe begins, in a training of `total` steps with `warmup` steps before the full rate.
+
+    Attributes:
+        ends: first step of each stage and, last, `total`.
+        missing: the stages that have no step.
+    """
+
+    def __init__(self, recipe: Recipe, total: int, warmup: int = 0) -> None:
+        self.stages, self.warmup = recipe.stages, warmup
+        shares = [stage.share for stage in recipe.stages]
+        self.ends = [0, *(round(total * done / sum(shares)) for done in itertools.accumulate(shares))]
+        spans = zip(self.stages, self.ends, self.ends[1:], strict=False)
+        self.missing = [stage for stage, begin, end in spans if begin == end]
+
+    def stage_at(self, step: int) -> int:
+        """Index of the stage of a step; the last stage's after the end."""
+        return next((i for i, end in enumerate(self.ends[1:]) if step < end), len(self.stages) - 1)
+
+    def rate_at(self, step: int) -> float:
+        """Factor of the learning rate at a step."""
+        index = self.stage_at(step)
+        stage, begin, end = self.stages[index], *self.ends[index : index + 2]
+        if step < self.warmup:
+            return stage.rate * (step + 1) / self.warmup
         if stage.schedule == "constant":
             return stage.rate
-        begin = max(begin, warmup)
+        begin = max(begin, self.warmup)
         return stage.rate * max(end - step, 0) / max(end - begin, 1)

@@ -196,7 +196,9 @@ def _suits_heads(groups: int, heads: int | None) -> bool:
 
 def covers(pattern: str, names: Iterable[str]) -> bool:
     """Whether a pattern matches one of the names of a tensor."""
-    return any(n == pattern or n.startswith(pattern + ".") or fnmatch.fnmatchcase(n, pattern) for n in names)
+    glob = any(c in pattern for c in "*?[")
+    below = pattern + "."
+    return any(n == pattern or n.startswith(below) or (glob and fnmatch.fnmatchcase(n, pattern)) for n in names)
 
 
 def longest(patterns: Iterable[str]) -> list[str]:

@@ -30,6 +30,7 @@ from qbert.quantizers.activations import ActivationQuantizer
 from qbert.quantizers.groups import group_layout
 from qbert.quantizers.ranges import GroupRanges
 
+_GRADIENT_SHARE = 0.9
 Model = TypeVar("Model", bound=nn.Module)
 _HOOKS = (
     "_forward_hooks",
@@ -175,7 +176,7 @@ def _round_compensated(
     paths = {cast(nn.Linear, done.model.get_submodule(path)): path for path in specs}
     missed: list[str] = []
     few: dict[str, Moment] = {}
-    for modules, moment in input_moments(done.model, batches, list(paths), progress=progress):
+    for modules, moment in input_moments(done.model, batches, list(paths), weigh=_GRADIENT_SHARE, progress=progress):
         if moment.inputs == 0:
             missed += [paths[m] for m in modules]
             for module in modules:
@@ -269,6 +270,11 @@ class _Conversions:
             setattr(new, name, getattr(old, name))
         replace_everywhere(self.model, old, new)
         self._replaced.append((old, new))
+
+
+def convert_tied(model: nn.Module) -> None:
+    """Give float layers that share their weight with a quantized one (a head with its table) that one's grids."""
+    _Conversions(model).convert_tied()
 
 
 def _quantizer(target: Target, spec: TensorSpec, weight: Tensor) -> WeightQuantizer:

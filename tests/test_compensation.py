@@ -240,3 +240,38 @@ def test_half_precision_weights_keep_their_codes_through_packing() -> None:
     for name, layer in linears(student).items():
         assert layer.weight.dtype == torch.bfloat16
         assert torch.equal(packed.get_submodule(name).quantized_weight(), layer.quantized_weight())
+
+
+def test_inputs_that_the_outputs_do_not_depend_on_weigh_nothing() -> None:
+    # A classifier reads the first token of the last layer alone, so that of its inputs there are as many as rows.
+    model, data = build("bert").eval(), batches("bert", 1)
+    last = model.bert.encoder.layer[1].output.dense
+    ((_, plain),) = input_moments(model, data, [last])
+    ((_, weighted),) = input_moments(model, data, [last], weigh=1.0)
+    assert int(torch.linalg.matrix_rank(plain.value.float())) > 6
+    assert int(torch.linalg.matrix_rank(weighted.value.float())) == 6
+    ((_, directions),) = input_moments(model, data, [last], weigh=1e-9)
+    ((_, mixed),) = input_moments(model, data, [last], weigh=0.25)
+    assert torch.allclose(mixed.value, 0.75 * directions.value + 0.25 * weighted.value, rtol=1e-4, atol=1e-7)
+    assert all(p.requires_grad and p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize("family", ["bert", "albert", "modernbert", "vit"])
+def test_directions_of_inputs_count_alike_whatever_their_size(family: str) -> None:
+    model, data = build(family).eval().requires_grad_(False), batches(family, 2)
+    modules = [m for n, m in model.named_modules() if type(m) is nn.Linear and "layer" in n]
+    inputs: dict[nn.Module, list[Tensor]] = {m: [] for m in modules}
+    for batch in data:
+        mask = batch.get("attention_mask")
+        handles = [m.register_forward_pre_hook(lambda m, a: inputs[m].append(unmasked(a[0], mask))) for m in modules]  # noqa: B023
+        with torch.no_grad():
+            model(**batch)
+        for handle in handles:
+            handle.remove()
+    for shared, found in input_moments(model, data, modules, weigh=1e-9):
+        for module in shared:
+            x = torch.cat([rows.flatten(0, -2) for rows in inputs[module]]).double()
+            weights = 1 / x.square().sum(1)
+            expected = (x * (weights / weights.mean()).unsqueeze(1)).T @ x / len(x)
+            assert torch.allclose(found.value, expected, rtol=1e-3, atol=1e-7)
+    assert not any(p.requires_grad for p in model.parameters())

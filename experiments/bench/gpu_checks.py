@@ -1,6 +1,6 @@
 """Every kernel on the chip against its slow twin: cases that print their worst error, and what exceeds its bound.
 
-    python experiments/bench/gpu_checks.py [CASE ...]
+python experiments/bench/gpu_checks.py [CASE ...]
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ from qbert.kernels.gpu.tiles import Tile, candidates, rule
 
 SMALL = MODE == "dry"
 FLOAT_BOUND = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.2e-2}
+E4M3 = torch.float8_e4m3fn
+E4M3_SUMS = 2e-2  # tensor cores of sm_90 keep about 14 bits of a sum of eight-bit floats
 ROUNDED = 2e-3  # codes that may be off by one: float32 sums beside float64 ones, at the middle between two codes
 
 
@@ -68,11 +70,18 @@ def twins() -> Iterator[None]:
 
 
 def compare(
-    tally: Tally, what: str, operator: Callable[..., Any], *inputs: Any, codes_off: float = ROUNDED, **options: Any
+    tally: Tally,
+    what: str,
+    operator: Callable[..., Any],
+    *inputs: Any,
+    codes_off: float = ROUNDED,
+    bound: float | None = None,
+    **options: Any,
 ) -> None:
     """An operator's results beside its twin's: floats relative to the largest, codes by how many differ.
 
-    Up to the share `codes_off` of the codes may be off by one. An `out_row_sum` among the options must equal the sums of the very codes that were returned.
+    Up to the share `codes_off` of the codes may be off by one step; `bound` takes the place of the dtype's. An
+    `out_row_sum` among the options must equal the sums of the very codes that were returned.
     """
     try:
         given = dict(options)
@@ -87,26 +96,46 @@ def compare(
         expected = expected if isinstance(expected, tuple) else (expected,)
         for index, (ours, theirs) in enumerate(zip(got, expected, strict=True)):
             name = f"{what}, result {index}" if len(got) > 1 else what
-            if ours.dtype == torch.int8:
-                off = (ours.int() - theirs.int()).abs()
-                tally.note(f"{name}, codes off by more than 1", float((off > 1).sum()), 0)
-                tally.note(f"{name}, share of codes off", float((off > 0).double().mean()), codes_off)
+            if ours.dtype in (torch.int8, E4M3):
+                steps, share = difference(ours, theirs)
+                tally.note(f"{name}, steps between codes", steps, 1)
+                tally.note(f"{name}, share of codes off", share, codes_off)
             elif ours.dtype == torch.int32:
                 # Row sums follow from codes that may be off by one here and there.
-                codes = next((t for t in got if t.dtype == torch.int8), None)
-                wanted = theirs if codes is None else codes.flatten(1).sum(1, dtype=torch.int32)
+                codes = next((t for t in got if t.dtype in (torch.int8, E4M3)), None)
+                wanted = theirs if codes is None else sums_of(codes)
                 tally.note(f"{name}, sums", float((ours - wanted).abs().max()) if len(ours) else 0.0, 0)
             else:
                 a, b = ours.double(), theirs.double()
                 error = float((a - b).abs().max() / b.abs().max().clamp(min=1e-30)) if b.numel() else 0.0
-                tally.note(name, error, FLOAT_BOUND.get(ours.dtype, 0.07))
+                tally.note(name, error, FLOAT_BOUND[ours.dtype] if bound is None else bound)
         if "out_row_sum" in options:
-            wanted = got[0].flatten(1).sum(1, dtype=torch.int32)
+            wanted = sums_of(got[0])
             tally.note(f"{what}, out_row_sum", float((given["out_row_sum"] - wanted).abs().max()), 0)
     except Exception as error:
         if "illegal" in str(error) or "CUDA error" in str(error):
             raise  # nothing runs in this process any more
         tally.broke(what, error)
+
+
+def difference(ours: Tensor, theirs: Tensor) -> tuple[float, float]:
+    """(the most steps between two codes of one place, share of the places that differ), int8 or e4m3."""
+    if not ours.numel():
+        return 0.0, 0.0
+    if ours.dtype == E4M3:  # in order of their values: the sign bit, then a number that grows with the magnitude
+        ours, theirs = (_ordered(t.view(torch.int8)) for t in (ours, theirs))
+    steps = (ours.int() - theirs.int()).abs()
+    return float(steps.max()), float((steps > 0).double().mean())
+
+
+def _ordered(bits: Tensor) -> Tensor:
+    magnitude = bits.int() & 127
+    return torch.where(bits < 0, -magnitude, magnitude)
+
+
+def sums_of(codes: Tensor) -> Tensor:
+    """Sums int32 [T] of the codes of every token, as the kernels count them."""
+    return reference.e4m3_sum(codes) if codes.dtype == E4M3 else codes.flatten(1).sum(1, dtype=torch.int32)
 
 
 def weight(rows: int, columns: int, bits: int) -> tuple[Tensor, Tensor]:
@@ -126,7 +155,7 @@ def integers(bits: int, rows: int, columns: int, every_tile: bool) -> int:
     tally = Tally(f"int8 product W{bits} {rows}x{columns}")
     codes, packed = weight(rows, columns, bits)
     one = torch.ones(1, device=DEVICE)
-    for tokens in (1, 17) if SMALL else (1, 16, 17, 200, 512, 1000, 4096):
+    for tokens in (1, 17) if SMALL else (1, 17, 128, 200, 512, 4096):
         xq = torch.randint(-128, 128, (tokens, columns), dtype=torch.int8, device=DEVICE)
         chosen = [rule(tokens, rows, columns, bits)]
         name = torch.cuda.get_device_name()
@@ -172,6 +201,7 @@ def epilogues(bits: int, rows: int, columns: int) -> int:
         "float": torch.randn(rows, device=DEVICE),
     }
     weight_sum = torch.randn(rows, device=DEVICE)
+    given: Any
     for tokens in (5,) if SMALL else (16, 33, 512, 4096):
         residual = normal(tokens, rows).half()
         for kind, zero, options in (
@@ -192,6 +222,43 @@ def epilogues(bits: int, rows: int, columns: int) -> int:
             what = f"{tokens} tokens, x {kind}, zero {zero}, {', '.join(options)}"
             inputs = activations(tokens, columns, kind)
             compare(tally, what, operators.matmul_a8, *inputs, packed, scale, zeros[zero], bits=bits, **given)
+    return tally.end()
+
+
+def eight_bit_floats(bits: int, rows: int, columns: int) -> int:
+    """e4m3 activations: products, epilogues, and query, key and value."""
+    tally = Tally(f"e4m3 product W{bits} {rows}x{columns}")
+    _, packed = weight(rows, columns, bits)
+    scale, bias = torch.rand(rows, device=DEVICE) * 0.01 + 0.005, torch.randn(rows, device=DEVICE)
+    zero = torch.randint(-3, 3, (rows,), device=DEVICE).float()
+    for tokens in (5,) if SMALL else (1, 16, 33, 512, 4096) if columns % 256 == 0 else (33,):
+        residual = normal(tokens, rows).half()
+        with twins():
+            per_token = operators.quantize_rows(normal(tokens, columns), codes_dtype=E4M3)
+            codes, _, sums = operators.quantize_rows(normal(tokens, columns), 0.01, codes_dtype=E4M3)
+        static = (codes, torch.full((1,), 0.01, device=DEVICE), sums)
+        for x, zeros, options in (
+            (per_token, None, {}),
+            (per_token, zero, {"bias": bias, "residual": residual}),
+            (static, None, {"residual": residual, "out_dtype": torch.float32}),
+            (static, zero, {"bias": bias, "gelu": True}),
+            (static, zero, {"bias": bias, "gelu": True, "out_dtype": E4M3, "out_scale": 0.02}),
+            (static, None, {"bias": bias, "gelu": True, "out_dtype": E4M3, "out_scale": 0.02}),
+            (per_token, zero, {"bias": bias, "out_dtype": torch.int8, "out_scale": 0.2}),
+        ):
+            given = dict(options)
+            if "out_scale" in given:
+                given["out_row_sum"] = torch.zeros(tokens, dtype=torch.int32, device=DEVICE)
+            kind = "one" if x is static else "token"
+            what = f"{tokens} tokens, x {kind}, zero {zeros is not None}, {', '.join(options)}"
+            compare(
+                tally, what, operators.matmul_a8, *x, packed, scale, zeros, bits=bits, bound=E4M3_SUMS, codes_off=0.3,
+                **given,
+            )  # fmt: skip
+        three = (scale.repeat(3), None, bias.repeat(3))
+        what = f"{tokens} tokens, query, key and value"
+        compare(tally, what, operators.matmul_a8_mixed, *static, [packed] * 3, [bits] * 3, *three, bound=E4M3_SUMS)
+        compare(tally, what, operators.matmul_a8_mixed, *per_token, [packed] * 3, [bits] * 3, *three, bound=E4M3_SUMS)
     return tally.end()
 
 
@@ -240,6 +307,10 @@ def rows() -> int:
                 compare(tally, f"quantize {what}", operators.quantize_rows, x, static, zero, asymmetric)
                 # Codes are compared on the very rows that the kernel normalized, since one rounding moves a code.
                 compare(tally, f"LayerNorm {what}", _normed, x, residual, *norm, static, zero, asymmetric)
+            for static in (0.0, 0.01):
+                what = f"{tokens}x{width} {dtype} static {static} e4m3"
+                compare(tally, f"quantize {what}", operators.quantize_rows, x, static, 0, False, E4M3)
+                compare(tally, f"LayerNorm {what}", _normed, x, residual, *norm, static, 0, False, E4M3)
     return tally.end()
 
 
@@ -248,9 +319,9 @@ def _normed(x: Tensor, residual: Tensor, *rest: Any) -> Tensor:
     if dispatch.implementation(x.device) == "triton" and MODE == "gpu":
         with twins():
             wanted = operators.quantize_rows(y, *rest[3:])[0]
-        off = (codes.int() - wanted.int()).abs()
-        if float(off.max()) > 1 or float((off > 0).double().mean()) > ROUNDED:
-            raise ValueError(f"codes differ from those of its own y: by {int(off.max())}, {int((off > 0).sum())} of them")
+        steps, share = difference(codes, wanted)
+        if steps > 1 or share > ROUNDED:
+            raise ValueError(f"codes differ from those of its own y: by up to {steps:.0f} steps, {share:.2g} of them")
     return y
 
 
@@ -269,9 +340,11 @@ def attend() -> int:
                 sums = torch.zeros(tokens, dtype=torch.int32, device=DEVICE)
                 # Softmax weights are rounded to the dtype of the values, which moves a few codes.
                 off = 0.05 if dtype == torch.float16 else 0.4
+                compare(tally, f"{what}, int8", operators.attention, *inputs, 0.02, 5, out_row_sum=sums, codes_off=off)
                 compare(
-                    tally, f"{what}, int8", operators.attention, *inputs, 0.02, 5, out_row_sum=sums, codes_off=off
-                )
+                    tally, f"{what}, e4m3", operators.attention, *inputs, 0.01, out_row_sum=sums, codes_off=off,
+                    codes_dtype=E4M3,
+                )  # fmt: skip
     return tally.end()
 
 
@@ -290,7 +363,12 @@ def tables() -> int:
         for tokens in (3,) if SMALL else (1, 33, 4096):
             ids = [torch.randint(0, n, (tokens,), device=DEVICE) for n in sizes]
             for dtype in (torch.float16, torch.float32):
-                for options in ({}, {"asymmetric": True}, {"static_scale": 0.02, "static_zero": 4}):
+                for options in (
+                    {},
+                    {"asymmetric": True},
+                    {"static_scale": 0.02, "static_zero": 4},
+                    {"static_scale": 0.01, "codes_dtype": E4M3},
+                ):
                     what = f"bits {bits}, {tokens} tokens, {dtype}, {options}"
                     compare(
                         tally, what, _embedded, ids, packed, scale, zero, group, list(bits), *norm, out_dtype=dtype,
@@ -326,14 +404,14 @@ def repeats() -> int:
     return tally.end()
 
 
-def encoder(ranges: str) -> int:
+def encoder(ranges: str, operands: str = "int8") -> int:
     """A whole encoder of mixed bits, eagerly and through graphs, beside its twins on the CPU."""
     import transformers as tf
 
     import qbert
     from qbert.inference.gpu import GpuEncoder
 
-    tally = Tally(f"encoder, {ranges} ranges")
+    tally = Tally(f"encoder, {ranges} ranges, {operands}")
     torch.manual_seed(0)
     config = tf.BertConfig(
         hidden_size=256, intermediate_size=512, num_attention_heads=4, num_hidden_layers=3, vocab_size=500
@@ -345,18 +423,18 @@ def encoder(ranges: str) -> int:
         return {"input_ids": torch.randint(5, 500, mask.shape), "attention_mask": mask.long()}
 
     bits = {"encoder.layer.0.attention.self.query": 2, "encoder.layer.1": 3, "embeddings": 4, "*": 8}
-    settings = {"activation_range": ranges, "range_method": "minmax"}
+    settings: Any = {"activation_range": ranges, "range_method": "minmax"}
     data = [batch(4, 32)] if ranges == "static" else None
     packed = qbert.pack(qbert.quantize_model(model, qbert.BitsConfig(bits, **settings), calibration_data=data))
     with twins():
-        slow = GpuEncoder(packed)
+        slow = GpuEncoder(packed, operands=operands)
         given = [batch(*shape) for shape in ([(2, 9)] if SMALL else [(3, 40), (2, 37), (1, 1), (17, 300)])]
-        wanted = [slow(**one)[0] for one in given] if MODE != "compile" else given
+        wanted: list[Tensor] = [] if MODE == "compile" else [slow(**one)[0] for one in given]
     if MODE != "gpu":
         for one in given:
-            GpuEncoder(packed)(**one)
+            GpuEncoder(packed, operands=operands)(**one)
         return tally.end()
-    fast = qbert.optimize_for_inference(packed.to(DEVICE, torch.float16))
+    fast = qbert.optimize_for_inference(packed.to(DEVICE, torch.float16), operands=operands)
     if fast.forward.graphs is None:
         raise ValueError("the encoder makes no CUDA graphs")
     for one, expected in zip(given, wanted, strict=True):
@@ -379,9 +457,15 @@ def encoder(ranges: str) -> int:
 
 def cases(every_tile: bool = False) -> dict[str, Callable[[], int]]:
     """All cases by name, the longest first."""
-    shapes = [(24, 256)] if SMALL else [(768, 768), (3072, 768), (768, 3072), (384, 384), (312, 1200)]
-    wide = (24, 256) if SMALL else (768, 768)
-    found: dict[str, Callable[[], int]] = {f"encoder-{r}": partial(encoder, r) for r in ("static", "dynamic", "asymmetric")}
+    shapes = [(24, 256)] if SMALL else [(768, 768), (768, 3072), (312, 1200)]
+    wide, odd = ((24, 256), (24, 96)) if SMALL else ((768, 768), (312, 1200))
+    found: dict[str, Callable[[], int]] = {
+        f"encoder-{r}": partial(encoder, r) for r in ("static", "dynamic", "asymmetric")
+    }
+    found |= {f"encoder-e4m3-{r}": partial(encoder, r, "e4m3") for r in ("static", "dynamic")}
+    found |= {
+        f"e4m3-{bits}-{r}x{c}": partial(eight_bit_floats, bits, r, c) for bits in (4, 3, 2) for r, c in [wide, odd]
+    }
     found |= {f"epilogues-{bits}": partial(epilogues, bits, *wide) for bits in (8, 4, 3, 2)}
     found |= {"attention": attend, "mixed": mixed, "rows": rows, "tables": tables}
     found |= {f"floats-{bits}": partial(floats, bits) for bits in (8, 4, 3, 2)}
@@ -400,19 +484,19 @@ def linear() -> int:
         scale = torch.rand(groups, 1, device=DEVICE) * 0.01 + 0.01
         zero = torch.randint(-3, 3, (groups, 1), device=DEVICE).float()
         group, bias = torch.arange(rows_, device=DEVICE) // 3, torch.randn(rows_, device=DEVICE)
-        spread = [reference.expand_groups(t, group, rows_) for t in (scale, zero)]
+        spread: Any = [reference.expand_groups(t, group, rows_) for t in (scale, zero)]
         for dtype in (torch.float16, torch.bfloat16, torch.float32):
             for seen_as, asymmetric in ((8, False), (8, True), (None, False)):
-                for tokens in (2,) if SMALL else (1, 33, 500):
+                for tokens in (2,) if SMALL else (33, 500):
                     x = normal(tokens, columns).to(dtype)
                     what = f"W{bits}, {tokens} tokens, {dtype}, activations {seen_as} asymmetric {asymmetric}"
                     try:
-                        options = {"bits": bits, "activation_bits": seen_as, "asymmetric": asymmetric}
+                        options: Any = {"bits": bits, "activation_bits": seen_as, "asymmetric": asymmetric}
                         y = dispatch.linear(x, packed, scale, zero, group, bias, **options)
                         if MODE == "compile":
                             continue
                         real = reference.fake_quantize(x.float(), asymmetric=asymmetric) if seen_as else x.float()
-                        expected = reference.matmul_a16(real, codes, *spread, bias)
+                        expected = reference.matmul_a16(real, codes, spread[0], spread[1], bias)
                         error = float((y.double() - expected).abs().max() / expected.abs().max())
                         bound = {torch.float32: 1e-3, torch.float16: 5e-3, torch.bfloat16: 4e-2}[dtype]
                         tally.note(what, error, 1.0 if MODE == "dry" else bound)
@@ -425,11 +509,14 @@ def linear() -> int:
 
 def check_all(names: list[str] | None = None, at_once: int = 10, seconds: float = 90, every_tile: bool = False) -> int:
     """All cases, or the named ones, side by side; the number of cases that failed."""
+    import transformers.models.bert.modeling_bert  # noqa: F401  once, before the processes fork
+
     found = cases(every_tile)
     chosen = {name: found[name] for name in (names or found)}
     codes = in_processes(chosen, at_once, min(seconds, left()))
-    broken = {name: code for name, code in codes.items() if code}
-    words = ", ".join(f"{name} ({'did not end' if code < 0 else 'exception' if code == 99 else code})" for name, code in broken.items())
+    fates = {99: "exception", 98: "98 and more"}
+    broken = {name: "did not end" if code < 0 else fates.get(code, code) for name, code in codes.items() if code}
+    words = ", ".join(f"{name} ({fate})" for name, fate in broken.items())
     say(f"EXACTNESS: {len(codes) - len(broken)} of {len(codes)} cases hold" + (f"; not: {words}" if broken else ""))
     return len(broken)
 

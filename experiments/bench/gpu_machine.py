@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.overrides import TorchFunctionMode
 
 MODE = os.environ.get("QBERT_GPU_SESSION", "gpu")
 ON_GPU = MODE == "gpu"
@@ -58,13 +59,13 @@ def limited(seconds: float) -> Iterator[None]:
     def ring(*_: Any) -> None:
         raise TimeoutError(f"longer than {seconds:.0f} s")
 
-    before = signal.signal(signal.SIGALRM, ring)
-    signal.setitimer(signal.ITIMER_REAL, max(0.1, min(seconds, left())))
+    handler, start = signal.signal(signal.SIGALRM, ring), time.monotonic()
+    outer, _ = signal.setitimer(signal.ITIMER_REAL, max(0.1, min(seconds, left())))
     try:
         yield
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
+        signal.signal(signal.SIGALRM, handler)
+        signal.setitimer(signal.ITIMER_REAL, max(0.1, outer - time.monotonic() + start) if outer else 0)
 
 
 def brief(error: BaseException) -> str:
@@ -82,7 +83,8 @@ def in_processes(cases: dict[str, Callable[[], int]], at_once: int, seconds: flo
     if not forks[0]:
         return {name: _guarded(case, min(seconds, left())) for name, case in cases.items()}
     codes: dict[str, int] = {}
-    waiting, running, end = list(cases), {}, min(time.time() + seconds, deadline())
+    running: dict[int, str] = {}
+    waiting, end = list(cases), min(time.time() + seconds, deadline())
     while waiting or running:
         while waiting and len(running) < at_once and time.time() < end:
             name = waiting.pop(0)
@@ -133,8 +135,9 @@ def stand_in() -> None:
         return
     import gpu_timing
     import triton.testing
-    from gpu_timing import event_timer  # noqa: F401  the module whose functions are replaced
     from triton.runtime.jit import JITFunction
+
+    from qbert.kernels.gpu import tune
 
     def timed(run: Callable[[], Any]) -> float:
         start = time.perf_counter()
@@ -143,8 +146,8 @@ def stand_in() -> None:
 
     gpu_timing.event_timer = timed
     gpu_timing.captured = lambda run: run
-    gpu_timing.ColdTimer = lambda device: timed  # type: ignore[assignment, misc]
-    triton.testing.do_bench_cudagraph = lambda run, **options: timed(run)
+    gpu_timing.ColdTimer = lambda device: timed  # type: ignore[assignment, misc, return-value]
+    triton.testing.do_bench_cudagraph = tune.do_bench_cudagraph = lambda run, **options: timed(run)
     torch.cuda.synchronize = lambda *_: None
     torch.cuda.empty_cache = lambda: None
     torch.cuda.get_device_name = lambda *_: "no GPU"
@@ -154,6 +157,31 @@ def stand_in() -> None:
         JITFunction.run = lambda self, *arguments, **options: None
     else:
         _compile_only()
+
+
+class _OnCpu(TorchFunctionMode):
+    """Makes on the CPU what is asked to be made on a GPU."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if str(kwargs.get("device")).startswith("cuda"):
+            kwargs["device"] = "cpu"
+        return function(*args, **kwargs)
+
+
+@contextlib.contextmanager
+def pretending() -> Iterator[None]:
+    """Inside, code that insists on a CUDA device runs on CPU tensors; on a GPU nothing is changed."""
+    if ON_GPU:
+        yield
+        return
+    kept = torch.cuda.is_available
+    torch.cuda.is_available = lambda: True
+    try:
+        with _OnCpu():
+            yield
+    finally:
+        torch.cuda.is_available = kept
 
 
 def _compile_only() -> None:
@@ -197,8 +225,10 @@ def _compile_only() -> None:
     JITFunction.run = compile_only
     knobs.compilation.listener = note
     torch.cuda.get_device_capability = lambda *_: (9, 0)
-    for module in (launch, matmul_a8, matmul_a8_mixed, matmul_a16, attention):
+    modules: list[Any] = [launch, matmul_a8, matmul_a8_mixed, matmul_a16, attention]
+    for module in modules:
         if hasattr(module, "registers_option"):
             module.registers_option = lambda tile, x: {"maxnreg": tile.registers} if tile.registers else {}
-    for module in (dispatch, qbert.inference.gpu):
+    modules = [dispatch, qbert.inference.gpu]
+    for module in modules:
         module.implementation = lambda device: "triton"

@@ -1,19 +1,22 @@
 """A session on a lent GPU, the most valuable first, each part in a process and a time of its own (`gpu_session.sh`).
 
-    python experiments/bench/gpu_session.py 1 330      # facts, exactness, first numbers of encoders and products
-    python experiments/bench/gpu_session.py 2 330      # tuning, all numbers again, KD-QAT, memory checks
+python experiments/bench/gpu_session.py 1 330      # facts, exactness, first numbers of encoders and products
+python experiments/bench/gpu_session.py 2 330      # tuning, all numbers again, KD-QAT, memory checks
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 START = time.time()
 # Finding out whether there is a GPU must not start CUDA in the process that the others are forked from.
@@ -28,6 +31,7 @@ import gpu_timing  # noqa: E402
 import torch  # noqa: E402
 import transformers.models.bert.modeling_bert  # noqa: E402, F401  once for all parts
 from gpu_machine import DEVICE, MODE, ON_GPU, OUT, brief, forks, in_processes, left, record, say, stand_in  # noqa: E402
+from safetensors.torch import load_file, save_file  # noqa: E402
 
 import qbert  # noqa: E402
 
@@ -58,17 +62,19 @@ def facts() -> int:
 
     if ON_GPU:
         properties = torch.cuda.get_device_properties(0)
-        say(properties.name, properties.multi_processor_count, "processors", properties.total_memory >> 20, "MiB, L2", properties.L2_cache_size >> 20, "MiB")
+        memory, cache = properties.total_memory >> 20, properties.L2_cache_size >> 20
+        say(f"{properties.name}: {properties.multi_processor_count} processors, {memory} MiB, L2 {cache} MiB")
     versions = {"torch": torch.__version__, "triton": triton.__version__, "python": sys.version.split()[0]}
     say(versions, "qbert", qbert.__version__)
     key, expected = hashlib.sha256(triton_key().encode()).hexdigest(), os.environ.get("QBERT_TRITON_KEY", "")
-    say("Triton's key", key[:16], "that of the carried cache" if key == expected else f"NOT that of the carried cache {expected[:16]}")
+    verdict = "the carried cache's" if key == expected else f"NOT the carried cache's {expected[:16]}"
+    say(f"Triton's key {key[:16]} is {verdict}")
     from qbert.kernels import formats, operators
 
     start = time.time()
     packed = formats.pack(torch.randint(-8, 8, (64, 256), dtype=torch.int8), 4).to(DEVICE)
-    inputs = operators.quantize_rows(torch.randn(8, 256, device=DEVICE).half())
-    operators.matmul_a8(*inputs, packed, torch.rand(64, device=DEVICE), bits=4)
+    inputs: Any = operators.quantize_rows(torch.randn(8, 256, device=DEVICE).half())
+    operators.matmul_a8(inputs[0], inputs[1], inputs[2], packed, torch.rand(64, device=DEVICE), bits=4)
     torch.cuda.synchronize()
     say(f"operators run; the first two took {time.time() - start:.1f} s")
     gpu = torch.cuda.get_device_name()
@@ -89,16 +95,16 @@ def _peaks() -> list[tuple[str, Callable[[], object], float]]:
     found: list[tuple[str, Callable[[], object], float]] = []
     source = torch.empty(1 << 31 if ON_GPU else 1 << 20, dtype=torch.int8, device=DEVICE)
     target = torch.empty_like(source)
-    found.append(("copy, bytes", lambda: target.copy_(source), 2.0 * source.numel()))
+    found.append(("copy, bytes", partial(target.copy_, source), 2.0 * source.numel()))
     for n in (8192, 4096) if ON_GPU else (32,):
         a, b = (torch.randn(n, n, device=DEVICE).half() for _ in "ab")
-        found.append((f"fp16 {n}", lambda a=a, b=b: a @ b, 2.0 * n**3))  # type: ignore[misc]
+        found.append((f"fp16 {n}", partial(torch.matmul, a, b), 2.0 * n**3))
         i, j = (torch.randint(-127, 128, (n, n), dtype=torch.int8, device=DEVICE) for _ in "ij")
-        found.append((f"_int_mm {n}", lambda i=i, j=j: torch._int_mm(i, j.T), 2.0 * n**3))  # type: ignore[misc]
+        found.append((f"_int_mm {n}", partial(torch._int_mm, i, j.T), 2.0 * n**3))
         f, g = a.to(torch.float8_e4m3fn), b.to(torch.float8_e4m3fn)
         r, c = torch.ones(n, 1, device=DEVICE), torch.ones(1, n, device=DEVICE)
-        options = {"out_dtype": torch.bfloat16, "use_fast_accum": True}
-        found.append((f"_scaled_mm {n}", lambda f=f, g=g, r=r, c=c: torch._scaled_mm(f, g.T, r, c, **options), 2.0 * n**3))  # type: ignore[misc]
+        multiply = partial(torch._scaled_mm, f, g.T, r, c, out_dtype=torch.bfloat16, use_fast_accum=True)
+        found.append((f"_scaled_mm {n}", multiply, 2.0 * n**3))
     return found
 
 
@@ -138,8 +144,10 @@ def second_call() -> None:
     gpu_checks.check_all(seconds=min(60, left() - RESERVE))
     names = list(gpu_encoders.ENGINES)
     shapes = ["32x128", "128x384", "1x128", "32x128mixed"]
-    part("encoders", 110, partial(gpu_encoders.measure, "BERT-base", shapes, names, True, _profiled()))
-    part("encoders", 40, partial(gpu_encoders.measure, "MiniLM", ["32x128", "1x128"], names))
+    part("encoders", 90, partial(gpu_encoders.measure, "BERT-base", shapes, names, profile=_profiled()))
+    part("encoders", 35, partial(gpu_encoders.measure, "MiniLM", ["32x128", "1x128"], names))
+    few = ["W8A8", "W4 e4m3"]
+    part("max-autotune", 75, partial(gpu_encoders.measure, "BERT-base", shapes[:2], few, autotune=True))
     part("products", 25, partial(gpu_products.measure, ["BERT-base"], [4096, 49152, 128, 16]))
     distil()
     checks = [sys.executable, str(Path(__file__).with_name("gpu_checks.py")), "rows"]
@@ -154,15 +162,22 @@ def distil() -> None:
     if not (carried / "model").is_dir() or not (carried / "data" / "sst2").is_dir():
         say(f"== KD-QAT: left out, {carried} holds no model/ and data/sst2/")
         return
+    # It travels in half precision, and is trained in full.
+    scratch = Path(tempfile.mkdtemp())
+    model = scratch / "model"
+    shutil.copytree(carried / "model", model, dirs_exist_ok=True)
+    tensors = load_file(model / "model.safetensors")
+    whole = {name: t.float() if t.is_floating_point() else t for name, t in tensors.items()}
+    save_file(whole, model / "model.safetensors", {"format": "pt"})
     script = str(Path(__file__).parents[1] / "qat_distill.py")
-    words = f"--task sst2 --data-dir {carried / 'data'} --model {carried / 'model'} --device {DEVICE.type} --bits 2"
-    words += f" --epochs 1 --batch-size 64 --teacher-epochs 1 --output-dir /tmp/kd --report {OUT / 'qat.md'}"
+    words = f"--task sst2 --data-dir {carried / 'data'} --model {model} --device {DEVICE.type} --bits 2"
+    words += f" --epochs 1 --batch-size 64 --teacher-epochs 1 --output-dir {scratch} --report {OUT / 'qat.md'}"
     words += " --bf16" if ON_GPU else " --train-limit 64 --eval-limit 16"
-    command("KD-QAT", 110, sys.executable, script, *words.split())
+    command("KD-QAT", 110, sys.executable, script, *words.split(), TOKENIZERS_PARALLELISM="true")
 
 
 def _profiled() -> list[str]:
-    return [gpu_encoders.BASE, "W8A8", "W4A8"]
+    return [gpu_encoders.BASE, "W8A8", "W4 e4m3"]
 
 
 def main() -> None:
@@ -177,7 +192,8 @@ def main() -> None:
     }
     if not forks[0]:
         say("a forked process cannot use the GPU: all parts share this one, and a fault of one ends the session")
-    {"1": first_call, "2": second_call}[sys.argv[1]]()
+    for call in sys.argv[1].split(","):
+        {"1": first_call, "2": second_call}[call]()
     say(f"== [{time.time() - START:.0f} s] done")
 
 

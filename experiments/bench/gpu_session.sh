@@ -4,25 +4,30 @@
 #   CALL=1 SECONDS_LEFT=330 bash experiments/bench/gpu_session.sh      facts, exactness, first numbers
 #   CALL=2 SECONDS_LEFT=330 bash experiments/bench/gpu_session.sh      tuning, all numbers, KD-QAT, memory checks
 #
-# .gpu/ (made by prefill_triton.sh) travels along: Triton's cache, made of the same commit; a model and SST-2 for KD-QAT.
+# .gpu/ (made by gpu_prefill.py) travels along: Triton's cache, made of the same commit; a model and SST-2 for KD-QAT.
 # QBERT_GPU_SESSION=dry tries everything but the GPU, in seconds.
 set -uo pipefail
 cd "$(dirname "$0")/../.."
 : "${OUT:=$PWD/outputs/gpu_session}" "${CALL:=1}" "${SECONDS_LEFT:=330}" "${QBERT_CARRIED:=$PWD/.gpu}"
-: "${PYTHON:=python3}" "${TRITON_CACHE_DIR:=/tmp/triton_cache}"
+scratch=$(mktemp -d)
+trap 'rm -rf "$scratch"' EXIT
+# The group files of the carried cache hold absolute paths: it must lie where it was made.
+: "${PYTHON:=python3}" "${TRITON_CACHE_DIR:=$(cat "$QBERT_CARRIED/triton_cache_dir" 2>/dev/null || echo "$scratch/triton")}"
 mkdir -p "$OUT" "$TRITON_CACHE_DIR"
+export PATH=$PATH:/usr/local/cuda/bin
 export OUT QBERT_CARRIED TRITON_CACHE_DIR PYTHONUNBUFFERED=1 PYTHONFAULTHANDLER=1
 export PYTHONPATH=$PWD:$PWD/experiments:$PWD/experiments/bench${PYTHONPATH:+:$PYTHONPATH}
-export QBERT_TILES=${QBERT_TILES:-$OUT/tiles.json} QBERT_CACHE=/tmp/qbert_cache QBERT_TRACEBACK=1
+export TRITON_STORE_BINARY_ONLY=1  # as where the cache was filled
+export QBERT_TILES=${QBERT_TILES:-$OUT/tiles.json} QBERT_CACHE=$scratch/qbert QBERT_TRACEBACK=1
 export HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS=${OMP_NUM_THREADS:-4}
-export TORCHINDUCTOR_CACHE_DIR=/tmp/inductor_cache TORCHINDUCTOR_COMPILE_THREADS=14
+export TORCHINDUCTOR_CACHE_DIR=$scratch/inductor TORCHINDUCTOR_COMPILE_THREADS=14
 {
   date -u
   command -v nvidia-smi gcc nvcc compute-sanitizer
   nvidia-smi --query-gpu=name,driver_version,memory.total,clocks.sm,clocks.mem,power.limit --format=csv,noheader
-  # The group files of the cache hold absolute paths: it must lie where it was made.
-  if [ -d "$QBERT_CARRIED/triton_cache" ]; then
-    cp -rn "$QBERT_CARRIED/triton_cache/." "$TRITON_CACHE_DIR/" && echo "$(ls "$TRITON_CACHE_DIR" | wc -l) entries in Triton's cache"
+  if [ -f "$QBERT_CARRIED/triton_cache.tar.gz" ]; then
+    tar -xzf "$QBERT_CARRIED/triton_cache.tar.gz" -C "$TRITON_CACHE_DIR"
+    echo "$(find "$TRITON_CACHE_DIR" -name '*.cubin' | wc -l) kernels in Triton's cache"
     export QBERT_TRITON_KEY=$(cat "$QBERT_CARRIED/triton_key")
   fi
   # A tuned table of an earlier call.

@@ -24,7 +24,9 @@ def gelu(y):
 def start_value(
     zero_ptr, row_sum_ptr, rm, rn, M, N, BM: tl.constexpr, BN: tl.constexpr, ZERO: tl.constexpr, SUM: tl.constexpr
 ):
-    """First value of acc [BN, BM] of type SUM: 0, or the whole zero-point term, -zero 2^(8 - BITS) row_sum, exact.
+    """First value of acc [BN, BM] of type SUM: 0, or the whole zero-point term in the units of acc.
+
+    "int32": -zero 2^(8 - BITS) row_sum, exact; "e4m3": -zero row_sum / 512^2, for acc and row sums both count 1/512.
 
     Done here and not in the epilogue because there a second vector over tokens costs 32 more registers a thread, and
     with them the second program on a processor.
@@ -33,8 +35,18 @@ def start_value(
         zero = tl.load(zero_ptr + rn, mask=rn < N, other=0)
         row_sum = tl.load(row_sum_ptr + rm, mask=rm < M, other=0)
         return -(zero[:, None] * row_sum[None, :])
+    elif ZERO == "e4m3":
+        zero = tl.load(zero_ptr + rn, mask=rn < N, other=0.0)
+        row_sum = tl.load(row_sum_ptr + rm, mask=rm < M, other=0).to(tl.float32) * (-1.0 / (512 * 512))
+        return zero[:, None] * row_sum[None, :]
     else:
         return tl.zeros((BN, BM), dtype=SUM)
+
+
+@triton.jit
+def _halves(acc):
+    """[R, 2 W] to [R, W] twice: its first columns and its last."""
+    return tl.split(tl.permute(tl.reshape(acc, (acc.shape[0], 2, acc.shape[1] // 2)), (0, 2, 1)))
 
 
 @triton.jit
@@ -70,7 +82,7 @@ def epilogue(
 ):
     """From acc = 2^(8 - BITS) * integer product [BN, BM], int32 or float32, to the stored output.
 
-    With F8, x is e4m3: acc is the product / 512, or, not IN_UNITS, the product itself, and row sums count 1/512.
+    With F8, x is e4m3: acc is the product / 512, or, not IN_UNITS, the product itself, its zero-point term included.
 
     X_SCALE: "one" for all tokens, one a "token", or "asymmetric": M steps with M offsets behind them.
     """
@@ -79,15 +91,22 @@ def epilogue(
     BM: tl.constexpr = acc.shape[1]
     MORE: tl.constexpr = HAS_RESIDUAL or OUT_SUM or ZERO == "float"
     FULL: tl.constexpr = X_SCALE == "asymmetric" or (X_SCALE == "token" and acc.dtype == tl.float32)
-    PARTS: tl.constexpr = 2 if (FULL and BM >= 64) or (X_SCALE == "token" and MORE and BM >= 128) else 1
+    HALVES8: tl.constexpr = X_SCALE == "token" or GELU
+    HALVES: tl.constexpr = (FULL and BM >= 64) or (X_SCALE == "token" and MORE and BM >= 128)
+    QUARTERS: tl.constexpr = F8 and IN_UNITS and GELU and BM >= 128 and OUT != "float"
+    PARTS: tl.constexpr = 4 if QUARTERS else 2 if (HALVES8 and BM >= 128 if F8 and IN_UNITS else HALVES) else 1
     WIDTH: tl.constexpr = BM // PARTS
     UNIT: tl.constexpr = (512.0 if IN_UNITS else 1.0) if F8 else 1.0 / (1 << (8 - BITS))
-    SUM_UNIT: tl.constexpr = 1.0 / 512 if F8 else 1.0
-    if PARTS == 2:
-        left, right = tl.split(tl.permute(tl.reshape(acc, (acc.shape[0], 2, WIDTH)), (0, 2, 1)))
+    if PARTS > 1:
+        left, right = _halves(acc)
+    if PARTS == 4:
+        first, second = _halves(left)
+        third, fourth = _halves(right)
     for part in tl.static_range(PARTS):
         if PARTS == 2:
             acc = left if part == 0 else right
+        elif PARTS == 4:
+            acc = first if part == 0 else second if part == 1 else third if part == 2 else fourth
         rm = first_m + part * WIDTH + tl.arange(0, WIDTH)
         inside = (rn[:, None] < N) & (rm[None, :] < M)
         y_ptrs = y_ptr + rm[None, :].to(tl.int64) * stride_y + rn[:, None]
@@ -97,7 +116,7 @@ def epilogue(
             y = acc.to(tl.float32) * UNIT
             if ZERO == "float":
                 zero = tl.load(zero_ptr + rn, mask=rn < N, other=0.0)
-                row_sum = tl.load(row_sum_ptr + rm, mask=rm < M, other=0).to(tl.float32) * SUM_UNIT
+                row_sum = tl.load(row_sum_ptr + rm, mask=rm < M, other=0).to(tl.float32)
                 y -= zero[:, None] * row_sum[None, :]
             if X_SCALE == "asymmetric":  # before the other factor, so that steps are done with when offsets are loaded
                 y *= tl.load(x_scale_ptr + rm, mask=rm < M, other=0.0)[None, :]

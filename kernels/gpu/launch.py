@@ -7,7 +7,7 @@ import triton
 from torch import Tensor
 
 from qbert.kernels import formats
-from qbert.kernels.gpu.tiles import Tile
+from qbert.kernels.gpu.tiles import E4M3, Tile
 
 
 def tail_of(columns: int, bits: int) -> tuple[int, int]:
@@ -24,7 +24,14 @@ def device_name(x: Tensor) -> str:
 
 def kernel_name(kernel: str, xq: Tensor) -> str:
     """The name under which tiles of `kernel` are kept: int8 and e4m3 activations have their own."""
-    return kernel if xq.dtype == torch.int8 else f"{kernel}_e4m3"
+    return kernel if xq.dtype == torch.int8 else kernel + E4M3
+
+
+def zero_kind(zero: Tensor | None, xq: Tensor) -> str:
+    """What the products call their zeros: "none", "e4m3" for float32 ones beside e4m3 xq, else "int32" or "float"."""
+    if zero is None:
+        return "none"
+    return "e4m3" if xq.dtype != torch.int8 else "int32" if zero.dtype == torch.int32 else "float"
 
 
 def output_kind(dtype: torch.dtype) -> str:

@@ -37,6 +37,7 @@ from qbert.kernels.gpu.launch import (
     scale_kind,
     split_workspace,
     tail_of,
+    zero_kind,
 )
 from qbert.kernels.gpu.tiles import Tile, choose_tile
 from qbert.kernels.gpu.unpack import load_weight_tile, tile_columns
@@ -52,6 +53,22 @@ def _load_weights(
         return load_weight_tile_f8(ptrs, start, BITS, L, P, PADDED, ASM)
     else:
         return load_weight_tile(ptrs, start, BITS, L, P, PADDED, ASM)
+
+
+@triton.jit
+def _accumulate_blocks(
+    x_rows, w_rows, first, last, acc, BITS: tl.constexpr, BK: tl.constexpr, F8: tl.constexpr, ASM: tl.constexpr
+):
+    F: tl.constexpr = 8 if BITS == 3 else 8 // BITS
+    P: tl.constexpr = BK // F
+    TILES: tl.constexpr = 256 // BK
+    columns = tile_columns(256, P, F)
+    for i in range(first, last):
+        start = (i % TILES) * P
+        x = tl.load(x_rows + ((i // TILES) * 256 + start + columns)[None, :])
+        w = _load_weights(w_rows + (i // TILES) * (32 * BITS), start, BITS, 256, P, False, F8, ASM)
+        acc = tl.dot(w, x.T, acc, out_dtype=acc.dtype)
+    return acc
 
 
 @triton.jit
@@ -79,16 +96,15 @@ def accumulate(
     """
     F8: tl.constexpr = x_ptr.dtype.element_ty == tl.float8e4nv
     F: tl.constexpr = 8 if BITS == 3 else 8 // BITS
-    P: tl.constexpr = BK // F
-    TILES: tl.constexpr = 256 // BK
     x_rows = x_ptr + rows_x[:, None].to(tl.int64) * stride_x
     w_rows = w_ptr + rows_w[:, None].to(tl.int64) * stride_w
-    columns = tile_columns(256, P, F)
-    for i in range(first, last):
-        start = (i % TILES) * P
-        x = tl.load(x_rows + ((i // TILES) * 256 + start + columns)[None, :])
-        w = _load_weights(w_rows + (i // TILES) * (32 * BITS), start, BITS, 256, P, False, F8, ASM)
-        acc = tl.dot(w, x.T, acc, out_dtype=acc.dtype)
+    if F8:
+        # A loop that may not run at all would set sums to zero beside it, before the wait for its products, and ptxas
+        # would then run these one by one (C7515).
+        if last > first:
+            acc = _accumulate_blocks(x_rows, w_rows, first, last, acc, BITS, BK, F8, ASM)
+    else:
+        acc = _accumulate_blocks(x_rows, w_rows, first, last, acc, BITS, BK, F8, ASM)
     if TAIL > 0:  # noqa: SIM102  the outer condition is decided when the kernel is compiled
         if WITH_TAIL:
             PT: tl.constexpr = TAIL_PAD // F
@@ -300,7 +316,7 @@ def matmul_a8(
         TAIL_PAD=tail_pad,
         ASM=asm,
         X_SCALE=scale_kind(x_scale),
-        ZERO="none" if zero is None else "int32" if zero.dtype == torch.int32 else "float",
+        ZERO=zero_kind(zero, xq),
         HAS_BIAS=bias is not None,
         GELU=gelu,
         HAS_RESIDUAL=residual is not None,

@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from qbert.kernels.gpu.epilogue import epilogue, start_value
-from qbert.kernels.gpu.launch import device_name, kernel_name, registers_option, scale_kind, tail_of
+from qbert.kernels.gpu.launch import device_name, kernel_name, registers_option, scale_kind, tail_of, zero_kind
 from qbert.kernels.gpu.matmul_a8 import accumulate
 from qbert.kernels.gpu.tiles import Tile, choose_tile
 
@@ -151,7 +151,7 @@ def matmul_a8_mixed(
         BK=tile.bk,
         ASM=asm,
         X_SCALE=scale_kind(x_scale),
-        ZERO="none" if zero is None else "int32" if zero.dtype == torch.int32 else "float",
+        ZERO=zero_kind(zero, xq),
         HAS_BIAS=bias is not None,
         num_warps=tile.warps,
         num_stages=tile.stages,

@@ -16,7 +16,7 @@ from typing import Any
 from torch import nn
 
 from qbert.allocation.blocks import Block, Choice, free_targets
-from qbert.allocation.damage import target_specs
+from qbert.allocation.damage import Specs, target_specs
 from qbert.allocation.knapsack import choose
 from qbert.bits import BitsConfig, TensorSpec
 from qbert.encoders.targets import Target
@@ -68,6 +68,7 @@ def make_budgets(
     bit_operations: float | None = None,
     max_latency: float | None = None,
     latency: Latency | None = None,
+    specs: Specs | None = None,
 ) -> list[Budget]:
     """The budgets that are given.
 
@@ -80,17 +81,18 @@ def make_budgets(
         average_bits: mean bits of the weights in the blocks.
         bit_operations: sum over the matrices of O I (weight bits) (activation bits), for one token.
         max_latency, latency: a table block or matrix name -> bits -> time, and the bound of its sum.
+        specs: bits -> `target_specs`, if known.
 
     Raises:
         ValueError: a latency table that lacks an entry.
     """
-    specs = {b: target_specs(model, b, **settings) for b in widths}
+    known = specs or {b: target_specs(model, b, **settings) for b in widths}
     targets = free_targets(model)
     given = reference.resolve(model)
 
     def table(cost: TargetCost, once: bool = True) -> list[list[float]]:
         return [
-            [sum(cost(t, specs[b].get(t.path)) for t in _targets(choice.members, targets, once)) for b in widths]
+            [sum(cost(t, known[b].get(t.path)) for t in _targets(choice.members, targets, once)) for b in widths]
             for choice in choices
         ]
 

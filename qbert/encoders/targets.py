@@ -10,8 +10,10 @@ written for ``BertModel`` also fits ``BertForSequenceClassification``.
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Iterator
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import NamedTuple, cast
 
@@ -93,6 +95,9 @@ class Target:
         return (self.name, self.path, *self.aliases)
 
 
+_FOUND: ContextVar[dict[int, list[Target]] | None] = ContextVar("targets by id of the model", default=None)
+
+
 def base_model(model: nn.Module) -> tuple[str, nn.Module]:
     """The encoder inside of `model`, the first of several, as (dotted path in `model`, module).
 
@@ -164,6 +169,25 @@ def find_targets(model: nn.Module) -> list[Target]:
     Matrices outside of the embeddings and the encoder (pooler, classifier, language-model head) have the role
     ``head``. A model without encoder layers gives targets of role ``linear``.
     """
+    known = _FOUND.get()
+    if known is None:
+        return _find_targets(model)
+    if id(model) not in known:
+        known[id(model)] = _find_targets(model)
+    return list(known[id(model)])
+
+
+@contextlib.contextmanager
+def targets_found_once() -> Iterator[None]:
+    """Inside, models stay what they are, so that `find_targets` walks over each of them only once."""
+    token = _FOUND.set({})
+    try:
+        yield
+    finally:
+        _FOUND.reset(token)
+
+
+def _find_targets(model: nn.Module) -> list[Target]:
     bases = base_models(model)
     several = len(bases) > 1
     try:

@@ -34,6 +34,11 @@ _PAIRS = (
 )
 
 
+# Characters. A compressed file of a megabyte can hold a gigabyte, which must not be in memory before it is refused.
+_LONGEST_LINE = 2**24
+_LONGEST_FILE = 2**27
+
+
 def find_folder(data_dir: Path, name: str) -> Path:
     """`data_dir`/`name`, or `data_dir` itself where it holds the training file; FileNotFoundError names the choice."""
     if not data_dir.is_dir():
@@ -63,13 +68,16 @@ def read_lines(path: Path) -> Iterator[Any]:
     """The JSON objects of a .jsonl or .jsonl.gz file; ValueError names file and line of the first that is none."""
     try:
         with _open(path) as file:
-            for number, line in enumerate(file, start=1):
+            for number, line in enumerate(iter(lambda: file.readline(_LONGEST_LINE + 1), ""), start=1):
+                if len(line) > _LONGEST_LINE:
+                    raise ValueError(f"line {number} of {path} is longer than {_LONGEST_LINE} characters; split it")
                 if not line.strip():
                     continue
                 try:
                     row = json.loads(line)
-                except json.JSONDecodeError as error:
-                    raise ValueError(f"line {number} of {path} is not JSON ({error.msg}); mend it") from None
+                except (ValueError, RecursionError) as error:
+                    reason = getattr(error, "msg", str(error))
+                    raise ValueError(f"line {number} of {path} is not JSON ({reason}); mend it") from None
                 if not isinstance(row, dict):
                     raise ValueError(f"line {number} of {path} is no JSON object; expected one {{...}} a line")
                 yield row
@@ -88,7 +96,7 @@ def _is_whole(path: Path) -> bool:
         first, *others = file.read(_HEAD).lstrip().split("\n", 1)
     try:
         value = json.loads(first)
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):
         return True  # cut off, or laid out over several lines
     # A document in one line is SQuAD's, or a single row.
     return not isinstance(value, dict) or ("data" in value and not (others and others[0].strip()))
@@ -98,12 +106,16 @@ def _whole(path: Path) -> Any:
     """Rows, or the articles of SQuAD's layout, of a file that is one JSON value."""
     try:
         with _open(path) as file:
-            value = json.load(file)
-    except (EOFError, gzip.BadGzipFile, zlib.error, json.JSONDecodeError, UnicodeDecodeError) as error:
+            text = file.read(_LONGEST_FILE + 1)
+        if len(text) <= _LONGEST_FILE:
+            value = json.loads(text)
+    except (EOFError, gzip.BadGzipFile, zlib.error, ValueError, RecursionError) as error:
         raise ValueError(
             f"{path} is neither one JSON object a line nor JSON as a whole, or is damaged ({error}); mend it or fetch "
             "it again"
         ) from None
+    if len(text) > _LONGEST_FILE:
+        raise ValueError(f"{path} is longer than {_LONGEST_FILE} characters; split it, or give one object a line")
     rows = value["data"] if isinstance(value, dict) and isinstance(value.get("data"), list) else value
     rows = [rows] if isinstance(rows, dict) else rows
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):

@@ -33,9 +33,20 @@ import transformers
 from torch import nn
 from tqdm.auto import tqdm
 
-from qbert.files import read_json, write_json
+from qbert.files import (
+    damaged_file,
+    file_sha256,
+    files_sha256,
+    flush,
+    flush_folder,
+    own_name,
+    read_json,
+    remove_abandoned,
+    write_json,
+    writing,
+)
 from qbert.tasks.checkpoint import load_checkpoint, save_checkpoint
-from qbert.tasks.embedded import embedded_encoder, file_sha256
+from qbert.tasks.embedded import embedded_encoder
 from qbert.tasks.encoding import Prepared, prepare, resolve_max_length, training_order
 from qbert.tasks.evaluation import evaluate
 from qbert.tasks.heads import build_model, load_quietly, quiet_libraries
@@ -343,28 +354,52 @@ def _report_epoch(model: nn.Module, task: Task, tokenizer: Any, settings: Traini
 
 
 def _save_entry(entry: Path, model: Any, tokenizer: Any, record: dict[str, Any]) -> None:
-    aside = Path(tempfile.mkdtemp(prefix=f".{entry.name}.", dir=entry.parent))
+    """Write the cache entry, unless another process has finished the same one meanwhile: theirs may be in use."""
+    remove_abandoned(entry.parent, "", before=f"{entry.name}.")
+    aside = entry.with_name(own_name(f"{entry.name}.", ""))
+    damaged = entry.with_name(own_name(f"{entry.name}.", ""))
     try:
-        with quiet_libraries():
-            model.save_pretrained(aside)
-        tokenizer.save_pretrained(aside)
-        write_json(aside / "training.json", record | {"sha256": file_sha256(aside / "model.safetensors")})
-        if entry.exists():
-            shutil.rmtree(entry)  # left by a run that was the same but is not readable, or finished meanwhile
-        os.replace(aside, entry)
+        with writing(entry):
+            aside.mkdir()
+            with quiet_libraries():
+                model.save_pretrained(aside)
+            tokenizer.save_pretrained(aside)
+            write_json(aside / "training.json", record | {"files": files_sha256(aside)})
+            for file in aside.iterdir():
+                flush(file)
+            if entry.exists() and _damage(entry):
+                os.replace(entry, damaged)
+            if not entry.exists():
+                os.replace(aside, entry)
+                flush_folder(entry.parent)
+    except OSError:
+        if not entry.exists() or _damage(entry):  # else another process was faster
+            raise
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(damaged, ignore_errors=True)
+
+
+def _damage(entry: Path) -> str:
+    """What is wrong with a cache entry, in words; empty if nothing is."""
+    try:
+        record = read_json(entry / "training.json")
+        # Entries of earlier versions know the digest of their weights only.
+        files = record["files"] if "files" in record else {"model.safetensors": record["sha256"]}
+        broken = damaged_file(entry, files)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"the cached model cannot be read ({error})"
+    if broken is None:
+        return ""
+    what = "weights were" if broken.name == "model.safetensors" else f"{broken.name} was"
+    return f"the cached {what} changed or damaged"
 
 
 def _load_entry(entry: Path, task: Task, settings: TrainingSettings, device: torch.device) -> FineTuned:
-    mend = f"delete the folder {entry} to train again"
-    try:
-        record = read_json(entry / "training.json")
-        intact = record["sha256"] == file_sha256(entry / "model.safetensors")
-    except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"the cached model cannot be read ({error}); {mend}") from error
-    if not intact:
-        raise ValueError(f"the cached weights were changed or are damaged; {mend}")
+    wrong = _damage(entry)
+    if wrong:
+        raise ValueError(f"{wrong}; delete the folder {entry} to train again")
+    record = read_json(entry / "training.json")
     model, tokenizer = build_model(task, entry)
     return FineTuned(model.to(device), tokenizer, record["scores"], entry, settings, record["seconds"], from_cache=True)
 

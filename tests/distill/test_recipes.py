@@ -12,7 +12,13 @@ from encoders import build
 
 from qbert.distill import Match, Recipe, Stage, recipes
 
-SMALL = {"vocab_size": 100, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
+SMALL = {
+    "vocab_size": 100,
+    "hidden_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "intermediate_size": 24,
+}
 
 
 def terms(recipe: Recipe, folder: Path, *, teacher: Any, student: Any, stage: int = 0, data: Any = None) -> Any:
@@ -69,9 +75,7 @@ def test_tags_are_compared_where_words_have_one(unlabelled: int, tmp_path: Path)
     found, _, (theirs, ours) = terms(recipe, tmp_path, teacher=teacher, student=student, data=data)
     kept = torch.tensor([row["labels"] for row in data]) >= 0
     kept[0] = True
-    torch.testing.assert_close(
-        found["logits"], F.cross_entropy(ours.logits[kept], theirs.logits[kept].softmax(-1))
-    )
+    torch.testing.assert_close(found["logits"], F.cross_entropy(ours.logits[kept], theirs.logits[kept].softmax(-1)))
 
 
 def test_electras_discriminator_decides_every_token_on_its_own(tmp_path: Path) -> None:

@@ -1,6 +1,6 @@
 """e4m3 activations in Triton's interpreter: every kernel that makes or takes them.
 
-Run by `test_kernels_interpreted.py` in a process of its own, with TRITON_INTERPRET=1.
+Run by `kernels/test_interpreted.py` in a process of its own, with TRITON_INTERPRET=1.
 """
 
 import interpreted_asm  # noqa: F401  the interpreter cannot run inline assembly by itself
@@ -16,6 +16,7 @@ from qbert.kernels.gpu.matmul_a8 import matmul_a8
 from qbert.kernels.gpu.matmul_a8_mixed import matmul_a8_mixed
 from qbert.kernels.gpu.quantize_rows import quantize_rows
 from qbert.kernels.gpu.tiles import Tile
+from qbert.kernels.gpu.tune import KERNELS, encoder_launch
 
 E4M3 = torch.float8_e4m3fn
 
@@ -183,6 +184,15 @@ def test_embeddings_summed_normalized_and_quantized():
     y, *quantized = embed_layernorm(pairs, torch.randn(384), torch.randn(384), 1e-12, codes_dtype=E4M3)
     for one, other in zip(quantized, reference.quantize_rows_e4m3(y.float()), strict=True):
         assert equal(one, other)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize(("rows", "columns"), [(48, 32), (32, 48)])
+def test_what_tuning_launches_runs(kernel, rows, columns):
+    packed = problem(1, rows, columns, 4)[2]
+    y = encoder_launch(kernel, 5, rows, columns, 4, "cpu")(packed, Tile(16, 32, 256))
+    assert y.shape == (5, 3 * rows if "mixed" in kernel else rows)
+    assert (y.dtype == torch.float16) == (rows < columns or "mixed" in kernel or kernel == "matmul_a16")
 
 
 def test_attention_in_e4m3():

@@ -1,6 +1,6 @@
 """Whole fused encoders on the Triton kernels in Triton's interpreter, against the kernels' slow twins.
 
-Run by `test_kernels_interpreted.py` in a process of its own, with TRITON_INTERPRET=1.
+Run by `kernels/test_interpreted.py` in a process of its own, with TRITON_INTERPRET=1.
 """
 
 import interpreted_asm  # noqa: F401  the interpreter cannot run inline assembly by itself

@@ -87,7 +87,7 @@ def in_e4m3(x: torch.Tensor, largest: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("ranges", ["dynamic", "static"])
 @pytest.mark.parametrize("family", FUSED)
 def test_e4m3_operands_are_the_weights_with_inputs_in_eight_bit_floats(family: str, ranges: str) -> None:
-    """Against the same weights with unquantized inputs, each rounded by a hook; a product in 8 bits keeps int8 input."""
+    """Against the same weights with inputs that hooks round; a product with 8-bit weights keeps int8 input."""
     bits = {"encoder.layer.0.attention.self.query": 2, "encoder.layer.1.intermediate.dense": 8, "embeddings": 4, "*": 3}
     torch.manual_seed(1)
     packed = packed_encoder(family, ranges == "static", bits, activation_range=ranges)
@@ -126,7 +126,7 @@ def test_operands_that_a_device_does_not_multiply_are_refused(monkeypatch: pytes
     with pytest.raises(ValueError, match="operands must be 'int8' or 'e4m3', got 'fp8'"):
         fuse_for_gpu(packed_encoder("bert"), "fp8")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 6))
-    with pytest.raises(ValueError, match="compute capability 8.9 or later, this one has 8.6"):
+    with pytest.raises(ValueError, match=r"compute capability 8\.9 or later, this one has 8\.6"):
         inference_gpu.check_operands("e4m3", torch.device("cuda"))
 
 

@@ -194,7 +194,7 @@ import torch
 from qbert.kernels import cpu_gemm
 for engine in {engines}:
     assert cpu_gemm.saturates(engine), engine
-import test_kernels_cpu as t
+import test_cpu as t
 for bits in (2, 3, 4, 8):
     for zero in t.ZEROS:
         if zero != "far":
