@@ -351,6 +351,8 @@ def test_hub_rows_take_our_layout(monkeypatch: pytest.MonkeyPatch) -> None:
         "tags": ["B-ORG"],
     }
     assert to_row("conll2003", "token", {"tokens": ["x", "y"], "ner_tags": [1, 2]}, ())["tags"] == ["B-PER", "I-PER"]
+    for name in ("conll2003", "wnut17"):  # no tag: the check of the rows refuses it
+        assert to_row(name, "token", {"tokens": ["x", "y"], "ner_tags": [-1, -100]}, ())["tags"] == [-1, -100]
 
 
 def test_subsets_are_seeded_nested_and_in_order() -> None:
