@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import csv
 import math
-import os
 import signal
 import threading
 import time
@@ -21,6 +20,7 @@ from torch import Tensor, nn
 from transformers import ProgressCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from qbert.distill.recipe import Recipe, Timetable
+from qbert.files import write_whole
 
 
 class StageCallback(TrainerCallback):
@@ -153,12 +153,14 @@ def save_curves(history: Sequence[Mapping[str, Any]], folder: Path, name: str = 
         return []
     folder.mkdir(parents=True, exist_ok=True)
     table = folder / f"{name}.csv"
-    aside = table.with_name(f".{table.name}.{os.getpid()}")
-    with aside.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(["step", "name", "value"])
-        writer.writerows((step, key, value) for key, points in curves.items() for step, value in points)
-    os.replace(aside, table)
+
+    def write(aside: Path) -> None:
+        with aside.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file)
+            writer.writerow(["step", "name", "value"])
+            writer.writerows((step, key, value) for key, points in curves.items() for step, value in points)
+
+    write_whole(table, write)
     picture = folder / f"{name}.png"
     plot_curves({"": curves}, picture)
     return [table, picture]
@@ -185,9 +187,7 @@ def plot_curves(runs: Mapping[str, Mapping[str, Curve]], path: Path) -> None:
             axis.legend(fontsize="small")
     for axis in axes[len(names) :]:
         axis.set_visible(False)
-    aside = path.with_name(f".{os.getpid()}.{path.name}")
-    figure.savefig(aside, dpi=120)
-    os.replace(aside, path)
+    write_whole(path, lambda aside: figure.savefig(aside, dpi=120))
 
 
 def _is_shown(name: str) -> bool:
