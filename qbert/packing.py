@@ -170,9 +170,10 @@ def _trainable_twin(layer: PackedTensor, weight: nn.Parameter, quantizer: Weight
     linear.weight = weight
     if layer.bias is not None:
         linear.bias = deepcopy(layer.bias, memo)
-    activation = layer.activation_quantizer and ActivationQuantizer(8, layer.activation_quantizer.mode)
+    bits = layer.spec.activation_bits or 8
+    activation = layer.activation_quantizer and ActivationQuantizer(bits, layer.activation_quantizer.mode)
     if layer.input_scale is not None and layer.input_zero is not None:
-        activation = ActivationQuantizer(8, "static").to(layer.input_scale.device)
+        activation = ActivationQuantizer(bits, "static").to(layer.input_scale.device)
         activation.scale.copy_(layer.input_scale)
         activation.zero.copy_(layer.input_zero)
     return QuantLinear.from_float(linear, quantizer, activation).eval()
