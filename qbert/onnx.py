@@ -38,6 +38,7 @@ from qbert.layers.linear import PackedLinear
 from qbert.layers.packed import PackedTensor, check_module
 from qbert.layers.transposed import PackedTransposed
 from qbert.quantizers.activations import token_range, token_scale
+from qbert.quantizers.grid import code_range
 
 _OPSET = 18
 
@@ -346,6 +347,7 @@ class _OnnxInput(nn.Module):
         self.register_buffer("offset", None if offset is None else offset.T.contiguous())  # [K, O]
         activation = layer.activation_quantizer if enabled else None
         self.mode = None if activation is None else activation.mode
+        self.low, self.high = code_range(layer.spec.activation_bits or 8)
         self.static: tuple[float, float] | None = None
         if enabled and layer.input_scale is not None and layer.input_zero is not None:
             self.static = float(layer.input_scale), float(layer.input_zero)
@@ -353,14 +355,14 @@ class _OnnxInput(nn.Module):
 
     def quantize(self, x: Tensor) -> Tensor:
         if self.mode == "asymmetric":
-            low, scale = token_range(x)
+            low, scale = token_range(x, self.high - self.low)
             return torch.round((x - low) / scale) * scale + low
         if self.mode is not None:
-            scale = token_scale(x)
+            scale = token_scale(x, self.high)
             return torch.round(x / scale) * scale
         if self.static is not None:
             scale_, zero = self.static
-            return (torch.clamp(torch.round(x / scale_ + zero), -128, 127) - zero) * scale_
+            return (torch.clamp(torch.round(x / scale_ + zero), self.low, self.high) - zero) * scale_
         return x
 
     def finish(self, y: Tensor, x: Tensor) -> Tensor:
