@@ -74,6 +74,7 @@ from qbert.distill.step_sizes import (
     quantized_matrices,
     step_groups,
 )
+from qbert.extras import require
 
 
 class Distiller(Trainer):
@@ -93,6 +94,7 @@ class Distiller(Trainer):
     Raises:
         ValueError: models that do not fit each other, a match that does not fit the models, reentrant checkpointing.
         TypeError: a recipe of another type.
+        MissingPackageError: accelerate is not installed.
     """
 
     # Each term is weighed so that its plain mean over the accumulated batches (and processes) is the mean over all their
@@ -113,6 +115,7 @@ class Distiller(Trainer):
         check_teacher: bool = True,
         **kwargs: Any,
     ) -> None:
+        require("accelerate", "Distiller")
         if not isinstance(recipe, Recipe):
             raise TypeError(f"recipe: expected a Recipe such as recipes.qbert_kd(), got {type(recipe).__name__}")
         if train_dataset is None:
