@@ -30,7 +30,7 @@ def run(*command: str | Path, where: Path, path: Path | None = None) -> str:
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "PYTEST", "COV_"))}
     environment |= {"PYTHONDONTWRITEBYTECODE": "1"} | ({} if path is None else {"PYTHONPATH": str(path)})
     done = subprocess.run(
-        [str(part) for part in command], cwd=where, env=environment, capture_output=True, text=True, timeout=900
+        [str(part) for part in command], cwd=where, env=environment, capture_output=True, text=True, timeout=1800
     )
     assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
     return done.stdout
