@@ -1,7 +1,7 @@
 """Checkpoints of a distillation: student, projections and automatic weights in one safetensors file, no pickled code.
 
-A checkpoint counts as good when every file in it is the one that was written, by the digests in ``files.json``, which is
-written last; one that was cut off by a full disk or a killed process, or damaged later, is passed over.
+A checkpoint counts as good when every file in it is the one that was written, by the digests in ``files.json``, which
+is written last; one that was cut off by a full disk or a killed process, or damaged later, is passed over.
 
     >>> last_good_checkpoint("out")
     PosixPath('out/checkpoint-120')

@@ -225,9 +225,9 @@ def _attention(
     check_requantized(out_scale, out_zero, out_row_sum, query)
     check_codes(codes_dtype, query.shape[1] * query.shape[2], out_zero)
     if dispatch.implementation(query.device) == "triton" and query.dtype != torch.float32:
-        from qbert.kernels.gpu.attention import attention as kernel
+        from qbert.kernels.gpu.attention_ways import attend
 
-        return kernel(
+        return attend(
             query, key, value, cu_seqlens.contiguous(), longest, scale, out_scale, out_zero, out_row_sum, codes_dtype
         )
     out = reference.attention(query, key, value, cu_seqlens, scale)

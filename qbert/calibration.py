@@ -13,6 +13,7 @@ partly quantized model gives).
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -177,8 +178,9 @@ def input_moments(
 ) -> Iterator[tuple[list[nn.Linear], Moment]]:
     """Matrix after matrix, in the order in which the model calls them, the second moment of its inputs.
 
-    What the caller does to a matrix (in place, or by another module under the same name) takes effect before the next
-    moment is collected. Matrices that read one and the same tensor share a moment; one moment is in memory at a time.
+    What the caller does to a matrix (in place, or by another module under the same name) takes effect before the
+    moments of the next encoder layer are collected; those of one layer are in memory at a time. Matrices that read one
+    and the same tensor share a moment.
 
     Args:
         model: left in the modes and with the hooks that it had.
@@ -186,8 +188,10 @@ def input_moments(
         linears: ``nn.Linear`` modules of `model`, each once. Modules that are tied to one weight have one moment, over
             the inputs of all.
         weigh: share, from 0 to 1, by which an input counts as much as the model's outputs depend on what the matrix
-            makes of it: w = 1 - weigh + weigh |g|^2 / mean |g|^2, where g is the gradient in the matrix's output of the
-            model's outputs (logits, or last hidden states) times random numbers.
+            makes of it: w = weigh |g|^2 / mean |g|^2 + (1 - weigh) |x|^-2 / mean |x|^-2, where g is the gradient in the
+            matrix's output of the model's outputs (logits, or last hidden states) times random numbers. The second
+            part counts all directions of inputs alike, since a few tokens are larger than others by orders of
+            magnitude and normalized after the matrix. With 0, w = 1.
         progress: show a bar over the matrices.
 
     Yields:
@@ -203,16 +207,16 @@ def input_moments(
         stages, missed = passes.stages(linears)
         if weigh:
             passes.weigh(linears, weigh)
-        for stage in stages:
-            moment = passes.moment(stage)
-            if not bool(torch.isfinite(moment.value).all()):
-                raise ValueError(
-                    f"calibration_data: the input of {names[stage[0][0]]} holds NaN or infinity; pass batches on "
-                    "which the model computes finite numbers"
-                )
-            for shared in stage:
-                yield shared, moment
-                bar.update(len(shared))
+        for _, level in itertools.groupby(stages, lambda stage: passes.depth_of[stage[0][0]]):
+            for stage, moment in passes.moments(list(level)):
+                if not bool(torch.isfinite(moment.value).all()):
+                    raise ValueError(
+                        f"calibration_data: the input of {names[stage[0][0]]} holds NaN or infinity; pass batches on "
+                        "which the model computes finite numbers"
+                    )
+                for shared in stage:
+                    yield shared, moment
+                    bar.update(len(shared))
         for shared in missed:
             width = shared[0].in_features
             yield shared, Moment(torch.zeros(width, width, dtype=torch.float64), 0)
@@ -304,24 +308,31 @@ class _Passes:
     def weigh(self, linears: Sequence[nn.Linear], share: float) -> None:
         """Find the weight of every input of `linears` from one backward pass a batch."""
         generator = torch.Generator().manual_seed(0)
+        sizes: dict[tuple[nn.Module, int], list[Tensor]] = {}
         for index, batch in enumerate(self.batches):
             mask = batch.get("attention_mask")
-            for module, gradients in self._output_gradients(linears, index, generator).items():
-                squares = [unmasked(g, None if mask is None else mask.to(g.device)).square() for g in gradients]
-                self.weights[module, index] = [x.flatten(0, -2).sum(-1).float() for x in squares]
+            for module, x, gradient in self._output_gradients(linears, index, generator):
+                for kept, values in ((sizes, x), (self.weights, gradient)):
+                    on_device = None if mask is None else mask.to(values.device)
+                    squares = unmasked(values, on_device).flatten(0, -2).float().square().sum(-1)
+                    kept.setdefault((module, index), []).append(squares)
         for module in linears:
-            of_module = [w for (m, _), calls in self.weights.items() if m is module for w in calls]
-            mean = float(torch.cat(of_module).mean()) if of_module else 0.0
-            for weights in of_module:
-                weights.mul_(share / mean).add_(1 - share) if mean > 0 else weights.fill_(1.0)
+            keys = [(module, index) for index in range(len(self.batches)) if (module, index) in self.weights]
+            depends, size = (torch.cat([w for key in keys for w in of[key]]) for of in (self.weights, sizes))
+            small = size.clamp_min(1e-12 * float(size.mean())).reciprocal()
+            weights = (1 - share) * small / small.mean()
+            weights += share * (depends / depends.mean() if bool(depends.any()) else 1.0)
+            weights = torch.where(weights.isfinite(), weights, 1.0)  # the input that is to blame is told later
+            pieces = iter(weights.split([len(w) for key in keys for w in self.weights[key]]))
+            self.weights |= {key: [next(pieces) for _ in self.weights[key]] for key in keys}
 
     def _output_gradients(
         self, linears: Sequence[nn.Linear], index: int, generator: torch.Generator
-    ) -> dict[nn.Module, list[Tensor]]:
-        """Gradients of the model's outputs times random numbers in the outputs of every call of `linears`."""
-        calls: list[tuple[nn.Module, Tensor]] = []
+    ) -> list[tuple[nn.Linear, Tensor, Tensor]]:
+        """(module, input, gradient of the model's outputs times random numbers in its output) of every call."""
+        calls: list[tuple[nn.Linear, Tensor, Tensor]] = []
         frozen = [m.weight for m in linears if not m.weight.requires_grad]
-        handles = [m.register_forward_hook(lambda m, _, y: calls.append((m, y))) for m in linears]
+        handles = [m.register_forward_hook(lambda m, x, y: calls.append((m, x[0].detach(), y))) for m in linears]
         try:
             for weight in frozen:
                 weight.requires_grad_(True)
@@ -329,65 +340,61 @@ class _Passes:
                 inputs = to_device(self.batches[index], self.model)
                 outputs = [y for y in _outputs(run_batch(self.model, inputs)) if y.requires_grad]
                 seeds = [_random_seeds(y, inputs.get("attention_mask"), generator) for y in outputs]
-                if not outputs:
-                    return {}
-                found = torch.autograd.grad(outputs, [y for _, y in calls], seeds, allow_unused=True)
+                found: Sequence[Tensor | None] = [None] * len(calls)
+                if outputs:
+                    found = torch.autograd.grad(outputs, [y for _, _, y in calls], seeds, allow_unused=True)
         finally:
             for weight in frozen:
                 weight.requires_grad_(False)
             for handle in handles:
                 handle.remove()
-        gradients: dict[nn.Module, list[Tensor]] = {}
-        for (module, y), gradient in zip(calls, found, strict=True):
-            gradients.setdefault(module, []).append(torch.zeros_like(y) if gradient is None else gradient)
-        return gradients
+        return [
+            (module, x, torch.zeros_like(y) if gradient is None else gradient)
+            for (module, x, y), gradient in zip(calls, found, strict=True)
+        ]
 
-    def moment(self, stage: list[list[nn.Linear]]) -> Moment:
-        """The moment of what the first matrix of a stage reads."""
-        modules = stage[0]
-        self.cache.advance(self.depth_of[modules[0]])
+    def moments(self, stages: list[list[list[nn.Linear]]]) -> list[tuple[list[list[nn.Linear]], Moment]]:
+        """(stage, moment of what its matrices read) for stages of one depth, from one pass over the batches."""
+        self.cache.advance(self.depth_of[stages[0][0][0]])
         if self.cache.depth and self.cache.depth not in self.checked:
             self.checked.add(self.cache.depth)
-            if not self._replays(modules):
+            if not self._replays(stages[0][0]):
                 self.cache.forget()
-        width, count = modules[0].in_features, 0
-        total = torch.zeros(width, width, dtype=torch.float64, device=modules[0].weight.device)
-
-        def see(x: Tensor, weights: Tensor | None) -> None:
-            nonlocal count
-            rows = x.detach().flatten(0, -2).float()
-            count += len(rows)
-            if weights is not None:
-                rows = rows * weights.sqrt().unsqueeze(1)
-            total.add_(rows.T @ rows)
-
+        stage_of = {module: number for number, stage in enumerate(stages) for module in stage[0]}
+        totals = [
+            torch.zeros(m.in_features, m.in_features, dtype=torch.float64, device=m.weight.device)
+            for m in (stage[0][0] for stage in stages)
+        ]
+        counts = [0] * len(stages)
         for index in range(len(self.batches)):
-            self._inputs(modules, index, see, [shared[0] for shared in stage])
-        return Moment(total / max(count, 1), count)
+            turn = dict.fromkeys(stage_of, 0)
+            for module, x in self._inputs(list(stage_of), index):
+                number = stage_of[module]
+                rows = x.detach().flatten(0, -2).float()
+                counts[number] += len(rows)
+                weights = self._weights_of(module, stages[number], index, turn[module])
+                if weights is not None:
+                    rows = rows * weights.sqrt().unsqueeze(1)
+                totals[number].add_(rows.T @ rows)
+                turn[module] += 1
+        found = [Moment(total / max(count, 1), count) for total, count in zip(totals, counts, strict=True)]
+        return list(zip(stages, found, strict=True))
 
-    def _inputs(
-        self,
-        modules: Sequence[nn.Module],
-        index: int,
-        see: Callable[[Tensor, Tensor | None], None],
-        readers: Sequence[nn.Module] = (),
-    ) -> None:
-        """Give `see` what `modules` read of batch `index`, and its weights; the pass ends with the last of them.
+    def _weights_of(self, module: nn.Linear, stage: list[list[nn.Linear]], index: int, turn: int) -> Tensor | None:
+        """Weights of the inputs of a call; where several matrices read one tensor, the means of theirs."""
+        readers = [shared[0] for shared in stage] if len(stage) > 1 else [module]
+        found = [self.weights[m, index][turn] for m in readers if (m, index) in self.weights]
+        return torch.stack(found).mean(0) if found else None
 
-        Where several `readers` read one tensor, its weights are the means of theirs.
-        """
+    def _inputs(self, modules: Sequence[nn.Linear], index: int) -> list[tuple[nn.Linear, Tensor]]:
+        """(module, what it reads of batch `index` but for padding) of every call; the pass ends with the last one."""
         mask = self.batches[index].get("attention_mask")
-        left = sum(self.calls.get(m, 0) for m in modules)
-        turn = dict.fromkeys(modules, 0)
+        calls = sum(self.calls.get(m, 0) for m in modules)
+        seen: list[tuple[nn.Linear, Tensor]] = []
 
-        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
-            nonlocal left
-            x = unmasked(args[0], None if mask is None else mask.to(args[0].device))
-            sources = readers if len(readers) > 1 else [module]
-            found = [self.weights[m, index][turn[module]] for m in sources if (m, index) in self.weights]
-            see(x, torch.stack(found).mean(0) if found else None)
-            left, turn[module] = left - 1, turn[module] + 1
-            if left == 0:
+        def hook(module: Any, args: tuple[Any, ...]) -> None:
+            seen.append((module, unmasked(args[0], None if mask is None else mask.to(args[0].device))))
+            if len(seen) == calls:
                 raise _SeenError
 
         handles = [m.register_forward_pre_hook(hook) for m in modules]
@@ -399,16 +406,15 @@ class _Passes:
         finally:
             for handle in handles:
                 handle.remove()
+        return seen
 
-    def _replays(self, modules: Sequence[nn.Module]) -> bool:
+    def _replays(self, modules: Sequence[nn.Linear]) -> bool:
         """Whether the kept layers stand in for themselves: the same input as without them."""
-        found: list[Tensor] = []
-        self._inputs(modules, 0, lambda x, _: found.append(x))
+        kept = self._inputs(modules, 0)
         depth, self.cache.depth = self.cache.depth, 0
-        self._inputs(modules, 0, lambda x, _: found.append(x))
+        whole = self._inputs(modules, 0)
         self.cache.depth = depth
-        half = len(found) // 2
-        return all(torch.allclose(a, b, rtol=1e-3, atol=1e-4) for a, b in zip(found[:half], found[half:], strict=True))
+        return all(torch.allclose(a, b, rtol=1e-3, atol=1e-4) for (_, a), (_, b) in zip(kept, whole, strict=True))
 
 
 def _outputs(output: Any) -> list[Tensor]:

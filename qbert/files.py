@@ -184,13 +184,19 @@ def json_array(values: np.ndarray) -> list[Any]:
     return kept.tolist()
 
 
+class AlteredFileError(ValueError):
+    """A file that is readable and not the one that was written."""
+
+
 def read_saved(path: str | os.PathLike[str], tag: str, what: str) -> dict[str, Any]:
-    """Content of a JSON file that `what`, a class, has written with ``"format": tag``.
+    """Content of a JSON file that `what`, a class, has written with ``"format": tag``, its digest not yet checked.
+
+    The class looks first for what is wrong with its own fields, of which it can say more, then calls `check_seal`.
 
     Raises:
-        FileNotFoundError: no such file; ValueError: not valid JSON, damaged, or not of this format.
+        FileNotFoundError: no such file; ValueError: not valid JSON, or not of this format.
     """
-    content = read_json(path)
+    content = _parsed(path)
     if not isinstance(content, dict) or content.get("format") != tag:
         raise ValueError(f"path: {path} is not a saved {what} ({tag}); write one with its save method")
     return content
@@ -200,22 +206,34 @@ def read_json(path: str | os.PathLike[str]) -> Any:
     """Parsed content of a JSON file, its digest checked and taken off.
 
     Raises:
-        FileNotFoundError: no such file; ValueError: not valid JSON, or not what was written; named with what may have
-            happened.
+        FileNotFoundError: no such file; ValueError: not valid JSON, or (AlteredFileError) not what was written; named
+            with what may have happened.
     """
-    try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not valid JSON ({error}); it may be cut off or another kind of file") from error
-    if not isinstance(content, dict):
-        return content
-    sealed = content.pop(SEAL, None)
-    if (sealed is not None and sealed != content_sha256(content)) or any(map(_is_damaged_seal, content)):
-        raise ValueError(
+    content = _parsed(path)
+    return check_seal(path, content) if isinstance(content, dict) else content
+
+
+def check_seal(path: str | os.PathLike[str], content: Mapping[str, Any]) -> dict[str, Any]:
+    """The content of the JSON file at `path` without its digest, once that was found to fit; without one as it is.
+
+    Raises:
+        AlteredFileError: it does not fit.
+    """
+    plain = {name: value for name, value in content.items() if name != SEAL}
+    sealed = content.get(SEAL)
+    if (sealed is not None and sealed != content_sha256(plain)) or any(map(_is_damaged_seal, plain)):
+        raise AlteredFileError(
             f"{path} is damaged or was altered after it was written (its {SEAL} does not fit); fetch or make it again, "
             f"or remove its line {SEAL!r} if you changed it yourself"
         )
-    return content
+    return plain
+
+
+def _parsed(path: str | os.PathLike[str]) -> Any:
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not valid JSON ({error}); it may be cut off or another kind of file") from error
 
 
 def _is_damaged_seal(name: str) -> bool:

@@ -31,7 +31,7 @@ ENCODERS = {"BERT-base": ["32x128", "128x384", "1x128"], "MiniLM": ["32x128", "1
 
 def encoder(name: str, engine: str) -> int:
     """Compiles what one encoder launches."""
-    gpu_encoders.measure(name, ENCODERS[name], [engine])
+    gpu_encoders.warm(name, ENCODERS[name], engine)
     say(f"{name} {engine}: {len(compiled)} kernels compiled")
     return 0
 
@@ -78,8 +78,7 @@ def main() -> None:
         work, int(os.environ.get("PREFILL_PROCESSES", "2")), float(os.environ.get("PREFILL_SECONDS", 900))
     )
     cache = Path(os.environ["TRITON_CACHE_DIR"])
-    shutil.rmtree(target / "triton_cache", ignore_errors=True)
-    shutil.copytree(cache, target / "triton_cache", ignore=shutil.ignore_patterns("tmp*", "*.lock"))
+    shutil.make_archive(str(target / "triton_cache"), "gztar", cache)
     from triton.runtime.cache import triton_key
 
     (target / "triton_cache_dir").write_text(str(cache.resolve()))

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from qbert.kernels import operators
 from qbert.kernels.gpu import tune
+from qbert.kernels.gpu.attention_ways import FLASH, measure_attention
 from qbert.kernels.gpu.tiles import E4M3, Tile, candidates
 
 
@@ -121,8 +122,8 @@ def compile_candidates(at_once: int = 14, seconds: float = 60) -> None:
 
 
 def tune_all() -> int:
-    """Times the candidate tiles until the time is up; the file that QBERT_TILES names has the choices."""
-    failures = 0
+    """Times attention's ways and the candidate tiles until the time is up; QBERT_TILES' file has the choices."""
+    failures = _tune_attention() if ON_GPU else 0
     for shape in work():
         if left() < 5:
             say(f"not tuned: {shape}")
@@ -135,6 +136,18 @@ def tune_all() -> int:
         except Exception as error:
             failures += 1
             say(f"tile for {list(shape.values())} FAILED: {brief(error)}")
+    return failures
+
+
+def _tune_attention() -> int:
+    failures = 0
+    for sequences, longest in ((32, 128), (128, 384), (1, 128)):
+        try:
+            way = measure_attention(sequences=sequences, longest=longest, heads=12, head_dim=64)
+            say(f"attention {sequences}x{longest}, 12 heads of 64: {'torch' if way == FLASH else way}")
+        except Exception as error:
+            failures += 1
+            say(f"attention {sequences}x{longest} FAILED: {brief(error)}")
     return failures
 
 

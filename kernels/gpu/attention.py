@@ -20,6 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from qbert.kernels.gpu.quantize_rows import count, to_codes
+from qbert.kernels.gpu.tiles import Tile
 
 MAX_HEAD_DIM = 128
 
@@ -93,6 +94,15 @@ def attention_kernel(
             tl.store(at, out.to(out_ptr.dtype.element_ty), mask=stored)
 
 
+def default_tile(longest: int, head_dim: int) -> Tile:
+    """Queries and keys a step (`bm`, `bn`) and warps for sequences up to `longest`.
+
+    16 rows of queries a warp: eight warps on 64 queries would compute every score and exponential twice. With heads
+    wider than 64, 64 keys need too many registers.
+    """
+    return Tile(64 if longest > 32 else 16, 64 if longest > 32 and head_dim <= 64 else 32, 0, stages=2)
+
+
 def attention(
     query: Tensor,
     key: Tensor,
@@ -104,6 +114,7 @@ def attention(
     out_zero: int = 0,
     out_row_sum: Tensor | None = None,
     codes_dtype: torch.dtype = torch.int8,
+    tile: Tile | None = None,
 ) -> Tensor:
     """Launches `attention_kernel`: query, key, value [T, H, D], unit stride over D -> [T, H, D].
 
@@ -119,8 +130,8 @@ def attention(
     out = torch.empty((tokens, heads, head_dim), dtype=dtype, device=query.device)
     sequences = cu_seqlens.numel() - 1
     if tokens and sequences > 0:
-        block_q = 64 if longest > 32 else 16
-        attention_kernel[(triton.cdiv(longest, block_q), heads, sequences)](
+        tile = default_tile(longest, head_dim) if tile is None else tile
+        attention_kernel[(triton.cdiv(longest, tile.bm), heads, sequences)](
             query,
             key,
             value,
@@ -138,13 +149,12 @@ def attention(
             value.stride(1),
             out.stride(0),
             head_dim,
-            BLOCK_Q=block_q,
-            BLOCK_K=64 if longest > 32 and head_dim <= 64 else 32,  # with wider heads 64 keys need too many registers
+            BLOCK_Q=tile.bm,
+            BLOCK_K=tile.bn,
             BLOCK_D=max(16, triton.next_power_of_2(head_dim)),
             QUANTIZE=out_scale > 0,
             OUT_SUM=out_row_sum is not None,
-            # 16 rows of queries a warp: eight warps on 64 queries would compute every score and exponential twice.
-            num_warps=4,
-            num_stages=2,
+            num_warps=tile.warps,
+            num_stages=tile.stages,
         )
     return out

@@ -87,9 +87,14 @@ def rule(tokens: int, rows: int, columns: int, bits: int, e4m3: bool = False) ->
 
 def choose_tile(kernel: str, tokens: int, rows: int, columns: int, bits: int, device: str) -> Tile:
     """The measured tile for this shape on `device` (its name) where there is one, else the rule."""
-    _load_once()
-    found = _measured.get(_key(kernel, tokens, rows, columns, bits, device))
+    found = known_tile(kernel, tokens, rows, columns, bits, device)
     return rule(tokens, rows, columns, bits, kernel.endswith(E4M3)) if found is None else found
+
+
+def known_tile(kernel: str, tokens: int, rows: int, columns: int, bits: int, device: str) -> Tile | None:
+    """The measured tile for this shape on `device`, if there is one."""
+    _load_once()
+    return _measured.get(_key(kernel, tokens, rows, columns, bits, device))
 
 
 def measure(
@@ -100,9 +105,14 @@ def measure(
     bits: int,
     device: str,
     milliseconds: Callable[[Tile], float],
+    among: list[Tile] | None = None,
 ) -> Tile:
-    """Times every candidate with `milliseconds(tile)` (inf where it cannot run), keeps and returns the fastest."""
-    times = {tile: milliseconds(tile) for tile in candidates(tokens, rows, columns, bits, kernel.endswith(E4M3))}
+    """Times every candidate (or those of `among`) with `milliseconds(tile)`, keeps and returns the fastest.
+
+    `milliseconds` gives inf for a tile that cannot run; RuntimeError where none can.
+    """
+    tiles = candidates(tokens, rows, columns, bits, kernel.endswith(E4M3)) if among is None else among
+    times = {tile: milliseconds(tile) for tile in tiles}
     best = min(times, key=lambda tile: times[tile])
     if times[best] == float("inf"):
         raise RuntimeError(f"no tile of {kernel} runs at {tokens} x {rows} x {columns}, {bits} bits, on {device}.")

@@ -23,7 +23,7 @@ from qbert.allocation.damage import Damage, damage_table, target_specs
 from qbert.allocation.knapsack import front
 from qbert.bits import BitsConfig
 from qbert.encoders.targets import targets_found_once
-from qbert.files import read_saved, write_json, write_whole
+from qbert.files import check_seal, read_saved, write_json, write_whole
 from qbert.plots import new_figure
 
 FORMAT = "qbert.pareto/1"
@@ -107,6 +107,7 @@ class ParetoFront:
                 raise ValueError("its points are not a front: none, or not each larger and less damaging")
         except (KeyError, TypeError, ValueError, OverflowError, AttributeError) as error:
             raise ValueError(f"path: {path} is a damaged front ({error!r}); compute it again") from error
+        check_seal(path, content)
         return cls(points)
 
     def __str__(self) -> str:

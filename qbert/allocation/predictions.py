@@ -1,4 +1,4 @@
-r"""Five measures of how much each block suffers at each bit width, side by side with the truth.
+r"""Six measures of how much each block suffers at each bit width, side by side with the truth.
 
 With dW the change of the block's weights at b bits, g and H gradient and Hessian of the loss in those weights:
 
@@ -10,6 +10,7 @@ metric           predicted damage                                               
 ``trace``        |mean(diag H)| ||dW||^2                                         Dong et al. 2020 (HAWQ-V2)
 ``weight_error`` ||dW||^2                                                        (no second-order information)
 ``curvature``    dW^T H dW / 2                                                   the quadratic term itself
+``kronecker``    tr(G dW C dW^T) / 2                                             Martens and Grosse 2015 (K-FAC)
 ``taylor``       g^T dW + dW^T H dW / 2                                          second-order Taylor expansion
 ``loss_change``  L(W + dW) - L(W), that block quantized                          measured
 ===============  ==============================================================  ==================================
@@ -29,10 +30,10 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import kendalltau, spearmanr
 
-from qbert.files import json_array, read_saved, write_json
+from qbert.files import check_seal, json_array, read_saved, write_json
 
 FORMAT = "qbert.sensitivity/1"
-METRICS = ("omega", "eigenvalue", "trace", "weight_error", "curvature", "taylor", "loss_change")
+METRICS = ("omega", "eigenvalue", "trace", "weight_error", "curvature", "kronecker", "taylor", "loss_change")
 TRUTH = "loss_change"
 _BY_BLOCK = ("omega", "eigenvalue", "trace", "trace_error")
 _ARRAYS = (*_BY_BLOCK, "weight_error", "curvature", "gradient", "loss_change")
@@ -64,6 +65,8 @@ class Sensitivities:
         loss: loss of the float model on the same data.
         metric: the prediction that `damage` and `sensitivity` give by default.
         settings: what was asked for.
+        kronecker: [L, B] tr(G dW C dW^T) / 2; ``None`` where it was not measured: in files of older versions, and for
+            losses that are not seen to come from logits.
     """
 
     names: list[str]
@@ -80,6 +83,12 @@ class Sensitivities:
     loss: float
     metric: str = TRUTH
     settings: dict[str, Any] = field(default_factory=dict)
+    kronecker: NDArray[np.float64] | None = None
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """The metrics that were measured."""
+        return tuple(m for m in METRICS if m != "kronecker" or self.kronecker is not None)
 
     def __post_init__(self) -> None:
         _check_metric(self.metric)
@@ -93,8 +102,14 @@ class Sensitivities:
         return replace(self, metric=_check_metric(metric))
 
     def table(self, metric: str | None = None) -> NDArray[np.float64]:
-        """[L, B] predicted damage (for ``loss_change``: the measured one), in units of the loss up to a constant."""
+        """[L, B] predicted damage (for ``loss_change``: the measured one), in units of the loss up to a constant.
+
+        Raises:
+            ValueError: unknown metric, or one that was not measured.
+        """
         chosen = _check_metric(metric or self.metric)
+        if chosen not in self.metrics:
+            raise ValueError(f"metric: {chosen!r} was not measured; use one of {', '.join(self.metrics)}")
         if chosen == "omega":
             return self.omega[:, None] * self.weight_error
         if chosen == "eigenvalue":
@@ -125,7 +140,7 @@ class Sensitivities:
     def rank_correlations(self) -> dict[str, dict[int, RankCorrelation]]:
         """metric -> bits -> agreement of the predicted with the measured order of the blocks."""
         found: dict[str, dict[int, RankCorrelation]] = {}
-        for metric in METRICS:
+        for metric in self.metrics:
             if metric != TRUTH:
                 table = self.table(metric)
                 found[metric] = {b: _agreement(table[:, i], self.loss_change[:, i]) for i, b in enumerate(self.bits)}
@@ -135,6 +150,8 @@ class Sensitivities:
         """Write as JSON (aside first, then renamed)."""
         content: dict[str, Any] = {"format": FORMAT, "names": self.names, "members": self.members}
         content |= {"bits": list(self.bits), "loss": self.loss, "metric": self.metric, "settings": self.settings}
+        if self.kronecker is not None:
+            content["kronecker"] = json_array(self.kronecker)
         write_json(path, content | {name: json_array(getattr(self, name)) for name in _ARRAYS})
 
     @classmethod
@@ -147,7 +164,8 @@ class Sensitivities:
         content = read_saved(path, FORMAT, "Sensitivities")
         try:
             names, bits = [str(n) for n in content["names"]], tuple(int(b) for b in content["bits"])
-            arrays = {name: np.array(content[name], dtype=np.float64) for name in _ARRAYS}
+            present = [*_ARRAYS, *(["kronecker"] if "kronecker" in content else [])]
+            arrays = {name: np.array(content[name], dtype=np.float64) for name in present}
             members = {n: [str(m) for m in content["members"][n]] for n in names}
             loss, metric, settings = float(content["loss"]), str(content["metric"]), dict(content["settings"])
             report = cls(names, members, bits, **arrays, loss=loss, metric=metric, settings=settings)
@@ -156,14 +174,15 @@ class Sensitivities:
         for name, array in arrays.items():
             if array.shape != ((len(names),) if name in _BY_BLOCK else (len(names), len(bits))):
                 raise ValueError(f"path: {path} is a damaged sensitivity file ({name} has another shape)")
+        check_seal(path, content)
         return report
 
     def __str__(self) -> str:
         width = max(len(n) for n in [*self.names, "block"])
         lines = [f"loss {self.loss:.5f}; damage in units of the loss, omega, eigenvalue, trace up to a constant"]
         for i, b in enumerate(self.bits):
-            lines.append(f"\n{b} bits\n{'block':<{width}}" + "".join(f"{m:>13}" for m in METRICS))
-            columns = [self.table(m)[:, i] for m in METRICS]
+            lines.append(f"\n{b} bits\n{'block':<{width}}" + "".join(f"{m:>13}" for m in self.metrics))
+            columns = [self.table(m)[:, i] for m in self.metrics]
             for name, *values in zip(self.names, *columns, strict=True):
                 lines.append(f"{name:<{width}}" + "".join(f"{v:>13.4g}" for v in values))
         return "\n".join([*lines, "", correlation_table(self.rank_correlations())])

@@ -1,4 +1,4 @@
-"""Measure how much each block of an encoder suffers at each bit width, by five predictions and in truth.
+"""Measure how much each block of an encoder suffers at each bit width, by six predictions and in truth.
 
 >>> report = sensitivity(model, batches, bits=(2, 3, 4, 8))
 >>> print(report)
@@ -11,23 +11,27 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from qbert.allocation.blocks import check_widths
 from qbert.allocation.damage import quantized_weight, target_specs
+from qbert.allocation.kronecker import kronecker_factors
 from qbert.allocation.predictions import TRUTH, Sensitivities
 from qbert.arguments import whole_number
 from qbert.bits import BitsConfig
 from qbert.encoders.prefix import LayerCache
 from qbert.encoders.targets import Target, encoder_layers, find_targets
 from qbert.hessian import HessianOperator, HessianSpectrum, estimate_trace, hessian_spectrum, parameter_blocks
+from qbert.hessian.additive import additive
 from qbert.hessian.batches import Batch, batch_size, loss_weight, random_subset
 from qbert.hessian.blocks import vector_options
+from qbert.hessian.gauss_newton.loss_factor import MixedSamplesError, NoModelOutputError
 from qbert.hessian.losses import LossFunction, evaluating, in_full_precision, model_loss, to_device
 
 
@@ -90,6 +94,7 @@ def sensitivity(
     subset = random_subset(
         model, batches, samples=samples, seed=seed, collate_fn=collate_fn, micro_batch_size=micro_batch_size
     )
+    subset = additive(model, subset, loss_fn)
     if spectrum is None:
         spectrum = hessian_spectrum(
             model,
@@ -172,6 +177,7 @@ def _measure(
                 found["curvature"][i, j] = float(moved.double() @ curved.double())
                 found["gradient"][i, j] = float(slope @ moved.double())
     operator.release()
+    found["kronecker"] = _kronecker(model, subset, blocks, targets, specs, loss_fn)
     changes = LossChanges(model, subset, loss_fn=loss_fn)
     with tqdm(
         total=len(blocks) * len(specs), desc="loss change", unit="pass", disable=not progress, smoothing=0
@@ -182,6 +188,34 @@ def _measure(
                 found["loss_change"][i, j] = changes.of(quantized)
                 bar.update()
     return found | {"loss": changes.loss}
+
+
+def _kronecker(
+    model: nn.Module,
+    subset: Sequence[Batch],
+    blocks: Mapping[str, Sequence[str]],
+    targets: Mapping[str, Target],
+    specs: Mapping[int, Mapping[str, Any]],
+    loss_fn: LossFunction | None,
+) -> NDArray[np.float64] | None:
+    """[L, B] damage by Kronecker factors; None where the loss is not seen to come from logits of samples."""
+    modules = {m: cast(nn.Linear, targets[m].module) for members in blocks.values() for m in members}
+    try:
+        factors = kronecker_factors(model, subset, list(dict.fromkeys(modules.values())), loss_fn)
+    except (NoModelOutputError, MixedSamplesError):
+        return None
+    return np.array(
+        [
+            [
+                sum(
+                    factors[modules[m]].damage(_change(targets[m], by_path[targets[m].path]).view(targets[m].shape))
+                    for m in members
+                )
+                for by_path in specs.values()
+            ]
+            for members in blocks.values()
+        ]
+    )
 
 
 def _distinct(members: Sequence[str], targets: Mapping[str, Target]) -> list[str]:

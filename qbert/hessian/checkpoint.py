@@ -27,7 +27,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from qbert.files import check_tensors, read_json, remove_abandoned, write_json, write_tensors
+from qbert.files import AlteredFileError, check_tensors, read_json, remove_abandoned, write_json, write_tensors
 from qbert.hessian.eigenpair import Eigenpair
 
 FORMAT = "qbert.hessian_checkpoint/3"
@@ -56,7 +56,10 @@ class Checkpoint:
         self.signature = dict(signature)
         self._blocks: dict[str, dict[str, Any]] = {}
         for file in self._files() if resume else ():
-            state = read_json(file)
+            try:
+                state = read_json(file)
+            except AlteredFileError as error:
+                raise ValueError(_damaged(file)) from error
             self._check(file, state)
             self._blocks[state["block"]] = state
 

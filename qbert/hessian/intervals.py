@@ -19,7 +19,7 @@ import itertools
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import stats
+from scipy.special import chdtri, stdtrit  # inverse distributions: of chi-squared from above, of Student's t
 
 Array = NDArray[np.float64]
 _MOST_SWAPS = 12  # runs of which every exchange is looked at: 4096
@@ -34,8 +34,8 @@ def interval(runs: Array, level: float, draws: int, random: np.random.Generator)
     """Bounds of |mean| + std of the distribution that the runs [R >= 2] come from, of probability `level` or more."""
     count, tail = len(runs), (1 - level) / 2
     center, spread = abs(float(runs.mean())), float(runs.std(ddof=1))
-    reach = stats.t.ppf(1 - tail / 2, count - 1) * spread / np.sqrt(count)
-    small, large = spread * np.sqrt((count - 1) / stats.chi2.ppf([1 - tail / 2, tail / 2], count - 1))
+    reach = stdtrit(count - 1, 1 - tail / 2) * spread / np.sqrt(count)
+    small, large = spread * np.sqrt((count - 1) / chdtri(count - 1, [tail / 2, 1 - tail / 2]))
     low, high = max(center - reach, 0.0) + small, center + reach + large
     if _one_sign(runs):
         possible = _log_omega(*_possible(np.log(np.abs(runs)), draws, random))

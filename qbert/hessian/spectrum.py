@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qbert.arguments import real_number, whole_number
-from qbert.files import json_array, read_saved, write_json
+from qbert.files import check_seal, json_array, read_saved, write_json
 from qbert.hessian.intervals import interval, omega, p_equal, told_apart
 
 FORMAT = "qbert.hessian_spectrum/1"
@@ -174,6 +174,7 @@ class HessianSpectrum:
         fit = all(getattr(spectrum, name).shape == (shape[:1] if name == "losses" else shape) for name in _ARRAYS)
         if not fit or len(set(names)) < len(names):
             raise ValueError(f"path: {path} is a damaged spectrum file (arrays are not {shape}); measure it again")
+        check_seal(path, content)
         return spectrum
 
     def plot(self, path: str | os.PathLike[str]) -> None:

@@ -342,6 +342,11 @@ def stages_of(encoder: Any, exact: bool = True) -> list[Stage]:
     return stages
 
 
+def _attention_of(encoder: Any) -> str:
+    """The kind of attention of an encoder; DistilBERT's has its configuration in the layers."""
+    return next((m.config._attn_implementation for m in encoder.modules() if hasattr(m, "config")), "eager")
+
+
 def run_alone(encoder: Any, index: int, x: Tensor, mask: Tensor | None) -> Tensor:
     """What `encoder` makes of x float32 [B, T, H] if the layer at `index` is its only one: float32 [B, T, H].
 
@@ -354,7 +359,9 @@ def run_alone(encoder: Any, index: int, x: Tensor, mask: Tensor | None) -> Tenso
     dtype = next((p.dtype for p in only.layer.parameters() if p.is_floating_point()), x.dtype)
     if mask is not None:
         lowest = torch.finfo(dtype).min
-        if mask.dtype == torch.bool:  # which only some kinds of attention understand
+        # Booleans are what sdpa gets from the model, and all that tells rows without a key from others; eager adds.
+        if mask.dtype == torch.bool and _attention_of(encoder) != "sdpa":
             mask = torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, lowest)
-        mask = mask.clamp(min=lowest).to(dtype).expand(-1, -1, x.shape[1], -1)
+        mask = mask if mask.dtype == torch.bool else mask.clamp(min=lowest).to(dtype)
+        mask = mask.expand(-1, -1, x.shape[1], -1)
     return type(encoder).forward(only, x.to(dtype), mask)[0].float()  # type: ignore[no-any-return]

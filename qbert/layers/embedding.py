@@ -47,7 +47,9 @@ class QuantEmbedding(TrainableLayer, nn.Embedding):
         return quantized.train(module.training)
 
     def forward(self, input: Tensor) -> Tensor:
-        """Token ids [...] -> rows [..., D]."""
+        """Token ids [...] -> rows [..., D]. Raises ValueError if the table was resized."""
+        if len(self.weight) != len(self.weight_quantizer.row_group):
+            raise ValueError(self.weight_quantizer.resized(len(self.weight)))
         return cast(Tensor, self.weight_quantizer(super().forward(input), rows=input))
 
 

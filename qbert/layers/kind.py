@@ -21,12 +21,16 @@ from torch import Tensor, nn
 
 from qbert.bits import TensorSpec
 from qbert.layers.packed import PackedTensor
-from qbert.layers.quantizer import WeightQuantizer
+from qbert.layers.quantizer import WeightQuantizer, check_grid, note_grid
 from qbert.quantizers.activations import ActivationQuantizer
 
 
-class TrainableLayer:
-    """What every fake-quantized layer has, beside the `nn.Module` that it also is.
+class TrainableLayer(nn.Module):
+    """What every fake-quantized layer has, beside the float module that it also is.
+
+    Its grids follow when its weight is exchanged for another one: a new ``weight`` (a tied head, say), or a state dict
+    that holds a weight without its grids (of a float model), has them found anew; a state dict of other bits or another
+    scheme is refused. What an optimizer does in place is training.
 
     Attributes:
         weight: the float parameter, in the layout of the float module; the very object of the module it replaced.
@@ -57,6 +61,40 @@ class TrainableLayer:
     def quantized_weight(self) -> Tensor:
         """The dequantized weight [rows, columns] that the layer computes with."""
         return self.weight_quantizer(self.matrix)  # type: ignore[no-any-return]
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        exchanged = name == "weight" and isinstance(value, nn.Parameter) and value is not self._parameters.get(name)
+        super().__setattr__(name, value)
+        if exchanged and "weight_quantizer" in self._modules:
+            self._find_again()
+
+    def grid(self) -> list[Any]:
+        """What a state dict of the layer does not say by tensors."""
+        activation = getattr(self, "activation_quantizer", None)
+        if activation is not None and not activation.enabled:
+            activation = None
+        quantizer = self.weight_quantizer
+        asked = (None, None) if activation is None else (activation.bits, activation.mode)
+        return [quantizer.bits, quantizer.spec.scheme, *asked]
+
+    def _find_again(self) -> None:
+        weight, quantizer = self.matrix, self.weight_quantizer
+        if len(weight) != len(quantizer.row_group):
+            raise ValueError(quantizer.resized(len(weight)))
+        if not weight.is_meta:
+            quantizer.find(weight.detach())
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        note_grid(destination, prefix, self.grid())
+
+    def _load_from_state_dict(
+        self, state_dict: Any, prefix: str, local_metadata: Any, strict: bool, *lists: list[str]
+    ) -> None:
+        check_grid(prefix, local_metadata, self.grid(), lists[2])
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, *lists)
+        if f"{prefix}weight" in state_dict and f"{prefix}weight_quantizer.scale" not in state_dict and not lists[2]:
+            self._find_again()
 
 
 @dataclass(frozen=True)

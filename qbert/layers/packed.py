@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from qbert.bits import TensorSpec
 from qbert.kernels import formats
 from qbert.layers.layout import FIXED_ZERO, PackedLayout
-from qbert.layers.quantizer import WeightQuantizer
+from qbert.layers.quantizer import WeightQuantizer, check_grid, note_grid
 from qbert.quantizers.activations import ActivationQuantizer
 from qbert.quantizers.groups import row_group_of
 
@@ -175,6 +175,21 @@ class PackedTensor(nn.Module):
             if moved is not None and moved.dtype != buffer.dtype:
                 self._buffers[name] = buffer.to(moved.device)
         return self
+
+    def _grid(self) -> list[Any]:
+        spec, layout = self.spec, self.layout
+        kept = [layout.groups, layout.input_groups, layout.heads, layout.zero]
+        return [spec.bits, spec.scheme, spec.activation_bits, spec.activation_range, *kept]
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        note_grid(destination, prefix, self._grid())
+
+    def _load_from_state_dict(
+        self, state_dict: Any, prefix: str, local_metadata: Any, strict: bool, *lists: list[str]
+    ) -> None:
+        check_grid(prefix, local_metadata, self._grid(), lists[2])
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, *lists)
 
     def _fill(self, quantizer: WeightQuantizer, weight: Tensor) -> None:
         """Take codes and grids from a trained layer."""

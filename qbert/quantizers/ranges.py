@@ -297,14 +297,17 @@ class _Sums:
         sizes = torch.bincount(part.row_group)
         self.rows = int(sizes.max())
         columns = part.blocks.shape[1:]
-        place = torch.arange(len(part.blocks), device=sizes.device) - (sizes.cumsum(0) - sizes)[part.row_group]
-        values = part.blocks.new_full((len(sizes), columns[0], self.rows, columns[1]), torch.inf)
-        values[part.row_group, :, place] = part.blocks
-        self.values = _sorted(values.flatten(2))  # [G, K, n], infinite beyond the weights of a smaller group
+        equal = int(sizes.min()) == self.rows
+        if equal:
+            values = part.blocks.unflatten(0, (-1, self.rows)).transpose(1, 2)
+        else:
+            place = torch.arange(len(part.blocks), device=sizes.device) - (sizes.cumsum(0) - sizes)[part.row_group]
+            values = part.blocks.new_full((len(sizes), columns[0], self.rows, columns[1]), torch.inf)
+            values[part.row_group, :, place] = part.blocks
+        # [G, K, n], infinite beyond the weights of a smaller group
+        self.values = _sorted(values.clone(memory_format=torch.contiguous_format).flatten(2))
         self.counts = (sizes * columns[1]).unsqueeze(-1)  # [G, 1]
-        finite = self.values
-        if int(sizes.min()) < self.rows:
-            finite = finite.masked_fill(finite == torch.inf, 0.0)
+        finite = self.values if equal else self.values.masked_fill(self.values == torch.inf, 0.0)
         self.squares = torch.linalg.vector_norm(finite, dim=-1, dtype=torch.float64).square()
         self.sums = finite.new_zeros(*finite.shape[:-1], finite.shape[-1] + 1, dtype=torch.float64)
         torch.cumsum(finite, -1, dtype=torch.float64, out=self.sums[..., 1:])

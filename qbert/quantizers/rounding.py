@@ -117,6 +117,7 @@ class _Columns:
         self.metric = metric  # [I, I] float64
         self.order = order
         self.input_group = input_group  # run of input columns of each column
+        self.narrow = metric.to(target.dtype)
         self._full: Tensor | None = None
 
     @classmethod
@@ -154,7 +155,7 @@ class _Columns:
 
     def errors(self, difference: Tensor) -> Tensor:
         """D^T H D of every row, [N]."""
-        return (difference * (self.metric.to(difference.dtype) @ difference)).sum(0)
+        return (difference * (self.narrow @ difference)).sum(0)
 
     def sweep(
         self, difference: Tensor, codes: Tensor, feedback: Tensor, scale: Tensor, zero: Tensor, qmin: int, qmax: int
@@ -249,13 +250,12 @@ def _refitted(
     is real: the least squares of one or two unknowns in the metric H.
     """
     scale, zero = grids.scale.clone(), grids.zero.clone()
-    metric = problem.metric.to(difference.dtype)
     runs = torch.tensor(problem.input_group, device=difference.device)
     for k in range(scale.shape[1]):
-        inside = runs == k
-        own = metric[inside][:, inside]
+        inside = slice(None) if scale.shape[1] == 1 else (runs == k).nonzero().flatten()
+        own = problem.narrow[inside][:, inside]
         centred = codes[inside] - zero[row_group, k]
-        pull = metric[inside] @ difference  # [I/K, O]
+        pull = problem.narrow[inside] @ difference  # [I/K, O]
         by_codes = own @ centred
         cc, cd = (_group_sum((a * centred).sum(0), row_group) for a in (by_codes, pull))
         ds, do = torch.where(cc > 0, cd / cc.clamp_min(_TINY), 0.0), torch.zeros_like(cc)

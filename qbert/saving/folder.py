@@ -11,6 +11,7 @@ unless qbert has put the former in its place, so that without ``import qbert`` n
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import inspect
 import json
@@ -112,15 +113,20 @@ class Saver:
         self.plain(self.model, aside, **kwargs)
         if not (folder / "README.md").exists():
             (aside / "README.md").write_text(model_card(self.model, folder.name), encoding="utf-8")
-        for index in aside.glob("*.safetensors.index.*.json"):  # transformers reads no variant under this name
-            index.rename(aside / f"model.{kwargs['variant']}{_INDEX}")
+        for index in list(aside.glob("*.safetensors.index*.json")):
+            content = json.loads(index.read_text(encoding="utf-8"))
+            content["metadata"]["written_by"] = METHOD
+            # transformers finds no variant of an index by its usual name
+            name = index.name if index.name.endswith(_INDEX) else f"model.{kwargs['variant']}{_INDEX}"
+            index.unlink()
+            (aside / name).write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         config = json.loads((aside / "config.json").read_text(encoding="utf-8")) | {"transformers_weights": NO_WEIGHTS}
         config.pop("quantization_config", None)
         tensors = tensor_digests(aside.glob("*.safetensors"))
         record = {**layouts, "quant_method": METHOD, "config_sha256": content_sha256(config)}
 
-        def write_config(weights: str) -> None:
-            named = {**record, "weights": weights}
+        def write_config(weights: str, replaced: set[str]) -> None:
+            named = {**record, "weights": weights, **({"replaces": sorted(replaced)} if replaced else {})}
             named["sha256"] = _digest(tensors, named)
             content = json.dumps({**config, "quantization_config": named}, indent=2, sort_keys=True) + "\n"
             (aside / "config.json").write_text(content, encoding="utf-8")
@@ -136,7 +142,7 @@ class _Placing:
     there they get a second, usual name, which a second configuration names.
     """
 
-    def __init__(self, aside: Path, folder: Path, write_config: Callable[[str], None]) -> None:
+    def __init__(self, aside: Path, folder: Path, write_config: Callable[[str, set[str]], None]) -> None:
         self.aside, self.folder, self.write_config = aside, folder, write_config
         self.usual = sorted(path.name for path in aside.iterdir() if ".safetensors" in path.name)
         self.older = quantized_files(folder)
@@ -156,14 +162,19 @@ class _Placing:
             (self.aside / entry).write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         for name, other in names.items():
             _replace(self.aside / name, self.folder / other)
-        self.write_config(names[entry])
+        replaced = self.older - {*names, *names.values()}
+        self.write_config(names[entry], replaced)
+        final = names
         if taken and self._name_as_usual(names, entry, index):
-            self.write_config(entry)
-            names = {name: name for name in names}
+            final = {name: name for name in names}
+        # An index last: it tells the next save what a killed one left.
+        for name in sorted(replaced, key=lambda name: name.endswith(_INDEX)):
+            (self.folder / name).unlink(missing_ok=True)
+        if replaced or final is not names:
+            self.write_config(final[entry], set())
         flush_folder(self.folder)
         for path in list(self.folder.iterdir()):
-            left = path.name in self.older or _ASIDE.fullmatch(path.name)
-            if left and path.name not in names.values():
+            if _ASIDE.fullmatch(path.name) and path.name not in final.values():
                 path.unlink(missing_ok=True)
 
     def _other(self, name: str) -> str:
@@ -195,19 +206,20 @@ def _replace(path: Path, target: Path) -> None:
 def quantized_files(folder: Path) -> set[str]:
     """Names of the files in `folder` that hold a quantized model, its configuration and card left out."""
     found = {GRIDS, TRAINABLE_RECORD} if (folder / TRAINABLE_RECORD).is_file() else set()
-    try:
+    record: Any = None
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         record = read_json(folder / "config.json")["quantization_config"]
-        if record["quant_method"] != METHOD:
-            return found
-        weights = record.get("weights") or (
-            "model.safetensors" if (folder / "model.safetensors").is_file() else f"model{_INDEX}"
-        )
-        found.add(weights)
-        if weights.endswith(_INDEX):
-            found |= set(read_json(folder / weights)["weight_map"].values())
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        pass  # no quantized model, or one that cannot be read: what it consists of is not known
-    return found
+    if isinstance(record, dict) and record.get("quant_method") == METHOD:
+        whole = (folder / "model.safetensors").is_file()
+        found.add(str(record.get("weights") or ("model.safetensors" if whole else f"model{_INDEX}")))
+        found |= set(record.get("replaces") or ())
+    # The index of a model that was replaced before, by a process that was killed while it cleared up, is ours too.
+    for index in folder.glob(f"model*{_INDEX}"):
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
+            content = read_json(index)
+            if index.name in found or content["metadata"]["written_by"] == METHOD:
+                found |= {index.name, *content["weight_map"].values()}
+    return {name for name in found if Path(name).name == name}
 
 
 def output_folder(name: str, folder: str | os.PathLike[str]) -> Path:
@@ -287,13 +299,13 @@ def check_folder(files: Iterable[str | os.PathLike[str]], record: Mapping[str, A
     Raises:
         ValueError: naming what is wrong.
     """
-    files = [Path(os.path.abspath(file)) for file in files]
-    for file in files:
-        if file.parent != files[0].parent or file.parent.name == "":
-            raise ValueError(f"{files[0].parent}: the index names {file}, outside of the folder; save the model again")
-    if files and (files[0].parent / "config.json").is_file():
-        check_configuration(files[0].parent)
-    check_digest(files, record)
+    paths = [Path(os.path.abspath(file)) for file in files]
+    for path in paths:
+        if path.parent != paths[0].parent:
+            raise ValueError(f"{paths[0].parent}: the index names {path}, outside of the folder; save the model again")
+    if paths and (paths[0].parent / "config.json").is_file():
+        check_configuration(paths[0].parent)
+    check_digest(paths, record)
 
 
 def model_card(model: Any, name: str) -> str:

@@ -64,6 +64,7 @@ class QBertConfig(QuantizationConfigMixin):
         weights: name of the file of the tensors, or of its index; ``None`` likewise.
         form: ``packed``, or ``trainable`` for float weights with the grids that they are quantized on.
         prefix: path of the base model, under which a trainable one's grids lie in the files.
+        replaces: files of an earlier model, where the save was killed before they were removed.
 
     Raises:
         ValueError: for a newer or unknown format.
@@ -80,6 +81,7 @@ class QBertConfig(QuantizationConfigMixin):
         weights: str | None = None,
         form: str = "packed",
         prefix: str | None = None,
+        replaces: list[str] | None = None,
         quant_method: str = METHOD,
         **unknown: Any,
     ) -> None:
@@ -97,11 +99,12 @@ class QBertConfig(QuantizationConfigMixin):
         self.format_version = format_version
         self.specs, self.tensors, self.tied, self.sha256 = specs, tensors, tied, sha256
         self.config_sha256, self.weights, self.form, self.prefix = config_sha256, weights, form, prefix
+        self.replaces = replaces
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values; what older files do not have is left out where it says nothing."""
         values = super().to_dict()
-        silent = {"config_sha256": None, "weights": None, "form": "packed", "prefix": None}
+        silent = {"config_sha256": None, "weights": None, "form": "packed", "prefix": None, "replaces": None}
         return {k: v for k, v in values.items() if k not in silent or v != silent[k]}
 
     def layout(self, name: str) -> PackedLayout:
@@ -146,7 +149,7 @@ class QBertHfQuantizer(HfQuantizer):  # type: ignore[misc]
         self.files = [Path(file) for file in checkpoint_files or ()]
         known: Any = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
         ours = {rf"\.{part.strip('.')}\." for part in GRID_PARTS}
-        model._keys_to_ignore_on_load_unexpected = {*known, *ours}  # read after the float weights
+        model._keys_to_ignore_on_load_unexpected = {*known, *ours}  # type: ignore[assignment] # read after the weights
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         if hasattr(model.config, "transformers_weights"):
@@ -295,11 +298,11 @@ def load(path: str | os.PathLike[str], **kwargs: Any) -> Any:
         OSError: if there is no such model.
     """
     folder = Path(path) / kwargs.get("subfolder", "")
-    check_index(folder)
     hub = {k: kwargs[k] for k in ("revision", "token", "cache_dir", "subfolder", "local_files_only") if k in kwargs}
     values = configuration(path, **hub)
     record = values.get("quantization_config")
     method = record.get("quant_method") if isinstance(record, dict) else record
+    check_index(folder, record.get("weights") if isinstance(record, dict) else None)
     if (folder / TRAINABLE_RECORD).is_file() and record is None:
         return load_trainable(folder, **{k: v for k, v in kwargs.items() if k != "subfolder"})
     if method != METHOD or not isinstance(record, dict):

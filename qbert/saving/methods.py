@@ -4,7 +4,8 @@
 whichever way the layers came into the model. So it is replaced once, there, and leaves float models to the original.
 transformers has no hook for it: its quantizers are told of a save only where they loaded the model themselves.
 
-In a file of its own because `hf` is imported before ``transformers.modeling_utils``, and this after it (`registration`).
+In a file of its own because `hf` is imported before ``transformers.modeling_utils``, and this after it
+(`registration`).
 """
 
 from __future__ import annotations

@@ -55,7 +55,10 @@ def describe(model: nn.Module) -> dict[str, Any]:
         if mixed is not None:
             raise ValueError(f"model: {mixed} is packed and other layers are not; pack or unpack the whole model")
         found = {p: m for p, m in model.named_modules() if isinstance(m, TrainableLayer)}
-        specs, tensors = record_layouts(prefix, {path: layout_of(layer) for path, layer in found.items()})
+        for path, trained in found.items():
+            if len(trained.matrix) != len(trained.weight_quantizer.row_group):
+                raise ValueError(f"model: {path}: {trained.weight_quantizer.resized(len(trained.matrix))}")
+        specs, tensors = record_layouts(prefix, {path: layout_of(trained) for path, trained in found.items()})
         record = {"format_version": FORMAT_VERSION, "specs": specs, "tensors": tensors, "tied": {}}
         return {**record, "form": "trainable", "prefix": prefix}
     layers = {path: m for path, m in model.named_modules() if isinstance(m, PackedTensor)}
@@ -164,17 +167,21 @@ def configuration(path: str | os.PathLike[str], **hub: Any) -> dict[str, Any]:
     return values
 
 
-def check_index(folder: Path) -> None:
-    """Check the index of a model in several files, if `folder` has one, before transformers trips over it.
+def check_index(folder: Path, weights: str | None = None) -> None:
+    """Check the index of a model in several files, if that is what `folder` holds, before transformers trips over it.
+
+    Args:
+        folder: of the model.
+        weights: name of the file of its tensors or of its index; as transformers looks for them where None.
 
     Raises:
         ValueError: if it is damaged, or names a file that is not there or outside of the folder.
     """
-    for index in sorted(folder.glob("model*.safetensors.index.json")):
-        _check_index(folder, index)
-
-
-def _check_index(folder: Path, index: Path) -> None:
+    index = folder / (weights or "model.safetensors.index.json")
+    if not index.name.endswith(".index.json") or not index.is_file():
+        return
+    if weights is None and (folder / "model.safetensors").is_file():
+        return  # what is left of another model
     content = read_json(index)
     files = content.get("weight_map") if isinstance(content, dict) else None
     if isinstance(content, dict) and not isinstance(content.get("metadata"), dict):

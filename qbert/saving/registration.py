@@ -2,7 +2,8 @@
 
 transformers has no entry points: a quantization method exists once somebody has registered it. Importing the registry
 (and torch with it) takes seconds, which ``import qbert`` alone should not cost; so if the registry is not loaded yet,
-registration waits until it is. The same holds for the class of all models, whose ``save_pretrained`` quantized ones replace.
+registration waits until it is. The same holds for what other libraries do with models that are quantized: saving
+them, writing their cards, merging adapters into them.
 
     >>> import qbert                                      # calls `register_with_transformers`
     >>> AutoModel.from_pretrained("folder of a packed model")
@@ -21,6 +22,7 @@ from types import ModuleType
 _AFTER = {
     "transformers.quantizers.auto": "qbert.saving.hf",
     "transformers.modeling_utils": "qbert.saving.methods",
+    "peft.tuners.tuners_utils": "qbert.layers.adapters",
     "sentence_transformers.base.model": "qbert.saving.sentences",
     "sentence_transformers.SentenceTransformer": "qbert.saving.sentences",  # before version 5.4
 }

@@ -58,9 +58,9 @@ def install(theirs: ModuleType) -> None:
     """Let every model card that sentence-transformers writes say of a quantized encoder what it is, once."""
     for name in ("BaseModel", "SentenceTransformer"):
         kind: Any = getattr(theirs, name, None)
-        if kind is not None and "_create_model_card" in vars(kind):
-            if not hasattr(kind._create_model_card, "before_qbert"):
-                kind._create_model_card = _with_notice(kind._create_model_card)
+        own = kind is not None and "_create_model_card" in vars(kind)
+        if own and not hasattr(kind._create_model_card, "before_qbert"):
+            kind._create_model_card = _with_notice(kind._create_model_card)
 
 
 def _with_notice(plain: Callable[..., None]) -> Any:

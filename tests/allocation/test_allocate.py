@@ -18,6 +18,7 @@ from qbert.allocation.budgets import Budget, make_budgets
 from qbert.allocation.damage import weight_errors
 from qbert.allocation.knapsack import choose, front, total
 from qbert.bits import BitsConfig
+from qbert.encoders import targets
 from qbert.encoders.targets import find_targets
 from qbert.hessian import parameter_blocks
 from qbert.quantize import quantize_model
@@ -433,3 +434,22 @@ def test_the_model_is_left_alone() -> None:
     allocate_bits(spectrum_of(MODEL), bits=(2, 4), average_bits=3, model=MODEL, groups=4)
     assert all(torch.equal(before[k], v) for k, v in MODEL.state_dict().items())
     assert flags == [p.requires_grad for p in MODEL.parameters()]
+
+
+@pytest.mark.parametrize("granularity", ["layer", "matrix"])
+def test_the_modules_of_the_model_are_walked_over_once(granularity: str, monkeypatch: Any) -> None:
+    size = model_size(MODEL, 4).mb
+    walks: list[Any] = []
+    walk = targets._find_targets
+
+    def counted(model: Any) -> Any:
+        walks.append(model)
+        return walk(model)
+
+    monkeypatch.setattr(targets, "_find_targets", counted)
+    spectrum = spectrum_of(MODEL, granularity)
+    for measured in (spectrum, dict(zip(spectrum.names, spectrum.sensitivity.tolist(), strict=True))):
+        walks.clear()
+        allocate_bits(measured, bits=(2, 4), model=MODEL, size_mb=size, groups=4)
+        assert walks == [MODEL]
+    assert len(find_targets(MODEL)) > 0 and len(walks) == 2

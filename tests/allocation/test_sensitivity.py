@@ -112,8 +112,8 @@ def test_cached_prefix_gives_the_losses_of_the_whole_model(family: str) -> None:
     for target in [*targets, targets[0]]:
         moved = {target.name: target.module.weight.detach() * 1.5}  # type: ignore[operator]
         assert cached.of(moved) == pytest.approx(plain.of(moved), rel=1e-9, abs=1e-12)
-    assert bool(cached._layers) == (family != "albert")  # ALBERT applies one layer twice: nothing to cache
-    assert not plain._layers
+    assert cached._cache.usable == (family != "albert")  # ALBERT applies one layer twice: nothing to cache
+    assert not plain._cache.usable
 
 
 def test_cached_prefix_saves_layer_calls() -> None:
@@ -147,7 +147,7 @@ def test_a_model_that_changes_what_it_computes_is_run_whole() -> None:
     changes = LossChanges(model, batches)
     before = changes.loss
     assert changes.of({"layers.1.0": torch.zeros(4, 4)}) != 0
-    assert not changes._layers and before == LossChanges(model, batches, cache_prefix=False).loss
+    assert not changes._cache.usable and before == LossChanges(model, batches, cache_prefix=False).loss
 
 
 def test_model_is_left_as_it_was_also_when_interrupted() -> None:

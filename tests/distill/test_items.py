@@ -12,7 +12,13 @@ from distilling import distiller, tokenizer
 
 from qbert.distill import Match, Recipe, Stage, recipes
 
-SMALL = {"vocab_size": 100, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
+SMALL = {
+    "vocab_size": 100,
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 24,
+}
 EVERY_FEATURE = Recipe(
     "every", "test",
     (Stage("one", (Match("logits", "kl"), Match("hidden", "cosine"), Match("scores"), Match("relations.value"),
@@ -55,7 +61,9 @@ def collate(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
 def gradient(trainer: Any, loss: torch.Tensor) -> torch.Tensor:
     parameters = [p for p in trainer.student.parameters() if p.requires_grad]
     found = torch.autograd.grad(loss, parameters, allow_unused=True)
-    return torch.cat([torch.zeros(p.numel()) if g is None else g.flatten() for p, g in zip(parameters, found, strict=True)])
+    return torch.cat(
+        [torch.zeros(p.numel()) if g is None else g.flatten() for p, g in zip(parameters, found, strict=True)]
+    )
 
 
 @pytest.mark.parametrize("head", ["SequenceClassification", "TokenClassification", "MaskedLM", "QuestionAnswering"])

@@ -254,7 +254,7 @@ def test_dequantize_gives_a_plain_float_model(saved: Path, tmp_path: Path) -> No
 
 
 def test_trainer_refuses_a_packed_model(saved: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="quantized"):
+    with pytest.raises(ValueError, match=r"quantized model cannot be trained.*qbert\.unpack"):
         tf.Trainer(qbert.load(saved), tf.TrainingArguments(str(tmp_path), report_to=[]))
 
 
@@ -297,3 +297,26 @@ def test_sentence_transformers_saves_and_loads(minilm: Path, tmp_path: Path) -> 
     assert sum(isinstance(m, PackedTensor) for m in loaded.modules()) == 39
     assert abs(loaded.encode(texts) - expected).max() <= 1e-6
     assert (model.encode(texts) * expected).sum(1).min() > 0.9
+
+
+@pytest.mark.parametrize("form", [lambda model: model, pack], ids=["trainable", "packed"])
+def test_a_sentence_transformer_comes_back_as_one_and_its_card_says_what_it_is(
+    form: Any, minilm: Path, tmp_path: Path
+) -> None:
+    library = pytest.importorskip("sentence_transformers")
+    model = form(qbert.quantize_model(library.SentenceTransformer(str(minilm), device="cpu").eval(), 4))
+    expected = model.encode(["a sentence"])
+    model.save(str(tmp_path / "one"))
+    loaded = qbert.load(tmp_path / "one")
+    assert type(loaded) is library.SentenceTransformer and abs(loaded.encode(["a sentence"]) - expected).max() <= 1e-6
+    loaded.save(str(tmp_path / "two"))
+    for folder in ("one", "two"):
+        card = (tmp_path / folder / "README.md").read_text()
+        assert card.startswith("---\n") and card.count("**`import qbert` before you load it.**") == 1
+    code = (
+        "import sys, sentence_transformers\n"
+        "try: sentence_transformers.SentenceTransformer(sys.argv[1], device='cpu')\n"
+        "except OSError as error: assert 'import_qbert' in str(error), error\n"
+        "else: raise SystemExit('loaded')"
+    )
+    subprocess.run([sys.executable, "-c", code, str(tmp_path / "one")], cwd=tmp_path, check=True, timeout=300)

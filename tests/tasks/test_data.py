@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from tiny_tasks import sentiment_rows, write_task
 
-from qbert.tasks import TASK_NAMES, load_task, seeded_split, subset
+from qbert.tasks import TASK_NAMES, load_task, local, seeded_split, subset
 from qbert.tasks.embedded import REVIEWS, WEIGHTS_SHA256, checked_encoder, embedded_encoder
 from qbert.tasks.registry import to_row
 
@@ -269,6 +269,27 @@ def test_misplaced_answer_is_named(tmp_path: Path) -> None:
     for name in ("train-v1.1.json", "dev-v1.1.json"):
         (tmp_path / "squad" / name).write_text(json.dumps({"data": [{"paragraphs": [paragraph]}]}))
     assert load_task("squad", data_dir=tmp_path).references() == [["Rome"]]
+
+
+@pytest.mark.parametrize("name", ["train.jsonl.gz", "train.json.gz"])
+def test_a_small_file_of_an_endless_line_is_refused_before_it_is_in_memory(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(local, "_LONGEST_LINE", 10_000)
+    monkeypatch.setattr(local, "_LONGEST_FILE", 10_000)
+    with gzip.open(tmp_path / name, "wb") as file:
+        file.write(b'{"text": "' + b"a" * 20_000 + b'"}\n')
+    read = local._read_squad if ".json." in name else lambda path: list(local.read_lines(path))
+    with pytest.raises(ValueError, match=rf"{name} is longer than 10000 characters"):
+        read(tmp_path / name)
+
+
+@pytest.mark.parametrize("text", ["[" * 10_000 + "]" * 10_000, '{"a": ' + "9" * 5000 + "}"], ids=["deep", "digits"])
+def test_hostile_rows_are_refused_by_name(text: str, tmp_path: Path) -> None:
+    (tmp_path / "train.jsonl").write_text(f"{text}\n")
+    for read in (local._read_squad, lambda path: list(local.read_lines(path))):
+        with pytest.raises(ValueError, match=r"train\.jsonl is (damaged|not JSON)"):
+            read(tmp_path / "train.jsonl")
 
 
 def test_damaged_files_are_named(tmp_path: Path) -> None:
