@@ -86,6 +86,7 @@ from qbert.distill.step_sizes import (
 )
 from qbert.encoders.inputs import forward_arguments
 from qbert.encoders.modes import modes_kept
+from qbert.extras import require
 
 
 class Distiller(Trainer):
@@ -106,6 +107,7 @@ class Distiller(Trainer):
         ValueError: models that do not fit each other or share what is trained, a match that does not fit the models, a
             packed student, reentrant checkpointing, an argument of Trainer's that a distillation cannot heed.
         TypeError: a recipe of another type.
+        MissingPackageError: accelerate is not installed.
     """
 
     # Each term is weighed so that its plain mean over the accumulated batches (and processes) is the mean over all
@@ -126,6 +128,7 @@ class Distiller(Trainer):
         check_teacher: bool = True,
         **kwargs: Any,
     ) -> None:
+        require("accelerate", "Distiller")
         if not isinstance(recipe, Recipe):
             raise TypeError(f"recipe: expected a Recipe such as recipes.qbert_kd(), got {type(recipe).__name__}")
         if train_dataset is None:

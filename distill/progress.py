@@ -10,6 +10,7 @@ import math
 import signal
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
@@ -20,7 +21,9 @@ from torch import Tensor, nn
 from transformers import ProgressCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from qbert.distill.recipe import Recipe, Timetable
+from qbert.extras import is_installed
 from qbert.files import write_whole
+from qbert.plots import new_figure
 
 
 class StageCallback(TrainerCallback):
@@ -145,6 +148,8 @@ def curves_of(history: Sequence[Mapping[str, Any]]) -> dict[str, Curve]:
 def save_curves(history: Sequence[Mapping[str, Any]], folder: Path, name: str = "curves") -> list[Path]:
     """Write FOLDER/NAME.csv (long format: step, name, value) and FOLDER/NAME.png, each aside first.
 
+    The training is over when they are written, so a missing matplotlib costs the picture, with a warning.
+
     Returns:
         The paths written; none if nothing was logged.
     """
@@ -161,6 +166,9 @@ def save_curves(history: Sequence[Mapping[str, Any]], folder: Path, name: str = 
             writer.writerows((step, key, value) for key, points in curves.items() for step, value in points)
 
     write_whole(table, write)
+    if not is_installed("matplotlib"):
+        warnings.warn(f"{table} gets no picture without matplotlib; run: pip install matplotlib", stacklevel=2)
+        return [table]
     picture = folder / f"{name}.png"
     plot_curves({"": curves}, picture)
     return [table, picture]
@@ -168,12 +176,10 @@ def save_curves(history: Sequence[Mapping[str, Any]], folder: Path, name: str = 
 
 def plot_curves(runs: Mapping[str, Mapping[str, Curve]], path: Path) -> None:
     """One panel a quantity (loss, each of its terms, held-out scores), one line a run."""
-    from matplotlib.figure import Figure
-
     names = list(dict.fromkeys(n for curves in runs.values() for n in curves if _is_shown(n)))
     columns = min(3, max(len(names), 1))
     rows = max(-(-len(names) // columns), 1)
-    figure = Figure(figsize=(4.2 * columns, 2.8 * rows), layout="constrained")
+    figure = new_figure(4.2 * columns, 2.8 * rows)
     axes = figure.subplots(rows, columns, squeeze=False).flatten()
     for axis, name in zip(axes, names, strict=False):
         for index, (label, curves) in enumerate(runs.items()):

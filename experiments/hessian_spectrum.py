@@ -33,6 +33,7 @@ from qbert.cli.arguments import (
     process_group,
     run_script,
 )
+from qbert.extras import require
 
 _DEFAULT_SAMPLES = 32
 _DRAWS = 200
@@ -166,6 +167,7 @@ def bits_configs(arguments: argparse.Namespace, spectrum: Any, model: Any) -> di
 def main() -> None:
     """Fine-tune, measure, allocate, quantize, report."""
     arguments = parse_arguments()
+    require("matplotlib", "the picture")
     with process_group(arguments) as rank:
         folder = prepare_run(arguments, "hessian_spectrum")
         with first_rank_first(rank):

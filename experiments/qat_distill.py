@@ -113,9 +113,12 @@ def main() -> None:
     import torch
 
     from qbert.distill.progress import curves_of, plot_curves
+    from qbert.extras import require
     from qbert.tasks.training import check_bf16
 
     arguments = parse_arguments()
+    require("matplotlib", "the picture")
+    require("accelerate", "the training")
     recipe, bits = check_request(arguments)
     warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
     folder = prepare_run(arguments, "qat_distill")

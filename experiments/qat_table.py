@@ -86,17 +86,14 @@ def summary_table(contents: list[dict[str, Any]]) -> tuple[list[str], list[list[
 
 def plot(contents: list[dict[str, Any]], path: Path) -> None:
     """Retention by bits, one panel a task, one line a method, bars for the spread over seeds."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     from qbert.files import write_whole
+    from qbert.plots import new_figure
 
     tasks = list(dict.fromkeys(c["task"] for c in contents))
     columns = min(len(tasks), _PANELS_A_ROW)
     rows = -(-len(tasks) // columns)
-    figure, axes = plt.subplots(rows, columns, figsize=(4 * columns, 3.2 * rows), squeeze=False, layout="constrained")
+    figure = new_figure(4 * columns, 3.2 * rows)
+    axes = figure.subplots(rows, columns, squeeze=False)
     for axis, task in zip(axes.flat, tasks, strict=False):
         chosen = sorted((c for c in contents if c["task"] == task), key=lambda c: _order(c["widths"]))
         _panel(axis, chosen)
@@ -108,7 +105,6 @@ def plot(contents: list[dict[str, Any]], path: Path) -> None:
         axis.set_ylabel("% of the teacher's score")
     axes[0][0].legend(frameon=False)
     write_whole(path, lambda aside: figure.savefig(aside, dpi=130))
-    plt.close(figure)
 
 
 def _panel(axis: Any, contents: list[dict[str, Any]]) -> None:
@@ -161,6 +157,7 @@ def report_text(contents: list[dict[str, Any]]) -> str:
 
 def main() -> None:
     """Read results and write the page and its picture."""
+    from qbert.extras import require
     from qbert.files import read_json, write_whole
     from qbert.results import text_table
 
@@ -168,6 +165,7 @@ def main() -> None:
     parser.add_argument("results", nargs="+", help="results.json files of qat_distill.py")
     parser.add_argument("--report", default="qat.md", help="Markdown file to write, a .png beside it; default: qat.md")
     arguments = parser.parse_args()
+    require("matplotlib", "the picture")
     contents = [read_json(path) for path in arguments.results]
     for path, content in zip(arguments.results, contents, strict=True):
         if not isinstance(content, dict) or not {"rows", "task", "teacher", "widths"} <= set(content):

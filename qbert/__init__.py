@@ -72,11 +72,12 @@ if TYPE_CHECKING:
     from qbert.saving.trainable import save_trainable
     from qbert.sizes import model_size
 
-# The code of two rooms lies in top-level folders, reached through links. Where there are none (a clone without
-# symbolic links, an unpacked source archive), it is found beside this folder.
-_beside = Path(__file__).parent.parent
-if not (Path(__file__).parent / "kernels").is_dir() and (_beside / "kernels" / "formats.py").is_file():
-    __path__.append(str(_beside))
+# The code of two rooms lies in top-level folders, reached through links. Where they are missing (an unpacked source
+# archive) or are small files (a clone without symbolic links), it is found beside this folder.
+_here = Path(__file__).parent
+_linked = all((_here / room).is_dir() for room in ("distill", "kernels"))
+if not _linked and (_here.parent / "kernels" / "formats.py").is_file():
+    __path__.append(str(_here.parent))
 
 
 def __getattr__(name: str) -> Any:

@@ -12,20 +12,32 @@ from typing import Any
 
 import numpy as np
 
+from qbert.extras import require
 from qbert.files import write_whole
 
 _DECADES_FOR_LOG = 30.0
 
 
-def plot_spectrum(spectrum: Any, path: str | os.PathLike[str]) -> None:
-    """Write the picture to `path`; the suffix chooses the type (png, pdf, svg)."""
+def new_figure(width: float, height: float) -> Any:
+    """An empty matplotlib `Figure` of this size in inches, which draws into files only and needs no display.
+
+    Raises:
+        MissingPackageError: matplotlib is not installed.
+    """
+    require("matplotlib", "a picture")
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def plot_spectrum(spectrum: Any, path: str | os.PathLike[str]) -> None:
+    """Write the picture to `path`; the suffix chooses the type (png, pdf, svg)."""
     values = spectrum.eigenvalues  # [R, L]
     runs, blocks = values.shape
-    figure = Figure(figsize=(max(6.4, 0.42 * blocks + 2), 4.8), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(max(6.4, 0.42 * blocks + 2), 4.8)
     axes = figure.add_subplot()
     positions = np.arange(blocks)
     if runs > 2:
@@ -97,13 +109,10 @@ def plot_landscapes(landscapes: Sequence[Any], path: str | os.PathLike[str], *, 
         raise ValueError("landscapes: nothing to draw; pass at least one LossLandscape")
     if kind not in ("contour", "surface"):
         raise ValueError(f"kind: {kind!r} is unknown; use 'contour' or 'surface'")
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    figure = new_figure(5.2 * len(landscapes) + 1, 4.8)
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import PowerNorm
-    from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(5.2 * len(landscapes) + 1, 4.8), layout="constrained")
-    FigureCanvasAgg(figure)
     finite = np.concatenate([s.losses[np.isfinite(s.losses)] for s in landscapes])
     low, high = float(finite.min()), float(finite.max())
     high = high if high > low else low + 1e-12

@@ -122,16 +122,13 @@ def table(times: Mapping[tuple[str, int], Mapping[str, float]], base: str) -> li
 
 def plot(times: Mapping[tuple[str, int], Mapping[str, float]], base: str, path: str, title: str) -> None:
     """One panel a shape: how many times as fast as `base` each engine is, over the number of tokens."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     from qbert.files import write_whole
+    from qbert.plots import new_figure
 
     shapes = list(dict.fromkeys(shape for shape, _ in times))
     columns = min(3, len(shapes))
     rows = -(-len(shapes) // columns)
-    figure = Figure(figsize=(4.5 * columns, 3.2 * rows), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(4.5 * columns, 3.2 * rows)
     figure.suptitle(title)
     for index, shape in enumerate(shapes):
         axes = figure.add_subplot(rows, columns, index + 1)

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 import qbert
 from qbert.cli.arguments import positive, run_script
+from qbert.extras import require
 from qbert.files import write_whole
 from qbert.results import provenance
 
@@ -42,6 +43,7 @@ Batch = dict[str, Tensor]
 def main() -> None:
     """Parse the command line, measure, write the page and its plot."""
     arguments = parse_arguments()
+    require("matplotlib", "the picture")
     shapes = {text: parse_shape(text) for text in arguments.shapes}
     device = require_gpu()
     torch.set_float32_matmul_precision("high")

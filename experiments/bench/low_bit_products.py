@@ -21,6 +21,7 @@ from gpu_timing import COLD_BYTES, Bar, captured, check_bars, event_timer, inter
 from torch import Tensor, nn
 
 from qbert.cli.arguments import positive, run_script
+from qbert.extras import require
 from qbert.files import write_whole
 from qbert.kernels import dispatch, formats, operators
 from qbert.kernels.gpu import tune
@@ -46,6 +47,7 @@ Call = Callable[[int], Any]  # takes the number of a weight copy
 def main() -> None:
     """Parse the command line, measure, write the page and its plot."""
     arguments = parse_arguments()
+    require("matplotlib", "the picture")
     device = require_gpu()
     times: dict[tuple[str, int], dict[str, float]] = {}
     missing: dict[str, str] = {}

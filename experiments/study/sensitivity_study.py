@@ -24,6 +24,7 @@ from allocation_compare import Scores, compare
 from study_report import Study, page, plot, plot_summary, section
 
 from qbert.cli.arguments import add_task_arguments, add_tuning_arguments, fine_tuned, positive, prepare_run, run_script
+from qbert.extras import require
 from qbert.results import provenance, refuse_foreign
 
 
@@ -140,6 +141,7 @@ def measure(
 def main() -> None:
     """Measure, correlate, allocate, score, report; one task after the other."""
     arguments = parse_arguments()
+    require("matplotlib", "the picture")
     pairs = parse_pairs(arguments.pairs, arguments.bits)
     folder = prepare_run(arguments, "sensitivity_study")
     target = Path(arguments.report) if arguments.report else folder / "study.md"

@@ -112,15 +112,12 @@ def section(study: Study) -> str:
 
 def plot(study: Study, path: Path) -> None:
     """Left: rank correlations by measure and width. Right: held-out loss of every measure's allocation."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     from qbert.allocation.predictions import METRICS
     from qbert.files import write_whole
+    from qbert.plots import new_figure
 
     report, comparisons = study.report, study.comparisons
-    figure = Figure(figsize=(6 + 4.5 * len(comparisons), 4.8), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(6 + 4.5 * len(comparisons), 4.8)
     axes = figure.subplots(1, 1 + len(comparisons))
     found = report.rank_correlations()
     width = 0.8 / len(report.bits)
@@ -199,15 +196,12 @@ def _median_score(study: Study, index: int) -> float:
 
 def plot_summary(studies: Sequence[Study], path: Path) -> None:
     """Left: mean rank correlation by measure, a bar a task. Others: share of allocations better than the chosen one."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     from qbert.allocation.predictions import METRICS
     from qbert.files import write_whole
+    from qbert.plots import new_figure
 
     entries = studies[0].comparisons
-    figure = Figure(figsize=(6 + 5 * len(entries), 4.8), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(6 + 5 * len(entries), 4.8)
     axes = figure.subplots(1, 1 + len(entries))
     width = 0.8 / len(studies)
     for i, study in enumerate(studies):

@@ -24,6 +24,7 @@ from qbert.allocation.knapsack import front
 from qbert.bits import BitsConfig
 from qbert.encoders.targets import targets_found_once
 from qbert.files import check_seal, read_saved, write_json, write_whole
+from qbert.plots import new_figure
 
 FORMAT = "qbert.pareto/1"
 
@@ -67,11 +68,7 @@ class ParetoFront:
             path: where to write.
             marks: label -> (size in MB, damage) of further allocations to show.
         """
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-
-        figure = Figure(figsize=(6.4, 4.8), layout="constrained")
-        FigureCanvasAgg(figure)
+        figure = new_figure(6.4, 4.8)
         axes = figure.add_subplot()
         sizes, harms = [p.mb for p in self.points], [p.damage for p in self.points]
         axes.step(sizes, harms, where="post", color="tab:blue", linewidth=1)

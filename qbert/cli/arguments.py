@@ -16,6 +16,8 @@ from typing import Any
 
 import torch
 
+from qbert.extras import MissingPackageError
+
 
 def add_task_arguments(parser: argparse.ArgumentParser) -> None:
     """``--model --task --data-dir --device --threads --seed --output-dir``, with their help."""
@@ -144,7 +146,7 @@ def run_script(main: Callable[[], None], resume_hint: str = "") -> None:
     except KeyboardInterrupt:
         print(f"\ninterrupted; {resume_hint or 'run the same command again'}", file=sys.stderr)
         sys.exit(130)
-    except (ValueError, TypeError, OSError, ArithmeticError) as error:
+    except (ValueError, TypeError, OSError, ArithmeticError, MissingPackageError) as error:
         if os.environ.get("QBERT_TRACEBACK"):
             raise
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)

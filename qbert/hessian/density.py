@@ -30,6 +30,7 @@ from qbert.hessian.blocks import find_block, vector_options
 from qbert.hessian.eigenpair import Product, check_product
 from qbert.hessian.losses import LossFunction, in_full_precision
 from qbert.hessian.operator import HessianOperator
+from qbert.plots import new_figure
 
 Array = NDArray[np.float64]
 
@@ -70,11 +71,7 @@ class SpectralDensity:
 
     def plot(self, path: str | os.PathLike[str]) -> None:
         """Draw the smoothed density on a logarithmic scale, with the extreme Ritz values marked."""
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-
-        figure = Figure(figsize=(7, 4.2), layout="constrained")
-        FigureCanvasAgg(figure)
+        figure = new_figure(7, 4.2)
         axes = figure.add_subplot()
         x, y = self.curve()
         axes.semilogy(x, np.maximum(y, 1e-12), color="tab:blue")

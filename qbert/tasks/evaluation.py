@@ -63,6 +63,7 @@ def evaluate(
 
     Raises:
         ValueError: unknown split, a row without its label, or outputs that are not finite (names the split).
+        MissingPackageError: the task's metric needs a package that is not installed.
     """
     splits = [split] if split is not None else list(task.evaluation_splits)
     result = Evaluation()
@@ -93,6 +94,7 @@ def evaluate_prepared(
     label: str = "validation",
 ) -> Evaluation:
     """`evaluate` on rows that are tokenized already."""
+    data.task.check_scorer()
     if device is not None:
         model.to(device)
     place = next(model.parameters()).device

@@ -19,8 +19,26 @@ from typing import Any
 
 import numpy as np
 
+from qbert.extras import require
+
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
+
+
+def check_scorer(kind: str, label_names: Sequence[str]) -> None:
+    """Refuse a task whose metric needs a package that is not installed, before anything is computed for it.
+
+    Args:
+        kind: of the task (`qbert.tasks.task.Kind`).
+        label_names: its classes or tags.
+
+    Raises:
+        MissingPackageError: names the package and the pip command.
+    """
+    if kind == "token" and entity_tags(label_names) is not None:
+        require("seqeval", "the F1 of entities")
+    elif kind in ("token", "classification"):
+        require("sklearn", "the score of a classification")
 
 
 def classification_scores(predictions: Any, references: Any, classes: int | None = None) -> dict[str, float]:
@@ -32,6 +50,7 @@ def classification_scores(predictions: Any, references: Any, classes: int | None
         classes: how many the task has; C, or one more than the largest that occurs, where None. Macro F1 is the mean
             over those that occur among predictions or references: of the others nothing is known.
     """
+    require("sklearn", "the score of a classification")
     from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 
     guesses, truth = np.asarray(predictions), np.asarray(references)
@@ -123,6 +142,7 @@ def _word_accuracy(predictions: Sequence[Sequence[str]], references: Sequence[Se
 def _word_scores(
     predictions: Sequence[Sequence[str]], references: Sequence[Sequence[str]], label_names: Sequence[str]
 ) -> dict[str, float]:
+    require("sklearn", "the score of a classification")
     from sklearn.metrics import precision_recall_fscore_support
 
     guesses, truth = ([tag for row in rows for tag in row] for rows in (predictions, references))
@@ -138,6 +158,7 @@ def _word_scores(
 
 def entity_scores(predictions: Sequence[Sequence[str]], references: Sequence[Sequence[str]]) -> dict[str, float]:
     """Micro-averaged entity precision, recall and F1 over BIO or BIOES tag lists: span and type have to agree."""
+    require("seqeval", "the F1 of entities")
     from seqeval.metrics import f1_score, precision_score, recall_score
 
     guesses, truth = [list(tags) for tags in predictions], [list(tags) for tags in references]

@@ -105,6 +105,10 @@ class Task:
         scores = scorers[self.kind](predictions, references)
         return {name: scores[name] for name in self.metric_names}
 
+    def check_scorer(self) -> None:
+        """Raise MissingPackageError where `score` needs a package that is not installed."""
+        metrics.check_scorer(self.kind, self.label_names)
+
     def subset(self, train: int | None = None, validation: int | None = None, seed: int = 0) -> Task:
         """The same task on at most `train` and `validation` rows of each split, drawn by `seed` (see `subset`)."""
         limits = {name: train if name == "train" else validation for name in self.splits}

@@ -193,7 +193,9 @@ def fine_tune(
         ValueError: impossible setting, damaged model or cache entry, a loss that is not finite (names the step).
         PermissionError: the cache folder cannot be written.
         FileNotFoundError: no such model.
+        MissingPackageError: the task's metric needs a package that is not installed.
     """
+    task.check_scorer()
     source = str(model_name_or_path or embedded_encoder())
     config = load_quietly(transformers.AutoConfig, source)
     chosen = default_settings(task, int(getattr(config, "hidden_size", 768)), **settings)
