@@ -18,7 +18,7 @@ from torch import Tensor
 from qbert.kernels import dispatch, formats, operators, reference
 from qbert.kernels.gpu import tiles as tile_table
 from qbert.kernels.gpu.matmul_a8 import matmul_a8
-from qbert.kernels.gpu.tiles import Tile, candidates, rule
+from qbert.kernels.gpu.tiles import Tile, rule
 
 SMALL = MODE == "dry"
 FLOAT_BOUND = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.2e-2}
@@ -150,8 +150,8 @@ def normal(*shape: int) -> Tensor:
     return torch.randn(*shape, device=DEVICE) * torch.rand(shape[0], *[1] * (len(shape) - 1), device=DEVICE).add(0.1)
 
 
-def integers(bits: int, rows: int, columns: int, every_tile: bool) -> int:
-    """Integer products, exact by every tile."""
+def integers(bits: int, rows: int, columns: int) -> int:
+    """Integer products, exact, with the tiles of the rule and those that were measured."""
     tally = Tally(f"int8 product W{bits} {rows}x{columns}")
     codes, packed = weight(rows, columns, bits)
     one = torch.ones(1, device=DEVICE)
@@ -160,7 +160,6 @@ def integers(bits: int, rows: int, columns: int, every_tile: bool) -> int:
         chosen = [rule(tokens, rows, columns, bits)]
         name = torch.cuda.get_device_name()
         chosen.append(tile_table.choose_tile("matmul_a8", tokens, rows, columns, bits, name))
-        chosen += candidates(tokens, rows, columns, bits) if every_tile else []
         expected = None if MODE == "compile" else xq.double() @ codes.double().T
         for tile in dict.fromkeys(chosen):
             try:
@@ -455,7 +454,7 @@ def encoder(ranges: str, operands: str = "int8") -> int:
     return tally.end()
 
 
-def cases(every_tile: bool = False) -> dict[str, Callable[[], int]]:
+def cases() -> dict[str, Callable[[], int]]:
     """All cases by name, the longest first."""
     shapes = [(24, 256)] if SMALL else [(768, 768), (768, 3072), (312, 1200)]
     wide, odd = ((24, 256), (24, 96)) if SMALL else ((768, 768), (312, 1200))
@@ -470,7 +469,7 @@ def cases(every_tile: bool = False) -> dict[str, Callable[[], int]]:
     found |= {"attention": attend, "mixed": mixed, "rows": rows, "tables": tables}
     found |= {f"floats-{bits}": partial(floats, bits) for bits in (8, 4, 3, 2)}
     for bits in (8, 4, 3, 2):
-        found |= {f"integers-{bits}-{r}x{c}": partial(integers, bits, r, c, every_tile) for r, c in shapes}
+        found |= {f"integers-{bits}-{r}x{c}": partial(integers, bits, r, c) for r, c in shapes}
     return found | {"repeats": repeats, "linear": linear}
 
 
@@ -507,12 +506,17 @@ def linear() -> int:
     return tally.end()
 
 
-def check_all(names: list[str] | None = None, at_once: int = 10, seconds: float = 90, every_tile: bool = False) -> int:
-    """All cases, or the named ones, side by side; the number of cases that failed."""
+def check_all(
+    names: list[str] | None = None,
+    at_once: int = 12,
+    seconds: float = 90,
+    beside: dict[str, Callable[[], int]] | None = None,
+) -> int:
+    """All cases, or the named ones, side by side, after those of `beside`; the number of cases that failed."""
     import transformers.models.bert.modeling_bert  # noqa: F401  once, before the processes fork
 
-    found = cases(every_tile)
-    chosen = {name: found[name] for name in (names or found)}
+    found = cases()
+    chosen = (beside or {}) | {name: found[name] for name in (names or found)}
     codes = in_processes(chosen, at_once, min(seconds, left()))
     fates = {99: "exception", 98: "98 and more"}
     broken = {name: "did not end" if code < 0 else fates.get(code, code) for name, code in codes.items() if code}

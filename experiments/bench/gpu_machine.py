@@ -229,6 +229,8 @@ def _compile_only() -> None:
     for module in modules:
         if hasattr(module, "registers_option"):
             module.registers_option = lambda tile, x: {"maxnreg": tile.registers} if tile.registers else {}
+        if hasattr(module, "asm_kind"):
+            module.asm_kind = lambda asm, x: int(asm) if x.dtype == torch.int8 else 2 if asm else 3
     modules = [dispatch, qbert.inference.gpu]
     for module in modules:
         module.implementation = lambda device: "triton"

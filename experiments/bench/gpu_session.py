@@ -125,7 +125,7 @@ def first_call() -> None:
     """What must be known first."""
     part("facts", 40, facts)
     say(f"== [{time.time() - START:.0f} s] exactness")
-    gpu_checks.check_all(seconds=min(100, left() - RESERVE))
+    gpu_checks.check_all(seconds=min(100, left() - RESERVE), beside=_warmed())
     names = list(gpu_encoders.ENGINES)
     shapes = ["32x128", "1x128"]
     part("encoders", 75, partial(gpu_encoders.measure, "BERT-base", shapes, names, profile=_profiled()))
@@ -141,7 +141,7 @@ def second_call() -> None:
     gpu_products.compile_candidates(seconds=min(35, left() - RESERVE))
     part("tuning", 55, gpu_products.tune_all)
     say(f"== [{time.time() - START:.0f} s] exactness")
-    gpu_checks.check_all(seconds=min(60, left() - RESERVE))
+    gpu_checks.check_all(seconds=min(60, left() - RESERVE), beside=_warmed())
     names = list(gpu_encoders.ENGINES)
     shapes = ["32x128", "128x384", "1x128", "32x128mixed"]
     part("encoders", 90, partial(gpu_encoders.measure, "BERT-base", shapes, names, profile=_profiled()))
@@ -174,6 +174,15 @@ def distil() -> None:
     words += f" --epochs 1 --batch-size 64 --teacher-epochs 1 --output-dir {scratch} --report {OUT / 'qat.md'}"
     words += " --bf16" if ON_GPU else " --train-limit 64 --eval-limit 16"
     command("KD-QAT", 110, sys.executable, script, *words.split(), TOKENIZERS_PARALLELISM="true")
+
+
+def _warmed() -> dict[str, Callable[[], int]]:
+    shapes = {"BERT-base": ["32x128", "128x384", "1x128"], "MiniLM": ["32x128", "1x128"]}
+    return {
+        f"compiling {name} {engine}": partial(gpu_encoders.warm, name, shapes[name], engine)
+        for name in shapes
+        for engine in gpu_encoders.ENGINES
+    }
 
 
 def _profiled() -> list[str]:

@@ -65,6 +65,12 @@ class Report:
         return collections.Counter(re.findall(instruction, self._listing, re.M))
 
     @functools.cached_property
+    def loop(self) -> collections.Counter[str]:
+        """`sass` of the loops with a warpgroup product alone."""
+        names = re.findall(r"^(?:@!?U?P\d+\s+)?([A-Z0-9]+)", "\n".join(_loops_twice(self._listing)[1]), re.M)
+        return collections.Counter(names)
+
+    @functools.cached_property
     def hazards(self) -> tuple[str, ...]:
         """Instructions that overwrite an operand of a product too early; none are looked for on gfx942."""
         return early_writes(self._listing)
@@ -174,25 +180,50 @@ _WIDTHS = {".64": 2, ".WIDE": 2, ".128": 4, ".M88.4": 4}
 def early_writes(sass: str) -> tuple[str, ...]:
     """Instructions that overwrite a warpgroup product's register operand before the wait for that product.
 
-    ptxas has been seen to emit such code (triton-lang/triton pull request 11781): the asynchronous product may then
-    read the new value. A scan in program order: it finds the pattern, it does not prove its absence across branches.
+    Triton and ptxas have been seen to emit such code (triton-lang/triton issue 9433, pull request 11781): the product
+    may then read the new value. A scan in program order, through every loop that multiplies twice, so that a step's
+    products still run when the next step begins; it does not prove the pattern's absence across other branches.
     """
-    operands: set[int] = set()
+    lines, _ = _loops_twice(sass)
+    running: list[set[int]] = []  # operands of the groups of products that may not be done, oldest first
+    group: set[int] = set()  # those of products since the last one that ends a group
     found = []
-    for line in re.findall(r"^\s*/\*[0-9a-f]{4,}\*/\s+([^;]*);", sass, re.M):
+    for line in lines:
         text = re.sub(r"^@!?U?P\d+\s+", "", line)
-        product = re.match(r"[IHQ]GMMA\S*\s+R\d+,\s*R(\d+),\s*gdesc", text)
+        product = re.match(r"[IHQ]GMMA\S*\s+R\d+,\s*(?:R(\d+)|gdesc)", text)
+        wait = re.match(r"WARPGROUP\.DEPBAR\.LE gsb0, (0x[0-9a-f]+)", text)
+        write = re.match(r"([A-Z0-9_.]+)\s+(?:U?P\d+,\s*)?R(\d+)\b", text)
         if product:
-            operands.update(range(int(product[1]), int(product[1]) + 4))
-        elif text.startswith("WARPGROUP.DEPBAR"):
-            operands.clear()
-        else:
-            write = re.match(r"([A-Z0-9_.]+)\s+(?:U?P\d+,\s*)?R(\d+)\b", text)
-            if write and not re.match(r"(ST|RED|BAR|LDGSTS|UTMA|[IHQ]GMMA)", write[1]):
-                width = next((w for suffix, w in _WIDTHS.items() if suffix in write[1]), 1)
-                if operands.intersection(range(int(write[2]), int(write[2]) + width)):
-                    found.append(text)
+            group |= set(range(int(product[1]), int(product[1]) + 4)) if product[1] else set()
+            if "gsb0" in text:
+                running, group = [*running, group], set()
+        elif wait:
+            running = running[max(0, len(running) - int(wait[1], 16)) :]
+        elif line.startswith(("BRA", "EXIT")):
+            running, group = [], set()  # what stands below is reached from elsewhere
+        elif write and not re.match(r"(ST|RED|BAR|LDGSTS|UTMA)", write[1]):
+            width = next((w for suffix, w in _WIDTHS.items() if suffix in write[1]), 1)
+            written = range(int(write[2]), int(write[2]) + width)
+            if any(operands.intersection(written) for operands in [*running, group]):
+                found.append(text)
     return tuple(found)
+
+
+def _loops_twice(sass: str) -> tuple[list[str], list[str]]:
+    """All instructions, loops with a warpgroup product repeated once, and those of these loops alone, once."""
+    places: dict[str, int] = {}
+    code: list[str] = []
+    loops: list[str] = []
+    for instruction, label in re.findall(r"^\s*(?:/\*[0-9a-f]{4,}\*/\s+([^;]*);|(\.L_\w+):)", sass, re.M):
+        if label:
+            places[label] = len(code)
+            continue
+        code.append(instruction)
+        back = re.search(r"\bBRA\b.*`\((\.L_\w+)\)", instruction)
+        if back and back[1] in places and any("GMMA" in line for line in code[places[back[1]] :]):
+            body = code[places[back[1]] :]
+            code, loops = code + body, loops + body
+    return code, loops
 
 
 def _assemble(ptx: str, target: str) -> tuple[str, bytes]:

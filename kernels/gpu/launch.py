@@ -34,6 +34,25 @@ def zero_kind(zero: Tensor | None, xq: Tensor) -> str:
     return "e4m3" if xq.dtype != torch.int8 else "int32" if zero.dtype == torch.int32 else "float"
 
 
+def asm_kind(asm: bool, x: Tensor) -> int:
+    """`asm_for` activations x."""
+    hopper = x.is_cuda and torch.cuda.get_device_capability(x.device) == (9, 0)
+    return asm_for(asm, hopper and x.dtype != torch.int8)
+
+
+def asm_for(asm: bool, running_on: bool) -> int:
+    """What the products call `asm`: 0 plain, 1 inline assembly; 2 that, 3 plain, with a wait for every step's products.
+
+    `running_on` says that Triton lets products run on while the next step is unpacked: on sm_90, with float32 sums.
+    Before 3.9 (with ptxas 13.4) this may overwrite the registers that hold unpacked weights while a product of the
+    step before still reads them (triton-lang/triton issue 9433). With the wait the products of one step still overlap
+    with its unpacking.
+    """
+    if running_on and _TRITON < (3, 9):
+        return 2 if asm else 3
+    return int(asm)
+
+
 def output_kind(dtype: torch.dtype) -> str:
     """What the epilogue calls the dtype of its output."""
     return {torch.int32: "int32", torch.int8: "int8", torch.float8_e4m3fn: "e4m3"}.get(dtype, "float")
@@ -49,6 +68,8 @@ def registers_option(tile: Tile, x: Tensor) -> dict[str, int]:
     capped = tile.registers is not None and x.is_cuda and torch.cuda.get_device_capability(x.device) == (9, 0)
     return {"maxnreg": tile.registers} if capped and tile.registers is not None else {}
 
+
+_TRITON = tuple(int(part) for part in triton.__version__.split(".")[:2])
 
 # Counters by device and stream, the last ones in use. Outgrown ones are kept: a captured CUDA graph may count in them.
 _arrived: dict[tuple[torch.device, int], list[Tensor]] = {}

@@ -19,9 +19,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from qbert.kernels.gpu.launch import device_name, split_workspace, tail_of
+from qbert.kernels.gpu.launch import asm_kind, device_name, split_workspace, tail_of
 from qbert.kernels.gpu.tiles import Tile, choose_tile
-from qbert.kernels.gpu.unpack import load_weight_tile, tile_columns
+from qbert.kernels.gpu.unpack import finish, load_weight_tile, tile_columns
 from qbert.kernels.gpu.unpack_fp16 import load_weight_tile_fp16
 
 
@@ -83,8 +83,9 @@ def matmul_a16_kernel(
     for i in range(part * per_part, tl.minimum((part + 1) * per_part, steps)):
         start = (i % TILES) * P
         x = tl.load(x_rows + ((i // TILES) * 256 + start + columns)[None, :])
-        w = _weights(w_rows + (i // TILES) * (32 * BITS), start, x, BITS, 256, P, False, ASM)
+        w = _weights(w_rows + (i // TILES) * (32 * BITS), start, x, BITS, 256, P, False, ASM % 3 != 0)
         acc = tl.dot(w, x.T, acc)
+        finish(i, ASM)
         if HAS_ZERO:
             x_sum += tl.sum(x.to(tl.float32), axis=1)
     if TAIL > 0:  # noqa: SIM102  the outer condition is decided when the kernel is compiled
@@ -94,7 +95,7 @@ def matmul_a16_kernel(
             whole = K // 256 * 256
             inside = (whole + c < K) & ((tl.arange(0, TAIL_PAD) % PT) < TAIL // F)
             x = tl.load(x_rows + (whole + c)[None, :], mask=inside[None, :], other=0.0)
-            w = _weights(w_rows + (whole // 8) * BITS, 0, x, BITS, TAIL, PT, TAIL_PAD != TAIL, ASM)
+            w = _weights(w_rows + (whole // 8) * BITS, 0, x, BITS, TAIL, PT, TAIL_PAD != TAIL, ASM % 3 != 0)
             acc = tl.dot(w, x.T, acc)
             if HAS_ZERO:
                 x_sum += tl.sum(x.to(tl.float32), axis=1)
@@ -117,7 +118,7 @@ def matmul_a16_kernel(
                     x_sum += tl.load(sums + other * BM, cache_modifier=".cg")
             tl.store(arrived_ptr + tile, 0)
     if last_to_arrive:
-        y = acc if ASM else acc * (1.0 / (1 << (8 - BITS)))
+        y = acc if ASM % 3 != 0 else acc * (1.0 / (1 << (8 - BITS)))
         if HAS_ZERO:
             y -= tl.load(zero_ptr + rn, mask=rn < N, other=0.0)[:, None] * x_sum[None, :]
         y *= tl.load(scale_ptr + rn, mask=rn < N, other=0.0)[:, None]
@@ -176,7 +177,7 @@ def matmul_a16(
         SPLIT=tile.split,
         TAIL=tail,
         TAIL_PAD=tail_pad,
-        ASM=asm and x.dtype == torch.float16,
+        ASM=asm_kind(asm and x.dtype == torch.float16, x),
         HAS_ZERO=zero is not None,
         HAS_BIAS=bias is not None,
         num_warps=tile.warps,

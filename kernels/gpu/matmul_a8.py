@@ -30,6 +30,7 @@ from torch import Tensor
 
 from qbert.kernels.gpu.epilogue import epilogue, start_value
 from qbert.kernels.gpu.launch import (
+    asm_kind,
     device_name,
     kernel_name,
     output_kind,
@@ -40,7 +41,7 @@ from qbert.kernels.gpu.launch import (
     zero_kind,
 )
 from qbert.kernels.gpu.tiles import Tile, choose_tile
-from qbert.kernels.gpu.unpack import load_weight_tile, tile_columns
+from qbert.kernels.gpu.unpack import finish, load_weight_tile, tile_columns
 from qbert.kernels.gpu.unpack_f8 import load_weight_tile_f8
 
 
@@ -50,7 +51,7 @@ def _load_weights(
     ASM: tl.constexpr,
 ):  # fmt: skip
     if F8:
-        return load_weight_tile_f8(ptrs, start, BITS, L, P, PADDED, ASM)
+        return load_weight_tile_f8(ptrs, start, BITS, L, P, PADDED, ASM % 3 != 0)
     else:
         return load_weight_tile(ptrs, start, BITS, L, P, PADDED, ASM)
 
@@ -68,6 +69,8 @@ def _accumulate_blocks(
         x = tl.load(x_rows + ((i // TILES) * 256 + start + columns)[None, :])
         w = _load_weights(w_rows + (i // TILES) * (32 * BITS), start, BITS, 256, P, False, F8, ASM)
         acc = tl.dot(w, x.T, acc, out_dtype=acc.dtype)
+        if F8:
+            finish(i, ASM)
     return acc
 
 
@@ -314,7 +317,7 @@ def matmul_a8(
         SPLIT=tile.split,
         TAIL=tail,
         TAIL_PAD=tail_pad,
-        ASM=asm,
+        ASM=asm_kind(asm, xq),
         X_SCALE=scale_kind(x_scale),
         ZERO=zero_kind(zero, xq),
         HAS_BIAS=bias is not None,

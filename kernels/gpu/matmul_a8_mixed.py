@@ -19,7 +19,15 @@ import triton.language as tl
 from torch import Tensor
 
 from qbert.kernels.gpu.epilogue import epilogue, start_value
-from qbert.kernels.gpu.launch import device_name, kernel_name, registers_option, scale_kind, tail_of, zero_kind
+from qbert.kernels.gpu.launch import (
+    asm_kind,
+    device_name,
+    kernel_name,
+    registers_option,
+    scale_kind,
+    tail_of,
+    zero_kind,
+)
 from qbert.kernels.gpu.matmul_a8 import accumulate
 from qbert.kernels.gpu.tiles import Tile, choose_tile
 
@@ -149,7 +157,7 @@ def matmul_a8_mixed(
         BM=tile.bm,
         BN=tile.bn,
         BK=tile.bk,
-        ASM=asm,
+        ASM=asm_kind(asm, xq),
         X_SCALE=scale_kind(x_scale),
         ZERO=zero_kind(zero, xq),
         HAS_BIAS=bias is not None,

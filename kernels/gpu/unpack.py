@@ -43,6 +43,16 @@ _ASM3_LOW = tl.constexpr(_asm3(0))
 _ASM3_HIGH = tl.constexpr(_asm3(1))
 
 
+_FINISH = tl.constexpr("{ wgmma.wait_group.sync.aligned 0; mov.b32 $0, $1; }")
+
+
+@triton.jit
+def finish(step, ASM: tl.constexpr):
+    """Waits, where ASM (`launch.asm_kind`) asks for it, until the warpgroup products of this step are done."""
+    if ASM >= 2:
+        tl.inline_asm_elementwise(_FINISH, "=r,r", [step], dtype=tl.int32, is_pure=False, pack=1)
+
+
 @triton.jit
 def join2(a, b):
     """[R, P] x 2 -> [R, 2P]: columns of `a`, then of `b`."""

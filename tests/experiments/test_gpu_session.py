@@ -38,3 +38,10 @@ def test_both_calls_of_a_session_run_to_their_end(tmp_path: Path) -> None:
     assert {row["kind"] for row in rows} == {"machine", "peak", "encoder", "profile", "product"}
     encoders = [row for row in rows if row["kind"] == "encoder"]
     assert {"fp16 compiled", "fp8 compiled", "W8A8", "W4A8", "W2A8", "W4 e4m3"} <= set(encoders[0]["ms"])
+    page = [
+        sys.executable,
+        str(ROOT / "experiments" / "bench" / "gpu_page.py"),
+        str(tmp_path / "out" / "results.jsonl"),
+    ]
+    shown = subprocess.run(page, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+    assert shown.returncode == 0 and "| BERT-base 32x128 |" in shown.stdout, shown.stderr[-2000:]
