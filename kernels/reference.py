@@ -80,15 +80,20 @@ def quantize_rows(x: Tensor, asymmetric: bool = False) -> tuple[Tensor, Tensor, 
     """
     if asymmetric:
         return _quantize_asymmetric(x)
-    scale = x.abs().amax(dim=1) / A8_MAX if x.shape[1] else x.new_zeros(x.shape[0])
+    scale = divided(x.abs().amax(dim=1), A8_MAX) if x.shape[1] else x.new_zeros(x.shape[0])
     safe = torch.where(scale > 0, scale, torch.ones_like(scale))
     codes = torch.round(x / safe[:, None]).clamp(-A8_MAX, A8_MAX).to(torch.int8)
     return codes, scale, codes.sum(dim=1, dtype=torch.int32)
 
 
+def divided(x: Tensor, steps: float) -> Tensor:
+    """x / steps, correctly rounded: by a number of Python's, torch on a GPU multiplies with its rounded reciprocal."""
+    return x / torch.full((), steps, dtype=x.dtype, device=x.device)
+
+
 def _quantize_asymmetric(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     low, high = torch.aminmax(x, dim=1) if x.shape[1] else (x.new_zeros(x.shape[0]),) * 2
-    step = (high - low) / A8_STEPS
+    step = divided(high - low, A8_STEPS)
     safe = torch.where(step > 0, step, torch.ones_like(step))
     codes = (torch.round((x - low[:, None]) / safe[:, None]).clamp(0, A8_STEPS) - 128).to(torch.int8)
     return codes, torch.stack([step, low + 128 * step]), codes.sum(dim=1, dtype=torch.int32)
@@ -109,14 +114,14 @@ def quantize_rows_e4m3(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
     scale = max |x| / 448, codes = e4m3(x / scale). A row of zeros gets scale 0 and codes 0.
     """
-    scale = x.abs().amax(dim=1) / E4M3_MAX if x.shape[1] else x.new_zeros(x.shape[0])
+    scale = divided(x.abs().amax(dim=1), E4M3_MAX) if x.shape[1] else x.new_zeros(x.shape[0])
     codes = e4m3(x / torch.where(scale > 0, scale, torch.ones_like(scale))[:, None])
     return codes, scale, e4m3_sum(codes)
 
 
 def requantize(y: Tensor, scale: float, zero: int = 0) -> Tensor:
     """Static int8 codes of real values: clamp(round-half-even(y / scale) + zero, -128, 127)."""
-    return (torch.round(y / scale) + zero).clamp(-128, 127).to(torch.int8)
+    return (torch.round(divided(y, scale)) + zero).clamp(-128, 127).to(torch.int8)
 
 
 def fake_quantize(x: Tensor, static_scale: float = 0.0, static_zero: int = 0, asymmetric: bool = False) -> Tensor:

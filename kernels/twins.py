@@ -43,7 +43,7 @@ def quantize(
 def _static_codes(y: Tensor, scale: float, zero: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Static codes of y [T, ...] in int8 or e4m3, and their sums int32 [T]."""
     if dtype != torch.int8:
-        codes = reference.e4m3(y / scale)
+        codes = reference.e4m3(reference.divided(y, scale))
         return codes, reference.e4m3_sum(codes)
     codes = reference.requantize(y, scale, zero)
     return codes, codes.flatten(1).sum(dim=1, dtype=torch.int32)

@@ -23,51 +23,62 @@ from qbert.kernels.gpu.attention_ways import FLASH, measure_attention
 from qbert.kernels.gpu.tiles import E4M3, Tile, candidates
 
 
-def measure(models: Sequence[str], token_counts: Sequence[int]) -> int:
-    """Times every product of a layer and prints and records it; the number of failures."""
+def measure(models: Sequence[str], token_counts: Sequence[int], seconds: float = 60) -> int:
+    """Times every product of a layer, each in a process of its own; the number of those that failed."""
+    cases: dict[str, Callable[[], int]] = {
+        f"{name} {tokens}": partial(measure_one, name, rows, columns, tokens)
+        for tokens in ([16] if MODE == "dry" else token_counts)
+        for name, rows, columns in low_bit_products.layer_shapes(models)
+    }
+    codes = in_processes(cases, 1, seconds)
+    failed = {name: code for name, code in codes.items() if code}
+    if failed:
+        say(f"products that failed or had no time: {failed}")
+    return len(failed)
+
+
+def measure_one(name: str, rows: int, columns: int, tokens: int) -> int:
+    """Times one product with every engine and prints and records it; the number of engines that failed."""
     failures = 0
-    token_counts = [16] if MODE == "dry" else token_counts
-    for name, rows, columns in low_bit_products.layer_shapes(models):
-        for tokens in token_counts:
-            if left() < 8:
-                say(f"{name} {tokens} left out: {left():.0f} s left")
-                continue
-            if MODE == "dry":
-                rows, columns = 64, 256
-            copies = min(64, low_bit_products.copies_for(tokens, rows, columns)) if ON_GPU else 2
-            x = torch.randn(tokens, columns, device=DEVICE).half()
-            codes: Any = operators.quantize_rows(x)
-            build: dict[str, Callable[[], Callable[[int], Any]]] = {
-                "cuBLAS fp16": partial(low_bit_products._cublas, x, rows, copies),
-                "torch._int_mm": partial(low_bit_products._int_mm, codes[0], rows, copies),
-                "torch._scaled_mm": partial(_scaled_mm, x, rows, copies),
-            }
-            build |= {f"W{b}A8": partial(_a8, codes, rows, b, copies) for b in (8, 4, 3, 2)}
-            if MODE == "dry" or torch.cuda.get_device_capability() >= (8, 9):
-                floats: Any = operators.quantize_rows(x, codes_dtype=torch.float8_e4m3fn)
-                build |= {f"W{b} e4m3": partial(_a8, floats, rows, b, copies) for b in (4, 3, 2)}
-            if tokens <= 64:
-                build["W4A16"] = partial(low_bit_products._ours_a16, x, rows, copies)
-            runs = {}
-            for key, make in build.items():
-                try:
-                    engine = make()
-                    engine(0)
-                    torch.cuda.synchronize()
-                    runs[key] = low_bit_products._over_copies(engine, copies)
-                except Exception as error:
-                    if "illegal" in str(error):
-                        raise
-                    failures += 1
-                    say(f"{name} {tokens} {key} FAILED: {brief(error)}")
-            found = gpu_timing.interleaved_medians(runs, 7 if ON_GPU else 1, gpu_timing.event_timer, warm_up=1)
-            row = {key: value / copies for key, value in found.items()}
-            work, base = 2 * tokens * rows * columns, row.get("cuBLAS fp16", 0.0)
-            say(
-                f"{name} {tokens}: "
-                + "  ".join(f"{k} {1e3 * v:.1f} us {work / v / 1e9:.0f} T ({base / v:.2f})" for k, v in row.items())
-            )
-            record(kind="product", shape=name, tokens=tokens, rows=rows, columns=columns, ms=row)
+    if MODE == "dry":
+        rows, columns = 64, 256
+    copies = min(64, low_bit_products.copies_for(tokens, rows, columns)) if ON_GPU else 2
+    x = torch.randn(tokens, columns, device=DEVICE).half()
+    codes: Any = operators.quantize_rows(x)
+    build: dict[str, Callable[[], Callable[[int], Any]]] = {
+        "cuBLAS fp16": partial(low_bit_products._cublas, x, rows, copies),
+        "torch._int_mm": partial(low_bit_products._int_mm, codes[0], rows, copies),
+        "torch._scaled_mm": partial(_scaled_mm, x, rows, copies),
+    }
+    build |= {f"W{b}A8": partial(_a8, codes, rows, b, copies) for b in (8, 4, 3, 2)}
+    if MODE == "dry" or torch.cuda.get_device_capability() >= (8, 9):
+        floats: Any = operators.quantize_rows(x, codes_dtype=torch.float8_e4m3fn)
+        build |= {f"W{b} e4m3": partial(_a8, floats, rows, b, copies) for b in (4, 3, 2)}
+    if tokens <= 64:
+        build["W4A16"] = partial(low_bit_products._ours_a16, x, rows, copies)
+    runs = {}
+    for key, make in build.items():
+        try:
+            engine = make()
+            engine(0)
+            torch.cuda.synchronize()
+            run = low_bit_products._over_copies(engine, copies)
+            run()
+            torch.cuda.synchronize()
+            runs[key] = run
+        except Exception as error:
+            failures += 1
+            say(f"{name} {tokens} {key} FAILED: {brief(error)}")
+            if "illegal" in str(error) or "CUDA error" in str(error):
+                raise  # nothing runs in this process any more
+    found = gpu_timing.interleaved_medians(runs, 7 if ON_GPU else 1, gpu_timing.event_timer, warm_up=1)
+    row = {key: value / copies for key, value in found.items()}
+    work, base = 2 * tokens * rows * columns, row.get("cuBLAS fp16", 0.0)
+    say(
+        f"{name} {tokens}: "
+        + "  ".join(f"{k} {1e3 * v:.1f} us {work / v / 1e9:.0f} T ({base / v:.2f})" for k, v in row.items())
+    )
+    record(kind="product", shape=name, tokens=tokens, rows=rows, columns=columns, ms=row)
     return failures
 
 

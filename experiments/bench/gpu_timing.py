@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -73,7 +74,10 @@ def interleaved_medians(
 
 
 def captured(run: Callable[[], Any]) -> Callable[[], None]:
-    """`run` as the replay of a CUDA graph. Raises RuntimeError where it cannot be captured."""
+    """`run` as the replay of a CUDA graph. Raises RuntimeError where it cannot be captured.
+
+    The replay keeps `run`, and with it the tensors that the graph reads: a graph knows their addresses alone.
+    """
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -84,7 +88,11 @@ def captured(run: Callable[[], Any]) -> Callable[[], None]:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, stream=side):
         run()
-    return graph.replay
+    return partial(_replay, graph, run)
+
+
+def _replay(graph: torch.cuda.CUDAGraph, run: Callable[[], Any]) -> None:
+    graph.replay()
 
 
 def check_bars(times: Mapping[tuple[str, int], Mapping[str, float]], bars: Sequence[Bar]) -> list[str]:
