@@ -10,15 +10,18 @@ import functools
 import itertools
 import math
 import warnings
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 
-from qbert.distill.objective import accepted_inputs
+from qbert.distill.recipe import Recipe
+from qbert.encoders.inputs import accepted_inputs
+from qbert.encoders.modes import evaluation_mode
 from qbert.encoders.targets import base_model
+from qbert.layers.packed import PackedTensor
 
 _STANDARD_ERRORS = 3.0
 
@@ -34,8 +37,11 @@ def check_pair(teacher: nn.Module, student: nn.Module) -> None:
         raise ValueError(
             "teacher and student are the same object; quantize a copy (quantize_model does unless inplace=True)"
         )
+    if any(isinstance(module, PackedTensor) for module in student.modules()):
+        raise ValueError("the student is packed, and packed weights cannot be trained; train qbert.unpack(student)")
     if not any(parameter.requires_grad for parameter in student.parameters()):
         raise ValueError("no parameter of the student can be trained; call student.requires_grad_(True)")
+    _refuse_shared(teacher, student)
     ours, theirs = getattr(student, "config", None), getattr(teacher, "config", None)
     if ours is None or theirs is None:
         return
@@ -61,6 +67,23 @@ def check_pair(teacher: nn.Module, student: nn.Module) -> None:
             f"the student reads a vocabulary of {sizes[0]} tokens and the teacher one of {sizes[1]}, so the same ids "
             "mean other words; use models that share a tokenizer"
         )
+
+
+def _refuse_shared(teacher: nn.Module, student: nn.Module) -> None:
+    """What is trained, or counts its batches, must not be the teacher's too: the teacher would change with it."""
+    theirs = {p.data_ptr() for p in teacher.parameters()} | {id(m) for m in teacher.modules()}
+    for name, parameter in student.named_parameters():
+        if parameter.requires_grad and parameter.data_ptr() and parameter.data_ptr() in theirs:
+            raise ValueError(
+                f"teacher and student share the parameter {name}, so training the student would change the teacher; "
+                "give the student a copy (copy.deepcopy), or freeze it (requires_grad_(False))"
+            )
+    for name, module in student.named_modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and id(module) in theirs:
+            raise ValueError(
+                f"teacher and student share the module {name}, whose statistics would change with the student's "
+                "training; give the student a copy (copy.deepcopy)"
+            )
 
 
 def check_tokenizers(teacher_tokenizer: Any, student_tokenizer: Any) -> None:
@@ -98,6 +121,85 @@ def check_checkpointing(model: nn.Module, arguments: Any) -> None:
         )
 
 
+def check_arguments(args: Any, recipe: Recipe, student: nn.Module, options: Mapping[str, Any]) -> None:
+    """Refuse what a distillation cannot do, of `TrainingArguments` and of Trainer's own `options`.
+
+    Raises:
+        ValueError: naming the argument and what to do instead.
+    """
+    schedule, stages = schedule_of(args), len(recipe.stages)
+    method = str(getattr(args.optim, "value", args.optim))
+    optimizer = options.get("optimizers", (None, None))[0]
+    own_rates = recipe.steps == "learned" or recipe.activations == "learned"
+    own_rates = own_rates or any(match.projection for stage in recipe.stages for match in stage.matches)
+    held = stages > 1 or (own_rates and recipe.freeze_at < 1)
+    refused = [
+        ("model", "model" in options, "the model to train is the student; give it as student="),
+        ("model_init", options.get("model_init") is not None, "give the student itself"),
+        (
+            "compute_loss_func",
+            options.get("compute_loss_func") is not None,
+            "the loss is the recipe's; a loss of your own is a term of it: Match('logits', my_loss)",
+        ),
+        (
+            "optimizers",
+            optimizer is not None and own_rates,
+            "the recipe trains step sizes or projections at rates of their own, which the optimizer does not have; "
+            "name another one by optimizer_cls_and_kwargs= or args.optim, or use a recipe with steps='fixed'",
+        ),
+        (
+            f"lr_scheduler_type={schedule!r}",
+            stages > 1 and schedule != "linear",
+            f"it does not fit a recipe of {stages} stages, which has a schedule of its own; leave it at 'linear'",
+        ),
+        (
+            f"label_smoothing_factor={args.label_smoothing_factor}",
+            args.label_smoothing_factor != 0,
+            "a teacher's soft targets take the place of smoothed labels; set it to 0",
+        ),
+        (
+            f"optim={method!r}",
+            "lomo" in method or "layerwise" in method,
+            "it steps during the backward pass, in which the terms are not summed yet; use 'adamw_torch'",
+        ),
+        (
+            "fp16_full_eval or bf16_full_eval",
+            args.fp16_full_eval or args.bf16_full_eval,
+            "it would leave the student's weights and step sizes in half precision; use bf16=True or fp16=True",
+        ),
+        ("fp16=True", args.fp16 and args.device.type == "cpu", "a CPU has no half-precision training; leave it out"),
+        (
+            "torch_compile=True",
+            args.torch_compile,
+            "features are recorded by hooks, which compiled models leave out; leave it out",
+        ),
+        (
+            "fsdp or deepspeed",
+            bool(args.fsdp) or args.deepspeed is not None,
+            "features are recorded from whole layers; use `torchrun` or `accelerate launch` without it",
+        ),
+        ("use_liger_kernel=True", args.use_liger_kernel, "its kernels take no quantized layers; leave it out"),
+        (
+            "push_to_hub=True",
+            args.push_to_hub,
+            "checkpoints hold the distillation, not a model; push the student once it is trained",
+        ),
+        (
+            "ddp_find_unused_parameters=False",
+            args.ddp_find_unused_parameters is False and args.world_size > 1 and held,
+            "some parameters are trained in a part of the steps only; leave it out",
+        ),
+    ]
+    for name, is_given, mend in refused:
+        if is_given:
+            raise ValueError(f"{name} cannot be used with a distillation: {mend}")
+
+
+def schedule_of(args: Any) -> str:
+    """``lr_scheduler_type`` of `TrainingArguments`, which may be a string or an enumeration's value."""
+    return str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type))
+
+
 @torch.no_grad()
 def check_teacher_is_trained(teacher: nn.Module, batches: Iterable[dict[str, Any]]) -> bool:
     """Warn if the teacher knows no more about the labels than chance does: it was probably never fine-tuned.
@@ -120,13 +222,14 @@ def check_teacher_is_trained(teacher: nn.Module, batches: Iterable[dict[str, Any
         if not isinstance(target, Tensor) or target.dim() != 1:
             return True
         inputs = {k: v.to(device) for k, v in batch.items() if isinstance(v, Tensor) and k != "labels"}
-        logits = getattr(teacher(**accepted_inputs(teacher, inputs)), "logits", None)
+        with evaluation_mode(teacher):
+            logits = getattr(teacher(**accepted_inputs(teacher, inputs)), "logits", None)
         several = logits is not None and logits.dim() == 2 and logits.shape[1] > 1
         if logits is None or logits.dim() > 2 or (several and target.is_floating_point()):
             return True
-        known = torch.ones_like(target, dtype=torch.bool) if target.is_floating_point() or not several else target >= 0
-        outputs.append(logits[known.to(device)].float().cpu())
-        labels.append(target[known].cpu())
+        labelled = target >= 0 if several else torch.ones_like(target, dtype=torch.bool)
+        outputs.append(logits[labelled.to(device)].float().cpu())
+        labels.append(target[labelled].cpu())
     if not sum(len(found) for found in labels):
         return True
     known, chance, what = _knowledge(torch.cat(outputs), torch.cat(labels))
@@ -204,15 +307,15 @@ _SAMPLE = 256
 _BATCH_SIZE = 64
 
 
-def first_rows(dataset: Any, count: int, columns: Collection[str]) -> list[dict[str, Any]]:
-    """The first `count` rows, or as many as there are, cut down to `columns`; of an iterable data set too.
+def first_rows(dataset: Any, count: int, columns: Collection[str] | None) -> list[Any]:
+    """The first `count` rows, or as many as there are, cut down to `columns` if given; of an iterable data set too.
 
     Raises:
         ValueError: the data set is empty.
     """
     indexed = hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")
     rows = [dataset[i] for i in range(min(count, len(dataset)))] if indexed else itertools.islice(dataset, count)
-    found = [{key: value for key, value in row.items() if key in columns} for row in rows]
+    found = [row if columns is None else {k: v for k, v in row.items() if k in columns} for row in rows]
     if not found:
         raise ValueError("train_dataset is empty; give at least one row to distill on")
     return found

@@ -16,6 +16,7 @@ The student is trained in place; `save_student` and the student's own methods ne
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import os
 import shutil
@@ -28,6 +29,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
+from torch.utils.data import DataLoader
 from transformers import (
     DataCollatorWithPadding,
     PreTrainedModel,
@@ -35,9 +37,11 @@ from transformers import (
     Trainer,
     TrainingArguments,
     default_data_collator,
+    set_seed,
 )
 from transformers.utils.generic import find_labels
 
+from qbert.distill.aside import left_as_it_is, problem_type_kept, random_state_kept
 from qbert.distill.checkpoint import (
     TEACHER,
     WEIGHTS,
@@ -48,6 +52,7 @@ from qbert.distill.checkpoint import (
     save_weights,
 )
 from qbert.distill.checks import (
+    check_arguments,
     check_checkpointing,
     check_labels,
     check_pair,
@@ -55,32 +60,39 @@ from qbert.distill.checks import (
     check_tokenizers,
     first_rows,
     sample_batches,
+    schedule_of,
 )
 from qbert.distill.items import ITEMS
-from qbert.distill.objective import EXPECTED_ITEMS, Distillation, forward_arguments
+from qbert.distill.objective import EXPECTED_ITEMS, Distillation
 from qbert.distill.progress import (
     InterruptCallback,
     StageCallback,
     TermMeans,
     TermsProgress,
-    estimate_cost,
     save_curves,
+    time_steps,
 )
-from qbert.distill.recipe import Recipe
+from qbert.distill.recipe import Recipe, Timetable
 from qbert.distill.step_sizes import (
     StepSizeCallback,
     begin_training,
+    change_bits,
     end_training,
+    hold_steps,
     quantized_matrices,
+    renew_groups,
+    stage_bits,
     step_groups,
 )
+from qbert.encoders.inputs import forward_arguments
+from qbert.encoders.modes import modes_kept
 
 
 class Distiller(Trainer):
     """Trains a student to act like its teacher.
 
     Args:
-        teacher: a fine-tuned model; put in evaluation mode and never changed.
+        teacher: a fine-tuned model; run in evaluation mode, whatever mode it is in, and never changed.
         student: the model to train: quantized (`qbert.quantize_model`), smaller, or both.
         recipe: what the loss is made of (`qbert.distill.recipes`).
         args: `TrainingArguments`; the recipe's own where None, in the folder ``distilled``.
@@ -91,13 +103,14 @@ class Distiller(Trainer):
         **kwargs: further arguments of `Trainer` (eval_dataset, data_collator, compute_metrics, callbacks, ...).
 
     Raises:
-        ValueError: models that do not fit each other, a match that does not fit the models, reentrant checkpointing.
+        ValueError: models that do not fit each other or share what is trained, a match that does not fit the models, a
+            packed student, reentrant checkpointing, an argument of Trainer's that a distillation cannot heed.
         TypeError: a recipe of another type.
     """
 
-    # Each term is weighed so that its plain mean over the accumulated batches (and processes) is the mean over all their
-    # items, so the sum must still be divided by their number. Trainer guesses the opposite from the **kwargs of BERT's
-    # forward, and multiplies the loss instead.
+    # Each term is weighed so that its plain mean over the accumulated batches (and processes) is the mean over all
+    # their items, so the sum must still be divided by their number. Trainer guesses the opposite from the **kwargs of
+    # BERT's forward, and multiplies the loss instead.
     loss_is_scaled_for_ga = False
 
     def __init__(
@@ -122,6 +135,7 @@ class Distiller(Trainer):
             check_tokenizers(teacher_processing_class, processing_class)
         args = args if args is not None else TrainingArguments("distilled", **recipe.arguments)
         check_checkpointing(student, args)
+        check_arguments(args, recipe, student, kwargs)
         if args.n_gpu > 1:
             warnings.warn(f"one of {args.n_gpu} GPUs is used; start with `accelerate launch` to use all", stacklevel=2)
             args._n_gpu = 1
@@ -135,31 +149,39 @@ class Distiller(Trainer):
         if collator is None:
             padding = processing_class is not None
             collator = DataCollatorWithPadding(processing_class) if padding else default_data_collator
-        example = collator(first_rows(train_dataset, 2, self._columns))
-        if any(stage.uses_labels for stage in recipe.stages):
-            check_labels(student, [example], some=False)
-        student.to(args.device)
-        self.distillation = Distillation(student, teacher, recipe, dict(example))
-        super().__init__(
-            model=self.distillation,
-            args=args,
-            data_collator=collator,
-            train_dataset=train_dataset,
-            processing_class=processing_class,
-            **kwargs,
-        )
+        with random_state_kept():
+            set_seed(args.seed)  # projections are drawn at random
+            example = collator(first_rows(train_dataset, 2, self._columns if args.remove_unused_columns else None))
+            if any(stage.uses_labels for stage in recipe.stages):
+                check_labels(student, [example], some=False)
+            student.to(args.device)
+            self.distillation = Distillation(student, teacher, recipe, dict(example))
+            super().__init__(
+                model=self.distillation,
+                args=args,
+                data_collator=collator,
+                train_dataset=train_dataset,
+                processing_class=processing_class,
+                **kwargs,
+            )
         self.label_names = find_labels(type(student)) if args.label_names is None else args.label_names
         self._signature_columns = sorted({*self._columns, *self.label_names})  # type: ignore[assignment]
         self._term_means = TermMeans()
         self._expected_items: Tensor | None = None
+        self._ahead: list[Any] | None = None
         self._evaluated = torch.zeros(2, dtype=torch.float64)  # sum of the losses of all labels, their number
         self._check_teacher = check_teacher
+        self._own_optimizer = self.optimizer is None
+        self._first_bits = {id(m.weight_quantizer): m.weight_quantizer.bits for m in quantized_matrices(student)}
+        self._entered = -1
         self._interrupt = InterruptCallback()
-        for callback in (StageCallback(self), StepSizeCallback(student, recipe), self._interrupt):
+        stages = StageCallback(recipe, self.enter_stage)
+        for callback in (stages, StepSizeCallback(student, recipe), self._interrupt):
             self.add_callback(callback)
         if not args.disable_tqdm:
+            several = len(recipe.stages) > 1
             self.remove_callback(ProgressCallback)
-            self.add_callback(TermsProgress(self))
+            self.add_callback(TermsProgress(lambda: self.distillation.stage.name if several else ""))
         begin_training(student, recipe)
 
     def train(
@@ -169,6 +191,9 @@ class Distiller(Trainer):
         ignore_keys_for_eval: list[str] | None = None,
     ) -> Any:
         """Train, from the start or from a checkpoint (True: the latest whole one in the output folder).
+
+        A further call trains what the first one did, from the first stage on, with a new optimizer. Random numbers come
+        from ``args.seed``; the state of the generators is afterwards as it was.
 
         Raises:
             FloatingPointError: a loss term or the gradient is not finite; names it, the step and the last checkpoint.
@@ -181,17 +206,21 @@ class Distiller(Trainer):
                 raise ValueError(f"there is no whole checkpoint in {str(self.folder)!r} to resume from")
             resume_from_checkpoint = str(found)
         check_checkpointing(self.student, self.args)
-        collate = self._get_collator_with_removed_columns(self.data_collator)
-        if any(stage.uses_labels for stage in self.recipe.stages):
-            check_labels(self.student, sample_batches(self.rows, collate))
-        if self._check_teacher and self.recipe.stages[0].uses_teacher:
-            check_teacher_is_trained(self.teacher, sample_batches(self.rows, collate))
-        try:
-            result = super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
-        finally:
-            self._interrupt.restore()
-            self.distillation.eval()
-            end_training(self.student)
+        with random_state_kept(), modes_kept(self.teacher):
+            collate = self._get_collator_with_removed_columns(self.data_collator)
+            if any(stage.uses_labels for stage in self.recipe.stages):
+                check_labels(self.student, sample_batches(self.rows, collate))
+            if self._check_teacher and self.recipe.stages[0].uses_teacher:
+                check_teacher_is_trained(self.teacher, sample_batches(self.rows, collate))
+            if self._entered >= 0:
+                self._begin_again()
+            set_seed(self.args.seed)
+            try:
+                result = super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+            finally:
+                self._interrupt.restore()
+                self.distillation.eval()
+                end_training(self.student)
         if self.args.should_save:
             save_curves(self.state.log_history, self.folder)
         if self._interrupt.interrupted:
@@ -200,26 +229,42 @@ class Distiller(Trainer):
 
     def enter_stage(self, index: int) -> None:
         """Go over to stage `index` of the recipe; nothing happens if it is the present one."""
-        stage = self.recipe.stages[index]
-        entered = getattr(self, "_entered", -1)
-        if index == entered:
+        if index == self._entered:
             return
+        stage = self.recipe.stages[index]
         if stage.teacher == "previous" and index > 0:
             self.distillation.set_teacher(copy.deepcopy(self.student))
         elif stage.teacher == "given":
             self.distillation.set_teacher(self.teacher)
-        if stage.bits is not None:
-            self._change_bits(stage.bits)
+        renewed = self._set_bits(index)
+        hold_steps(self.student, self.recipe)
+        if self.optimizer is not None:
+            renew_groups(self.optimizer, self.lr_scheduler, renewed, self.recipe)
         self.distillation.stage_index = index
         self._entered = index
 
     def estimate(self, steps: int = 3) -> dict[str, float]:
-        """Seconds a step on this machine, measured on the first batches; weights and random state stay as they are.
+        """Seconds a step on this machine, measured on the first batches; everything stays as it is.
 
         Returns:
             ``seconds_per_step``, ``steps`` of the whole training, ``seconds`` of the whole training.
         """
-        return estimate_cost(self, steps)
+        args = self.args
+        collate: Any = self._get_collator_with_removed_columns(self.data_collator)
+        with (
+            random_state_kept(),
+            left_as_it_is(self.distillation),
+            problem_type_kept(self.student),
+            modes_kept(self.teacher),
+        ):
+            loader: Any = DataLoader(self.rows, args.train_batch_size, collate_fn=collate)
+            batches = [self._prepare_inputs(batch) for batch in itertools.islice(loader, steps)]
+            times = time_steps(self.distillation, batches, args.device)
+        warm = times[1:] or times
+        per_step = sum(warm) / len(warm) * args.gradient_accumulation_steps
+        rows_a_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+        total = args.max_steps if args.max_steps > 0 else args.num_train_epochs * -(-len(self.rows) // rows_a_step)
+        return {"seconds_per_step": per_step, "steps": float(total), "seconds": per_step * total}
 
     def save_student(self, folder: str | os.PathLike[str]) -> None:
         """Write the student alone, as the student's own ``save_pretrained`` does, and the tokenizer."""
@@ -234,6 +279,9 @@ class Distiller(Trainer):
     ) -> Any:
         """The recipe's loss in training; the student's own loss in evaluation."""
         training = model.training
+        if training and self._ahead is not None:  # the first micro-batch of a step, in its stage
+            self._look_ahead(self._ahead)
+            self._ahead = None
         if training and self._expected_items is not None:
             inputs = {**inputs, EXPECTED_ITEMS: self._expected_items}
         outputs = model(**inputs)
@@ -253,18 +301,28 @@ class Distiller(Trainer):
             processes = self.args.world_size
             whole = self.accelerator.reduce(counts, "sum") if processes > 1 else counts
             self._expected_items = whole / (len(batches) * processes)
+        self._ahead = batches if len(batches) * self.args.world_size > 1 else []
         return batches, items
 
+    def _look_ahead(self, batches: list[Any]) -> None:
+        def mean(value: Tensor) -> Tensor:
+            return self.accelerator.reduce(value, "mean") if self.args.world_size > 1 else value  # type: ignore[no-any-return]
+
+        with random_state_kept(), self.compute_loss_context_manager():
+            prepared = [self._prepare_inputs(batch) for batch in batches]
+            self.distillation.look_ahead(prepared, self._expected_items, mean)  # type: ignore[arg-type]
+
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
-        """As Trainer's, with the loss as the mean over all labels: batches may hold unequal numbers of them, or none."""
+        """As Trainer's, with the loss as the mean over all labels: batches may hold unequal numbers of them."""
         self._evaluated = torch.zeros(2, dtype=torch.float64)
         output = super().evaluation_loop(*args, **kwargs)
         total = self._evaluated
         if self.args.world_size > 1:
             total = self.accelerator.reduce(total.float().to(self.args.device), "sum").cpu()
-        name = next((name for name in output.metrics if name.endswith("_loss")), None)
+        metrics = output.metrics or {}
+        name = next((name for name in metrics if name.endswith("_loss")), None)
         if name is not None and total[1] > 0:
-            output.metrics[name] = float(total[0] / total[1])
+            metrics[name] = float(total[0] / total[1])
         return output
 
     def _note_evaluation(self, inputs: dict[str, Any], loss: Tensor) -> None:
@@ -276,6 +334,8 @@ class Distiller(Trainer):
         """AdamW with a group of its own for each matrix's step sizes: their rate is relative to their size."""
         if self.optimizer is not None:
             return self.optimizer
+        # What is held now may be trained later, and what is trainable when the model is wrapped is what can be trained.
+        begin_training(self.student, self.recipe)
         groups = step_groups(self.student, self.recipe)
         for group in groups:
             group["params"][0].requires_grad_(False)  # so that the Trainer's own groups leave them out
@@ -291,16 +351,16 @@ class Distiller(Trainer):
             return self.lr_scheduler
         optimizer = optimizer or self.optimizer
         assert optimizer is not None  # the Trainer makes it first
-        if str(self.args.lr_scheduler_type) not in ("linear", "SchedulerType.LINEAR"):
-            if len(self.recipe.stages) > 1:
-                raise ValueError(
-                    f"lr_scheduler_type={str(self.args.lr_scheduler_type)!r} does not fit a recipe of "
-                    f"{len(self.recipe.stages)} stages, which has a schedule of its own; leave it at 'linear'"
-                )
+        table = Timetable(self.recipe, num_training_steps, self.args.get_warmup_steps(num_training_steps))
+        for stage in table.missing:
+            warnings.warn(
+                f"stage {stage.name!r} of recipe {self.recipe.name!r} has no step among {num_training_steps} and is "
+                "left out; train for longer",
+                stacklevel=2,
+            )
+        if schedule_of(self.args) != "linear":
             return super().create_scheduler(num_training_steps, optimizer)
-        warmup = self.args.get_warmup_steps(num_training_steps)
-        self.recipe.boundaries(num_training_steps)  # refuse stages without a step now
-        self.lr_scheduler = LambdaLR(optimizer, lambda step: self.recipe.rate_at(step, num_training_steps, warmup))
+        self.lr_scheduler = LambdaLR(optimizer, table.rate_at)
         self._created_lr_scheduler = True
         return self.lr_scheduler
 
@@ -361,29 +421,48 @@ class Distiller(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         folder = Path(resume_from_checkpoint)
-        try:
-            state = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise ValueError(f"{folder} is no checkpoint of a training ({error}); name another one") from error
         broken = damage(folder)
         if broken is not None:
             raise ValueError(f"checkpoint file {broken} cannot be read or is damaged; resume from an earlier one")
-        # The weights were saved at the end of the step before, in that step's stage.
-        last = self.recipe.stage_at(max(state["global_step"] - 1, 0), state["max_steps"])
+        table, last = self._stage_of(folder)
         for index in range(last + 1):
-            self.enter_stage(index)
+            if self.recipe.stages[index] not in table.missing:
+                self.enter_stage(index)
         if (folder / TEACHER).is_file():
             load_weights(self.distillation.teacher, folder / TEACHER)
         load_weights(self.distillation, folder / WEIGHTS)
 
     def _load_best_model(self) -> None:
         if self.state.best_model_checkpoint is not None:
-            load_weights(self.distillation, Path(self.state.best_model_checkpoint) / WEIGHTS)
+            folder = Path(self.state.best_model_checkpoint)
+            _, stage = self._stage_of(folder)
+            self._set_bits(stage)
+            load_weights(self.distillation, folder / WEIGHTS)
 
     # ---- helpers ----
 
-    def _change_bits(self, bits: int) -> None:
-        # 8-bit embeddings and activations stay as they are; only matrices go down.
-        for module in quantized_matrices(self.student):
-            module.weight_quantizer.change_bits(bits, module.weight.detach())
-            module.spec = module.weight_quantizer.spec
+    def _stage_of(self, checkpoint: Path) -> tuple[Timetable, int]:
+        """(when each stage begins, the stage that a checkpoint was saved in)."""
+        try:
+            state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{checkpoint} is no checkpoint of a training ({error}); name another one") from error
+        table = Timetable(self.recipe, state["max_steps"])
+        # The weights were saved at the end of the step before, in that step's stage.
+        return table, table.stage_at(max(state["global_step"] - 1, 0))
+
+    def _set_bits(self, stage: int) -> list[nn.Parameter]:
+        """Give the student's matrices the bits of a stage; the scales of the grids that are new."""
+        bits = stage_bits(self.recipe, stage)
+        return change_bits(self.student, {key: bits or first for key, first in self._first_bits.items()})
+
+    def _begin_again(self) -> None:
+        self._entered = -1
+        self.distillation.stage_index = 0
+        self.distillation.heads.forget()
+        self.distillation.set_teacher(self.teacher)
+        change_bits(self.student, self._first_bits)
+        begin_training(self.student, self.recipe)
+        if self._own_optimizer:
+            self.optimizer = None
+        self.model_wrapped = self.distillation  # the wrapper of the first training knows other parameters

@@ -1,8 +1,8 @@
-"""Training mode without dropout, whatever form a model's dropout takes: a module, a function, or a rate in its config.
+"""Training mode without dropout, whatever form a model's dropout takes: a module, a function, a rate in its config.
 
-It stands alone because it is about `nn.Module`'s modes, not about losses. Putting `nn.Dropout` in evaluation mode is not
-enough: transformers drops attention probabilities (and, in some families, hidden states) by functions that look at the
-mode of the module around them.
+It stands alone because it is about `nn.Module`'s modes, not about losses. Putting `nn.Dropout` in evaluation mode is
+not enough: transformers drops attention probabilities (and, in some families, hidden states) by functions that look at
+the mode of the module around them.
 
     >>> undo = train_without_dropout(student)
     >>> restore(undo)

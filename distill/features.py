@@ -112,6 +112,10 @@ class Recorder:
             handle.remove()
         self._handles.clear()
 
+    def forget(self) -> None:
+        """Let go of the tensors of the last pass."""
+        self._calls = {}
+
     def _hook(self, key: str) -> Any:
         def record(module: nn.Module, args: Any, output: Any) -> None:
             value = output

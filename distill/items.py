@@ -25,15 +25,15 @@ def token_mask(inputs: Mapping[str, Any]) -> Tensor | None:
 
     Rows of several texts [B, N, T] (multiple choice) are [B * N, T], as their models see them.
     """
-    ids, mask = inputs.get("input_ids"), inputs.get("attention_mask")
+    ids: Tensor | None = inputs.get("input_ids")
+    mask: Tensor | None = inputs.get("attention_mask")
     if mask is not None:
         mask = mask.to(torch.bool)
         return mask.flatten(0, 1) if ids is not None and ids.dim() == 3 else mask
-    tokens = ids if ids is not None else inputs.get("inputs_embeds")
-    if tokens is None:
-        return None
-    shape = tokens.shape[:2] if tokens is not ids else tokens.flatten(0, -2).shape
-    return torch.ones(shape, dtype=torch.bool, device=tokens.device)
+    embedded = inputs.get("inputs_embeds")
+    if ids is not None:
+        return torch.ones_like(ids.flatten(0, -2), dtype=torch.bool)
+    return None if embedded is None else torch.ones(embedded.shape[:2], dtype=torch.bool, device=embedded.device)
 
 
 def output_mask(mask: Tensor | None, labels: Tensor | None, all_tokens: bool) -> Tensor | None:

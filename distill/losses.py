@@ -99,18 +99,30 @@ def sigmoid_kl_divergence(
     return sigmoid_cross_entropy(student, teacher, mask, temperature=temperature) - entropy
 
 
-def hidden_mse(student: Tensor, teacher: Tensor, mask: Tensor | None = None, *, normalized: bool = False) -> Tensor:
+def hidden_mse(
+    student: Tensor,
+    teacher: Tensor,
+    mask: Tensor | None = None,
+    *,
+    normalized: bool = False,
+    scale: Tensor | None = None,
+) -> Tensor:
     """Mean squared error of hidden states [B, T, D] over real tokens.
 
     Args:
         normalized: divide by the teacher's mean square, so that 1 means "as far away as 0 is" whatever the layer's
             scale, and one weight suits every layer and model.
+        scale: what to divide by instead of this batch's `teacher_scale`: that of a whole step.
     """
     error = masked_mean((student - teacher).square(), mask)
-    return error / masked_mean(teacher.square(), mask).clamp_min(_SMALLEST) if normalized else error
+    if not normalized:
+        return error
+    return error / (teacher_scale(hidden_mse, teacher, mask) if scale is None else scale).clamp_min(_SMALLEST)
 
 
-def score_mse(student: Tensor, teacher: Tensor, mask: Tensor, *, normalized: bool = False) -> Tensor:
+def score_mse(
+    student: Tensor, teacher: Tensor, mask: Tensor, *, normalized: bool = False, scale: Tensor | None = None
+) -> Tensor:
     """Mean squared error of attention scores before the softmax, [B, H, T, T], over real (query, key) pairs.
 
     A softmax does not see a constant added to a row, and neither does the normalised loss: it compares each row
@@ -120,8 +132,16 @@ def score_mse(student: Tensor, teacher: Tensor, mask: Tensor, *, normalized: boo
     if not normalized:
         return masked_mean((student - teacher).square().mean(1), pairs)
     centred_student, centred_teacher = (_centre_rows(x, pairs) for x in (student, teacher))
-    scale = masked_mean(centred_teacher.square().mean(1), pairs).clamp_min(_SMALLEST)
-    return masked_mean((centred_student - centred_teacher).square().mean(1), pairs) / scale
+    error = masked_mean((centred_student - centred_teacher).square().mean(1), pairs)
+    return error / (teacher_scale(score_mse, teacher, mask) if scale is None else scale).clamp_min(_SMALLEST)
+
+
+def teacher_scale(loss: Loss, teacher: Tensor, mask: Tensor | None) -> Tensor:
+    """What the normalised form of `hidden_mse` or `score_mse` divides by, a mean over the items of that loss."""
+    if loss is score_mse and mask is not None:
+        pairs = pair_mask(mask)
+        return masked_mean(_centre_rows(teacher, pairs).square().mean(1), pairs)
+    return masked_mean(teacher.square(), mask)
 
 
 def attention_kl(student: Tensor, teacher: Tensor, mask: Tensor) -> Tensor:
@@ -169,6 +189,12 @@ def span_cross_entropy(student: Tensor, teacher: Tensor, mask: Tensor, *, temper
     return -(target * log_student.masked_fill(~keep, 0.0)).sum(-1).mean() * temperature**2
 
 
+def span_kl_divergence(student: Tensor, teacher: Tensor, mask: Tensor, *, temperature: float = 1.0) -> Tensor:
+    """`span_cross_entropy` less the teacher's entropy: the same gradient, and 0 where the two agree."""
+    entropy = span_cross_entropy(teacher, teacher, mask, temperature=temperature)
+    return span_cross_entropy(student, teacher, mask, temperature=temperature) - entropy
+
+
 def _centre_rows(scores: Tensor, pairs: Tensor) -> Tensor:
     keep = pairs.unsqueeze(1)
     kept = scores.masked_fill(~keep, 0.0)
@@ -188,10 +214,11 @@ LOSSES: dict[str, Loss] = {
     "cosine": cosine_distance,
     "normalized_mse": normalized_mse,
     "span_ce": span_cross_entropy,
+    "span_kl": span_kl_divergence,
 }
 
 
-_ITEMS: dict[Loss, str] = {score_mse: "pairs", span_cross_entropy: "rows"}
+_ITEMS: dict[Loss, str] = {score_mse: "pairs", span_cross_entropy: "rows", span_kl_divergence: "rows"}
 
 
 def loss_items(loss: Loss, *, rows_only: bool) -> str:
@@ -202,4 +229,4 @@ def loss_items(loss: Loss, *, rows_only: bool) -> str:
     """
     if rows_only:
         return "rows"
-    return _ITEMS.get(loss) or getattr(loss, "items", "tokens")
+    return _ITEMS.get(loss) or str(getattr(loss, "items", "tokens"))

@@ -9,14 +9,14 @@ weights). The teacher is *not* a submodule, so it is never switched to training 
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from qbert.distill.aside import left_as_it_is, problem_type_kept
 from qbert.distill.dropout import Rates, restore, train_without_dropout
 from qbert.distill.features import Recorder
 from qbert.distill.items import ITEMS, count_items, count_labels, output_mask, span_labels, token_mask
@@ -30,19 +30,24 @@ from qbert.distill.losses import (
     sigmoid_kl_divergence,
     soft_cross_entropy,
     span_cross_entropy,
+    span_kl_divergence,
+    teacher_scale,
 )
 from qbert.distill.mapping import Pairs, layer_pairs, state_pairs
 from qbert.distill.recipe import Match, Recipe, Stage
+from qbert.encoders.inputs import accepted_inputs
+from qbert.encoders.modes import evaluation_mode
 
 AUTO_WEIGHT_STEPS = 100
 EXPECTED_ITEMS = "expected_items"  # keyword of `Distillation.forward`
 MULTI_LABEL = "multi_label_classification"
 
-# Losses over classes that exclude each other, and what they become where every label is decided on its own.
-_OF_CLASSES: dict[Loss, Loss] = {
-    soft_cross_entropy: sigmoid_cross_entropy,
-    kl_divergence: sigmoid_kl_divergence,
-}
+SPAN = "span"
+
+# Losses over classes that exclude each other, and what they become where every label is decided on its own, or where
+# the classes are the positions of each text.
+_OF_LABELS: dict[Loss, Loss] = {soft_cross_entropy: sigmoid_cross_entropy, kl_divergence: sigmoid_kl_divergence}
+_OF_POSITIONS: dict[Loss, Loss] = {soft_cross_entropy: span_cross_entropy, kl_divergence: span_kl_divergence}
 
 
 class DistillationHeads(nn.Module):
@@ -61,6 +66,11 @@ class DistillationHeads(nn.Module):
         self.projections = nn.ModuleDict()
         self.register_buffer("auto_sum", torch.zeros(terms))
         self.register_buffer("auto_count", torch.zeros(terms))
+
+    def forget(self) -> None:
+        """Begin to count again."""
+        self.auto_sum.zero_()
+        self.auto_count.zero_()
 
 
 class Distillation(nn.Module):
@@ -86,8 +96,11 @@ class Distillation(nn.Module):
         self.stage_index = 0
         self.heads = DistillationHeads(len(recipe.terms))
         self._dropout_rates: Rates = []
+        self._recorders: dict[tuple[int, bool], Recorder] = {}  # by stage, and whether of the teacher
         self.set_teacher(teacher)
         self._pairs: dict[tuple[int, str], Pairs] = {}
+        self._scales: dict[tuple[str, int], Tensor] = {}  # by term and student layer, of the present step
+        self._has_looked = False
         self._all_tokens = False
         # ELECTRA's discriminator: each token is replaced, or it is not.
         self._decides_tokens = hasattr(student, "discriminator_predictions")
@@ -99,10 +112,11 @@ class Distillation(nn.Module):
         return self.recipe.stages[self.stage_index]
 
     def set_teacher(self, teacher: nn.Module) -> None:
-        """Learn from `teacher`, which is put in evaluation mode and only ever run without gradients."""
+        """Learn from `teacher`, which is only ever run in evaluation mode and without gradients, and keeps its own."""
         # Past nn.Module's bookkeeping: as a submodule it would be trained, moved to train() and saved. Its parameters
         # keep their requires_grad, because students are copies of it.
-        object.__setattr__(self, "teacher", teacher.eval())
+        object.__setattr__(self, "teacher", teacher)
+        self._recorders = {key: recorder for key, recorder in self._recorders.items() if not key[1]}
 
     def train(self, mode: bool = True) -> Distillation:
         """Training mode of the student; without dropout where the recipe says so. The teacher stays as it is."""
@@ -113,6 +127,10 @@ class Distillation(nn.Module):
             restore(self._dropout_rates)
             self._dropout_rates = []
         return self
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The student's table (the Trainer adds NEFTune's noise to its output)."""
+        return cast(Any, self.student).get_input_embeddings()  # type: ignore[no-any-return]
 
     def activation_checkpointing_enable(self, **arguments: Any) -> None:
         """Recompute the student's activations in the backward pass (the Trainer asks for it)."""
@@ -137,8 +155,7 @@ class Distillation(nn.Module):
         recorded = self._run(self.student, student_inputs, stage)
         target = None
         if stage.uses_teacher:
-            with torch.no_grad():
-                target = self._run(self.teacher, _without_labels(inputs), stage)
+            target = self._run_teacher(inputs, stage)
         shares = None if expected is None else self.count_items(inputs).to(expected.device) / expected.clamp_min(1e-9)
         total: Tensor | None = None
         terms: list[Tensor] = []
@@ -149,18 +166,72 @@ class Distillation(nn.Module):
             weight = self._weight(match, value)
             total = value * weight if total is None else total + value * weight
             terms.append(value.detach().float())
+        for recorder, _ in (found for found in (recorded, target) if found is not None):
+            recorder.forget()
         assert total is not None  # a stage has at least one match
         return {"loss": total, "terms": torch.stack(terms)}
+
+    @torch.no_grad()
+    def look_ahead(
+        self, batches: Sequence[dict[str, Any]], expected: Tensor | None, mean: Callable[[Tensor], Tensor]
+    ) -> None:
+        """Find what all micro-batches of a step must share: the scales of normalised terms, and automatic weights.
+
+        Args:
+            batches: the micro-batches of this process, on the device; none where the step is one batch, which needs
+                nothing of the kind.
+            expected: as of `losses`.
+            mean: gives the mean of a tensor over all processes.
+        """
+        self._scales, self._has_looked = {}, False
+        matches = self.stage.matches
+        if not batches or expected is None:
+            return
+        normalized = [match for match in matches if match.options.get("normalized")]
+        counted = [match for match in matches if self._counts_weight(match)]
+        if normalized:
+            found = [self._teacher_scales(normalized, dict(inputs), expected) for inputs in batches]
+            whole = mean(torch.stack([torch.stack(list(scales.values())) for scales in found]).mean(0))
+            self._scales = dict(zip(found[0], whole.unbind(), strict=True))
+        if counted:
+            with left_as_it_is(self):
+                terms = torch.stack([self.losses(dict(inputs), expected)["terms"] for inputs in batches]).mean(0)
+            for match, value in zip(matches, mean(terms), strict=True):
+                if match in counted:
+                    self._count_weight(match, value)
+        self._has_looked = True
+
+    def _teacher_scales(
+        self, matches: Sequence[Match], inputs: dict[str, Any], expected: Tensor
+    ) -> dict[tuple[str, int], Tensor]:
+        recorder, output = self._run_teacher(inputs, self.stage)
+        shares = self.count_items(inputs).to(expected.device) / expected.clamp_min(1e-9)
+        mask, found = token_mask(inputs), {}
+        for match in matches:
+            teacher = recorder.features(match.feature, output)
+            for s, t in self._pairs[self.stage_index, match.term]:
+                share = shares[ITEMS.index(loss_items(match.loss_function(), rows_only=teacher[t].dim() == 2))]
+                kept = None if teacher[t].dim() == 2 else mask
+                found[match.term, s] = teacher_scale(match.loss_function(), teacher[t], kept).float() * share
+        recorder.forget()
+        return found
 
     def count_items(self, inputs: Mapping[str, Any]) -> Tensor:
         """float32 [len(ITEMS)]: what the losses of these models are means over, in one batch."""
         return count_items(inputs, all_tokens=self._all_tokens, real_only=self._decides_tokens)
 
     def _run(self, model: nn.Module, inputs: dict[str, Any], stage: Stage) -> tuple[Recorder, Any]:
-        wanted = {match.feature for match in stage.matches} - {"labels"}
-        heads = {m.options["heads"] for m in stage.matches if "heads" in m.options}
-        with Recorder(model, wanted, relation_heads=max(heads) if heads else None) as recorder:
+        key = (self.stage_index, model is self.teacher)
+        if key not in self._recorders:
+            wanted = {match.feature for match in stage.matches} - {"labels"}
+            heads = {m.options["heads"] for m in stage.matches if "heads" in m.options}
+            self._recorders[key] = Recorder(model, wanted, relation_heads=max(heads) if heads else None)
+        with self._recorders[key] as recorder:
             return recorder, model(**accepted_inputs(model, inputs), **recorder.arguments)
+
+    def _run_teacher(self, inputs: dict[str, Any], stage: Stage) -> tuple[Recorder, Any]:
+        with torch.no_grad(), evaluation_mode(self.teacher):
+            return self._run(self.teacher, _without_labels(inputs), stage)
 
     def _term(self, match: Match, recorded: Any, target: Any, inputs: dict[str, Any]) -> tuple[Tensor, str]:
         """(value, what it is a mean over: one of `ITEMS`)."""
@@ -208,7 +279,8 @@ class Distillation(nn.Module):
     ) -> tuple[Tensor, str]:
         mask, labels = token_mask(inputs), inputs.get("labels")
         if getattr(output, "start_logits", None) is not None:
-            return _logits_loss(match, student, teacher, mask, "span"), "rows"
+            items = "tokens" if match.loss == "mse" else "rows"
+            return _logits_loss(match, student, teacher, mask, SPAN), items
         if self._decides_tokens:
             student, teacher = student.unsqueeze(-1), teacher.unsqueeze(-1)  # [B, T, 1]
             return _logits_loss(match, student, teacher, mask, MULTI_LABEL), "tokens"
@@ -230,9 +302,13 @@ class Distillation(nn.Module):
             raise ValueError(f"term {match.term!r}: {error}") from error
 
     def _pair_loss(self, match: Match, index: int, student: Tensor, teacher: Tensor, mask: Tensor | None) -> Tensor:
+        # Squares and sums of half-precision features overflow.
+        student, teacher = (x.float() if x.dtype in (torch.float16, torch.bfloat16) else x for x in (student, teacher))
         if match.projection is not None:
             student = self.heads.projections[self._projection_key(match, index)](student)
         options = {key: value for key, value in match.options.items() if key != "heads"}
+        if (match.term, index) in self._scales:
+            options["scale"] = self._scales[match.term, index]
         if mask is None and student.dim() > 2:
             mask = torch.ones(student.shape[0], student.shape[-2], dtype=torch.bool, device=student.device)
         return match.loss_function()(student, teacher, None if student.dim() == 2 else mask, **options)
@@ -245,35 +321,43 @@ class Distillation(nn.Module):
         if match.weight != "auto":
             return match.weight
         index = self.recipe.terms.index(match.term)
-        if self.training and torch.is_grad_enabled() and self.heads.auto_count[index] < AUTO_WEIGHT_STEPS:
-            self.heads.auto_sum[index] += value.detach().float()
-            self.heads.auto_count[index] += 1
+        if self.training and torch.is_grad_enabled() and not self._has_looked and self._counts_weight(match):
+            self._count_weight(match, value)
         mean = self.heads.auto_sum[index] / self.heads.auto_count[index].clamp_min(1)
         return 1.0 / mean.clamp_min(1e-12) if self.heads.auto_count[index] > 0 else 1.0
+
+    def _counts_weight(self, match: Match) -> bool:
+        index = self.recipe.terms.index(match.term)
+        return match.weight == "auto" and bool(self.heads.auto_count[index] < AUTO_WEIGHT_STEPS)
+
+    def _count_weight(self, match: Match, value: Tensor) -> None:
+        index = self.recipe.terms.index(match.term)
+        self.heads.auto_sum[index] += value.detach().float()
+        self.heads.auto_count[index] += 1
 
     @torch.no_grad()
     def _prepare(self, example: dict[str, Any]) -> None:
         """Run one batch through every stage: refuse what cannot work, make the projections."""
-        was_training = self.student.training
-        self.student.eval()
         device = next(self.student.parameters()).device
         self.teacher.to(device)
         inputs = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in example.items()}
         try:
-            for index, stage in enumerate(self.recipe.stages):
-                self.stage_index = index
-                recorded = self._run(self.student, _without_labels(inputs), stage)
-                target = self._run(self.teacher, _without_labels(inputs), stage) if stage.uses_teacher else None
-                self._all_tokens |= _predicts_words(self.student, recorded[1])
-                for match in stage.matches:
-                    if match.feature not in ("labels", "logits") and target is not None:
-                        student = recorded[0].features(match.feature, recorded[1])
-                        teacher = target[0].features(match.feature, target[1])
-                        self._check_widths(match, student, teacher, device)
-                self.losses(inputs if stage.uses_labels else _without_labels(inputs))
+            with evaluation_mode(self.student), problem_type_kept(self.student):
+                for index, stage in enumerate(self.recipe.stages):
+                    self.stage_index = index
+                    recorded = self._run(self.student, _without_labels(inputs), stage)
+                    self._all_tokens |= _predicts_words(self.student, recorded[1])
+                    if stage.uses_teacher:
+                        self._check_features(stage, recorded, self._run_teacher(inputs, stage), device)
+                    self.losses(inputs if stage.uses_labels else _without_labels(inputs))
         finally:
             self.stage_index = 0
-            self.student.train(was_training)
+
+    def _check_features(self, stage: Stage, recorded: Any, target: Any, device: torch.device) -> None:
+        for match in stage.matches:
+            if match.feature not in ("labels", "logits"):
+                ours, theirs = (recorder.features(match.feature, output) for recorder, output in (recorded, target))
+                self._check_widths(match, ours, theirs, device)
 
     def _check_widths(self, match: Match, student: list[Tensor], teacher: list[Tensor], device: torch.device) -> None:
         for s, t in self._pair(match, student, teacher):
@@ -307,18 +391,6 @@ def _predicts_words(model: nn.Module, output: Any) -> bool:
     return isinstance(logits, Tensor) and logits.dim() == 3 and logits.shape[-1] == size
 
 
-def accepted_inputs(model: nn.Module, inputs: dict[str, Any]) -> dict[str, Any]:
-    """The inputs that the model's forward names (DistilBERT has no token types); all if it names none."""
-    names = forward_arguments(model)
-    return {k: v for k, v in inputs.items() if k in names} if names else inputs
-
-
-def forward_arguments(model: nn.Module) -> list[str]:
-    """Names of the keyword arguments of the model's forward, without the catch-all ones."""
-    parameters = inspect.signature(model.forward).parameters.values()
-    return [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
-
-
 def _without_labels(inputs: dict[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in inputs.items() if k not in ("labels", "start_positions", "end_positions")}
 
@@ -344,12 +416,13 @@ def _logits_loss(match: Match, student: Tensor, teacher: Tensor, mask: Tensor | 
             f"term {match.term!r}: the student's outputs have shape {list(student.shape)} and the teacher's "
             f"{list(teacher.shape)}; give both the same labels"
         )
-    chosen = LOSSES[match.loss] if isinstance(match.loss, str) else match.loss
-    if kind == "span":
-        return (chosen or span_cross_entropy)(student, teacher, mask, **match.options)
-    chosen = chosen or soft_cross_entropy
-    if kind == MULTI_LABEL:
-        chosen = _OF_CLASSES.get(chosen, chosen)
-    elif chosen in _OF_CLASSES and student.dim() < 3 and (kind == "regression" or student.shape[-1] == 1):
+    chosen = (LOSSES[match.loss] if isinstance(match.loss, str) else match.loss) or soft_cross_entropy
+    if kind == SPAN:
+        chosen = _OF_POSITIONS.get(chosen, chosen)
+        if chosen is mse and mask is not None:
+            mask = mask.expand(2, -1, -1)
+    elif kind == MULTI_LABEL:
+        chosen = _OF_LABELS.get(chosen, chosen)
+    elif chosen in _OF_LABELS and student.dim() < 3 and (kind == "regression" or student.shape[-1] == 1):
         return mse(student, teacher)  # a softmax over classes says nothing about values
     return chosen(student, teacher, mask, **match.options)

@@ -6,49 +6,66 @@ Each is a `TrainerCallback`, so that further ones of the user's run beside them.
 from __future__ import annotations
 
 import csv
-import itertools
 import math
-import os
 import signal
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.utils.data import DataLoader
+from torch import Tensor, nn
 from transformers import ProgressCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from qbert.distill.recipe import Recipe, Timetable
+from qbert.files import write_whole
 
 
 class StageCallback(TrainerCallback):
-    """Enters each stage of the recipe at its first step."""
+    """Enters each stage of the recipe at its first step.
 
-    def __init__(self, distiller: Any) -> None:
-        self.distiller = distiller
+    Args:
+        recipe: whose stages.
+        enter: called with a stage's index at each step of it.
+    """
+
+    def __init__(self, recipe: Recipe, enter: Callable[[int], None]) -> None:
+        self.recipe, self.enter = recipe, enter
+        self._table: Timetable | None = None
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """The number of steps is known: when does each stage begin?"""
+        self._table = Timetable(self.recipe, state.max_steps)
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Go over to the stage that the coming step belongs to."""
-        self.distiller.enter_stage(self.distiller.recipe.stage_at(state.global_step, state.max_steps))
+        if self._table is not None:
+            self.enter(self._table.stage_at(state.global_step))
 
 
 class TermsProgress(ProgressCallback):
-    """The progress bar, with the stage and the mean of each loss term since the last log."""
+    """The progress bar, with the stage and the mean of each loss term since the last log.
 
-    def __init__(self, distiller: Any) -> None:
+    Args:
+        stage: gives the name of the present stage, "" where there is only one.
+    """
+
+    def __init__(self, stage: Callable[[], str]) -> None:
         super().__init__()
-        self.distiller = distiller
+        self.stage = stage
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Name the stage."""
-        if self.training_bar is not None and len(self.distiller.recipe.stages) > 1:
-            self.training_bar.set_description(self.distiller.distillation.stage.name, refresh=False)
+        if self.training_bar is not None and self.stage():
+            self.training_bar.set_description(self.stage(), refresh=False)
 
     def on_log(
         self,
@@ -97,29 +114,17 @@ class InterruptCallback(TrainerCallback):
             self._previous = None
 
 
-def estimate_cost(distiller: Any, steps: int) -> dict[str, float]:
-    """See `Distiller.estimate`."""
-    args = distiller.args
-    collate = distiller._get_collator_with_removed_columns(distiller.data_collator)
-    with torch.random.fork_rng(devices=[args.device] if args.device.type == "cuda" else []):
-        loader: Any = DataLoader(distiller.rows, args.train_batch_size, collate_fn=collate)
-        times = [_time_step(distiller, batch) for batch in itertools.islice(iter(loader), steps)]
-    distiller.distillation.zero_grad(set_to_none=True)
-    warm = times[1:] or times
-    per_step = sum(warm) / len(warm) * args.gradient_accumulation_steps
-    rows_a_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-    total = args.max_steps if args.max_steps > 0 else args.num_train_epochs * -(-len(distiller.rows) // rows_a_step)
-    return {"seconds_per_step": per_step, "steps": float(total), "seconds": per_step * total}
-
-
-def _time_step(distiller: Any, batch: Any) -> float:
-    inputs = distiller._prepare_inputs(batch)
-    distiller.distillation.train()
-    start = time.perf_counter()
-    distiller.distillation(**inputs)["loss"].backward()
-    if distiller.args.device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
+def time_steps(distillation: nn.Module, batches: Iterable[Mapping[str, Any]], device: torch.device) -> list[float]:
+    """Seconds that a forward and backward pass of each batch takes, which are already on the device."""
+    times = []
+    distillation.train()
+    for batch in batches:
+        start = time.perf_counter()
+        distillation(**batch)["loss"].backward()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        times.append(time.perf_counter() - start)
+    return times
 
 
 Curve = list[tuple[float, float]]
@@ -148,12 +153,14 @@ def save_curves(history: Sequence[Mapping[str, Any]], folder: Path, name: str = 
         return []
     folder.mkdir(parents=True, exist_ok=True)
     table = folder / f"{name}.csv"
-    aside = table.with_name(f".{table.name}.{os.getpid()}")
-    with aside.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(["step", "name", "value"])
-        writer.writerows((step, key, value) for key, points in curves.items() for step, value in points)
-    os.replace(aside, table)
+
+    def write(aside: Path) -> None:
+        with aside.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file)
+            writer.writerow(["step", "name", "value"])
+            writer.writerows((step, key, value) for key, points in curves.items() for step, value in points)
+
+    write_whole(table, write)
     picture = folder / f"{name}.png"
     plot_curves({"": curves}, picture)
     return [table, picture]
@@ -180,9 +187,7 @@ def plot_curves(runs: Mapping[str, Mapping[str, Curve]], path: Path) -> None:
             axis.legend(fontsize="small")
     for axis in axes[len(names) :]:
         axis.set_visible(False)
-    aside = path.with_name(f".{os.getpid()}.{path.name}")
-    figure.savefig(aside, dpi=120)
-    os.replace(aside, path)
+    write_whole(path, lambda aside: figure.savefig(aside, dpi=120))
 
 
 def _is_shown(name: str) -> bool:

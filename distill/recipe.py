@@ -37,10 +37,10 @@ class Match:
     Attributes:
         feature: see `qbert.distill.features`; ``labels`` is the task's own loss on the data's labels.
         loss: a name from `qbert.distill.losses.LOSSES`, or a callable (student, teacher, mask) -> scalar, a mean
-            over rows [B, D] or real tokens (over what else its attribute ``items`` says: "rows" or "pairs"). Where None,
-            the feature's usual one; for ``logits`` by the head: soft cross-entropy, over positions for a span; by
-            ``config.problem_type`` a cross-entropy of every label on its own (so of ``soft_ce`` and ``kl`` too), or
-            the mean squared error of a regression's values.
+            over rows [B, D] or real tokens (over what else its attribute ``items`` says: "rows" or "pairs"). Where
+            None, the feature's usual one; for ``logits`` by the head: soft cross-entropy (over positions for a span),
+            by ``config.problem_type`` that of every label on its own (``soft_ce`` and ``kl`` turn into it), or the mean
+            squared error of a regression's values.
         weight: factor of the term; ``auto`` divides the term by its mean over the first 100 steps.
         layers: a named layer map or explicit pairs (see `qbert.distill.mapping`).
         embedding: whether a named map also pairs the embedding outputs (``hidden`` only).

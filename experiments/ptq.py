@@ -74,7 +74,7 @@ def ptq_report(
             the others keep ranges per token.
         standard_error: returns that of an `Evaluation`'s primary metric, such as `bootstrap`.
         hidden: compare the last hidden states too.
-        progress: show a bar over the configurations.
+        progress: show a bar over the configurations, and each row when it is there.
 
     Returns:
         The float model's row, then one row a configuration in the given order.
@@ -96,21 +96,27 @@ def ptq_report(
             result = score(student)
         small = model_size(student)
         retention = 100.0 * result.primary / reference.primary if reference.primary else float("nan")
-        results.append(
-            PTQResult(
-                label,
-                result.primary,
-                retention,
-                standard_error(result) if standard_error else None,
-                _agreement(reference, result),
-                fidelity(reference.logits, result.logits).divergence,
-                _relative_error(wanted, states) if hidden else None,
-                small.mb,
-                small.ratio,
-                seconds,
-            )
+        row = PTQResult(
+            label,
+            result.primary,
+            retention,
+            standard_error(result) if standard_error else None,
+            _agreement(reference, result),
+            fidelity(reference.logits, result.logits).divergence,
+            _relative_error(wanted, states) if hidden else None,
+            small.mb,
+            small.ratio,
+            seconds,
         )
+        results.append(row)
+        if progress:
+            tqdm.write(", ".join(f"{k} {v}" for k, v in zip(*_one_row(row), strict=True) if v))
     return results
+
+
+def _one_row(result: PTQResult) -> tuple[list[str], list[str]]:
+    header, (row,) = ptq_table([result], "score")
+    return header, row
 
 
 @contextlib.contextmanager

@@ -28,7 +28,11 @@ _METHODS: dict[str, dict[str, Any]] = {
     "compensated, 128 groups": {"rounding": "compensated"},
 }
 _GROUPS = (1, 12, 128, 768)
-_ALONE = ", alone"
+# What is quantized -> end of the label, configuration, title.
+_PARTS: dict[str, tuple[str, dict[str, Any], str]] = {
+    "whole": ("", {}, "Weights, tables and activations:"),
+    "weights": (", alone", {"embedding_bits": 32, "activation_bits": None}, "Weights alone, the rest in float:"),
+}
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -47,6 +51,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--bits", type=int, nargs="+", choices=_BITS, default=list(_BITS), help="bits to compare")
     parser.add_argument(
         "--methods", nargs="+", choices=list(_METHODS), default=list(_METHODS), help="methods to compare; default: all"
+    )
+    parser.add_argument(
+        "--parts", nargs="+", choices=list(_PARTS), default=list(_PARTS), help="what is quantized; default: both"
     )
     parser.add_argument(
         "--calibration-rows", type=positive, default=384, help="training rows for compensated rounding; default: 384"
@@ -72,8 +79,8 @@ def configurations(arguments: argparse.Namespace) -> dict[str, Any]:
     from qbert import BitsConfig
 
     configs: dict[str, Any] = {}
-    ways: dict[str, dict[str, Any]] = {"": {}, _ALONE: {"embedding_bits": 32, "activation_bits": None}}
-    for alone, defaults in ways.items():
+    for part in arguments.parts:
+        alone, defaults, _ = _PARTS[part]
         for bits in arguments.bits:
             for name in arguments.methods:
                 configs[f"{bits} bits, {name}{alone}"] = BitsConfig(bits, **_METHODS[name], **defaults)
@@ -93,7 +100,8 @@ def sections(results: list[Any], metric: str, arguments: argparse.Namespace) -> 
 
     by_label = {r.label: r for r in results}
     parts = []
-    for alone, title in (("", "Weights, tables and activations:"), (_ALONE, "Weights alone, the rest in float:")):
+    for part in arguments.parts:
+        alone, _, title = _PARTS[part]
         wanted = [f"{b} bits, {name}{alone}" for b in arguments.bits for name in arguments.methods]
         chosen = [by_label["float"], *(replace(by_label[x], label=x.removesuffix(alone)) for x in wanted)]
         parts += [title, "", markdown_table(*ptq_table(chosen, metric)), ""]

@@ -23,7 +23,7 @@ from qat_comparison import METHODS, Comparison, describe, save_packed
 from qat_table import comparison_table
 
 from qbert.cli.arguments import add_task_arguments, positive, prepare_run, run_script
-from qbert.results import provenance, refuse_foreign
+from qbert.results import Record, provenance
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -89,41 +89,6 @@ def print_cost(comparison: Comparison, left: list[tuple[str, int]]) -> None:
     print(f"training will take about {total / 60:.1f} min for all seeds; --epochs and --train-limit shorten it")
 
 
-class Results:
-    """Rows by method and seed, on disk after each training, so that an interrupted comparison goes on.
-
-    Args:
-        path: JSON file.
-        asked: all that the numbers depend on.
-        resume: take over what the file has.
-
-    Raises:
-        ValueError: the file to resume from answers another question.
-    """
-
-    def __init__(self, path: Path, asked: dict[str, Any], resume: bool) -> None:
-        from qbert.files import read_json
-
-        self.path = path
-        self.content: dict[str, Any] = {"asked": asked, "rows": {}}
-        if resume and path.is_file():
-            found = read_json(path)
-            refuse_foreign(path, found.get("asked") if isinstance(found, dict) else None, asked)
-            self.content = found
-
-    def has(self, method: str, seed: int) -> bool:
-        """Whether this training is done."""
-        return any(row.get("seed") == seed for row in self.content["rows"].get(METHODS[method], []))
-
-    def add(self, name: str, row: dict[str, float], **more: Any) -> None:
-        """Keep one row, and anything to note at the top of the file."""
-        from qbert.files import write_json
-
-        self.content["rows"].setdefault(name, []).append(row)
-        self.content.update(more)
-        write_json(self.path, self.content)
-
-
 def asked_of(comparison: Comparison) -> dict[str, Any]:
     """All that the numbers of a comparison depend on, seeds apart."""
     arguments = comparison.arguments
@@ -156,13 +121,14 @@ def main() -> None:
     folder = prepare_run(arguments, "qat_distill")
     check_bf16(arguments.bf16, torch.device(arguments.device))
     comparison = Comparison(arguments, recipe, bits, folder)
-    results = Results(folder / "results.json", asked_of(comparison), arguments.resume)
-    if "PTQ" not in results.content["rows"]:
+    results = Record(folder / "results.json", asked_of(comparison), resume=arguments.resume)
+    if "PTQ" not in results:
         row = comparison.post_training_row()
         results.add("PTQ", row, **heading(comparison))
-    print(describe("post-training quantization", results.content["rows"]["PTQ"][0]))
+    print(describe("post-training quantization", results["PTQ"][0]))
     methods = ["kd", "qat"] + (["float"] if arguments.float_control else [])
-    left = [(method, seed) for seed in arguments.seeds for method in methods if not results.has(method, seed)]
+    done = {(method, row["seed"]) for method in methods for row in results[METHODS[method]]}
+    left = [(method, seed) for seed in arguments.seeds for method in methods if (method, seed) not in done]
     print_cost(comparison, left)
     histories: dict[str, Any] = {}
     for method, seed in left:

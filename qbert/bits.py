@@ -59,7 +59,8 @@ class TensorSpec:
             may lie anywhere, at 4 bytes a group instead of 1.
         range_method: ``minmax``, ``percentile`` (of the weights of a group) or ``mse`` (least squared error).
         percentile: share in percent of the weights that ``percentile`` keeps inside the range.
-        activation_bits: bits of the input of a matrix product: 8, or ``None`` for float activations.
+        activation_bits: bits of the input of a matrix product: 4, 6, 8, or ``None`` for float activations. Fewer than
+            8 are computed in float, by the packed model too.
         activation_range: ``dynamic`` (per token, symmetric), ``asymmetric`` (per token, from its smallest to its
             largest value: finer steps where a token's outliers have one sign, as in BERT) or ``static`` (per tensor,
             affine, calibrated); ``None`` is static if calibration data is given and dynamic if not, and asymmetric
@@ -148,7 +149,7 @@ def _check_spec(spec: TensorSpec) -> None:
     choices = {
         "scheme": ("asymmetric", "symmetric", "midrise", "offset"),
         "range_method": ("minmax", "percentile", "mse"),
-        "activation_bits": (8, None),
+        "activation_bits": (4, 6, 8, None),
         "activation_range": ("dynamic", "asymmetric", "static", None),
         "rounding": ("nearest", "compensated"),
         "column_order": ("activity", "given"),

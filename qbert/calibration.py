@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,8 +22,9 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from qbert.encoders.modes import evaluation_mode
 from qbert.encoders.prefix import LayerCache
-from qbert.encoders.targets import base_model, encoder_layers
+from qbert.encoders.targets import encoder_layers
 from qbert.layers.kind import TrainableLayer
 from qbert.quantizers.activations import ActivationObserver
 
@@ -62,7 +62,7 @@ def calibrate_activations(model: nn.Module, batches: list[Batch]) -> None:
 
     Raises:
         ValueError: if the input of a layer is not finite, or none is seen: the layer is never called, or every token is
-            masked.
+            masked; or if batches are longer than the model can read.
     """
     names = {
         m: name
@@ -72,6 +72,7 @@ def calibrate_activations(model: nn.Module, batches: list[Batch]) -> None:
     layers = list(names)
     if not layers:
         return
+    check_lengths(model, batches)
     observers = {layer: ActivationObserver() for layer in layers}
     quantizers = [layer.activation_quantizer for layer in layers if layer.activation_quantizer is not None]
     for quantizer in quantizers:
@@ -137,18 +138,6 @@ def to_device(batch: Batch, model: nn.Module) -> dict[str, Any]:
     """The batch with its tensors on the model's device."""
     device = next(model.parameters()).device
     return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
-
-
-@contextmanager
-def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Put every module of `model` in evaluation mode and give each its own mode back afterwards."""
-    training = [m for m in model.modules() if m.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 @dataclass(frozen=True)
@@ -229,11 +218,10 @@ def check_lengths(model: nn.Module, batches: Sequence[Batch]) -> None:
     Raises:
         ValueError: naming both lengths.
     """
-    config = getattr(base_model(model)[1], "config", None)
-    table = max((m.num_embeddings for n, m in model.named_modules() if n.endswith("position_embeddings")), default=None)
-    most = table or getattr(config, "max_position_embeddings", None)
+    tables = [m for n, m in model.named_modules() if isinstance(m, nn.Embedding) and n.endswith("position_embeddings")]
+    most = max((table.num_embeddings for table in tables), default=0)
     longest = max((b["input_ids"].shape[-1] for b in batches if isinstance(b.get("input_ids"), Tensor)), default=0)
-    if isinstance(most, int) and longest > most > 0:
+    if longest > most > 0:
         raise ValueError(
             f"calibration_data: a batch has {longest} tokens a row, but the model reads at most {most}; tokenize with "
             f"truncation=True, max_length={most}"

@@ -118,7 +118,10 @@ def own_name(before: str, after: str) -> str:
 
 
 def remove_abandoned(folder: Path, after: str, before: str = "") -> None:
-    """Remove files and folders with names of `own_name` in `folder` whose process has ended; `after` is a glob."""
+    """Remove files and folders with names of `own_name` in `folder` whose process has ended; `after` is a glob.
+
+    Earlier versions named only the process.
+    """
     ending = fnmatch.translate(after)
     pattern = re.compile(rf"\.{re.escape(before)}(?:([0-9a-f]{{8}})-)?(\d+)(?:-[0-9a-f]{{8}})?{ending}")
     for found in list(folder.iterdir()):
@@ -131,7 +134,7 @@ def remove_abandoned(folder: Path, after: str, before: str = "") -> None:
 
 
 def _is_abandoned(path: Path, place: str | None, process: int) -> bool:
-    if place == _place() and sys.platform != "win32":  # where asking about a process would end it
+    if place in (None, _place()) and sys.platform != "win32":  # where asking about a process would end it
         if process == os.getpid():
             return False
         try:

@@ -6,15 +6,17 @@
 from __future__ import annotations
 
 import datetime
+import json
 import platform
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from qbert.files import read_json, write_json
 from qbert.version import __version__
 
 
@@ -35,7 +37,57 @@ def markdown_table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
     return "\n".join([*lines, *("| " + " | ".join(str(c) for c in row) + " |" for row in rows)])
 
 
-def refuse_foreign(path: Path, found: Any, asked: dict[str, Any]) -> None:
+class Record:
+    """What was asked and the rows found so far, in one JSON file, so that an interrupted measurement goes on.
+
+    The file is written whole after every row, with its digest.
+
+        >>> record = Record(Path("scores.json"), {"model": "minilm", "limit": 100}, resume=True)
+        >>> if "4 bits" not in record:
+        ...     record.add("4 bits", {"score": 91.2})
+
+    Args:
+        path: JSON file; its folder is made with the first row.
+        asked: all that the rows depend on, as JSON values.
+        resume: take over what the file has; without it, the first row replaces the file.
+
+    Attributes:
+        content: ``asked``, ``rows`` (key -> rows in the order they were added), and what was noted beside them.
+
+    Raises:
+        ValueError: the file to resume from answers another question, is damaged, or is no such record.
+    """
+
+    def __init__(self, path: Path, asked: Mapping[str, Any], *, resume: bool) -> None:
+        self.path = path
+        asked = json.loads(json.dumps(asked, allow_nan=False))  # as it will be read
+        self.content: dict[str, Any] = {"asked": asked, "rows": {}}
+        if resume and path.is_file():
+            found = read_json(path)
+            refuse_foreign(path, found.get("asked") if isinstance(found, dict) else None, asked)
+            rows = found.get("rows")
+            if not isinstance(rows, dict) or not all(isinstance(kept, list) for kept in rows.values()):
+                raise ValueError(f"--resume: {path} holds no rows by name; remove the file, or leave --resume out")
+            self.content = found
+
+    def __contains__(self, key: str) -> bool:
+        return key in self.content["rows"]
+
+    def __getitem__(self, key: str) -> list[Any]:
+        """All rows under `key`, none if there are none."""
+        return list(self.content["rows"].get(key, ()))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.content["rows"])
+
+    def add(self, key: str, row: Any, **beside: Any) -> None:
+        """Keep one more row under `key`, and anything to note at the top of the file."""
+        self.content["rows"].setdefault(key, []).append(row)
+        self.content.update(beside)
+        write_json(self.path, self.content)
+
+
+def refuse_foreign(path: Path, found: Any, asked: Mapping[str, Any]) -> None:
     """Refuse to go on from a file that was made of another model, other rows or other settings.
 
     Raises:

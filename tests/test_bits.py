@@ -87,7 +87,7 @@ def test_settings_of_a_pattern_override_the_defaults() -> None:
         (4, {"scheme": "affine"}, "scheme='affine'"),
         (4, {"range_method": "kl"}, "range_method='kl'"),
         (4, {"percentile": 30.0}, r"percentile=30\.0"),
-        (4, {"activation_bits": 4}, "activation_bits=4"),
+        (4, {"activation_bits": 5}, "activation_bits=5"),
         (4, {"activation_bits": 8.0}, r"activation_bits=8\.0"),
         (4, {"percentile": "99"}, "percentile='99'"),
         (4, {"embedding_bits": 6}, "embedding_bits=6"),

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from distilling import distiller
 from encoders import FAMILIES, build, inputs_for
 from torch import Tensor, nn
 from transformers import BertConfig, BertForMaskedLM, BertForSequenceClassification
@@ -162,6 +163,20 @@ def test_a_head_tied_to_a_table_is_rounded_as_the_table_is() -> None:
     table, head = student.bert.embeddings.word_embeddings, student.cls.predictions.decoder
     assert table.weight is head.weight and torch.equal(table.quantized_weight(), head.quantized_weight())
     assert torch.equal(table.weight, model.bert.embeddings.word_embeddings.weight)
+
+
+def test_distillation_starts_from_the_compensated_codes(tmp_path: Any) -> None:
+    config = qbert.BitsConfig(2, groups=16, **COMPENSATED)
+    student = qbert.quantize_model(build("bert").eval(), config, calibration_data=batches("bert"))
+    before = {n: m.quantized_weight().clone() for n, m in linears(student).items()}
+    for layer in linears(student).values():
+        layer.weight_quantizer.change_bits(2, layer.weight)  # as a stage with the same bits does
+    trainer = distiller(tmp_path, student=student, max_steps=2, learning_rate=1e-12)
+    trainer.train()
+    for name, layer in linears(trainer.student).items():
+        assert torch.allclose(layer.quantized_weight(), before[name], rtol=1e-4, atol=1e-7), name
+    layer.weight_quantizer.change_bits(4, layer.weight)
+    assert layer.weight_quantizer.spec.rounding == "nearest"
 
 
 def test_static_ranges_are_calibrated_on_the_rounded_model() -> None:

@@ -1,17 +1,25 @@
 """`export_onnx`: ONNX Runtime computes what the packed model does, from weights in as few bits."""
 
 import copy
+import importlib.util
+import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import transformers
 from encoders import build, inputs_for
+from tiny_tasks import tiny_encoder
+from torch import nn
 from transformers import (
     AutoModel,
+    AutoModelForMaskedLM,
     AutoModelForMultipleChoice,
+    AutoModelForPreTraining,
     AutoModelForQuestionAnswering,
     AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
 )
 
 import qbert
@@ -102,6 +110,143 @@ def test_axes_are_named_after_what_they_follow(tmp_path: Path) -> None:
         qbert.export_onnx(packed, tmp_path / "model.onnx")
         session = ort.InferenceSession(str(tmp_path / "model.onnx"), providers=["CPUExecutionProvider"])
         assert session.get_outputs()[0].shape == wanted
+
+
+HEADS = {
+    AutoModel: "last_hidden_state",
+    AutoModelForSequenceClassification: "logits",
+    AutoModelForTokenClassification: "logits",
+    AutoModelForMaskedLM: "logits",
+    AutoModelForPreTraining: "prediction_logits",
+}
+
+
+@pytest.mark.parametrize(("kind", "name"), HEADS.items(), ids=[kind.__name__ for kind in HEADS])
+def test_outputs_keep_the_names_that_optimum_looks_for(kind: Any, name: str, tmp_path: Path) -> None:
+    packed = qbert.pack(qbert.quantize_model(kind.from_config(build("bert").config).eval(), 4))
+    qbert.export_onnx(packed, tmp_path / "model.onnx")
+    session = ort.InferenceSession(str(tmp_path / "model.onnx"), providers=["CPUExecutionProvider"])
+    assert [output.name for output in session.get_outputs()] == [name]
+    assert [put.name for put in session.get_inputs()] == ["input_ids", "attention_mask"]
+
+
+@pytest.mark.parametrize("more", ["normalized", "dense"])
+def test_a_sentence_model_keeps_pooling_and_what_follows(more: str, tmp_path: Path) -> None:
+    sentence = pytest.importorskip("sentence_transformers")
+    from sentence_transformers.models import Dense, Normalize, Pooling, Transformer
+
+    words = Transformer(str(tiny_encoder(tmp_path / "encoder")))
+    rest = [Normalize()] if more == "normalized" else [Dense(32, 16), Normalize()]
+    model = sentence.SentenceTransformer(modules=[words, Pooling(32, pooling_mode="mean"), *rest], device="cpu").eval()
+    packed = qbert.pack(qbert.quantize_model(model, qbert.BitsConfig(4, activation_bits=None)))
+    qbert.export_onnx(packed, tmp_path / "model.onnx")
+    session = ort.InferenceSession(str(tmp_path / "model.onnx"), providers=["CPUExecutionProvider"])
+    assert [output.name for output in session.get_outputs()] == ["sentence_embedding", "token_embeddings"]
+    texts = ["the film was superb .", "Anna visited Rome and the hotel was dull , a dull hotel .", "Paris"]
+    tokens = packed.tokenizer(texts, padding=True, return_tensors="np")
+    given = {put.name: tokens[put.name].astype("int64") for put in session.get_inputs()}
+    got = torch.from_numpy(session.run(["sentence_embedding"], given)[0])
+    assert torch.allclose(got, packed.encode(texts, convert_to_tensor=True), atol=1e-5)
+    assert torch.allclose(got.norm(dim=1), torch.ones(3), atol=1e-5)
+
+
+def test_a_cross_encoder_has_logits(tmp_path: Path) -> None:
+    sentence = pytest.importorskip("sentence_transformers")
+    model = sentence.CrossEncoder(str(tiny_encoder(tmp_path / "encoder")), num_labels=1, device="cpu").eval()
+    packed = qbert.pack(qbert.quantize_model(model, qbert.BitsConfig(4, activation_bits=None)))
+    qbert.export_onnx(packed, tmp_path / "model.onnx", inputs=("input_ids", "attention_mask", "token_type_ids"))
+    session = ort.InferenceSession(str(tmp_path / "model.onnx"), providers=["CPUExecutionProvider"])
+    assert [output.name for output in session.get_outputs()] == ["logits"]
+    pairs = [("who visited Rome ?", "Anna visited Rome ."), ("the film", "it was a dull film , the film was awful .")]
+    tokens = packed.tokenizer(*map(list, zip(*pairs, strict=True)), padding=True, return_tensors="np")
+    got = session.run(None, {name: value.astype("int64") for name, value in tokens.items()})[0]
+    with torch.no_grad():
+        wanted = packed({name: torch.from_numpy(value) for name, value in tokens.items()})["scores"]
+    assert torch.allclose(torch.from_numpy(got), wanted, atol=1e-5)
+
+
+SMALL = {"vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
+
+
+@pytest.mark.parametrize("family", ["CLIPText", "SiglipText", "XCLIPText"])
+def test_forwards_may_look_at_a_table(family: str, tmp_path: Path) -> None:
+    config = getattr(transformers, f"{family}Config")(**SMALL, max_position_embeddings=16)
+    model = getattr(transformers, f"{family}Model")(config).eval()
+    packed = qbert.pack(qbert.quantize_model(model, qbert.BitsConfig(4, activation_bits=None)))
+    qbert.export_onnx(packed, tmp_path / "model.onnx")
+    ids = torch.randint(3, 50, (3, 13))
+    batch = {"input_ids": ids, "attention_mask": (torch.arange(13) < torch.tensor([[13], [2], [7]])).long()}
+    keep = batch["attention_mask"].bool()
+    assert torch.allclose(run(tmp_path / "model.onnx", batch)[keep], expected(packed, batch)[keep], atol=2e-5)
+
+
+LONG = {"Longformer": {"attention_window": 8}, "BigBird": {"block_size": 4, "num_random_blocks": 1}}
+
+
+@pytest.mark.parametrize(("family", "settings"), LONG.items(), ids=LONG)
+def test_steps_that_depend_on_the_length_are_refused(family: str, settings: Any, tmp_path: Path) -> None:
+    config = getattr(transformers, f"{family}Config")(**SMALL, max_position_embeddings=160, **settings)
+    model = getattr(transformers, f"{family}Model")(config).eval()
+    packed = qbert.pack(qbert.quantize_model(model, 8))
+    before = copy.deepcopy(packed.config.to_dict())
+    with pytest.raises(
+        ValueError, match=rf"packed: {family}Model (takes other steps for \d+ tokens than for|cannot be)"
+    ):
+        qbert.export_onnx(packed, tmp_path / "model.onnx")
+    assert not list(tmp_path.iterdir()) and packed.config.to_dict() == before
+    assert getattr(packed, "attention_type", None) == getattr(model, "attention_type", None)
+
+
+class Parity(nn.Module):
+    """A head whose steps depend on whether the length is even, which only a run at another length shows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bert = AutoModel.from_config(build("bert").config)
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        hidden = self.bert(input_ids, attention_mask)[0]
+        return hidden.mean(1) if input_ids.shape[1] % 2 else hidden.amax(1)
+
+
+def test_a_length_that_only_changes_values_is_found(tmp_path: Path) -> None:
+    packed = qbert.pack(qbert.quantize_model(Parity().eval(), 4))
+    with pytest.raises(ValueError, match=r"Parity takes other steps for 64 tokens than for 9 \(relative error"):
+        qbert.export_onnx(packed, tmp_path / "model.onnx")
+
+
+def test_operators_that_onnx_lacks_are_named(tmp_path: Path) -> None:
+    model = transformers.FNetModel(transformers.FNetConfig(vocab_size=50, hidden_size=32, num_hidden_layers=1)).eval()
+    packed = qbert.pack(qbert.quantize_model(model, 8))
+    with pytest.raises(ValueError, match=r"FNetModel cannot be written as an ONNX file \(.*fft"):
+        qbert.export_onnx(packed, tmp_path / "model.onnx", inputs=("input_ids",))
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_the_exporter_says_nothing(bits: int, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    packed = qbert.pack(qbert.quantize_model(AutoModel.from_config(build("bert").config), bits))
+    capfd.readouterr()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        qbert.export_onnx(packed, tmp_path / "model.onnx")
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_file_that_was_not_run_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    packed = qbert.pack(qbert.quantize_model(AutoModel.from_config(build("bert").config), 4))
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "onnxruntime" else find(name))
+    with pytest.warns(UserWarning, match="not run, because onnxruntime is not installed"):
+        qbert.export_onnx(packed, tmp_path / "model.onnx")
+
+
+def test_a_file_that_computes_something_else_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    packed = qbert.pack(qbert.quantize_model(AutoModel.from_config(build("bert").config), 4))
+    original = ort.InferenceSession.run
+    monkeypatch.setattr(ort.InferenceSession, "run", lambda *a, **k: [-value for value in original(*a, **k)])
+    with pytest.raises(ValueError, match=r"ONNX Runtime does not compute what BertModel does \(relative error 2"):
+        qbert.export_onnx(packed, tmp_path / "model.onnx")
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])

@@ -53,8 +53,8 @@ def main() -> None:
     from transformers import AutoModel, AutoTokenizer
 
     source = arguments.model or str(embedded_encoder())
-    model = AutoModel.from_pretrained(source).eval()
-    tokenizer = AutoTokenizer.from_pretrained(source)
+    model = AutoModel.from_pretrained(source, trust_remote_code=False).eval()
+    tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     texts = sentences(arguments)
     batch = tokenizer(texts, padding=True, truncation=True, max_length=128, return_tensors="pt")
     with tempfile.TemporaryDirectory() as folder:

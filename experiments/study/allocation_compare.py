@@ -12,7 +12,7 @@ import random
 from pathlib import Path
 from typing import Any
 
-from qbert.results import refuse_foreign
+from qbert.results import Record
 
 
 class Scores:
@@ -41,19 +41,16 @@ class Scores:
         resume: bool,
     ):
         from qbert import BitsConfig, quantize_model
-        from qbert.files import read_json
 
         self.task, self.tokenizer, self.limit = task, tokenizer, limit
         self.members = report.members
         self.students = {b: quantize_model(model, BitsConfig(b, **settings)) for b in report.bits}
         self.model = quantize_model(model, BitsConfig(report.bits[0], **settings))
         self.prefix = _prefix(model)
-        self.kept, self.asked = kept, asked
-        self.known: dict[tuple[int, ...], tuple[float, float]] = {}
-        if resume and kept.exists():
-            content = read_json(kept)
-            refuse_foreign(kept, content.get("asked"), asked)
-            self.known = {tuple(bits): (loss, score) for bits, loss, score in content["scores"]}
+        self.kept = Record(kept, asked, resume=resume)
+        self.known: dict[tuple[int, ...], tuple[float, float]] = {
+            tuple(map(int, key.split())): (loss, score) for key in self.kept for loss, score in self.kept[key]
+        }
         self.float = self.known.get(()) or self._keep((), self.score(model))
 
     def score(self, model: Any) -> tuple[float, float]:
@@ -76,10 +73,8 @@ class Scores:
 
     def _keep(self, bits: tuple[int, ...], result: tuple[float, float]) -> tuple[float, float]:
         """Remember and write down a score; no bits at all stand for the float model."""
-        from qbert.files import write_json
-
         self.known[bits] = result
-        write_json(self.kept, {"asked": self.asked, "scores": [[b, *known] for b, known in self.known.items()]})
+        self.kept.add(" ".join(map(str, bits)), result)
         return result
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from qbert.encoders.inputs import accepted_inputs
 from qbert.hessian.batches import Batch, preserved_random_state
 
 LossFunction = Callable[[nn.Module, Batch], Tensor]
@@ -27,7 +28,7 @@ def model_loss(model: nn.Module, batch: Batch) -> Tensor:
         ValueError: if the model returns no loss, or a label is out of range.
     """
     try:
-        output = model(**accepted_arguments(model, batch))
+        output = model(**accepted_inputs(model, batch))
     except IndexError as error:
         raise ValueError(f"batches: a label or token id is out of the model's range ({error})") from error
     if isinstance(output, tuple):
@@ -51,13 +52,6 @@ def masks_padding(model: nn.Module, loss_fn: LossFunction | None) -> bool:
     """Whether the loss of labelled rows is known not to see masked tokens: a model's own, that takes a mask."""
     named = "attention_mask" in inspect.signature(model.forward).parameters
     return named and (loss_fn is None or loss_fn is model_loss)
-
-
-def accepted_arguments(model: nn.Module, batch: Batch) -> dict[str, object]:
-    """The entries of `batch` that ``model.forward`` names; all of them where it names none."""
-    parameters = inspect.signature(model.forward).parameters.values()
-    named = {p.name for p in parameters if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)}
-    return {k: v for k, v in batch.items() if not named or k in named}
 
 
 def to_device(batch: Batch, model: nn.Module) -> Batch:

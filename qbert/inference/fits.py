@@ -26,6 +26,8 @@ def reason_not_to_fuse_layer(layer: Any) -> str:
     if parts is None:
         return f"a {type(layer).__name__} is not an encoder layer of the BERT kind"
     packed = [p for p in parts.linears if isinstance(p, PackedLinear)]
+    if any(p.spec.activation_bits not in (8, None) for p in packed):
+        return "some of its inputs have fewer than 8 bits"
     inner = {id(m) for part in (*packed, parts.activation) for m in part.modules()}
     altered = reason_not_to_replace(m for m in layer.modules() if id(m) not in inner)
     if altered:

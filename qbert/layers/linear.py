@@ -76,7 +76,8 @@ class PackedLinear(PackedTensor):
         self.register_buffer("input_zero", torch.zeros((), dtype=torch.float32) if static else None)
         dynamic = layout.spec.activation_bits is not None and not static
         mode = layout.spec.activation_range or "dynamic"
-        self.activation_quantizer = ActivationQuantizer(8, mode) if dynamic else None
+        bits = layout.spec.activation_bits
+        self.activation_quantizer = ActivationQuantizer(bits, mode) if dynamic and bits else None
         self._fast: Callable[[Tensor], Tensor] | None = None
         self._fast_device = torch.device("cpu")
 
@@ -91,9 +92,10 @@ class PackedLinear(PackedTensor):
 
     def activation_twin(self) -> ActivationQuantizer | None:
         """The trainable form of the input quantization; ``None`` if the input is not quantized."""
+        bits = self.spec.activation_bits or 8
         if self.input_scale is None or self.input_zero is None:
-            return self.activation_quantizer and ActivationQuantizer(8, self.activation_quantizer.mode)
-        static = ActivationQuantizer(8, "static").to(self.input_scale.device)
+            return self.activation_quantizer and ActivationQuantizer(bits, self.activation_quantizer.mode)
+        static = ActivationQuantizer(bits, "static").to(self.input_scale.device)
         static.scale.copy_(self.input_scale)
         static.zero.copy_(self.input_zero)
         return static
@@ -110,6 +112,8 @@ class PackedLinear(PackedTensor):
     def prepare(self, exact: bool = True) -> None:
         """Make the operand of the int8 product, which every later call on this device uses; `exact` as `cpu_linear`."""
         assert self.owner.codes is not None
+        if self.spec.activation_bits not in (8, None):
+            return  # the integer products know inputs of 8 bits
         self._fast_device = self.owner.codes.device
         if self._fast_device.type == "cpu":
             self._fast = self.cpu_linear(exact)
@@ -169,7 +173,8 @@ class PackedLinear(PackedTensor):
             return self.activation_quantizer(x)  # type: ignore[no-any-return]
         if self.input_scale is None or self.input_zero is None:
             return x
-        return fake_quantize(x, self.input_scale.to(x.dtype), self.input_zero.to(x.dtype), *code_range(8))
+        limits = code_range(self.spec.activation_bits or 8)
+        return fake_quantize(x, self.input_scale.to(x.dtype), self.input_zero.to(x.dtype), *limits)
 
 
 register(Kind(lambda module: type(module) is nn.Linear, QuantLinear, PackedLinear))

@@ -144,8 +144,14 @@ class WeightQuantizer(nn.Module):
 
     @torch.no_grad()
     def change_bits(self, bits: int, weight: Tensor) -> None:
-        """Go over to another number of bits: a new code range, and a new grid found from the weights [O, I]."""
-        self.spec = replace(self.spec, bits=bits)
+        """Go over to another number of bits: a new code range, and a new grid found from the weights [O, I].
+
+        Codes that were compensated for the inputs of calibration data stay where the bits do; for others, which nobody
+        has seen data for, the weights are rounded to nearest.
+        """
+        if bits == self.bits and self.spec.rounding == "compensated":
+            return
+        self.spec = replace(self.spec, bits=bits, rounding="nearest")
         self.bits = bits
         self.qmin, self.qmax = code_range(bits, self.spec.scheme)
         self.find(weight)

@@ -1,4 +1,4 @@
-r"""8-bit activations: the input of every quantized matrix product.
+r"""Activations of 8 bits (or 6, or 4): the input of every quantized matrix product.
 
 ``dynamic`` gives each token its own symmetric range, :math:`s = \max|x| / 127`, at run time; ``asymmetric`` gives it
 the range from its smallest to its largest value, :math:`s = (\max x - \min x) / 255`; ``static`` has one affine range
@@ -84,7 +84,7 @@ class ActivationQuantizer(nn.Module):
     """Fake quantization of a layer's input.
 
     Args:
-        bits: 8.
+        bits: 4, 6 or 8.
         mode: ``dynamic`` (per token, symmetric), ``asymmetric`` (per token, affine) or ``static`` (per tensor, affine).
 
     A static quantizer starts uncalibrated; its first use raises until `set_range` was called.

@@ -93,6 +93,8 @@ class Saver:
             return
         folder.mkdir(parents=True, exist_ok=True)
         remove_abandoned(folder, "", before="saving-")
+        for left in folder.glob(".saving-????????"):  # so named by earlier versions
+            shutil.rmtree(left, ignore_errors=True)
         remove_abandoned(folder, ".part.*")
         aside = folder / own_name("saving-", "")
         try:

@@ -183,8 +183,8 @@ class QBertHfQuantizer(HfQuantizer):  # type: ignore[misc]
         """As `is_trainable`; asked by a Trainer, to which it tells the way. Raises ValueError for a packed model."""
         if self.quantization_config.form == "packed":
             raise ValueError(
-                "model: a packed, quantized model cannot be trained, its weights are integers; "
-                "train what qbert.unpack(model) returns and pack it again"
+                "model: the model is packed, and packed weights cannot be trained; train what qbert.unpack(model) "
+                "returns, and pack the result again"
             )
         return True
 

@@ -33,7 +33,12 @@ def install(theirs: ModuleType) -> None:
 def _saving(plain: Callable[..., None]) -> Any:
     @functools.wraps(plain)
     def save_pretrained(self: Any, save_directory: Any, *args: Any, **kwargs: Any) -> None:
-        if is_quantized(self):
+        if kwargs.get("distributed_checkpoint") and is_quantized(self):
+            raise ValueError(
+                "distributed_checkpoint: a quantized model is written whole, by one process; leave the argument out"
+            )
+        # With an adapter loaded, transformers writes the adapter alone.
+        if is_quantized(self) and not getattr(self, "_hf_peft_config_loaded", False):
             Saver(self, plain)(save_directory, *args, **kwargs)
         else:
             plain(self, save_directory, *args, **kwargs)

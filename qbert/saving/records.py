@@ -223,8 +223,11 @@ def load_complete(path: str | os.PathLike[str], values: Mapping[str, Any], **kwa
         model, report = model_class.from_pretrained(path, output_loading_info=True, **kwargs)  # type: ignore[union-attr]
     except (AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
         text = str(error).strip() or type(error).__name__
-        if isinstance(error, ValueError) and "\n" not in text and (str(path) in text or "quantization_config" in text):
-            raise
+        if isinstance(error, ValueError) and "\n" not in text:
+            if str(path) in text:
+                raise
+            if "quantization_config" in text:
+                raise ValueError(f"{path}: {text}") from error
         raise ValueError(
             f"{path} cannot be loaded as {name} ({text.splitlines()[0]}); copy the folder again"
         ) from error

@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import nn
 
-from qbert.files import write_whole
+from qbert.files import read_json, write_whole
 from qbert.saving.folder import notice
 from qbert.saving.records import is_quantized
 
@@ -25,33 +25,44 @@ _BEGIN, _END = "<!-- qbert -->", "<!-- /qbert -->"
 
 def is_sentence_model(path: str | os.PathLike[str], **hub: Any) -> bool:
     """Whether a folder or hub name holds a whole SentenceTransformer; keyword arguments say where on the hub."""
+    return not hub.get("subfolder") and _file(path, "modules.json", **hub) is not None
+
+
+def _file(path: str | os.PathLike[str], name: str, **hub: Any) -> Path | None:
     if Path(path).is_dir():
-        return (Path(path) / "modules.json").is_file() and not hub.get("subfolder")
+        return Path(path) / name if (Path(path) / name).is_file() else None
     from transformers.utils import cached_file
 
-    return cached_file(str(path), "modules.json", _raise_exceptions_for_missing_entries=False, **hub) is not None
+    found = cached_file(str(path), name, _raise_exceptions_for_missing_entries=False, **hub)
+    return Path(found) if found else None
 
 
 def load_sentence_model(path: str | os.PathLike[str], **kwargs: Any) -> Any:
-    """The SentenceTransformer at `path`; arguments that it does not have itself go to its encoder.
+    """The SentenceTransformer, CrossEncoder, ... at `path`; arguments that it does not have itself go to its encoder.
 
     Raises:
-        ValueError: sentence-transformers is not installed.
+        ValueError: sentence-transformers is not installed, or has no class of that name.
     """
     try:
-        from sentence_transformers import SentenceTransformer
+        import sentence_transformers
     except ImportError as error:
         raise ValueError(
             f"{path} is a SentenceTransformer; pip install sentence-transformers, or load its encoder alone with "
             "transformers.AutoModel.from_pretrained"
         ) from error
+    hub = {k: v for k, v in kwargs.items() if k in ("revision", "token", "cache_dir", "local_files_only")}
+    found = _file(path, "config_sentence_transformers.json", **hub)
+    saved = (read_json(found) if found else {}).get("model_type", "SentenceTransformer")
+    kind: Any = getattr(sentence_transformers, saved, None) if isinstance(saved, str) else None
+    if not (isinstance(kind, type) and issubclass(kind, nn.Module)):
+        raise ValueError(f"{path}: sentence-transformers {sentence_transformers.__version__} has no class {saved!r}")
     names = {"cache_dir": "cache_folder", "device_map": "device"}
     own = {
         names.get(k, k): kwargs.pop(k) for k in ("revision", "token", "cache_dir", "local_files_only") if k in kwargs
     }
     if "device" not in kwargs and "device_map" not in kwargs:
         own["device"] = "cpu"  # where `qbert.load` leaves every model
-    return SentenceTransformer(str(path), model_kwargs=kwargs, trust_remote_code=False, **own).eval()
+    return kind(str(path), model_kwargs=kwargs, trust_remote_code=False, **own).eval()
 
 
 def install(theirs: ModuleType) -> None:

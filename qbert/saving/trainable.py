@@ -162,7 +162,7 @@ def _files(folder: Path) -> list[Path]:
 def _quantizer(name: str, layout: PackedLayout, module: Any, grids: Mapping[str, Tensor]) -> WeightQuantizer:
     rows = len(weight_matrix(module))
     group = row_group_of(torch.arange(rows), rows, layout.groups, layout.heads)
-    quantizer = WeightQuantizer(group, layout.input_groups, layout.spec)
+    quantizer = WeightQuantizer(group, layout.input_groups, layout.spec).to(grids[f"{name}.scale"].dtype)
     with torch.no_grad():
         quantizer.scale.copy_(grids[f"{name}.scale"])
         quantizer.zero.copy_(grids[f"{name}.zero"])
@@ -179,6 +179,7 @@ def _converted(
     if layout.spec.activation_bits is not None and not is_table(module):
         activation = ActivationQuantizer(layout.spec.activation_bits, layout.spec.activation_range or "dynamic")
         if activation.mode == "static":
+            activation.to(grids[f"{name}.input_scale"].dtype)
             activation.scale.copy_(grids[f"{name}.input_scale"])
             activation.zero.copy_(grids[f"{name}.input_zero"])
         activation.to(module.weight.device)

@@ -345,7 +345,8 @@ def _held_answer(row: Row, held: np.ndarray) -> tuple[int, int]:
     `held` [characters of the context] says which ones a token stands for.
     """
     start, text = row["answers"]["answer_start"][0], row["answers"]["text"][0]
-    characters = np.flatnonzero(held[start : start + len(text)])
+    start += len(text) - len(text.lstrip())  # a byte-level token may hold the space before its word
+    characters = np.flatnonzero(held[start : start + len(text.strip())])
     if len(characters) == 0:
         raise ValueError(
             f"the tokenizer has no token for the answer {text!r} of question {row.get('id')!r}; leave the question out"
@@ -393,7 +394,7 @@ def decode_spans(
     answers = []
     for row, candidates in zip(rows, found, strict=True):
         best = sorted(candidates, key=lambda item: -item[0])[:n_best]
-        answers.append([(row["context"][begin:end], score) for score, begin, end in best] or [("", -np.inf)])
+        answers.append([(row["context"][begin:end].strip(), score) for score, begin, end in best] or [("", -np.inf)])
     return answers
 
 

@@ -79,9 +79,11 @@ def to_row(name: str, kind: Kind, raw: Mapping[str, Any], label_names: tuple[str
         return {key: raw[key] for key in ("id", "question", "context")} | {"answers": answers}
     if kind == "token":
         order = _HUB_TAGS[name]
-        tags = [tag if isinstance(tag, str) else order[tag] for tag in raw["ner_tags"]]
+        known = dict(enumerate(order))  # -1, an unlabelled word, would count from the end of a list
+        tags = [known.get(tag, tag) for tag in raw["ner_tags"]]
         if name == "wnut17":
-            tags = [tag if tag == "O" else f"{tag[:2]}{_COARSE[tag[2:]]}" for tag in tags]
+            coarse = {tag: tag if tag == "O" else f"{tag[:2]}{_COARSE[tag[2:]]}" for tag in order}
+            tags = [coarse.get(tag, tag) for tag in tags]
         return {"tokens": list(raw["tokens"]), "tags": tags}
     return {key: value for key, value in raw.items() if key not in ("idx", "label")} | {"label": raw["label"]}
 

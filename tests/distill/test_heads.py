@@ -84,6 +84,31 @@ def test_heads_of_two_kinds_are_refused(tmp_path: Path) -> None:
         logits_term(teacher, student, Match("logits"), tmp_path)
 
 
+@pytest.mark.parametrize("loss", [None, "kl", "mse"])
+def test_spans_are_classes_of_their_own_positions(loss: str | None, tmp_path: Path) -> None:
+    config = tf.BertConfig(
+        vocab_size=100, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=24
+    )
+    teacher, student = (tf.BertForQuestionAnswering(config).eval() for _ in range(2))
+    data = [{k: v for k, v in row.items() if k != "labels"} for row in rows(4)]
+    data[0]["attention_mask"] = [1] * 5 + [0] * 4
+    recipe = Recipe("kd", "test", (Stage("kd", (Match("logits", loss),)),), steps="fixed")
+    trainer = distiller(tmp_path, teacher=teacher, student=student, recipe=recipe, data=data)
+    batch = trainer.data_collator(data)
+    with torch.no_grad():
+        value = trainer.distillation.losses(dict(batch))["loss"]
+        outputs = [model(**batch) for model in (teacher, student)]
+    single = []
+    for name in ("start_logits", "end_logits"):
+        for row, mask in enumerate(batch["attention_mask"].bool()):
+            theirs, ours = (getattr(output, name)[row][mask] for output in outputs)
+            chances = theirs.softmax(0)
+            entropy = -(chances * chances.log()).sum() if loss == "kl" else 0.0
+            single.append((theirs - ours).square() if loss == "mse" else F.cross_entropy(ours, chances) - entropy)
+    expected = torch.cat(single).mean() if loss == "mse" else torch.stack(single).mean()
+    torch.testing.assert_close(value, expected, rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.parametrize("kind", [MULTI, "regression"])
 def test_a_quantized_student_learns_such_a_head(kind: str, tmp_path: Path) -> None:
     teacher, _ = pair(3, kind)

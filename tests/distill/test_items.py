@@ -86,6 +86,30 @@ def test_micro_batches_of_unequal_texts_have_the_gradient_of_the_whole(
     torch.testing.assert_close(torch.stack(parts).mean(0), whole, rtol=1e-4, atol=1e-6)
 
 
+SHARED = Recipe(
+    "shared", "test",
+    (Stage("one", (Match("hidden", options={"normalized": True}), Match("scores", options={"normalized": True}),
+                   Match("logits", weight="auto"), Match("hidden", "cosine", weight="auto", name="angle"))),),
+    steps="fixed",
+)  # fmt: skip
+
+
+def test_normalised_terms_and_automatic_weights_are_those_of_the_whole_step(tmp_path: Path) -> None:
+    config = tf.BertConfig(**SMALL, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    teacher, student = (tf.BertForSequenceClassification(config) for _ in range(2))
+    rows = texts("SequenceClassification")
+    data = [{k: v.tolist() for k, v in rows[0].items()}]
+    trainer = distiller(tmp_path, teacher=teacher, student=student, recipe=SHARED, data=data)
+    trainer.distillation.train()
+    whole = gradient(trainer, trainer.distillation(**collate(rows))["loss"])
+    trainer.distillation.heads.forget()
+    batches = [collate(rows[i : i + 2]) for i in range(0, 8, 2)]
+    trainer.get_batch_samples(iter(batches), 4, torch.device("cpu"))
+    parts = [gradient(trainer, trainer.compute_loss(trainer.distillation, dict(batch))) for batch in batches]
+    torch.testing.assert_close(torch.stack(parts).mean(0), whole, rtol=1e-4, atol=1e-6)
+    assert trainer.distillation.heads.auto_count.tolist() == [0.0, 0.0, 1.0, 1.0]
+
+
 @pytest.mark.parametrize("size", [1, 2, 8])
 def test_the_evaluations_loss_does_not_depend_on_the_batch_size(size: int, tmp_path: Path) -> None:
     torch.manual_seed(0)

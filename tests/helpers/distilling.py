@@ -45,7 +45,7 @@ def distiller(
     options: dict[str, Any] | None = None,
     **arguments: Any,
 ) -> Distiller:
-    """A `Distiller` on tiny models that logs every step and saves only if told to; `options` are further ones of its."""
+    """A `Distiller` on tiny models that logs every step and saves only if told to; `options` are further arguments."""
     torch.manual_seed(1)
     if student is None:
         rates = {} if dropout is None else {"hidden_dropout_prob": dropout, "attention_probs_dropout_prob": dropout}

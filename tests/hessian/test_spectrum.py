@@ -273,6 +273,28 @@ def test_damaged_records_are_refused(tmp_path: Any, spoil: Any) -> None:
         measure(checkpoint=tmp_path, resume=True)
 
 
+@pytest.mark.parametrize("resume", [True, False])
+def test_what_a_killed_process_left_is_no_part_of_a_checkpoint(tmp_path: Any, resume: bool) -> None:
+    wanted = measure(checkpoint=tmp_path).eigenvalues
+    record = next(tmp_path.glob("*.json"))
+    left = tmp_path / f".{2**22 + 1}.part.{record.name}"  # no process has such a number
+    left.touch()
+    assert np.array_equal(measure(checkpoint=tmp_path, resume=resume).eigenvalues, wanted)
+    assert not left.exists()
+
+
+def test_a_flipped_bit_of_a_record_is_refused_and_does_not_hinder_a_new_start(tmp_path: Any) -> None:
+    wanted = measure(checkpoint=tmp_path).eigenvalues
+    record = next(tmp_path.glob("*.json"))
+    content = bytearray(record.read_bytes())
+    digit = content.index(b'"value": ') + 12
+    content[digit] ^= 1
+    record.write_bytes(content)
+    with pytest.raises(ValueError, match=record.name):
+        measure(checkpoint=tmp_path, resume=True)
+    assert np.array_equal(measure(checkpoint=tmp_path).eigenvalues, wanted)
+
+
 def test_without_resume_an_earlier_checkpoint_is_replaced(tmp_path: Any) -> None:
     measure(checkpoint=tmp_path, seed=1)
     fresh = measure(checkpoint=tmp_path)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from compiled_twin import assert_compiled_is_uncompiled
 from encoders import FAMILIES, build, inputs_for
+from tiny_tasks import tiny_encoder
 from torch import nn
 from transformers import AutoModel
 
@@ -246,6 +247,21 @@ def test_a_sentence_model_skips_padding_only_if_it_pools(modes: str | None, monk
         got, expected = optimize_for_inference(model)(dict(batch))[name], model(dict(batch))[name]
     assert torch.allclose(got, expected, rtol=1e-4, atol=1e-5)
     assert sum(sizes) == (mask.numel() if modes is None else mask.sum())
+
+
+def test_queries_that_colbert_expands_behind_the_mask_are_embedded_alike(tmp_path: Path) -> None:
+    sentence = pytest.importorskip("sentence_transformers", minversion="6.0")
+    from sentence_transformers.models import Transformer
+    from sentence_transformers.multi_vector_encoder.modules import MultiVectorMask
+
+    words = Transformer(str(tiny_encoder(tmp_path)), query_expansion={"strategy": "fixed", "length": 12})
+    model = sentence.MultiVectorEncoder(modules=[words, MultiVectorMask()], device="cpu").eval()
+    packed = pack(qbert.quantize_model(model, qbert.BitsConfig(4, **EXACT)))
+    texts = ["the film was superb .", "Paris"]
+    for got, expected in zip(
+        optimize_for_inference(packed).encode_query(texts), packed.encode_query(texts), strict=True
+    ):
+        assert len(got) == 12 and torch.allclose(torch.as_tensor(got), torch.as_tensor(expected), rtol=1e-4, atol=1e-5)
 
 
 class Features(nn.Module):

@@ -182,6 +182,18 @@ def test_the_card_says_how_to_load_a_model_in_training(tmp_path: Path) -> None:
     assert "import qbert" in card and "trained for" in card and "| 4 |" in card
 
 
+def test_what_earlier_versions_left_goes_with_the_next_save(tmp_path: Path) -> None:
+    (tmp_path / ".saving-ab12_xyz").mkdir()
+    (tmp_path / ".saving-ab12_xyz" / "model.safetensors").write_bytes(b"half")
+    student(0).save_pretrained(tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["README.md", "config.json", "model.safetensors"]
+
+
+def test_a_distributed_checkpoint_is_refused_by_name(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="distributed_checkpoint: a quantized model is written whole"):
+        student(0).save_pretrained(tmp_path, distributed_checkpoint=True)
+
+
 def test_a_full_disk_leaves_the_older_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     older = student(0)
     older.save_pretrained(tmp_path)

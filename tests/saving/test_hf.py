@@ -254,7 +254,7 @@ def test_dequantize_gives_a_plain_float_model(saved: Path, tmp_path: Path) -> No
 
 
 def test_trainer_refuses_a_packed_model(saved: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"quantized model cannot be trained.*qbert\.unpack"):
+    with pytest.raises(ValueError, match=r"packed weights cannot be trained.*qbert\.unpack"):
         tf.Trainer(qbert.load(saved), tf.TrainingArguments(str(tmp_path), report_to=[]))
 
 
@@ -320,3 +320,13 @@ def test_a_sentence_transformer_comes_back_as_one_and_its_card_says_what_it_is(
         "else: raise SystemExit('loaded')"
     )
     subprocess.run([sys.executable, "-c", code, str(tmp_path / "one")], cwd=tmp_path, check=True, timeout=300)
+
+
+def test_a_cross_encoder_comes_back_as_one(minilm: Path, tmp_path: Path) -> None:
+    library = pytest.importorskip("sentence_transformers", minversion="5.4")
+    model = library.CrossEncoder(str(minilm), device="cpu", num_labels=1)
+    packed = pack(qbert.quantize_model(model.eval(), 4))
+    packed.save_pretrained(str(tmp_path))
+    loaded = qbert.load(tmp_path)
+    assert type(loaded) is library.CrossEncoder
+    assert abs(loaded.predict([("a", "b")]) - packed.predict([("a", "b")])).max() <= 1e-6

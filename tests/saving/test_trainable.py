@@ -61,6 +61,14 @@ def test_tied_weights_come_back_tied(tmp_path: Path) -> None:
     assert table.weight.grad is not None
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_model_in_half_precision_comes_back_to_the_bit(dtype: torch.dtype, tmp_path: Path) -> None:
+    config = qbert.BitsConfig(3, activation_range="static")
+    student = qbert.quantize_model(build("bert"), config, calibration_data=[inputs_for("bert")]).to(dtype).eval()
+    student.save_pretrained(tmp_path)
+    assert same_state(qbert.load(tmp_path), student)
+
+
 def test_what_has_no_grids_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="quantize_model first"):
         save_trainable(build("bert"), tmp_path)

@@ -279,7 +279,7 @@ def test_a_small_file_of_an_endless_line_is_refused_before_it_is_in_memory(
     monkeypatch.setattr(local, "_LONGEST_FILE", 10_000)
     with gzip.open(tmp_path / name, "wb") as file:
         file.write(b'{"text": "' + b"a" * 20_000 + b'"}\n')
-    read = local._read_squad if ".json." in name else lambda path: list(local.read_lines(path))
+    read = local._read_spans if ".json." in name else lambda path: list(local.read_lines(path))
     with pytest.raises(ValueError, match=rf"{name} is longer than 10000 characters"):
         read(tmp_path / name)
 
@@ -287,7 +287,7 @@ def test_a_small_file_of_an_endless_line_is_refused_before_it_is_in_memory(
 @pytest.mark.parametrize("text", ["[" * 10_000 + "]" * 10_000, '{"a": ' + "9" * 5000 + "}"], ids=["deep", "digits"])
 def test_hostile_rows_are_refused_by_name(text: str, tmp_path: Path) -> None:
     (tmp_path / "train.jsonl").write_text(f"{text}\n")
-    for read in (local._read_squad, lambda path: list(local.read_lines(path))):
+    for read in (local._read_spans, lambda path: list(local.read_lines(path))):
         with pytest.raises(ValueError, match=r"train\.jsonl is (damaged|not JSON)"):
             read(tmp_path / "train.jsonl")
 
@@ -351,6 +351,8 @@ def test_hub_rows_take_our_layout(monkeypatch: pytest.MonkeyPatch) -> None:
         "tags": ["B-ORG"],
     }
     assert to_row("conll2003", "token", {"tokens": ["x", "y"], "ner_tags": [1, 2]}, ())["tags"] == ["B-PER", "I-PER"]
+    for name in ("conll2003", "wnut17"):  # no tag: the check of the rows refuses it
+        assert to_row(name, "token", {"tokens": ["x", "y"], "ner_tags": [-1, -100]}, ())["tags"] == [-1, -100]
 
 
 def test_subsets_are_seeded_nested_and_in_order() -> None:

@@ -202,6 +202,25 @@ def test_answers_are_trained_as_their_words(answer: str, folder: Path, encoder: 
         prepare(_rows_as_task(task, [nothing]), tokenizer, max_length=40)
 
 
+def test_the_space_that_a_byte_level_token_holds_is_no_part_of_an_answer(tmp_path: Path, folder: Path) -> None:
+    context = "Smith works for Acme in Rome"
+    trainer = ByteLevelBPETokenizer()
+    special = ["<s>", "<pad>", "</s>", "<unk>"]
+    trainer.train_from_iterator([f"{context} who works"] * 40, vocab_size=330, special_tokens=special)
+    trainer.save_model(str(tmp_path))
+    paths = {"vocab": str(tmp_path / "vocab.json"), "merges": str(tmp_path / "merges.txt")}
+    tokenizer = RobertaTokenizerFast(**paths, trim_offsets=False)
+    task = load_task("squad", data_dir=folder)
+    for answer in ("Acme", " Acme", "Acme ", " for Acme "):
+        answers = {"text": [answer], "answer_start": [context.index(answer)], "start_exact": [True]}
+        row = {"id": "q", "question": "who works", "context": context, "answers": answers}
+        data = prepare(_rows_as_task(task, [row]), tokenizer, max_length=60)
+        start, end = data[0]["start_positions"], data[0]["end_positions"]
+        assert tokenizer.decode(data[0]["input_ids"][start : end + 1]).split() == answer.split()
+        scores = np.eye(60)[[start]], np.eye(60)[[end]]
+        assert decode_spans(*scores, data.spans, data.rows)[0][0][0] == answer.strip()
+
+
 def test_answer_outside_of_a_window_points_at_the_first_token() -> None:
     places = np.array([[-1, -1], [0, 4], [5, 9], [-1, -1]])
     assert token_span(places, 0, 4) == (1, 1)
