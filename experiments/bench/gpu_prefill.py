@@ -65,6 +65,10 @@ def main() -> None:
     """Fill the cache and the folder."""
     if MODE != "compile":
         raise SystemExit("set QBERT_GPU_SESSION=compile: kernels are only compiled here")
+    cache = Path(os.environ["TRITON_CACHE_DIR"])
+    cache.mkdir(parents=True, exist_ok=True)
+    if any(cache.iterdir()):
+        raise SystemExit(f"TRITON_CACHE_DIR={cache} must be empty: kernels of other commits would travel too")
     target = Path(sys.argv[1])
     target.mkdir(parents=True, exist_ok=True)
     stand_in()
@@ -77,8 +81,7 @@ def main() -> None:
     codes = in_processes(
         work, int(os.environ.get("PREFILL_PROCESSES", "2")), float(os.environ.get("PREFILL_SECONDS", 900))
     )
-    cache = Path(os.environ["TRITON_CACHE_DIR"])
-    shutil.make_archive(str(target / "triton_cache"), "gztar", cache)
+    shutil.make_archive(str(target / "triton_cache"), "xztar", cache)
     from triton.runtime.cache import triton_key
 
     (target / "triton_cache_dir").write_text(str(cache.resolve()))

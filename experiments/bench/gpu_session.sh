@@ -25,8 +25,8 @@ export TORCHINDUCTOR_CACHE_DIR=$scratch/inductor TORCHINDUCTOR_COMPILE_THREADS=1
   date -u
   command -v nvidia-smi gcc nvcc compute-sanitizer
   nvidia-smi --query-gpu=name,driver_version,memory.total,clocks.sm,clocks.mem,power.limit --format=csv,noheader
-  if [ -f "$QBERT_CARRIED/triton_cache.tar.gz" ]; then
-    tar -xzf "$QBERT_CARRIED/triton_cache.tar.gz" -C "$TRITON_CACHE_DIR"
+  if [ -f "$QBERT_CARRIED/triton_cache.tar.xz" ]; then
+    "$PYTHON" -m tarfile -e "$QBERT_CARRIED/triton_cache.tar.xz" "$TRITON_CACHE_DIR"
     echo "$(find "$TRITON_CACHE_DIR" -name '*.cubin' | wc -l) kernels in Triton's cache"
     export QBERT_TRITON_KEY=$(cat "$QBERT_CARRIED/triton_key")
   fi
