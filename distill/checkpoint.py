@@ -1,7 +1,7 @@
 """Checkpoints of a distillation: student, projections and automatic weights in one safetensors file, no pickled code.
 
-A checkpoint counts as good when everything that resuming needs is there and can be opened; one that was cut off by a
-full disk or a killed process is passed over.
+A checkpoint counts as good when every file in it is the one that was written, by the digests in ``files.json``, which
+is written last; one that was cut off by a full disk or a killed process, or damaged later, is passed over.
 
     >>> last_good_checkpoint("out")
     PosixPath('out/checkpoint-120')
@@ -19,8 +19,21 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_model, save_model
 from torch import nn
 
+from qbert.files import (
+    SEAL,
+    check_tensors,
+    close_seal,
+    damaged_file,
+    files_sha256,
+    open_seal,
+    read_json,
+    write_json,
+    write_whole,
+)
+
 WEIGHTS = "distillation.safetensors"
 TEACHER = "teacher.safetensors"
+FILES = "files.json"
 _STATE = "trainer_state.json"
 
 
@@ -28,17 +41,17 @@ def save_weights(module: nn.Module, path: Path) -> None:
     """Write the tensors of `module` (tied ones once), aside first, then renamed.
 
     Raises:
-        FloatingPointError: a weight is not finite; nothing is written.
+        FloatingPointError: a weight is not finite; nothing is written. OSError: `path` cannot be written.
     """
     for name, parameter in module.named_parameters():
         if parameter.is_floating_point() and not bool(torch.isfinite(parameter).all()):
             raise FloatingPointError(f"the weight {name} is not finite; the checkpoint {path.parent} is not written")
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        save_model(module, str(aside), metadata={"format": "pt"})
-        os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)
+
+    def write(aside: Path) -> None:
+        save_model(module, str(aside), metadata={"format": "pt", **open_seal()})
+        close_seal(aside)
+
+    write_whole(path, write)
 
 
 def load_weights(module: nn.Module, path: Path) -> None:
@@ -48,8 +61,9 @@ def load_weights(module: nn.Module, path: Path) -> None:
         ValueError: the file is missing, damaged, or of another student or recipe.
     """
     try:
+        check_tensors(path)
         missing, unexpected = load_model(module, str(path), strict=False)
-    except (OSError, SafetensorError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise ValueError(f"checkpoint file {path} cannot be read ({error}); resume from an earlier one") from error
     except RuntimeError as error:
         raise ValueError(f"checkpoint {path} is of another student: {str(error).splitlines()[-1].strip()}") from error
@@ -67,14 +81,42 @@ def last_good_checkpoint(folder: str | os.PathLike[str]) -> Path | None:
     return None
 
 
+def finish_checkpoint(checkpoint: Path, alone: bool = True) -> None:
+    """Note the digests of all files of a checkpoint.
+
+    Args:
+        checkpoint: its folder, complete.
+        alone: False where other processes may still be writing their random states, which are then left out.
+    """
+    write_json(checkpoint / FILES, {"files": files_sha256(checkpoint, FILES if alone else "rng_state*")})
+
+
 def is_whole(checkpoint: Path) -> bool:
-    """Whether all that resuming needs is there and can be opened."""
+    """Whether all that resuming needs is there and is what was written."""
+    return damage(checkpoint) is None
+
+
+def damage(checkpoint: Path) -> Path | None:
+    """The first file of a checkpoint that is missing or damaged, None if it is whole.
+
+    Of a checkpoint of an earlier version, which has no digests, it is asked whether its files can be opened.
+    """
+    if (checkpoint / FILES).is_file():
+        try:
+            return damaged_file(checkpoint, read_json(checkpoint / FILES)["files"])
+        except (ValueError, KeyError, TypeError, AttributeError):
+            return checkpoint / FILES
+    file = checkpoint / _STATE
+    # Anything may come out of a damaged file, and all of it means the same.
     try:
-        json.loads((checkpoint / _STATE).read_text(encoding="utf-8"))
-        with safe_open(str(checkpoint / WEIGHTS), framework="pt") as file:
-            file.keys()
+        json.loads(file.read_text(encoding="utf-8"))
+        file = checkpoint / WEIGHTS
+        with safe_open(str(file), framework="pt") as tensors:
+            if SEAL in (tensors.metadata() or {}):
+                return checkpoint / FILES  # killed before the digests were written
         for name in ("optimizer.pt", "scheduler.pt"):
-            torch.load(checkpoint / name, map_location="cpu", weights_only=True, mmap=True)
-    except (OSError, ValueError, RuntimeError, SafetensorError, EOFError):
-        return False
-    return True
+            file = checkpoint / name
+            torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    except Exception:
+        return file
+    return None

@@ -27,8 +27,8 @@ def check_pair(teacher: nn.Module, student: nn.Module) -> None:
     """Refuse models whose outputs or inputs do not mean the same.
 
     Raises:
-        ValueError: the same object twice, a student without trainable parameters, another number or order of labels,
-            another vocabulary.
+        ValueError: the same object twice, a student without trainable parameters, another number, order or kind of
+            labels, another vocabulary.
     """
     if teacher is student:
         raise ValueError(
@@ -42,6 +42,12 @@ def check_pair(teacher: nn.Module, student: nn.Module) -> None:
     if ours.num_labels != theirs.num_labels:
         raise ValueError(
             f"the student has {ours.num_labels} labels and the teacher {theirs.num_labels}; give both the task's labels"
+        )
+    kinds = [getattr(config, "problem_type", None) for config in (ours, theirs)]
+    if None not in kinds and kinds[0] != kinds[1]:
+        raise ValueError(
+            f"the student's problem_type is {kinds[0]!r} and the teacher's {kinds[1]!r}, so their outputs mean other "
+            "things; give both configs the same"
         )
     names = [_label_names(config) for config in (ours, theirs)]
     if None not in names and names[0] != names[1]:
@@ -97,7 +103,8 @@ def check_teacher_is_trained(teacher: nn.Module, batches: Iterable[dict[str, Any
     """Warn if the teacher knows no more about the labels than chance does: it was probably never fine-tuned.
 
     A classifier's accuracy must exceed the share of its most frequent label by three standard errors, and a
-    regression's correlation three standard errors of 0. Other heads, and batches without labels, are not judged.
+    regression's correlation three standard errors of 0. Other heads, and rows without a label (-1 or -100, as
+    unlabelled data have it), are not judged.
 
     Args:
         batches: labelled batches, a few hundred rows in all.
@@ -114,11 +121,13 @@ def check_teacher_is_trained(teacher: nn.Module, batches: Iterable[dict[str, Any
             return True
         inputs = {k: v.to(device) for k, v in batch.items() if isinstance(v, Tensor) and k != "labels"}
         logits = getattr(teacher(**accepted_inputs(teacher, inputs)), "logits", None)
-        if logits is None or logits.dim() > 2:
+        several = logits is not None and logits.dim() == 2 and logits.shape[1] > 1
+        if logits is None or logits.dim() > 2 or (several and target.is_floating_point()):
             return True
-        outputs.append(logits.float().cpu())
-        labels.append(target.cpu())
-    if not outputs:
+        known = torch.ones_like(target, dtype=torch.bool) if target.is_floating_point() or not several else target >= 0
+        outputs.append(logits[known.to(device)].float().cpu())
+        labels.append(target[known].cpu())
+    if not sum(len(found) for found in labels):
         return True
     known, chance, what = _knowledge(torch.cat(outputs), torch.cat(labels))
     if known > chance:
@@ -153,6 +162,42 @@ def _label_names(config: Any) -> list[str] | None:
 def _vocabulary(model: nn.Module) -> int | None:
     _, base = base_model(model)
     return getattr(getattr(base, "config", None), "vocab_size", None)
+
+
+def check_labels(student: nn.Module, batches: Iterable[dict[str, Any]], *, some: bool = True) -> None:
+    """Refuse a recipe that learns from labels where the rows have none (-1 in the hub's test splits), or others.
+
+    Args:
+        batches: labelled batches, a few hundred rows in all.
+        some: at least one row must have a label.
+
+    Raises:
+        ValueError: naming the label, or saying that no row has one.
+    """
+    config = getattr(student, "config", None)
+    classes = getattr(config, "num_labels", None)
+    if classes == 1 or getattr(config, "problem_type", None) == "regression":
+        return
+    found = []
+    for batch in batches:
+        labels = batch.get("labels")
+        if not isinstance(labels, Tensor) or labels.is_floating_point():
+            return
+        found.append(labels.flatten().cpu())
+    labels = torch.cat(found) if found else torch.zeros(0, dtype=torch.long)
+    if labels.numel() == 0:
+        return
+    labelled = labels[labels != -100]
+    mend = "use a recipe without labels (qbert_kd, ternarybert, tinybert), or leave those rows out"
+    if labelled.numel() == 0:
+        if not some:
+            return
+        raise ValueError(f"the recipe learns from labels, but those of all rows are -100, which means none; {mend}")
+    if int(labelled.min()) < 0:
+        raise ValueError(f"the recipe learns from labels, but a row has label {int(labelled.min())}; {mend}")
+    classifier = type(student).__name__.endswith(("ForSequenceClassification", "ForTokenClassification"))
+    if classifier and classes is not None and int(labelled.max()) >= classes:
+        raise ValueError(f"a row has label {int(labelled.max())}, but the student tells {classes} labels apart, from 0")
 
 
 _SAMPLE = 256

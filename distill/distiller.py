@@ -20,6 +20,7 @@ import json
 import os
 import shutil
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -37,16 +38,26 @@ from transformers import (
 )
 from transformers.utils.generic import find_labels
 
-from qbert.distill.checkpoint import TEACHER, WEIGHTS, last_good_checkpoint, load_weights, save_weights
+from qbert.distill.checkpoint import (
+    TEACHER,
+    WEIGHTS,
+    damage,
+    finish_checkpoint,
+    last_good_checkpoint,
+    load_weights,
+    save_weights,
+)
 from qbert.distill.checks import (
     check_checkpointing,
+    check_labels,
     check_pair,
     check_teacher_is_trained,
     check_tokenizers,
     first_rows,
     sample_batches,
 )
-from qbert.distill.objective import Distillation, forward_arguments
+from qbert.distill.items import ITEMS
+from qbert.distill.objective import EXPECTED_ITEMS, Distillation, forward_arguments
 from qbert.distill.progress import (
     InterruptCallback,
     StageCallback,
@@ -84,8 +95,9 @@ class Distiller(Trainer):
         TypeError: a recipe of another type.
     """
 
-    # Each term is a mean over its own batch, so the sum over accumulated batches must still be divided by their
-    # number. Trainer guesses the opposite from the **kwargs of BERT's forward, and multiplies the loss instead.
+    # Each term is weighed so that its plain mean over the accumulated batches (and processes) is the mean over all their
+    # items, so the sum must still be divided by their number. Trainer guesses the opposite from the **kwargs of BERT's
+    # forward, and multiplies the loss instead.
     loss_is_scaled_for_ga = False
 
     def __init__(
@@ -124,6 +136,8 @@ class Distiller(Trainer):
             padding = processing_class is not None
             collator = DataCollatorWithPadding(processing_class) if padding else default_data_collator
         example = collator(first_rows(train_dataset, 2, self._columns))
+        if any(stage.uses_labels for stage in recipe.stages):
+            check_labels(student, [example], some=False)
         student.to(args.device)
         self.distillation = Distillation(student, teacher, recipe, dict(example))
         super().__init__(
@@ -137,6 +151,8 @@ class Distiller(Trainer):
         self.label_names = find_labels(type(student)) if args.label_names is None else args.label_names
         self._signature_columns = sorted({*self._columns, *self.label_names})  # type: ignore[assignment]
         self._term_means = TermMeans()
+        self._expected_items: Tensor | None = None
+        self._evaluated = torch.zeros(2, dtype=torch.float64)  # sum of the losses of all labels, their number
         self._check_teacher = check_teacher
         self._interrupt = InterruptCallback()
         for callback in (StageCallback(self), StepSizeCallback(student, recipe), self._interrupt):
@@ -165,14 +181,16 @@ class Distiller(Trainer):
                 raise ValueError(f"there is no whole checkpoint in {str(self.folder)!r} to resume from")
             resume_from_checkpoint = str(found)
         check_checkpointing(self.student, self.args)
-        if self._check_teacher and self.distillation.recipe.stages[0].uses_teacher:
-            collate = self._get_collator_with_removed_columns(self.data_collator)
-            check_teacher_is_trained(self.distillation.teacher, sample_batches(self.rows, collate))
+        collate = self._get_collator_with_removed_columns(self.data_collator)
+        if any(stage.uses_labels for stage in self.recipe.stages):
+            check_labels(self.student, sample_batches(self.rows, collate))
+        if self._check_teacher and self.recipe.stages[0].uses_teacher:
+            check_teacher_is_trained(self.teacher, sample_batches(self.rows, collate))
         try:
             result = super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
         finally:
             self._interrupt.restore()
-            self.student.eval()
+            self.distillation.eval()
             end_training(self.student)
         if self.args.should_save:
             save_curves(self.state.log_history, self.folder)
@@ -215,11 +233,44 @@ class Distiller(Trainer):
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """The recipe's loss in training; the student's own loss in evaluation."""
+        training = model.training
+        if training and self._expected_items is not None:
+            inputs = {**inputs, EXPECTED_ITEMS: self._expected_items}
         outputs = model(**inputs)
         loss = outputs["loss"]
-        if "terms" in outputs:
+        if training:
             self._note_terms(outputs["terms"], loss)
+        else:
+            self._note_evaluation(inputs, loss)
         return (loss, outputs) if return_outputs else loss
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list[Any], Any]:
+        """The micro-batches of a step; what their losses are means over is counted, in all processes."""
+        batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        self._expected_items = None
+        if batches and all(isinstance(batch, Mapping) for batch in batches):
+            counts = torch.stack([self.distillation.count_items(batch).to(device) for batch in batches]).sum(0)
+            processes = self.args.world_size
+            whole = self.accelerator.reduce(counts, "sum") if processes > 1 else counts
+            self._expected_items = whole / (len(batches) * processes)
+        return batches, items
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """As Trainer's, with the loss as the mean over all labels: batches may hold unequal numbers of them, or none."""
+        self._evaluated = torch.zeros(2, dtype=torch.float64)
+        output = super().evaluation_loop(*args, **kwargs)
+        total = self._evaluated
+        if self.args.world_size > 1:
+            total = self.accelerator.reduce(total.float().to(self.args.device), "sum").cpu()
+        name = next((name for name in output.metrics if name.endswith("_loss")), None)
+        if name is not None and total[1] > 0:
+            output.metrics[name] = float(total[0] / total[1])
+        return output
+
+    def _note_evaluation(self, inputs: dict[str, Any], loss: Tensor) -> None:
+        labels = float(self.distillation.count_items(inputs)[ITEMS.index("labels")])
+        if labels:
+            self._evaluated += torch.tensor([float(loss) * labels, labels], dtype=torch.float64)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """AdamW with a group of its own for each matrix's step sizes: their rate is relative to their size."""
@@ -256,7 +307,11 @@ class Distiller(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the mean of each loss term since the last log."""
         if "loss" in logs:
-            logs = logs | {f"loss_{name}": mean for name, mean in self._term_means.pop().items()}
+            means = self._term_means.pop()
+            if self.args.world_size > 1:
+                whole = torch.tensor(list(means.values()), device=self.args.device)
+                means = dict(zip(means, self.accelerator.reduce(whole, "mean").tolist(), strict=True))
+            logs = logs | {f"loss_{name}": mean for name, mean in means.items()}
         super().log(logs, start_time)
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:
@@ -288,10 +343,15 @@ class Distiller(Trainer):
         save_weights(self.distillation, folder / WEIGHTS)
         if self.distillation.teacher is not self.teacher:
             save_weights(self.distillation.teacher, folder / TEACHER)
+        if isinstance(self.student, PreTrainedModel):  # so that the folder also loads as the student alone
+            self.save_student(folder)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         try:
             super()._save_checkpoint(model, trial)
+            if self.args.should_save:
+                folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
+                finish_checkpoint(folder, alone=self.args.world_size == 1)
         except (OSError, RuntimeError, SafetensorError) as error:
             broken = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
             shutil.rmtree(broken, ignore_errors=True)
@@ -305,6 +365,9 @@ class Distiller(Trainer):
             state = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise ValueError(f"{folder} is no checkpoint of a training ({error}); name another one") from error
+        broken = damage(folder)
+        if broken is not None:
+            raise ValueError(f"checkpoint file {broken} cannot be read or is damaged; resume from an earlier one")
         # The weights were saved at the end of the step before, in that step's stage.
         last = self.recipe.stage_at(max(state["global_step"] - 1, 0), state["max_steps"])
         for index in range(last + 1):

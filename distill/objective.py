@@ -10,20 +10,39 @@ weights). The teacher is *not* a submodule, so it is never switched to training 
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from qbert.distill.dropout import Rates, restore, train_without_dropout
 from qbert.distill.features import Recorder
-from qbert.distill.losses import LOSSES, kl_divergence, mse, soft_cross_entropy, span_cross_entropy
+from qbert.distill.items import ITEMS, count_items, count_labels, output_mask, span_labels, token_mask
+from qbert.distill.losses import (
+    LOSSES,
+    Loss,
+    kl_divergence,
+    loss_items,
+    mse,
+    sigmoid_cross_entropy,
+    sigmoid_kl_divergence,
+    soft_cross_entropy,
+    span_cross_entropy,
+)
 from qbert.distill.mapping import Pairs, layer_pairs, state_pairs
 from qbert.distill.recipe import Match, Recipe, Stage
 
 AUTO_WEIGHT_STEPS = 100
+EXPECTED_ITEMS = "expected_items"  # keyword of `Distillation.forward`
+MULTI_LABEL = "multi_label_classification"
 
-# Losses over classes say nothing about a single value; a regression's outputs are compared by squares instead.
-_OF_CLASSES = (soft_cross_entropy, kl_divergence)
+# Losses over classes that exclude each other, and what they become where every label is decided on its own.
+_OF_CLASSES: dict[Loss, Loss] = {
+    soft_cross_entropy: sigmoid_cross_entropy,
+    kl_divergence: sigmoid_kl_divergence,
+}
 
 
 class DistillationHeads(nn.Module):
@@ -66,8 +85,12 @@ class Distillation(nn.Module):
         self.recipe = recipe
         self.stage_index = 0
         self.heads = DistillationHeads(len(recipe.terms))
+        self._dropout_rates: Rates = []
         self.set_teacher(teacher)
         self._pairs: dict[tuple[int, str], Pairs] = {}
+        self._all_tokens = False
+        # ELECTRA's discriminator: each token is replaced, or it is not.
+        self._decides_tokens = hasattr(student, "discriminator_predictions")
         self._prepare(example)
 
     @property
@@ -85,9 +108,10 @@ class Distillation(nn.Module):
         """Training mode of the student; without dropout where the recipe says so. The teacher stays as it is."""
         super().train(mode)
         if mode and not self.recipe.dropout:
-            for module in self.student.modules():
-                if isinstance(module, nn.Dropout):
-                    module.eval()
+            self._dropout_rates += train_without_dropout(self.student)
+        elif self._dropout_rates:
+            restore(self._dropout_rates)
+            self._dropout_rates = []
         return self
 
     def activation_checkpointing_enable(self, **arguments: Any) -> None:
@@ -96,31 +120,41 @@ class Distillation(nn.Module):
 
     def forward(self, **inputs: Any) -> Any:
         """In training mode {"loss": scalar, "terms": [number of terms]}; in evaluation mode the student's output."""
-        if not self.training:
-            return self.student(**inputs)
         inputs.pop("num_items_in_batch", None)
-        return self.losses(inputs)
+        expected = inputs.pop(EXPECTED_ITEMS, None)
+        return self.losses(inputs, expected) if self.training else self.student(**inputs)
 
-    def losses(self, inputs: dict[str, Any]) -> dict[str, Tensor]:
-        """The weighted sum and the unweighted terms of the present stage for one batch."""
+    def losses(self, inputs: dict[str, Any], expected: Tensor | None = None) -> dict[str, Tensor]:
+        """The weighted sum and the unweighted terms of the present stage for one batch.
+
+        Args:
+            expected: float [len(ITEMS)], the number of items (`count_items`) of a micro-batch of this training step on
+                average. Each term is then multiplied by this batch's share of it, so that the plain mean over all
+                micro-batches and processes is the mean over all items of the step. None: the batch is the whole.
+        """
         stage = self.stage
-        labels = inputs.get("labels")
         student_inputs = inputs if stage.uses_labels else _without_labels(inputs)
         recorded = self._run(self.student, student_inputs, stage)
         target = None
         if stage.uses_teacher:
             with torch.no_grad():
                 target = self._run(self.teacher, _without_labels(inputs), stage)
-        mask = token_mask(inputs)
+        shares = None if expected is None else self.count_items(inputs).to(expected.device) / expected.clamp_min(1e-9)
         total: Tensor | None = None
         terms: list[Tensor] = []
         for match in stage.matches:
-            value = self._term(match, recorded, target, mask, labels)
+            value, items = self._term(match, recorded, target, inputs)
+            if shares is not None:
+                value = value * shares[ITEMS.index(items)]
             weight = self._weight(match, value)
             total = value * weight if total is None else total + value * weight
             terms.append(value.detach().float())
         assert total is not None  # a stage has at least one match
         return {"loss": total, "terms": torch.stack(terms)}
+
+    def count_items(self, inputs: Mapping[str, Any]) -> Tensor:
+        """float32 [len(ITEMS)]: what the losses of these models are means over, in one batch."""
+        return count_items(inputs, all_tokens=self._all_tokens, real_only=self._decides_tokens)
 
     def _run(self, model: nn.Module, inputs: dict[str, Any], stage: Stage) -> tuple[Recorder, Any]:
         wanted = {match.feature for match in stage.matches} - {"labels"}
@@ -128,28 +162,61 @@ class Distillation(nn.Module):
         with Recorder(model, wanted, relation_heads=max(heads) if heads else None) as recorder:
             return recorder, model(**accepted_inputs(model, inputs), **recorder.arguments)
 
-    def _term(self, match: Match, recorded: Any, target: Any, mask: Tensor, labels: Tensor | None) -> Tensor:
+    def _term(self, match: Match, recorded: Any, target: Any, inputs: dict[str, Any]) -> tuple[Tensor, str]:
+        """(value, what it is a mean over: one of `ITEMS`)."""
         recorder, output = recorded
         if match.feature == "labels":
-            if getattr(output, "loss", None) is None:
-                raise ValueError("a term needs labels, but the batch has none; drop it or give labelled data")
-            return output.loss
+            return self._label_loss(output, inputs), "labels"
         student = recorder.features(match.feature, output)
         teacher = [x.to(student[0].dtype) for x in target[0].features(match.feature, target[1])]
         if match.feature == "logits":
-            span = getattr(output, "start_logits", None) is not None
-            return _logits_loss(match, student[0], teacher[0], mask, labels, span)
+            return self._logits_term(match, output, student[0], teacher[0], inputs)
         pairs = self._pairs.get((self.stage_index, match.term))
         if pairs is None:
             pairs = self._pair(match, student, teacher)
             self._pairs[self.stage_index, match.term] = pairs
+        mask = token_mask(inputs)
         values = [self._pair_loss(match, s, student[s], teacher[t], mask) for s, t in pairs]
         if torch.is_grad_enabled() and not values[0].requires_grad:
             raise ValueError(
                 f"term {match.term!r} has no gradient: the feature was recorded inside reentrant gradient "
                 "checkpointing; set activation_checkpointing_kwargs={'use_reentrant': False}"
             )
-        return torch.stack(values).mean()
+        stacked = torch.stack(values)
+        items = loss_items(match.loss_function(), rows_only=student[pairs[0][0]].dim() == 2)
+        return stacked.sum() if match.reduction == "sum" else stacked.mean(), items
+
+    def _label_loss(self, output: Any, inputs: dict[str, Any]) -> Tensor:
+        """The task's own loss, 0 for a batch without a label."""
+        spans, mask = span_labels(inputs), token_mask(inputs)
+        if spans and mask is not None and getattr(output, "start_logits", None) is not None:
+            # Not the model's own: that counts padding as possible answers, and is NaN where every start, or every
+            # end, is outside of the text.
+            logits = torch.stack([output.start_logits, output.end_logits]).float()
+            logits = logits.masked_fill(~mask, torch.finfo(torch.float32).min)
+            loss = F.cross_entropy(logits.flatten(0, 1), torch.cat(spans), reduction="sum")
+            return loss / count_labels(inputs).clamp_min(1)
+        if getattr(output, "loss", None) is None:
+            raise ValueError("a term needs labels, but the batch has none; drop it or give labelled data")
+        if not bool(count_labels(inputs, self._decides_tokens)):
+            some = next(p for p in self.student.parameters() if p.requires_grad)
+            return some.sum() * 0.0
+        return cast(Tensor, output.loss)
+
+    def _logits_term(
+        self, match: Match, output: Any, student: Tensor, teacher: Tensor, inputs: dict[str, Any]
+    ) -> tuple[Tensor, str]:
+        mask, labels = token_mask(inputs), inputs.get("labels")
+        if getattr(output, "start_logits", None) is not None:
+            return _logits_loss(match, student, teacher, mask, "span"), "rows"
+        if self._decides_tokens:
+            student, teacher = student.unsqueeze(-1), teacher.unsqueeze(-1)  # [B, T, 1]
+            return _logits_loss(match, student, teacher, mask, MULTI_LABEL), "tokens"
+        if student.dim() == 3:
+            mask = output_mask(mask, labels, self._all_tokens)
+            return _logits_loss(match, student, teacher, mask, None), "outputs"
+        kind = problem_type(self.student, self.teacher) or _guessed_type(student, labels)
+        return _logits_loss(match, student, teacher, None, kind), "rows"
 
     def _pair(self, match: Match, student: list[Tensor], teacher: list[Tensor]) -> Pairs:
         counts = {"students": len(student), "teachers": len(teacher)}
@@ -162,14 +229,13 @@ class Distillation(nn.Module):
         except ValueError as error:
             raise ValueError(f"term {match.term!r}: {error}") from error
 
-    def _pair_loss(self, match: Match, index: int, student: Tensor, teacher: Tensor, mask: Tensor) -> Tensor:
+    def _pair_loss(self, match: Match, index: int, student: Tensor, teacher: Tensor, mask: Tensor | None) -> Tensor:
         if match.projection is not None:
             student = self.heads.projections[self._projection_key(match, index)](student)
         options = {key: value for key, value in match.options.items() if key != "heads"}
-        name = match.loss_name()
-        loss = LOSSES[name] if isinstance(name, str) else name
-        assert loss is not None  # only logits and labels leave it open
-        return loss(student, teacher, None if student.dim() == 2 else mask, **options)
+        if mask is None and student.dim() > 2:
+            mask = torch.ones(student.shape[0], student.shape[-2], dtype=torch.bool, device=student.device)
+        return match.loss_function()(student, teacher, None if student.dim() == 2 else mask, **options)
 
     def _projection_key(self, match: Match, index: int) -> str:
         key = f"{self.stage_index}-{match.term}"
@@ -198,6 +264,7 @@ class Distillation(nn.Module):
                 self.stage_index = index
                 recorded = self._run(self.student, _without_labels(inputs), stage)
                 target = self._run(self.teacher, _without_labels(inputs), stage) if stage.uses_teacher else None
+                self._all_tokens |= _predicts_words(self.student, recorded[1])
                 for match in stage.matches:
                     if match.feature not in ("labels", "logits") and target is not None:
                         student = recorded[0].features(match.feature, recorded[1])
@@ -212,11 +279,8 @@ class Distillation(nn.Module):
         for s, t in self._pair(match, student, teacher):
             ours, theirs = student[s].shape, teacher[t].shape
             if match.projection is None:
-                if ours != theirs and match.feature not in ("relations.query", "relations.key", "relations.value"):
-                    raise ValueError(
-                        f"term {match.term!r}: the student's feature has shape {list(ours)} and the teacher's "
-                        f"{list(theirs)}; give the match projection='linear' or match another feature"
-                    )
+                if ours != theirs:
+                    raise ValueError(_misfit(match, list(ours), list(theirs)))
                 continue
             key = self._projection_key(match, s)
             if key not in self.heads.projections:
@@ -226,13 +290,21 @@ class Distillation(nn.Module):
                 self.heads.projections[key] = linear.to(device)
 
 
-def token_mask(inputs: dict[str, Any]) -> Tensor:
-    """bool [B, T]: the attention mask, or all true where there is none."""
-    mask = inputs.get("attention_mask")
-    if mask is not None:
-        return mask.bool()
-    first = next(v for v in inputs.values() if isinstance(v, Tensor))
-    return torch.ones(first.shape[:2], dtype=torch.bool, device=first.device)
+def _misfit(match: Match, ours: list[int], theirs: list[int]) -> str:
+    """Why two features cannot be compared, and what can."""
+    shapes = f"term {match.term!r}: the student's feature has shape {ours} and the teacher's {theirs}"
+    if match.feature == "scores" and ours[1] != theirs[1]:
+        names = "'relations.query', 'relations.key' or 'relations.value'"
+        return f"{shapes}, {ours[1]} and {theirs[1]} heads; match {names}, which have as many heads as you say"
+    if match.feature.startswith("relations."):
+        return f"{shapes}; give all relations options={{'heads': N}} with an N that divides both widths"
+    return f"{shapes}; give the match projection='linear' or match another feature"
+
+
+def _predicts_words(model: nn.Module, output: Any) -> bool:
+    """Whether the outputs are over the vocabulary, as a (masked) language model's are."""
+    logits, size = getattr(output, "logits", None), getattr(getattr(model, "config", None), "vocab_size", None)
+    return isinstance(logits, Tensor) and logits.dim() == 3 and logits.shape[-1] == size
 
 
 def accepted_inputs(model: nn.Module, inputs: dict[str, Any]) -> dict[str, Any]:
@@ -251,22 +323,33 @@ def _without_labels(inputs: dict[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in inputs.items() if k not in ("labels", "start_positions", "end_positions")}
 
 
-def _logits_loss(
-    match: Match, student: Tensor, teacher: Tensor, mask: Tensor, labels: Tensor | None, span: bool
-) -> Tensor:
-    """Loss of the outputs, by the kind of head: span, token, regression or classification."""
+def problem_type(*models: nn.Module) -> str | None:
+    """``config.problem_type`` of the first model that has one: what the outputs of a sequence classifier mean."""
+    types = (getattr(getattr(model, "config", None), "problem_type", None) for model in models)
+    return next((kind for kind in types if kind is not None), None)
+
+
+def _guessed_type(logits: Tensor, labels: Tensor | None) -> str | None:
+    """What transformers takes a head for whose config does not say: by the number of outputs and the labels' dtype."""
+    if logits.dim() == 1 or logits.shape[-1] == 1:
+        return "regression"
+    several = labels is not None and labels.is_floating_point() and labels.shape == logits.shape
+    return MULTI_LABEL if several else None
+
+
+def _logits_loss(match: Match, student: Tensor, teacher: Tensor, mask: Tensor | None, kind: str | None) -> Tensor:
+    """Loss of the outputs, by the kind of head: ``span``, a `problem_type`, or None (classes, of rows or of tokens)."""
     if student.shape != teacher.shape:
         raise ValueError(
             f"term {match.term!r}: the student's outputs have shape {list(student.shape)} and the teacher's "
             f"{list(teacher.shape)}; give both the same labels"
         )
-    options = dict(match.options)
     chosen = LOSSES[match.loss] if isinstance(match.loss, str) else match.loss
-    if span:
-        return (chosen or span_cross_entropy)(student, teacher, mask, **options)
-    if student.dim() == 3:
-        keep = mask if labels is None else labels != -100
-        return (chosen or soft_cross_entropy)(student, teacher, keep, **options)
-    if student.dim() == 1 or student.shape[-1] == 1:
-        return mse(student, teacher) if chosen is None or chosen in _OF_CLASSES else chosen(student, teacher)
-    return (chosen or soft_cross_entropy)(student, teacher, None, **options)
+    if kind == "span":
+        return (chosen or span_cross_entropy)(student, teacher, mask, **match.options)
+    chosen = chosen or soft_cross_entropy
+    if kind == MULTI_LABEL:
+        chosen = _OF_CLASSES.get(chosen, chosen)
+    elif chosen in _OF_CLASSES and student.dim() < 3 and (kind == "regression" or student.shape[-1] == 1):
+        return mse(student, teacher)  # a softmax over classes says nothing about values
+    return chosen(student, teacher, mask, **match.options)

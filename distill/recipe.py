@@ -14,6 +14,7 @@ Nothing here touches a model; `Distiller` reads it.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -35,14 +36,17 @@ class Match:
 
     Attributes:
         feature: see `qbert.distill.features`; ``labels`` is the task's own loss on the data's labels.
-        loss: a name from `qbert.distill.losses.LOSSES`, or a callable (student, teacher, mask) -> scalar. Where None,
-            the feature's usual one; for ``logits`` by the head: soft cross-entropy, mean squared error for a
-            regression, soft cross-entropy over positions for a span.
+        loss: a name from `qbert.distill.losses.LOSSES`, or a callable (student, teacher, mask) -> scalar, a mean
+            over rows [B, D] or real tokens (over what else its attribute ``items`` says: "rows" or "pairs"). Where None,
+            the feature's usual one; for ``logits`` by the head: soft cross-entropy, over positions for a span; by
+            ``config.problem_type`` a cross-entropy of every label on its own (so of ``soft_ce`` and ``kl`` too), or
+            the mean squared error of a regression's values.
         weight: factor of the term; ``auto`` divides the term by its mean over the first 100 steps.
         layers: a named layer map or explicit pairs (see `qbert.distill.mapping`).
         embedding: whether a named map also pairs the embedding outputs (``hidden`` only).
         projection: ``linear`` (one map a pair), ``shared`` (one for all pairs), or None: student and teacher widths
             must then agree. On the student's side.
+        reduction: ``mean`` or ``sum`` over the pairs of layers.
         options: further arguments of the loss, such as ``{"temperature": 2.0}``.
         name: what the term is called in logs; the feature's name where empty.
     """
@@ -53,6 +57,7 @@ class Match:
     layers: LayerMap = "uniform"
     embedding: bool = True
     projection: Literal["linear", "shared"] | None = None
+    reduction: Literal["mean", "sum"] = "mean"
     options: Mapping[str, Any] = field(default_factory=dict)
     name: str = ""
 
@@ -66,17 +71,25 @@ class Match:
             raise ValueError(f"layer map {self.layers!r} is not known; use one of {', '.join(LAYER_MAPS)} or pairs")
         if self.projection not in (None, "linear", "shared"):
             raise ValueError(f"projection={self.projection!r} is not possible; use 'linear', 'shared' or None")
+        states = self.feature in ("hidden", "embeddings", "cls") or self.feature.startswith("module:")
+        if self.projection is not None and not states:
+            raise ValueError(
+                f"projection={self.projection!r} maps states to another width, and {self.feature!r} has none; "
+                "leave it out (heads of another number are matched by 'relations.query' and the like)"
+            )
+        if self.reduction not in ("mean", "sum"):
+            raise ValueError(f"reduction={self.reduction!r} is not possible; use 'mean' or 'sum'")
 
     @property
     def term(self) -> str:
         """Name of the term in logs."""
         return self.name or self.feature.removeprefix("module:").replace(".", "_")
 
-    def loss_name(self) -> str | Loss | None:
-        """The loss to use; None where the head decides."""
-        if self.loss is not None or self.feature in ("logits", "labels"):
-            return self.loss
-        return "attention_kl" if self.feature.startswith("relations.") else _DEFAULT_LOSS.get(self.feature, "mse")
+    def loss_function(self) -> Loss:
+        """The loss of a feature; where the head decides (``logits``), see `qbert.distill.objective`."""
+        usual = "attention_kl" if self.feature.startswith("relations.") else _DEFAULT_LOSS.get(self.feature, "mse")
+        loss = self.loss or usual
+        return LOSSES[loss] if isinstance(loss, str) else loss
 
 
 @dataclass(frozen=True)
@@ -108,6 +121,8 @@ class Stage:
         twice = next((term for term in terms if terms.count(term) > 1), None)
         if twice is not None:
             raise ValueError(f"stage {self.name!r} has two terms called {twice!r}; give one of them another name")
+        if len({match.options["heads"] for match in self.matches if "heads" in match.options}) > 1:
+            raise ValueError(f"stage {self.name!r} has relations of several numbers of heads; give all the same")
         if not self.share > 0 or not self.rate > 0:
             raise ValueError(f"stage {self.name!r}: share={self.share} and rate={self.rate} must be positive")
         if self.bits not in (None, 2, 3, 4, 8):
@@ -191,29 +206,46 @@ class Recipe:
         Raises:
             ValueError: if a stage would have no step.
         """
-        whole = sum(stage.share for stage in self.stages)
-        ends, done = [0], 0.0
-        for stage in self.stages:
-            done += stage.share
-            ends.append(round(total * done / whole))
-        for stage, begin, end in zip(self.stages, ends, ends[1:], strict=False):
-            if begin == end:
-                raise ValueError(f"stage {stage.name!r} has no step among {total}; train for longer")
-        return ends
+        table = Timetable(self, total)
+        for stage in table.missing:
+            raise ValueError(f"stage {stage.name!r} has no step among {total}; train for longer")
+        return table.ends
 
     def stage_at(self, step: int, total: int) -> int:
         """Index of the stage that step number `step` (from 0) of `total` belongs to."""
-        ends = self.boundaries(total)
-        return next((i for i, end in enumerate(ends[1:]) if step < end), len(self.stages) - 1)
+        return Timetable(self, total).stage_at(step)
 
     def rate_at(self, step: int, total: int, warmup: int) -> float:
         """Factor of the learning rate at a step: warm-up in the first stage, then each stage's own schedule."""
-        index = self.stage_at(step, total)
-        stage = self.stages[index]
-        begin, end = self.boundaries(total)[index : index + 2]
-        if step < warmup:
-            return stage.rate * (step + 1) / warmup
+        return Timetable(self, total, warmup).rate_at(step)
+
+
+class Timetable:
+    """When each stage of a recipe begins, in a training of `total` steps with `warmup` steps before the full rate.
+
+    Attributes:
+        ends: first step of each stage and, last, `total`.
+        missing: the stages that have no step.
+    """
+
+    def __init__(self, recipe: Recipe, total: int, warmup: int = 0) -> None:
+        self.stages, self.warmup = recipe.stages, warmup
+        shares = [stage.share for stage in recipe.stages]
+        self.ends = [0, *(round(total * done / sum(shares)) for done in itertools.accumulate(shares))]
+        spans = zip(self.stages, self.ends, self.ends[1:], strict=False)
+        self.missing = [stage for stage, begin, end in spans if begin == end]
+
+    def stage_at(self, step: int) -> int:
+        """Index of the stage of a step; the last stage's after the end."""
+        return next((i for i, end in enumerate(self.ends[1:]) if step < end), len(self.stages) - 1)
+
+    def rate_at(self, step: int) -> float:
+        """Factor of the learning rate at a step."""
+        index = self.stage_at(step)
+        stage, begin, end = self.stages[index], *self.ends[index : index + 2]
+        if step < self.warmup:
+            return stage.rate * (step + 1) / self.warmup
         if stage.schedule == "constant":
             return stage.rate
-        begin = max(begin, warmup)
+        begin = max(begin, self.warmup)
         return stage.rate * max(end - step, 0) / max(end - begin, 1)

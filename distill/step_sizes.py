@@ -18,27 +18,28 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from qbert.distill.recipe import Recipe
-from qbert.layers.linear import QuantLinear
+from qbert.layers.kind import TrainableLayer
 from qbert.quantizers.activations import ActivationQuantizer
 
 _SMALLEST_SCALE = 1e-8
 _MOMENTUM = 0.99  # of moving activation ranges (Jacob et al. 2018, section 3.1)
 
 
-def quantized_matrices(student: nn.Module) -> list[QuantLinear]:
+def quantized_matrices(student: nn.Module) -> list[Any]:
     """The quantized matrices, each weight quantizer once."""
-    found = {id(m.weight_quantizer): m for m in student.modules() if isinstance(m, QuantLinear)}
+    layers = (m for m in student.modules() if isinstance(m, TrainableLayer) and not isinstance(m, nn.Embedding))
+    found = {id(m.weight_quantizer): m for m in layers}
     return list(found.values())
 
 
-def trained_matrices(student: nn.Module) -> list[QuantLinear]:
+def trained_matrices(student: nn.Module) -> list[Any]:
     """Those whose step sizes training may move: the ones of fewer than 8 bits."""
     return [m for m in quantized_matrices(student) if m.weight_quantizer.bits < 8]
 
 
 def static_activations(student: nn.Module) -> list[ActivationQuantizer]:
     """The activation quantizers that have a range of their own."""
-    found = [m.activation_quantizer for m in student.modules() if isinstance(m, QuantLinear)]
+    found = [m.activation_quantizer for m in student.modules() if isinstance(m, TrainableLayer)]
     return [quantizer for quantizer in found if quantizer is not None and quantizer.mode == "static"]
 
 

@@ -90,7 +90,8 @@ class Comparison:
         from qbert.tasks.evaluation import fidelity
 
         result = self.evaluate(model)
-        likeness = fidelity(self.reference.logits, result.logits)
+        kind = getattr(getattr(self.teacher, "config", None), "problem_type", None)
+        likeness = fidelity(self.reference.logits, result.logits, kind)
         return {
             "score": result.primary,
             "retention": 100 * result.primary / self.reference.primary if self.reference.primary else 0.0,

@@ -11,6 +11,8 @@ from torch import Tensor
 from qbert.kernels import formats
 
 ACTIVATIONS = (torch.float32, torch.float16, torch.bfloat16)
+CODES = (torch.int8, torch.float8_e4m3fn)
+E4M3_COLUMNS = 9362  # the widest row of e4m3 codes whose sum, in 512ths, is below 2^31
 
 
 def check_dtype(name: str, tensor: Tensor | None, *allowed: torch.dtype) -> None:
@@ -86,9 +88,30 @@ def check_embedding(
     check_grid(packed, scale, zero, row_group, bits, features)
 
 
+def check_codes(dtype: torch.dtype, columns: int, zero: int = 0, asymmetric: bool = False) -> None:
+    """The dtype of a quantized output, and that e4m3 codes have neither a zero nor offsets nor too many columns."""
+    if dtype not in CODES:
+        raise TypeError(f"codes_dtype must be int8 or float8_e4m3fn, got {dtype}.")
+    if dtype != torch.int8 and (zero or asymmetric):
+        raise ValueError("e4m3 codes are symmetric; leave out the zero and asymmetric, or ask for int8 codes.")
+    if dtype != torch.int8 and columns > E4M3_COLUMNS:
+        raise ValueError(f"e4m3 codes are for at most {E4M3_COLUMNS} columns, got {columns}; ask for int8 codes.")
+
+
+def check_e4m3_product(xq: Tensor, x_scale: Tensor, zero: Tensor | None, bits: list[int]) -> None:
+    """What a product takes beside e4m3 activations: weights of 2 to 4 bits, no int32 zero, no offsets."""
+    if xq.dtype == torch.int8:
+        return
+    if max(bits) > 4:
+        raise ValueError(f"e4m3 activations go with weights of 2 to 4 bits, got {max(bits)}; quantize them to int8.")
+    check_dtype("zero, with e4m3 activations,", zero, torch.float32)
+    if x_scale.dim() == 2:
+        raise ValueError("e4m3 activations have no offsets; x_scale must have shape [1] or [tokens].")
+
+
 def check_activations(xq: Tensor, x_scale: Tensor, row_sum: Tensor | None) -> None:
-    """int8 activations [T, I], their scale [T], [1] or, with offsets, [2, T], their row sums [T]."""
-    check_dtype("xq", xq, torch.int8)
+    """int8 or e4m3 activations [T, I], their scale [T], [1] or, with offsets, [2, T], their row sums [T]."""
+    check_dtype("xq", xq, *CODES)
     check_shape("xq", xq, "tokens", "in")
     check_dtype("x_scale", x_scale, torch.float32)
     tokens = xq.shape[0]
@@ -187,10 +210,13 @@ def check_matmul_a8(
     check_dtype("residual", residual, *ACTIVATIONS)
     check_same_device(xq=xq, x_scale=x_scale, row_sum=row_sum, packed=packed, scale=scale, zero=zero, bias=bias)
     check_same_device(xq=xq, residual=residual)
-    if out_dtype not in (*ACTIVATIONS, torch.int8):
-        raise TypeError(f"out_dtype must be float32, float16, bfloat16 or int8, got {out_dtype}.")
-    if (out_dtype == torch.int8) != (out_scale > 0):
-        raise ValueError(f"out_scale must be positive for int8 output and left out for others, got {out_scale}.")
+    check_e4m3_product(xq, x_scale, zero, [bits])
+    if out_dtype not in (*ACTIVATIONS, *CODES):
+        raise TypeError(f"out_dtype must be float32, float16, bfloat16, int8 or float8_e4m3fn, got {out_dtype}.")
+    if (out_dtype in CODES) != (out_scale > 0):
+        raise ValueError(
+            f"out_scale must be positive for int8 and e4m3 output and left out for others, got {out_scale}."
+        )
 
 
 def check_matmul_a8_mixed(
@@ -216,6 +242,7 @@ def check_matmul_a8_mixed(
     check_terms(3 * packed[0].shape[0], scale, zero, bias, torch.float32, torch.int32)
     check_row_sum(zero, row_sum)
     check_weight_sum(x_scale, weight_sum, scale)
+    check_e4m3_product(xq, x_scale, zero, bits)
     if out_dtype not in ACTIVATIONS:
         raise TypeError(f"out_dtype must be float32, float16 or bfloat16, got {out_dtype}.")
     check_same_device(xq=xq, x_scale=x_scale, row_sum=row_sum, query=packed[0], key=packed[1], value=packed[2])

@@ -111,12 +111,15 @@ class StaticChain(_Int8Chain):
 
     def forward(self, x: Tensor) -> Tensor:
         """float32 [..., I] to [..., O]."""
+        # No code stands for NaN: what the integer product makes of one looks like any number.
+        one = x.amax(dim=-1, keepdim=True).clamp_(1.0, 1.0)  # or NaN
         if self.correction is not None:
             codes = (x / self.scale).round_().clamp_(-self.offset, 255 - self.offset)
             y = self.gemm(codes, 1.0, self.offset, True)
             y.sub_(codes.sum(dim=-1, keepdim=True) * self.correction)
-            return torch.add(self.bias_row, y, alpha=self.scale)
-        return self.gemm(x, self.scale, self.offset, False).add_(self.bias_row)  # type: ignore[no-any-return]
+            return torch.addcmul(self.bias_row, y, one.mul_(self.scale), out=y)
+        y = self.gemm(x, self.scale, self.offset, False)
+        return torch.addcmul(self.bias_row, y, one, out=y)
 
 
 class FloatChain(nn.Module):

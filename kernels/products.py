@@ -9,7 +9,13 @@ import torch
 from torch import Tensor
 
 from qbert.kernels import dispatch, formats, reference
-from qbert.kernels.checks import check_matmul_a8, check_matmul_a8_mixed, check_matmul_a16, check_requantized
+from qbert.kernels.checks import (
+    check_codes,
+    check_matmul_a8,
+    check_matmul_a8_mixed,
+    check_matmul_a16,
+    check_requantized,
+)
 from qbert.kernels.registration import summing
 from qbert.kernels.twins import dense, product, requantize
 
@@ -36,9 +42,11 @@ def matmul_a8(
 
     xq int8 [T, I], x_scale float32 [T] or [1], row_sum int32 [T] (needed with zero), packed uint8 [O, row bytes],
     scale and bias float32 [O], zero [O] float32 or, times 2^(8 - bits), int32 (`terms.fixed_point_zero`).
+    xq float8_e4m3fn takes bits up to 4 and a float32 zero, its row_sum counting 1/512.
     x_scale [2, T], steps and offsets, adds offset weight_sum before the bias; weight_sum float32 [O] is the sum of each
     row of the real weights.
-    out_dtype int8 needs `out_scale`: clamp(round(y / out_scale) + out_zero, -128, 127); the sum of every row is then
+    out_dtype int8 needs `out_scale`: clamp(round(y / out_scale) + out_zero, -128, 127), and so does float8_e4m3fn, the
+    number nearest to y / out_scale; the sum of every row is then
     added to `out_row_sum` (int32 [T], zeroed by the caller), where given: `torch.ops.qbert.matmul_a8_summed`.
     """
     return _call_matmul_a8(
@@ -67,6 +75,8 @@ def _matmul_a8(
 ) -> Tensor:
     check_matmul_a8(xq, x_scale, row_sum, packed, scale, zero, bias, residual, bits, out_dtype, out_scale, weight_sum)
     check_requantized(out_scale, out_zero, out_row_sum, xq)
+    if out_scale:
+        check_codes(out_dtype, packed.shape[0], out_zero)
     if dispatch.implementation(xq.device) == "triton":
         from qbert.kernels.gpu.matmul_a8 import matmul_a8 as kernel
 
@@ -92,7 +102,7 @@ def _matmul_a8(
     y = product(xq, x_scale, row_sum, codes, scale, real_zero, bias, weight_sum)
     y = reference.gelu(y) if gelu else y
     y = y if residual is None else y + residual
-    return requantize(y, out_scale, out_zero, out_row_sum) if out_scale else y.to(out_dtype)
+    return requantize(y, out_scale, out_zero, out_row_sum, out_dtype) if out_scale else y.to(out_dtype)
 
 
 def _matmul_a8_fake(  # type: ignore[no-untyped-def]
@@ -101,6 +111,8 @@ def _matmul_a8_fake(  # type: ignore[no-untyped-def]
 ):  # fmt: skip
     check_matmul_a8(xq, x_scale, row_sum, packed, scale, zero, bias, residual, bits, out_dtype, out_scale, weight_sum)
     check_requantized(out_scale, out_zero, out_row_sum, xq)
+    if out_scale:
+        check_codes(out_dtype, packed.shape[0], out_zero)
     return xq.new_empty((xq.shape[0], packed.shape[0]), dtype=out_dtype)
 
 

@@ -15,6 +15,10 @@ of code 0, and codes in [-128, 127]: ``x[t, i] ~ x_scale[0, t] * xq[t, i] + x_sc
 whole number of steps, because the range need not hold 0. The product then has one more term, x_scale[1, t] times
 ``weight_sum[o] = sum_i W[o, i]``, which is known beforehand.
 
+Activations may be eight-bit floats instead, e4m3 (sign, four bits of exponent, three of mantissa; up to 448, in steps
+of 1/512 near 0; arXiv 2209.05433, section 3): ``x[t, i] ~ x_scale[t] * xq[t, i]``, x_scale = max |x| / 448. Their row
+sums are counted in 512ths, of which every e4m3 number is a whole number, and so stay exact integers.
+
 Sums run in int64 and epilogues in float64 unless a function says otherwise. Nothing here is meant to be fast.
 
     xq, x_scale, row_sum = quantize_rows(x)
@@ -29,6 +33,8 @@ import torch
 from torch import Tensor
 
 A8_MAX = 127  # symmetric int8: -128 is not used, so that negation is exact
+E4M3_MAX = 448
+E4M3_UNITS = 512  # every e4m3 number is a whole number of 1 / 512
 A8_STEPS = 255  # asymmetric int8: from code -128, the smallest value, to 127, the largest
 
 
@@ -88,6 +94,26 @@ def _quantize_asymmetric(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return codes, torch.stack([step, low + 128 * step]), codes.sum(dim=1, dtype=torch.int32)
 
 
+def e4m3(x: Tensor) -> Tensor:
+    """The nearest e4m3 number (float8_e4m3fn), half to even, within -448..448."""
+    return x.clamp(-E4M3_MAX, E4M3_MAX).float().to(torch.float8_e4m3fn)
+
+
+def e4m3_sum(codes: Tensor) -> Tensor:
+    """Row sums of e4m3 codes [T, ...] in 512ths, int32 [T]."""
+    return (codes.flatten(1).double().sum(dim=1) * E4M3_UNITS).to(torch.int32)
+
+
+def quantize_rows_e4m3(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """e4m3 per token: x [T, I] to codes [T, I], scale [T] (dtype of x) and row sums int32 [T] of the codes, in 512ths.
+
+    scale = max |x| / 448, codes = e4m3(x / scale). A row of zeros gets scale 0 and codes 0.
+    """
+    scale = x.abs().amax(dim=1) / E4M3_MAX if x.shape[1] else x.new_zeros(x.shape[0])
+    codes = e4m3(x / torch.where(scale > 0, scale, torch.ones_like(scale))[:, None])
+    return codes, scale, e4m3_sum(codes)
+
+
 def requantize(y: Tensor, scale: float, zero: int = 0) -> Tensor:
     """Static int8 codes of real values: clamp(round-half-even(y / scale) + zero, -128, 127)."""
     return (torch.round(y / scale) + zero).clamp(-128, 127).to(torch.int8)
@@ -110,8 +136,9 @@ def gelu(y: Tensor) -> Tensor:
 
 
 def accumulate(xq: Tensor, codes: Tensor) -> Tensor:
-    """Exact integer products [T, O] (int64) of activation codes [T, I] and weight codes [O, I]."""
-    return xq.to(torch.int64) @ codes.to(torch.int64).T
+    """Exact products [T, O] of activation codes [T, I] and weight codes [O, I]: int64, or of e4m3 codes float64."""
+    sums = torch.int64 if xq.dtype == torch.int8 else torch.float64
+    return xq.to(sums) @ codes.to(sums).T
 
 
 def matmul_a8(
@@ -125,10 +152,11 @@ def matmul_a8(
     activation: str = "none",
     residual: Tensor | None = None,
 ) -> Tensor:
-    """y [T, O] in float64 from int8 activations and low-bit weights, with the kernels' epilogues.
+    """y [T, O] in float64 from int8 or e4m3 activations and low-bit weights, with the kernels' epilogues.
 
-    xq int8 [T, I], x_scale [T], [1] or [2, T] with the offsets (`quantize_rows`), codes [O, I], scale and zero [O, K],
-    bias [O], residual [T, O]; `activation` is "none" or "gelu", applied after the bias and before the residual.
+    xq int8 or float8_e4m3fn [T, I], x_scale [T], [1] or [2, T] with the offsets (`quantize_rows`), codes [O, I], scale
+    and zero [O, K], bias [O], residual [T, O]; `activation` is "none" or "gelu", applied after the bias and before the
+    residual.
     """
     step, offset = x_scale.double() if x_scale.dim() == 2 else (x_scale.double(), None)
     columns, groups = codes.shape[1], scale.shape[1]
@@ -137,7 +165,7 @@ def matmul_a8(
     for k in range(groups):
         part = slice(k * width, (k + 1) * width)
         acc = accumulate(xq[:, part], codes[:, part]).double()
-        row_sum = xq[:, part].sum(dim=1, dtype=torch.int64).double()
+        row_sum = xq[:, part].double().sum(dim=1)
         y += (acc - row_sum[:, None] * zero[:, k].double()) * scale[:, k].double()
     y *= step[:, None]
     if offset is not None:

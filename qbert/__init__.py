@@ -14,6 +14,7 @@ import importlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qbert.moved import keep_old_paths
 from qbert.saving.registration import register_with_transformers
 from qbert.version import __version__
 
@@ -93,3 +94,4 @@ def __dir__() -> list[str]:
 
 
 register_with_transformers()
+keep_old_paths()

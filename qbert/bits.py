@@ -197,7 +197,9 @@ def _suits_heads(groups: int, heads: int | None) -> bool:
 
 def covers(pattern: str, names: Iterable[str]) -> bool:
     """Whether a pattern matches one of the names of a tensor."""
-    return any(n == pattern or n.startswith(pattern + ".") or fnmatch.fnmatchcase(n, pattern) for n in names)
+    glob = any(c in pattern for c in "*?[")
+    below = pattern + "."
+    return any(n == pattern or n.startswith(below) or (glob and fnmatch.fnmatchcase(n, pattern)) for n in names)
 
 
 def longest(patterns: Iterable[str]) -> list[str]:
@@ -287,7 +289,7 @@ class BitsConfig:
         targets = find_targets(model)
         if all(t.role == HEAD_ROLE for t in targets):
             raise ValueError(
-                f"model: {type(model).__name__} has no nn.Linear or nn.Embedding that could be quantized; "
+                f"model: {type(model).__name__} has no matrix or table that could be quantized; "
                 "pass an encoder that is not quantized yet"
             )
         used: set[str] = set()
@@ -334,7 +336,7 @@ class BitsConfig:
         for pattern in self.rules:
             if pattern in used or pattern in ("*", "embeddings"):
                 continue
-            names = {part for t in targets for name in (t.name, t.path) for part in _prefixes(name)}
+            names = {part for t in targets for name in t.names for part in _prefixes(name)}
             close = difflib.get_close_matches(pattern, sorted(names), n=3, cutoff=0.0)
             raise ValueError(
                 f"pattern {pattern!r} matches no tensor of the model; the nearest names are {', '.join(close)}"
@@ -399,7 +401,7 @@ def _matches(pattern: str, target: Target) -> bool:
         return target.is_embedding
     if target.role == HEAD_ROLE and pattern.startswith(("*", "?", "[")):
         return False
-    return covers(pattern, (target.name, target.path))
+    return covers(pattern, target.names)
 
 
 def _settle_ties(targets: Iterable[Target], resolved: dict[str, TensorSpec]) -> None:
@@ -411,7 +413,7 @@ def _settle_ties(targets: Iterable[Target], resolved: dict[str, TensorSpec]) -> 
     first: dict[int, Target] = {}
     for target in sorted(targets, key=lambda t: t.path not in resolved):
         spec = resolved.get(target.path)
-        owner = first.setdefault(id(target.module.weight), target)
+        owner = first.setdefault(id(target.weight), target)
         if owner is target or owner.path not in resolved:
             continue
         given = resolved[owner.path]

@@ -25,7 +25,7 @@ from tqdm.auto import tqdm
 
 from qbert.encoders.prefix import LayerCache
 from qbert.encoders.targets import encoder_layers
-from qbert.layers.linear import QuantLinear
+from qbert.layers.kind import TrainableLayer
 from qbert.quantizers.activations import ActivationObserver
 
 Batch = Mapping[str, Tensor]
@@ -67,7 +67,7 @@ def calibrate_activations(model: nn.Module, batches: list[Batch]) -> None:
     names = {
         m: name
         for name, m in model.named_modules()
-        if isinstance(m, QuantLinear) and m.activation_quantizer is not None and m.activation_quantizer.mode == "static"
+        if isinstance(m, TrainableLayer) and m.activation_quantizer and m.activation_quantizer.mode == "static"
     }
     layers = list(names)
     if not layers:
@@ -93,16 +93,14 @@ def calibrate_activations(model: nn.Module, batches: list[Batch]) -> None:
         quantizer.set_range(*observers[layer].best_range(quantizer.bits))
 
 
-def _observe(
-    model: nn.Module, batches: list[Batch], modules: Iterable[nn.Module], see: Callable[[Any, Tensor], None]
-) -> None:
-    """Run `batches` through the model; `see(module, x)` gets the input of each module, padding left out."""
+def _observe(model: nn.Module, batches: list[Batch], layers: Iterable[Any], see: Callable[[Any, Tensor], None]) -> None:
+    """Run `batches` through the model; `see(layer, x)` gets what each layer quantizes, padding left out."""
     mask: Tensor | None = None
 
-    def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
-        see(module, unmasked(args[0], mask))
+    def watch(layer: Any) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        return lambda quantizer, args: see(layer, unmasked(args[0], mask))
 
-    handles = [module.register_forward_pre_hook(hook) for module in modules]
+    handles = [layer.activation_quantizer.register_forward_pre_hook(watch(layer)) for layer in layers]
     try:
         with evaluation_mode(model):
             for batch in batches:
@@ -320,6 +318,8 @@ class _Passes:
                     kept.setdefault((module, index), []).append(squares)
         for module in linears:
             keys = [(module, index) for index in range(len(self.batches)) if (module, index) in self.weights]
+            if not keys:
+                continue
             depends, size = (torch.cat([w for key in keys for w in of[key]]) for of in (self.weights, sizes))
             small = size.clamp_min(1e-12 * float(size.mean())).reciprocal()
             weights = (1 - share) * small / small.mean()
@@ -343,7 +343,7 @@ class _Passes:
                 outputs = [y for y in _outputs(run_batch(self.model, inputs)) if y.requires_grad]
                 seeds = [_random_seeds(y, inputs.get("attention_mask"), generator) for y in outputs]
                 found: Sequence[Tensor | None] = [None] * len(calls)
-                if outputs:
+                if outputs and calls:
                     found = torch.autograd.grad(outputs, [y for _, _, y in calls], seeds, allow_unused=True)
         finally:
             for weight in frozen:

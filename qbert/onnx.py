@@ -34,6 +34,7 @@ from qbert.inference.forward import remove_fast_forwards
 from qbert.layers.embedding import PackedEmbedding
 from qbert.layers.linear import PackedLinear
 from qbert.layers.packed import PackedTensor, check_module
+from qbert.layers.transposed import PackedTransposed
 from qbert.quantizers.activations import token_range, token_scale
 from qbert.quantizers.grid import code_range
 
@@ -77,7 +78,15 @@ def export_onnx(
     remove_fast_forwards(model)
     _check_inputs(model, inputs)
     for module in [m for m in model.modules() if isinstance(m, PackedTensor)]:
-        twin = OnnxTable(module) if isinstance(module, PackedEmbedding) else onnx_linear(module, quantize_activations)
+        if isinstance(module, PackedEmbedding):
+            twin: nn.Module = OnnxTable(module)
+        elif type(module) in (PackedLinear, PackedTransposed):
+            twin = onnx_linear(module, quantize_activations)
+        else:
+            raise ValueError(
+                f"packed: {type(module).__name__} has no ONNX form yet; export a model without convolutions, or "
+                "quantize with {'*': ..., '<its name>': 32} to leave it in float"
+            )
         replace_everywhere(model, module, twin)
     example = _example(inputs, 9)
     names, axes = _outputs(model, inputs, example)

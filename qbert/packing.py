@@ -17,12 +17,10 @@ import torch
 from torch import nn
 
 from qbert.inference.forward import remove_fast_forwards
-from qbert.layers.embedding import PackedEmbedding, QuantEmbedding
+from qbert.layers.kind import TrainableLayer, kind_of
 from qbert.layers.layout import layout_of
-from qbert.layers.linear import PackedLinear, QuantLinear
 from qbert.layers.packed import PackedTensor, check_module
 from qbert.layers.quantizer import WeightQuantizer
-from qbert.quantizers.activations import ActivationQuantizer
 
 Model = TypeVar("Model", bound=nn.Module)
 # Modules that take a child's weight and multiply by it themselves: what a quantized child computes, they never see.
@@ -47,7 +45,7 @@ def pack(model: Model) -> Model:
         TypeError: if it is not a torch module.
     """
     check_module("model", model)
-    quantized = [m for m in model.modules() if isinstance(m, (QuantLinear, QuantEmbedding))]
+    quantized = [m for m in model.modules() if isinstance(m, TrainableLayer)]
     if not quantized:
         done = any(isinstance(m, PackedTensor) for m in model.modules())
         mend = "it is packed already" if done else "call qbert.quantize_model first"
@@ -56,7 +54,7 @@ def pack(model: Model) -> Model:
     _check_finite(model)
     # Packed layers are put into the memo of the copy, so that the float weights they replace are never copied.
     memo: dict[int, Any] = {}
-    packed: list[tuple[nn.Module, PackedTensor]] = []
+    packed: list[tuple[TrainableLayer, PackedTensor]] = []
     for module in quantized:
         source = next((p for m, p in packed if not p._source and _same_weight(m, module)), None)
         twin = _packed_twin(module, source, memo)
@@ -78,7 +76,7 @@ def unpack(packed: Model) -> Model:
         packed: what `pack` or ``from_pretrained`` returned. It is left alone.
 
     Returns:
-        A copy in eval mode with `QuantLinear` and `QuantEmbedding`, whose outputs and `quantized_weight` are the same.
+        A copy in eval mode with `TrainableLayer`s, whose outputs and `quantized_weight` are the same.
 
     Raises:
         ValueError: if the model has no packed layer; TypeError if it is not a torch module.
@@ -92,7 +90,8 @@ def unpack(packed: Model) -> Model:
     for layer in layers:
         key = id(layer.owner)
         if key not in shared:
-            shared[key] = nn.Parameter(layer.owner.quantized_weight()), layer.owner._quantizer()
+            owner = layer.owner
+            shared[key] = nn.Parameter(owner.stored(owner.quantized_weight())), owner._quantizer()
         memo[id(layer)] = _trainable_twin(layer, *shared[key], memo)
     result = deepcopy(packed, memo)
     remove_fast_forwards(result)
@@ -106,7 +105,7 @@ def unpack(packed: Model) -> Model:
 def _check_weights_are_not_read(model: nn.Module) -> None:
     for path, module in model.named_modules():
         for child in _READS_WEIGHTS.get(type(module).__name__, ()):
-            if isinstance(getattr(module, child), QuantLinear):
+            if isinstance(getattr(module, child), TrainableLayer):
                 raise ValueError(
                     f"model: {type(module).__name__} multiplies by the weight of {path}.{child} without calling the "
                     "layer, past its quantizer, so a packed model would give other outputs; leave the embeddings and "
@@ -117,7 +116,7 @@ def _check_weights_are_not_read(model: nn.Module) -> None:
 def _check_finite(model: nn.Module) -> None:
     """Integer codes know no NaN: the packed model would go on with numbers where the quantized one has none."""
     for path, module in model.named_modules():
-        if isinstance(module, (QuantLinear, QuantEmbedding)):
+        if isinstance(module, TrainableLayer):
             quantizer = module.weight_quantizer
             for name, tensor in (("weight", module.weight), ("scale", quantizer.scale), ("zero point", quantizer.zero)):
                 if not bool(torch.isfinite(tensor).all()):
@@ -125,7 +124,7 @@ def _check_finite(model: nn.Module) -> None:
                         f"model: the {name} of {path} holds NaN or infinity, so training has diverged; "
                         "load an earlier checkpoint, or train again with a lower learning rate"
                     )
-            activation = getattr(module, "activation_quantizer", None)
+            activation = module.activation_quantizer
             if activation is not None and activation.mode == "static" and not bool(torch.isfinite(activation.scale)):
                 raise ValueError(
                     f"model: the static activation range of {path} is {float(activation.scale)}, so it was never "
@@ -133,47 +132,29 @@ def _check_finite(model: nn.Module) -> None:
                 )
 
 
-def _same_weight(one: nn.Module, other: nn.Module) -> bool:
+def _same_weight(one: TrainableLayer, other: TrainableLayer) -> bool:
     if one.weight is not other.weight:
         return False
     a, b = one.weight_quantizer, other.weight_quantizer
     return a is b or (
-        a.bits == b.bits  # type: ignore[union-attr]
-        and all(torch.equal(getattr(a, n), getattr(b, n)) for n in ("scale", "zero", "row_group"))
+        a.bits == b.bits and all(torch.equal(getattr(a, n), getattr(b, n)) for n in ("scale", "zero", "row_group"))
     )
 
 
-def _packed_twin(module: QuantLinear | QuantEmbedding, source: PackedTensor | None, memo: dict[int, Any]) -> Any:
-    layout = layout_of(module)
-    twin: PackedTensor
-    if isinstance(module, QuantEmbedding):
-        twin = PackedEmbedding(module.num_embeddings, module.embedding_dim, module.padding_idx, layout, source)
-    else:
-        twin = PackedLinear(module.in_features, module.out_features, False, layout, source)
-        # Copied under the shared memo, so that a bias that is tied to another parameter stays tied.
-        twin.bias = deepcopy(module.bias, memo)
-        if twin.input_scale is not None:
-            assert module.activation_quantizer is not None
-            twin.input_scale = module.activation_quantizer.scale.detach().float().clone()
-            twin.input_zero = module.activation_quantizer.zero.detach().float().clone()
-    twin._fill(module.weight_quantizer, module.weight.detach())
+def _packed_twin(layer: TrainableLayer, source: PackedTensor | None, memo: dict[int, Any]) -> PackedTensor:
+    kind = kind_of(layer)  # type: ignore[arg-type]
+    assert kind is not None
+    twin = kind.packed.shaped_as(layer, layout_of(layer), source)
+    twin.fill(layer, memo)
     return twin
 
 
 def _trainable_twin(layer: PackedTensor, weight: nn.Parameter, quantizer: WeightQuantizer, memo: dict[int, Any]) -> Any:
-    if isinstance(layer, PackedEmbedding):
-        table = nn.Embedding(layer.num_embeddings, layer.embedding_dim, layer.padding_idx, device="meta")
-        table.weight = weight
-        return QuantEmbedding.from_float(table, quantizer).eval()
-    assert isinstance(layer, PackedLinear)
-    linear = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
-    linear.weight = weight
-    if layer.bias is not None:
-        linear.bias = deepcopy(layer.bias, memo)
-    bits = layer.spec.activation_bits or 8
-    activation = layer.activation_quantizer and ActivationQuantizer(bits, layer.activation_quantizer.mode)
-    if layer.input_scale is not None and layer.input_zero is not None:
-        activation = ActivationQuantizer(bits, "static").to(layer.input_scale.device)
-        activation.scale.copy_(layer.input_scale)
-        activation.zero.copy_(layer.input_zero)
-    return QuantLinear.from_float(linear, quantizer, activation).eval()
+    kind = kind_of(layer)
+    assert kind is not None
+    module: Any = layer.float_module()
+    module.weight = weight
+    if getattr(layer, "bias", None) is not None:
+        module.bias = deepcopy(layer.bias, memo)
+    twin: Any = kind.trainable.from_float(module, quantizer, layer.activation_twin())
+    return twin.eval()

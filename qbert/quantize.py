@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any, TypeVar, cast
 
@@ -21,10 +21,11 @@ from torch import Tensor, nn
 from qbert.bits import BitsConfig, TensorSpec
 from qbert.calibration import Batch, Moment, calibrate_activations, check_batches, input_moments
 from qbert.encoders.replace import replace_everywhere
-from qbert.encoders.targets import Target, find_targets
-from qbert.layers.embedding import QuantEmbedding
-from qbert.layers.linear import QuantLinear
+from qbert.encoders.targets import Target, encoder_weights, find_targets
+from qbert.encoders.weights import is_table, stored, weight_matrix
+from qbert.layers.kind import TrainableLayer, kind_of
 from qbert.layers.quantizer import WeightQuantizer
+from qbert.layers.recurrent import open_recurrent
 from qbert.quantizers.activations import ActivationQuantizer
 from qbert.quantizers.groups import group_layout
 from qbert.quantizers.ranges import GroupRanges
@@ -55,8 +56,9 @@ def quantize_model(
     """The fake-quantized twin of an encoder, ready to be evaluated, trained or packed.
 
     Args:
-        model: any encoder that transformers builds from ``nn.Linear`` and ``nn.Embedding``, with or without a task
-            head, or a wrapper of one (``SentenceTransformer``). It is left alone unless `inplace`.
+        model: any encoder built from the kinds of layer in `qbert.layers` (linear maps, tables, convolutions over a
+            sequence, LSTMs and GRUs), with or without a task head, or a wrapper of one or several
+            (``SentenceTransformer``, a bi-encoder). It is left alone unless `inplace`.
         bits_config: bits for all encoder matrices (2, 3, 4 or 8), a mapping from name patterns, a `BitsConfig`, or
             the path of its JSON file.
         calibration_data: batches (a DataLoader, or a list of dicts of tensors; a few hundred unlabelled rows) that
@@ -65,13 +67,17 @@ def quantize_model(
         inplace: convert `model` itself instead of a copy.
         progress: show a bar over the matrices of compensated rounding.
 
+    Warns:
+        UserWarning: if weights of the encoder stay in float because no kind of layer covers their modules.
+
     Returns:
         The converted model, of the same class and in the same mode. Every converted module has
         ``quantized_weight()`` and the hooks of the module whose place it takes.
 
     Raises:
         ValueError: if the configuration does not fit the model (see `BitsConfig.resolve`), the model is quantized
-            already, a weight is not finite, or static activation ranges are asked for without `calibration_data`.
+            already, nothing in its layers can be quantized, a weight is not finite, or static activation ranges are
+            asked for without `calibration_data`.
         TypeError: for a `model`, `bits_config` or `calibration_data` of another type.
 
     Warns:
@@ -84,6 +90,7 @@ def quantize_model(
     _check_model(model)
     specs = config.resolve(model)
     targets = {t.path: t for t in find_targets(model)}
+    _tell_what_is_not_covered(model, targets.values())
     _check_weights(targets, specs)
     batches = check_batches(calibration_data)
     static = [p for p, s in specs.items() if s.activation_range == "static" and not targets[p].is_embedding]
@@ -95,6 +102,7 @@ def quantize_model(
     compensated = {path: spec for path, spec in specs.items() if spec.rounding == "compensated"}
     if batches is None:
         specs, compensated = _without_data(specs, compensated), {}
+    open_recurrent(model, specs.keys())
     done = _Conversions(model)
     try:
         for path, spec in specs.items():
@@ -109,6 +117,33 @@ def quantize_model(
         done.undo()
         raise
     return model
+
+
+def _tell_what_is_not_covered(model: nn.Module, targets: Iterable[Target]) -> None:
+    """Name the weights of the encoder that no kind of layer covers, and so stay in float whatever is asked.
+
+    Raises:
+        ValueError: if those are all the weights of its layers.
+    """
+    covered = {id(t.weight) for t in targets}
+    weights = encoder_weights(model)
+    left = [w for w in weights if id(w.tensor) not in covered]
+    if not left:
+        return
+    share = sum(w.tensor.numel() for w in left) / sum(w.tensor.numel() for w in weights)
+    left.sort(key=lambda w: (not w.in_layers, -w.tensor.numel()))
+    names = ", ".join(f"{w.path} ({w.owner})" for w in left[:3]) + (f" and {len(left) - 3} more" if left[3:] else "")
+    in_layers = [w for w in weights if w.in_layers]
+    if in_layers and not any(id(w.tensor) in covered for w in in_layers):
+        raise ValueError(
+            f"model: none of the weights in the layers of {type(model).__name__} can be quantized: {names}; pass an "
+            "encoder built from Linear, Embedding, Conv1d, LSTM or GRU modules, or register a kind of layer for these"
+        )
+    warnings.warn(
+        f"{share:.1%} of the weights of {type(model).__name__}'s encoder stay in float, because no kind of layer "
+        f"covers them, or they are read without calling one: {names}",
+        stacklevel=4,  # past the decorator of quantize_model
+    )
 
 
 def _settled(spec: TensorSpec, calibrated: bool) -> TensorSpec:
@@ -138,7 +173,16 @@ def _round_compensated(
     progress: bool,
 ) -> None:
     """Convert matrices one after the other, each with codes for the inputs that those before it leave to it."""
-    paths = {cast(nn.Linear, done.model.get_submodule(path)): path for path in specs}
+    modules_at = {path: done.model.get_submodule(path) for path in specs}
+    others = [path for path, module in modules_at.items() if not isinstance(module, nn.Linear)]
+    for path in others:
+        done.convert(path, targets[path], replace(specs[path], rounding="nearest"))
+    if others:
+        warnings.warn(
+            f"rounding='compensated' is for linear maps; {', '.join(others)} are of other kinds and rounded to nearest",
+            stacklevel=3,
+        )
+    paths = {module: path for path, module in modules_at.items() if isinstance(module, nn.Linear)}
     missed: list[str] = []
     few: dict[str, Moment] = {}
     for modules, moment in input_moments(done.model, batches, list(paths), weigh=_GRADIENT_SHARE, progress=progress):
@@ -177,32 +221,34 @@ class _Conversions:
     def convert(self, path: str, target: Target, spec: TensorSpec) -> None:
         """Put the quantized twin in the place of a target, rounded to nearest."""
         module = self.model.get_submodule(path)
-        quantizer = _quantizer(target, spec, module)
-        quantizer.find(module.weight.detach())  # type: ignore[operator, union-attr, arg-type]
+        weight = weight_matrix(module).detach()
+        quantizer = _quantizer(target, spec, weight)
+        quantizer.find(weight)
         self._place(module, quantizer, spec)
 
     def compensate(self, members: list[tuple[str, Target, TensorSpec]], moment: Tensor) -> None:
         """Put quantized twins in the place of matrices with one weight, which is rounded for inputs of this moment."""
         modules = [self.model.get_submodule(path) for path, _, _ in members]
-        weight = modules[0].weight
-        assert isinstance(weight, nn.Parameter)
-        quantizers = [_quantizer(target, spec, m) for m, (_, target, spec) in zip(modules, members, strict=True)]
+        weight = cast(nn.Parameter, modules[0].weight)
+        matrix = weight_matrix(modules[0]).detach()
+        quantizers = [_quantizer(target, spec, matrix) for _, target, spec in members]
         first, *others = quantizers
-        rounded = first.compensate(weight.data, moment.to(weight.device))
+        rounded = first.compensate(matrix, moment.to(weight.device))
         for other in others:
             other.take(GroupRanges(first.scale, first.zero), weight.dtype)
         for module, quantizer in zip(modules, quantizers, strict=True):
             self._place(module, quantizer, quantizer.spec)
         self._weights.append((weight, weight.data))
-        weight.data = rounded
+        weight.data = stored(modules[0], rounded).contiguous()
 
     def convert_tied(self) -> None:
-        """Give a float matrix that shares its weight with a quantized embedding that embedding's quantizer."""
-        tables = {id(m.weight): m for m in self.model.modules() if isinstance(m, QuantEmbedding)}
+        """Give a float layer that shares its weight with a quantized one (a head with its table) that one's grids."""
+        tables = {id(m.weight): m.weight_quantizer for m in self.model.modules() if isinstance(m, TrainableLayer)}
         for module in list(self.model.modules()):
-            if type(module) is nn.Linear and id(module.weight) in tables:
-                quantizer = tables[id(module.weight)].weight_quantizer
-                self._replace(module, QuantLinear.from_float(module, quantizer, None))
+            kind = None if isinstance(module, TrainableLayer) else kind_of(module)
+            if kind is not None and id(module.weight) in tables:
+                twin: Any = kind.trainable.from_float(module, tables[id(module.weight)])
+                self._replace(module, twin)
 
     def restore_modes(self) -> None:
         """Give the new modules the modes of the old ones."""
@@ -217,15 +263,15 @@ class _Conversions:
             weight.data = original
 
     def _place(self, module: nn.Module, quantizer: WeightQuantizer, spec: TensorSpec) -> None:
-        if isinstance(module, nn.Embedding):
-            self._replace(module, QuantEmbedding.from_float(module, quantizer))
-            return
+        kind = kind_of(module)
+        assert kind is not None
         activation = None
-        if spec.activation_bits is not None:
+        if spec.activation_bits is not None and not is_table(module):
             activation = ActivationQuantizer(spec.activation_bits, spec.activation_range or "dynamic")
-            activation.to(module.weight.device)  # type: ignore[arg-type]
+            activation.to(quantizer.scale.device)
             activation.enabled = activation.mode != "static"  # until it is calibrated
-        self._replace(module, QuantLinear.from_float(module, quantizer, activation))  # type: ignore[arg-type]
+        twin: Any = kind.trainable.from_float(module, quantizer, activation)
+        self._replace(module, twin)
 
     def _replace(self, old: nn.Module, new: nn.Module) -> None:
         """Put `new`, with the hooks of `old`, in its place."""
@@ -235,15 +281,20 @@ class _Conversions:
         self._replaced.append((old, new))
 
 
-def _quantizer(target: Target, spec: TensorSpec, module: nn.Module) -> WeightQuantizer:
+def convert_tied(model: nn.Module) -> None:
+    """Give float layers that share their weight with a quantized one (a head with its table) that one's grids."""
+    _Conversions(model).convert_tied()
+
+
+def _quantizer(target: Target, spec: TensorSpec, weight: Tensor) -> WeightQuantizer:
     row_group, input_groups = group_layout(target, spec)
-    return WeightQuantizer(row_group, input_groups, spec).to(module.weight.device)  # type: ignore[arg-type]
+    return WeightQuantizer(row_group, input_groups, spec).to(weight.device)
 
 
 def _check_model(model: nn.Module) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected an encoder (nn.Module), got {type(model).__name__}")
-    if isinstance(model, (nn.Linear, nn.Embedding)):
+    if kind_of(model) is not None:
         raise ValueError(
             f"model: a bare {type(model).__name__} has no place to be replaced in; pass nn.Sequential of it"
         )
@@ -254,9 +305,7 @@ def _check_model(model: nn.Module) -> None:
 
 def _check_weights(targets: Mapping[str, Target], specs: Mapping[str, TensorSpec]) -> None:
     for path in specs:
-        module = targets[path].module
-        weight = module.weight
-        assert isinstance(weight, Tensor)
+        module, weight = targets[path].module, targets[path].weight
         if getattr(module, "max_norm", None) is not None:
             raise ValueError(f"model: {path} rescales its rows when they are used (max_norm); set max_norm to None")
         if weight.is_meta:

@@ -22,11 +22,12 @@ import torch
 from torch import Tensor, nn
 
 from qbert.bits import BitsConfig, TensorSpec
-from qbert.encoders.targets import Target, base_model, encoder_layers, find_targets
+from qbert.encoders.targets import Target, base_models, encoder_layers, find_targets
+from qbert.encoders.weights import matrix_size
 from qbert.kernels.formats import packed_nbytes
-from qbert.layers.embedding import PackedEmbedding, QuantEmbedding
+from qbert.layers.kind import TrainableLayer
 from qbert.layers.layout import stored_zero
-from qbert.layers.linear import PackedLinear, PackedTensor, QuantLinear
+from qbert.layers.packed import PackedTensor
 from qbert.layers.quantizer import WeightQuantizer
 from qbert.quantizers.activations import ActivationQuantizer
 from qbert.quantizers.groups import group_layout
@@ -51,6 +52,7 @@ class TensorSize:
         weight_bytes: the values themselves.
         metadata_bytes: scales, zero points and static activation ranges.
         float_bytes: the values in the dtype of the float model.
+        is_matrix: whether at least two axes are longer than one.
     """
 
     name: str
@@ -60,6 +62,7 @@ class TensorSize:
     weight_bytes: int
     metadata_bytes: int
     float_bytes: int
+    is_matrix: bool = False
 
 
 @dataclass(frozen=True)
@@ -128,6 +131,11 @@ class ModelSize:
             raise ValueError("model: it has no matrices in encoder layers, so there is no encoder ratio; use .ratio")
         return sum(t.float_bytes for t in self.tensors if t.part == "encoder") / self.encoder
 
+    @property
+    def left_in_float(self) -> tuple[TensorSize, ...]:
+        """The matrices and tables that are stored in 16 bits or more, largest first."""
+        return tuple(sorted((t for t in self.tensors if t.is_matrix and t.bits >= 16), key=lambda t: -t.elements))
+
     def _weights(self, part: str) -> int:
         return sum(t.weight_bytes for t in self.tensors if t.part == part)
 
@@ -153,6 +161,10 @@ class ModelSize:
             values = f"{elements:>12,}{bits:>12.2f}{before / 1e6:>11.2f}" if elements else " " * 35
             ratio = f"{before / after:>8.1f}x" if before and after else ""
             lines.append(f"{label:<24}{values}{after / 1e6:>11.2f}{after / 2**20:>12.2f}{ratio}")
+        left = self.left_in_float
+        if left and len(left) < sum(t.is_matrix for t in self.tensors):
+            more = f" and {len(left) - 3} more" if left[3:] else ""
+            lines.append("in float: " + ", ".join(f"{t.name} ({t.elements:,} values)" for t in left[:3]) + more)
         return "\n".join(lines)
 
 
@@ -172,7 +184,7 @@ def model_size(
     """
     if bits_config is None:
         return _measure(model, {}, {})
-    if any(isinstance(m, (QuantLinear, QuantEmbedding, PackedTensor)) for m in model.modules()):
+    if any(isinstance(m, TrainableLayer | PackedTensor) for m in model.modules()):
         raise ValueError("bits_config: the model is quantized already; leave the argument out to measure it as it is")
     specs = BitsConfig.parse(bits_config).resolve(model)
     return _measure(model, specs, {t.path: t for t in find_targets(model)})
@@ -189,13 +201,12 @@ def tensor_bytes(target: Target, spec: TensorSpec) -> tuple[int, int]:
 def _measure(model: nn.Module, specs: Mapping[str, TensorSpec], targets: Mapping[str, Target]) -> ModelSize:
     quantized = _quantized_weights(model, specs, targets)
     layers = _layer_paths(model)
-    static = {path for path, spec in specs.items() if spec.activation_range == "static"}
+    static = [p for p, spec in specs.items() if spec.activation_range == "static" and not targets[p].is_embedding]
     tensors: list[TensorSize] = []
     seen: set[int] = set()
     for path, module in model.named_modules():
         if isinstance(module, (WeightQuantizer, ActivationQuantizer)):
             continue
-        ranged = (path in static and isinstance(module, nn.Linear)) or _has_static_range(module)
         if isinstance(module, PackedTensor) and module.codes is not None:
             tensors.append(_packed_size(path, module, layers))
         for name, tensor in _stored(module):
@@ -206,10 +217,15 @@ def _measure(model: nn.Module, specs: Mapping[str, TensorSpec], targets: Mapping
             stored = float_bytes = tensor.numel() * tensor.element_size()
             if id(tensor) in quantized:
                 bits, stored, metadata = quantized[id(tensor)]
-            part = _part(path, module, name, layers)
-            tensors.append(TensorSize(_join(path, name), part, tensor.numel(), bits, stored, metadata, float_bytes))
-        if ranged:
-            tensors.append(TensorSize(_join(path, "activation_range"), "other", 0, 32, 0, _STATIC_RANGE_BYTES, 0))
+            part = _part(path, module, tensor, layers)
+            matrix = sum(size > 1 for size in tensor.shape) > 1
+            tensors.append(
+                TensorSize(_join(path, name), part, tensor.numel(), bits, stored, metadata, float_bytes, matrix)
+            )
+        if _has_static_range(module):
+            static.append(path)
+    for path in static:
+        tensors.append(TensorSize(_join(path, "activation_range"), "other", 0, 32, 0, _STATIC_RANGE_BYTES, 0))
     return ModelSize(tuple(tensors))
 
 
@@ -220,11 +236,11 @@ def _quantized_weights(
     found: dict[int, tuple[int, int, int]] = {}
     for path, spec in specs.items():
         target = targets[path]
-        found.setdefault(id(target.module.weight), (spec.bits, *tensor_bytes(target, spec)))
+        found.setdefault(id(target.weight), (spec.bits, *tensor_bytes(target, spec)))
     for module in model.modules():
-        if isinstance(module, (QuantLinear, QuantEmbedding)):
+        if isinstance(module, TrainableLayer):
             quantizer = module.weight_quantizer
-            rows, columns = module.weight.shape
+            rows, columns = module.matrix.shape
             codes = packed_nbytes(rows, columns, quantizer.bits)
             metadata = quantizer.scale.numel() * (4 + _ZERO_BYTES[stored_zero(quantizer)])
             found.setdefault(id(module.weight), (quantizer.bits, codes, metadata))
@@ -235,9 +251,9 @@ def _packed_size(path: str, module: PackedTensor, layers: tuple[str, ...] | None
     assert module.codes is not None and module.scale is not None
     elements = module.rows * module.columns
     metadata = sum(t.numel() * t.element_size() for t in (module.scale, module.zero) if t is not None)
-    part, float_bytes = _part(path, module, "weight", layers), elements * module.dtype.itemsize
+    part, float_bytes = _part(path, module, module.codes, layers), elements * module.dtype.itemsize
     return TensorSize(
-        _join(path, "weight"), part, elements, module.layout.bits, module.codes.numel(), metadata, float_bytes
+        _join(path, "weight"), part, elements, module.layout.bits, module.codes.numel(), metadata, float_bytes, True
     )
 
 
@@ -253,37 +269,27 @@ def _stored(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def _has_static_range(module: nn.Module) -> bool:
-    if isinstance(module, PackedLinear):
-        return module.input_scale is not None
+    if isinstance(module, PackedTensor):
+        return getattr(module, "input_scale", None) is not None
     quantizer = getattr(module, "activation_quantizer", None)
     return isinstance(quantizer, ActivationQuantizer) and quantizer.mode == "static"
 
 
 def _layer_paths(model: nn.Module) -> tuple[str, ...] | None:
     """Paths of the encoder layers; ``None`` for a model without layers, where every matrix counts as encoder."""
-    prefix, _ = base_model(model)
+    bases = base_models(model)
+    prefix = bases[0][0] if len(bases) == 1 else ""
     try:
         return tuple(_join(prefix, name) + "." for name, _ in encoder_layers(model))
     except ValueError:
-        return _packed_layer_paths(model)
-
-
-def _packed_layer_paths(model: nn.Module) -> tuple[str, ...] | None:
-    """As `_layer_paths`, for a model whose matrices are all packed."""
-    lists = {name: module for name, module in model.named_modules() if isinstance(module, nn.ModuleList)}
-    packed = {n: sum(m.rows * m.columns for m in x.modules() if isinstance(m, PackedLinear)) for n, x in lists.items()}
-    best = max(packed.values(), default=0)
-    if best == 0:
         return None
-    name = [n for n in lists if packed[n] == best][-1]
-    return tuple(_join(name, str(i)) + "." for i in range(len(lists[name])))
 
 
-def _part(path: str, module: nn.Module, name: str, layers: tuple[str, ...] | None) -> str:
-    if name == "weight" and isinstance(module, (nn.Embedding, PackedEmbedding)):
+def _part(path: str, module: nn.Module, tensor: Tensor, layers: tuple[str, ...] | None) -> str:
+    if isinstance(module, nn.Embedding) or (isinstance(module, PackedTensor) and not module.is_packed_matrix):
         return "embeddings"
     inside = layers is None or path.startswith(layers)
-    return "encoder" if name == "weight" and isinstance(module, (nn.Linear, PackedLinear)) and inside else "other"
+    return "encoder" if inside and tensor.dim() > 1 and matrix_size(module) else "other"
 
 
 def _join(*parts: str) -> str:

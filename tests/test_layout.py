@@ -48,12 +48,12 @@ def starts_with_any(module: str, prefixes: tuple[str, ...]) -> bool:
 
 # From the bottom: a room imports rooms of lower floors only.
 FLOORS = (
-    ("version", "files", "arguments", "encoders", "kernels"),
+    ("version", "moved", "files", "arguments", "encoders", "kernels"),
     ("bits", "students", "tasks", "plots", "results"),
     ("quantizers",),
     ("layers", "hessian"),
-    ("calibration",),
-    ("quantize", "sizes", "inference", "distill"),
+    ("calibration", "sizes", "inference"),
+    ("quantize", "distill"),
     ("allocation", "saving", "onnx"),
     ("packing",),
     ("pipeline",),

@@ -1,7 +1,9 @@
 """Patient knowledge distillation: hard labels, soft targets, and the normalised CLS vector of intermediate layers.
 
 Source: Sun et al. 2019, "Patient Knowledge Distillation for BERT Model Compression", eq. 7-8; authors' grid:
-temperature 5, 10, 20; alpha 0.2, 0.5, 0.7; beta 10, 100, 500, 1000. The student starts from the teacher's first layers.
+temperature 5, 10, 20; alpha 0.2, 0.5, 0.7; beta 10, 100, 500, 1000, of a mean over layers and width (their code,
+intersun/PKD-for-BERT-Model-Compression). The student starts from the teacher's first layers. Difference: the divergence of
+the soft targets is summed over the classes, as the paper has it; the code takes its mean.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """TernaryBERT: ternary weights, 8-bit activations, layer by layer distillation from the float model.
 
 Source: Zhang et al. 2020, "TernaryBERT: Distillation-aware Ultra-low Bit BERT", section 3.2 (all weights of the terms
-are 1, no hard labels) and table 7 of its appendix; huawei-noah/Pretrained-Language-Model, TernaryBERT. Differences: the
-terms are means over real tokens, and the scale of the ternary grid is the least-squares one instead of the mean
-magnitude above 0.7 of the mean.
+are 1, sums over the layers, no hard labels) and table 7 of its appendix; huawei-noah/Pretrained-Language-Model,
+TernaryBERT. Differences: the terms are means over real tokens, and the scale of the ternary grid is the least-squares
+one instead of the mean magnitude above 0.7 of the mean.
 
     >>> student = quantize_model(model, ternarybert().bits_config(2))
 """
@@ -15,10 +15,11 @@ from qbert.distill.recipe import Match, Recipe, Stage
 
 def ternarybert() -> Recipe:
     """Logits, hidden states with embeddings, and attention scores, in one stage."""
+    terms = (Match("logits"), Match("hidden", reduction="sum"), Match("scores", reduction="sum"))
     return Recipe(
         name="ternarybert",
         source="Zhang et al. 2020",
-        stages=(Stage("distillation", (Match("logits"), Match("hidden"), Match("scores"))),),
+        stages=(Stage("distillation", terms),),
         steps="refit",
         refit_every=1,
         freeze_at=1.0,

@@ -1,8 +1,9 @@
 """TinyBERT: a small student learns the teacher's embeddings, hidden states and attention, then its predictions.
 
 Source: Jiao et al. 2020, "TinyBERT: Distilling BERT for Natural Language Understanding", eq. 5-11 and section 4.2;
-huawei-noah/Pretrained-Language-Model, TinyBERT: one projection for all layers, uniform map, temperature 1, the
-intermediate stage at a constant rate for 10 epochs, the prediction stage for 3. Difference: means over real tokens.
+huawei-noah/Pretrained-Language-Model, TinyBERT: one projection for all layers, uniform map, sums over the layers (eq.
+11: M + 1 states, M matrices of scores), temperature 1, the intermediate stage at a constant rate for 10 epochs, the
+prediction stage for 3. Difference: means over real tokens.
 """
 
 from __future__ import annotations
@@ -19,7 +20,10 @@ def tinybert(*, general: bool = False, projection: bool = True) -> Recipe:
     """
     intermediate = Stage(
         "intermediate",
-        (Match("hidden", projection="shared" if projection else None), Match("scores")),
+        (
+            Match("hidden", projection="shared" if projection else None, reduction="sum"),
+            Match("scores", reduction="sum"),
+        ),
         share=10,
         schedule="constant",
     )

@@ -162,7 +162,8 @@ def _packed(rows: int, columns: int, bits: int, copies: int, device: torch.devic
 def _ours_a8(xq: Tensor, x_scale: Tensor, row_sum: Tensor, rows: int, bits: int, copies: int) -> Call:
     weights = _packed(rows, xq.shape[1], bits, copies, xq.device)
     scale, bias = torch.rand(rows, device=xq.device), torch.rand(rows, device=xq.device)
-    zero = torch.randint(-2, 2, (rows,), device=xq.device, dtype=torch.int32) << (8 - bits)
+    zero = torch.randint(-2, 2, (rows,), device=xq.device, dtype=torch.int32)
+    zero = zero << (8 - bits) if xq.dtype == torch.int8 else zero.float()
     return lambda copy: operators.matmul_a8(xq, x_scale, row_sum, weights[copy], scale, zero, bias, bits=bits)
 
 

@@ -1,11 +1,11 @@
-"""Self-attention over a packed batch of sequences of different lengths: no padding, softmax in one pass, int8 out.
+"""Self-attention over a packed batch of sequences of different lengths: no padding, one pass, eight bits out.
 
     out[t, h] = sum_u softmax_u(query[t, h] . key[u, h] * scale) value[u, h],   u in the sequence of t
 
 One program a (block of queries, head, sequence); keys and values are walked in blocks with a running maximum and
 sum (online softmax, arXiv 2205.14135, algorithm 1), products in fp16 with float32 sums. query, key and value may be
-slices of one fused [T, 3 H D] tensor. The output is fp16/bf16, or int8 with a static scale and zero and, summed over
-heads, the row sums that the next product needs.
+slices of one fused [T, 3 H D] tensor. The output is fp16/bf16, or int8 (e4m3) with a static scale and zero and,
+summed over heads, the row sums that the next product needs.
 
     out = attention(query, key, value, cu_seqlens, longest, scale=head_dim**-0.5)        # [T, H, D]
 """
@@ -19,7 +19,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from qbert.kernels.gpu.quantize_rows import to_int8
+from qbert.kernels.gpu.quantize_rows import count, to_codes
+from qbert.kernels.gpu.tiles import Tile
 
 MAX_HEAD_DIM = 128
 
@@ -84,13 +85,22 @@ def attention_kernel(
         at = out_ptr + (start + rows[:, None]) * stride_out + head * D + d[None, :]
         stored = (rows[:, None] < length) & (d[None, :] < D)
         if QUANTIZE:
-            codes = to_int8(out * inv_out_scale, out_zero)
+            codes = to_codes(out * inv_out_scale, out_zero, out_ptr.dtype.element_ty == tl.float8e4nv)
             tl.store(at, codes, mask=stored)
             if OUT_SUM:
-                total_codes = tl.sum(tl.where(stored, codes.to(tl.int32), 0), axis=1)
+                total_codes = tl.sum(tl.where(stored, count(codes), 0), axis=1)
                 tl.atomic_add(out_sum_ptr + start + rows, total_codes, mask=rows < length, sem="relaxed")
         else:
             tl.store(at, out.to(out_ptr.dtype.element_ty), mask=stored)
+
+
+def default_tile(longest: int, head_dim: int) -> Tile:
+    """Queries and keys a step (`bm`, `bn`) and warps for sequences up to `longest`.
+
+    16 rows of queries a warp: eight warps on 64 queries would compute every score and exponential twice. With heads
+    wider than 64, 64 keys need too many registers.
+    """
+    return Tile(64 if longest > 32 else 16, 64 if longest > 32 and head_dim <= 64 else 32, 0, stages=2)
 
 
 def attention(
@@ -103,22 +113,25 @@ def attention(
     out_scale: float = 0.0,
     out_zero: int = 0,
     out_row_sum: Tensor | None = None,
+    codes_dtype: torch.dtype = torch.int8,
+    tile: Tile | None = None,
 ) -> Tensor:
     """Launches `attention_kernel`: query, key, value [T, H, D], unit stride over D -> [T, H, D].
 
     cu_seqlens int32 [S + 1]: sequence s is the tokens cu_seqlens[s] to cu_seqlens[s + 1]. `longest` bounds the
-    sequence lengths. A positive `out_scale` makes the result int8, requantized with `out_scale` and `out_zero`; every
-    token's sum over heads is then added to `out_row_sum` (int32 [T], zeroed) where given. D up to 128.
+    sequence lengths. A positive `out_scale` makes the result `codes_dtype`, int8 or e4m3, requantized with `out_scale`
+    and `out_zero`; every token's sum over heads is then added to `out_row_sum` (int32 [T], zeroed) where given. D up to
+    128.
     """
     tokens, heads, head_dim = query.shape
     if head_dim > MAX_HEAD_DIM:
         raise ValueError(f"attention takes head dimensions up to {MAX_HEAD_DIM}, got {head_dim}.")
-    dtype = torch.int8 if out_scale > 0 else query.dtype
+    dtype = codes_dtype if out_scale > 0 else query.dtype
     out = torch.empty((tokens, heads, head_dim), dtype=dtype, device=query.device)
     sequences = cu_seqlens.numel() - 1
     if tokens and sequences > 0:
-        block_q = 64 if longest > 32 else 16
-        attention_kernel[(triton.cdiv(longest, block_q), heads, sequences)](
+        tile = default_tile(longest, head_dim) if tile is None else tile
+        attention_kernel[(triton.cdiv(longest, tile.bm), heads, sequences)](
             query,
             key,
             value,
@@ -136,13 +149,12 @@ def attention(
             value.stride(1),
             out.stride(0),
             head_dim,
-            BLOCK_Q=block_q,
-            BLOCK_K=64 if longest > 32 and head_dim <= 64 else 32,  # with wider heads 64 keys need too many registers
+            BLOCK_Q=tile.bm,
+            BLOCK_K=tile.bn,
             BLOCK_D=max(16, triton.next_power_of_2(head_dim)),
             QUANTIZE=out_scale > 0,
             OUT_SUM=out_row_sum is not None,
-            # 16 rows of queries a warp: eight warps on 64 queries would compute every score and exponential twice.
-            num_warps=4,
-            num_stages=2,
+            num_warps=tile.warps,
+            num_stages=tile.stages,
         )
     return out

@@ -25,9 +25,10 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia import compiler as nvidia
 from triton.compiler import ASTSource
 
-TARGETS = {"sm_80": 80, "sm_90": 90, "gfx942": "gfx942"}
-_ARCHITECTURE = {"sm_80": "sm_80", "sm_90": "sm_90a"}
-_SHARED_LIMIT = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "gfx942": 64 * 1024}
+TARGETS = {"sm_75": 75, "sm_80": 80, "sm_89": 89, "sm_90": 90, "sm_100": 100, "gfx942": "gfx942"}
+_ARCHITECTURE = {"sm_90": "sm_90a", "sm_100": "sm_100a"}
+_KIBIBYTES = {"sm_75": 64, "sm_80": 163, "sm_89": 99, "sm_90": 227, "sm_100": 227, "gfx942": 64}
+_WARPS = {"sm_75": 32, "sm_89": 48}
 _REGISTER_FILE = 65536
 
 
@@ -35,6 +36,7 @@ _REGISTER_FILE = 65536
 class Report:
     """What one compiled kernel costs: registers a thread, bytes spilled, bytes of shared memory, instructions.
 
+    `waits` are, in program order, how many warpgroup products may still run behind each wait for them (sm_90).
     `warnings` are ptxas's of serialized warpgroup products (C75xx), `hazards` what `early_writes` finds. For gfx942
     `sass` counts the instructions of its assembly, which also stands in `ptx`; `binary` is then empty.
     """
@@ -47,6 +49,7 @@ class Report:
     ptx: str
     warnings: tuple[str, ...]
     binary: bytes = dataclasses.field(repr=False)
+    waits: tuple[int, ...] = ()
 
     @functools.cached_property
     def _listing(self) -> str:
@@ -77,6 +80,12 @@ class Report:
         return len(re.findall(products, self.ptx))
 
     @property
+    def e4m3_products(self) -> int:
+        """Tensor-core instructions on e4m3 operands with float32 sums."""
+        products = r"(?:wgmma\.mma_async|mma\.sync)[\w.:]*\.f32\.e4m3\.e4m3|tcgen05\.mma[\w.:]*kind::f8f6f4"
+        return len(re.findall(products, self.ptx))
+
+    @property
     def register_operands(self) -> int:
         """Warpgroup products whose left operand comes from registers, not from shared memory."""
         return len(re.findall(r"wgmma\.mma_async[^;]*?\},\s*\{", self.ptx, re.S))
@@ -84,13 +93,14 @@ class Report:
     @property
     def fits(self) -> bool:
         """Whether the target has the shared memory."""
-        return self.shared <= _SHARED_LIMIT[self.target]
+        return self.shared <= _KIBIBYTES[self.target] * 1024
 
     @property
     def programs_per_processor(self) -> int:
         """How many programs run on one processor at a time, by registers and shared memory."""
         by_registers = _REGISTER_FILE // (-(-self.registers // 8) * 8 * 32 * self.warps)
-        return min(by_registers, _SHARED_LIMIT[self.target] // max(self.shared, 1), 64 // self.warps)
+        by_memory = _KIBIBYTES[self.target] * 1024 // max(self.shared, 1)
+        return min(by_registers, by_memory, _WARPS.get(self.target, 64) // self.warps)
 
 
 def compile_report(
@@ -102,7 +112,7 @@ def compile_report(
     aligned: tuple[str, ...] = (),
     **options: Any,
 ) -> Report:
-    """Compiles `kernel` for "sm_80", "sm_90" or "gfx942" and reads the result.
+    """Compiles `kernel` for one of `TARGETS` and reads the result.
 
     `types` gives a Triton type ("*i8", "i32", "fp32") for every argument that is not in `constants`. Pointers, strides
     and the integers in `aligned` are taken to be multiples of 16, as Triton finds out at a launch for encoder sizes.
@@ -135,6 +145,7 @@ def compile_report(
         ptx=ptx,
         warnings=tuple(re.findall(r"\(C75\d\d\)[^\n]*|C75\d\d[^\n]*", messages)),
         binary=binary,
+        waits=tuple(map(int, re.findall(r"warp_group_dot_wait.*pendings = (\d+)", compiled.asm["ttgir"]))),
     )
 
 
@@ -190,7 +201,7 @@ def _assemble(ptx: str, target: str) -> tuple[str, bytes]:
     with tempfile.TemporaryDirectory() as folder:
         source, binary = Path(folder, "kernel.ptx"), Path(folder, "kernel.cubin")
         source.write_text(ptx)
-        command = [ptxas, "-v", f"-arch={_ARCHITECTURE[target]}", str(source), "-o", str(binary)]
+        command = [ptxas, "-v", f"-arch={_ARCHITECTURE.get(target, target)}", str(source), "-o", str(binary)]
         run = subprocess.run(command, capture_output=True, text=True)
         if run.returncode:
             raise RuntimeError(f"ptxas refuses the kernel: {run.stderr[-400:]}")

@@ -206,8 +206,9 @@ def embed_layernorm(
     static_scale: float = 0.0,
     static_zero: int = 0,
     asymmetric: bool = False,
+    codes_dtype: torch.dtype = torch.int8,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """LayerNorm of the sum of one to three tables' rows: (y [T, I], its int8 codes, their scale [T], row sums [T]).
+    """LayerNorm of the sum of one to three tables' rows: (y [T, I], its codes, their scale [T], row sums [T]).
 
     `tables` holds (ids [T], table); all tables have the same number of features, at most 16,384. A positive
     `static_scale` takes the place of one scale a token; with `asymmetric` the scale is [2, T], steps and offsets. An id
@@ -220,7 +221,7 @@ def embed_layernorm(
     if columns > MAX_COLUMNS:
         raise ValueError(f"embed_layernorm keeps a row in registers: at most {MAX_COLUMNS} features, got {columns}.")
     y = torch.empty((tokens, columns), dtype=dtype, device=ids.device)
-    codes = torch.empty((tokens, columns), dtype=torch.int8, device=ids.device)
+    codes = torch.empty((tokens, columns), dtype=codes_dtype, device=ids.device)
     scale = empty_scale(tokens, asymmetric, ids.device)
     row_sum = torch.empty(tokens, dtype=torch.int32, device=ids.device)
     if tokens == 0:

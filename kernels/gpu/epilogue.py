@@ -1,4 +1,4 @@
-"""What happens to an integer product before it is stored: scale, zero, bias, GELU, residual, int8 again.
+"""What happens to a product before it is stored: scale, zero, bias, GELU, residual, int8 or e4m3 again.
 
     y = act((acc / 2^(8 - b) - zero[o] row_sum[t]) scale[o] x_scale[t] + bias[o]) + residual[t, o]
     with offsets, x ~ x_scale[0] xq + x_scale[1]: the bias is bias[o] + x_scale[1, t] weight_sum[o]
@@ -11,7 +11,7 @@ acc is [O, T], the transpose of what is stored, because weights are the left ope
 import triton
 import triton.language as tl
 
-from qbert.kernels.gpu.quantize_rows import to_int8
+from qbert.kernels.gpu.quantize_rows import count, to_codes
 
 
 @triton.jit
@@ -21,8 +21,12 @@ def gelu(y):
 
 
 @triton.jit
-def start_value(zero_ptr, row_sum_ptr, rm, rn, M, N, BM: tl.constexpr, BN: tl.constexpr, ZERO: tl.constexpr):
-    """First value of acc [BN, BM]: 0, or the whole zero-point term, -zero 2^(8 - BITS) row_sum, in exact integers.
+def start_value(
+    zero_ptr, row_sum_ptr, rm, rn, M, N, BM: tl.constexpr, BN: tl.constexpr, ZERO: tl.constexpr, SUM: tl.constexpr
+):
+    """First value of acc [BN, BM] of type SUM: 0, or the whole zero-point term in the units of acc.
+
+    "int32": -zero 2^(8 - BITS) row_sum, exact; "e4m3": -zero row_sum / 512^2, for acc and row sums both count 1/512.
 
     Done here and not in the epilogue because there a second vector over tokens costs 32 more registers a thread, and
     with them the second program on a processor.
@@ -31,8 +35,18 @@ def start_value(zero_ptr, row_sum_ptr, rm, rn, M, N, BM: tl.constexpr, BN: tl.co
         zero = tl.load(zero_ptr + rn, mask=rn < N, other=0)
         row_sum = tl.load(row_sum_ptr + rm, mask=rm < M, other=0)
         return -(zero[:, None] * row_sum[None, :])
+    elif ZERO == "e4m3":
+        zero = tl.load(zero_ptr + rn, mask=rn < N, other=0.0)
+        row_sum = tl.load(row_sum_ptr + rm, mask=rm < M, other=0).to(tl.float32) * (-1.0 / (512 * 512))
+        return zero[:, None] * row_sum[None, :]
     else:
-        return tl.zeros((BN, BM), dtype=tl.int32)
+        return tl.zeros((BN, BM), dtype=SUM)
+
+
+@triton.jit
+def _halves(acc):
+    """[R, 2 W] to [R, W] twice: its first columns and its last."""
+    return tl.split(tl.permute(tl.reshape(acc, (acc.shape[0], 2, acc.shape[1] // 2)), (0, 2, 1)))
 
 
 @triton.jit
@@ -63,8 +77,12 @@ def epilogue(
     HAS_RESIDUAL: tl.constexpr,
     OUT: tl.constexpr,
     OUT_SUM: tl.constexpr,
+    F8: tl.constexpr = False,
+    IN_UNITS: tl.constexpr = True,
 ):
     """From acc = 2^(8 - BITS) * integer product [BN, BM], int32 or float32, to the stored output.
+
+    With F8, x is e4m3: acc is the product / 512, or, not IN_UNITS, the product itself, its zero-point term included.
 
     X_SCALE: "one" for all tokens, one a "token", or "asymmetric": M steps with M offsets behind them.
     """
@@ -73,20 +91,29 @@ def epilogue(
     BM: tl.constexpr = acc.shape[1]
     MORE: tl.constexpr = HAS_RESIDUAL or OUT_SUM or ZERO == "float"
     FULL: tl.constexpr = X_SCALE == "asymmetric" or (X_SCALE == "token" and acc.dtype == tl.float32)
-    PARTS: tl.constexpr = 2 if (FULL and BM >= 64) or (X_SCALE == "token" and MORE and BM >= 128) else 1
+    HALVES8: tl.constexpr = X_SCALE == "token" or GELU
+    HALVES: tl.constexpr = (FULL and BM >= 64) or (X_SCALE == "token" and MORE and BM >= 128)
+    QUARTERS: tl.constexpr = F8 and IN_UNITS and GELU and BM >= 128 and OUT != "float"
+    PARTS: tl.constexpr = 4 if QUARTERS else 2 if (HALVES8 and BM >= 128 if F8 and IN_UNITS else HALVES) else 1
     WIDTH: tl.constexpr = BM // PARTS
-    if PARTS == 2:
-        left, right = tl.split(tl.permute(tl.reshape(acc, (acc.shape[0], 2, WIDTH)), (0, 2, 1)))
+    UNIT: tl.constexpr = (512.0 if IN_UNITS else 1.0) if F8 else 1.0 / (1 << (8 - BITS))
+    if PARTS > 1:
+        left, right = _halves(acc)
+    if PARTS == 4:
+        first, second = _halves(left)
+        third, fourth = _halves(right)
     for part in tl.static_range(PARTS):
         if PARTS == 2:
             acc = left if part == 0 else right
+        elif PARTS == 4:
+            acc = first if part == 0 else second if part == 1 else third if part == 2 else fourth
         rm = first_m + part * WIDTH + tl.arange(0, WIDTH)
         inside = (rn[:, None] < N) & (rm[None, :] < M)
         y_ptrs = y_ptr + rm[None, :].to(tl.int64) * stride_y + rn[:, None]
         if OUT == "int32":
             tl.store(y_ptrs, acc >> (8 - BITS), mask=inside)
         else:
-            y = acc.to(tl.float32) * (1.0 / (1 << (8 - BITS)))
+            y = acc.to(tl.float32) * UNIT
             if ZERO == "float":
                 zero = tl.load(zero_ptr + rn, mask=rn < N, other=0.0)
                 row_sum = tl.load(row_sum_ptr + rm, mask=rm < M, other=0).to(tl.float32)
@@ -108,11 +135,11 @@ def epilogue(
             if HAS_RESIDUAL:
                 r_ptrs = residual_ptr + rm[None, :].to(tl.int64) * stride_r + rn[:, None]
                 y += tl.load(r_ptrs, mask=inside, other=0.0).to(tl.float32)
-            if OUT == "int8":
-                q = to_int8(y * inv_out_scale, out_zero)
+            if OUT == "int8" or OUT == "e4m3":
+                q = to_codes(y * inv_out_scale, out_zero, OUT == "e4m3")
                 tl.store(y_ptrs, q, mask=inside)
                 if OUT_SUM:
-                    total = tl.sum(tl.where(inside, q.to(tl.int32), 0), axis=0)
+                    total = tl.sum(tl.where(inside, count(q), 0), axis=0)
                     tl.atomic_add(out_sum_ptr + rm, total, mask=rm < M, sem="relaxed")
             else:
                 tl.store(y_ptrs, y.to(y_ptr.dtype.element_ty), mask=inside)

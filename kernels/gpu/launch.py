@@ -7,7 +7,7 @@ import triton
 from torch import Tensor
 
 from qbert.kernels import formats
-from qbert.kernels.gpu.tiles import Tile
+from qbert.kernels.gpu.tiles import E4M3, Tile
 
 
 def tail_of(columns: int, bits: int) -> tuple[int, int]:
@@ -22,14 +22,31 @@ def device_name(x: Tensor) -> str:
     return torch.cuda.get_device_name(x.device) if x.is_cuda else "interpreter"
 
 
+def kernel_name(kernel: str, xq: Tensor) -> str:
+    """The name under which tiles of `kernel` are kept: int8 and e4m3 activations have their own."""
+    return kernel if xq.dtype == torch.int8 else kernel + E4M3
+
+
+def zero_kind(zero: Tensor | None, xq: Tensor) -> str:
+    """What the products call their zeros: "none", "e4m3" for float32 ones beside e4m3 xq, else "int32" or "float"."""
+    if zero is None:
+        return "none"
+    return "e4m3" if xq.dtype != torch.int8 else "int32" if zero.dtype == torch.int32 else "float"
+
+
+def output_kind(dtype: torch.dtype) -> str:
+    """What the epilogue calls the dtype of its output."""
+    return {torch.int32: "int32", torch.int8: "int8", torch.float8_e4m3fn: "e4m3"}.get(dtype, "float")
+
+
 def scale_kind(x_scale: Tensor) -> str:
     """What the products call x_scale: one for all tokens, [T], or [2, T] with offsets."""
     return "asymmetric" if x_scale.dim() == 2 else "token" if x_scale.numel() > 1 else "one"
 
 
 def registers_option(tile: Tile, x: Tensor) -> dict[str, int]:
-    """The tile's cap on registers as a compile option, where it is known to cause no spills."""
-    capped = tile.registers is not None and x.is_cuda and torch.cuda.get_device_capability(x.device)[0] >= 9
+    """The tile's cap on registers as a compile option, where it is known to cause no spills: on sm_90 alone."""
+    capped = tile.registers is not None and x.is_cuda and torch.cuda.get_device_capability(x.device) == (9, 0)
     return {"maxnreg": tile.registers} if capped and tile.registers is not None else {}
 
 

@@ -1,8 +1,8 @@
-"""Residual addition, LayerNorm and int8 quantization in one pass: what stands between two matrix products of a layer.
+"""Residual addition, LayerNorm and quantization in one pass: what stands between two matrix products of a layer.
 
     y = (h - mean(h)) / sqrt(var(h) + eps) * weight + bias,   h = x + residual
 
-y is written in the input's type (the next residual), with its int8 codes, scale and row sum (`quantize_rows`) or, with
+y is written in the input's type (the next residual), with its codes, scale and row sum (`quantize_rows`) or, with
 a static scale and zero, those codes. One program a token, the row in registers, float32 throughout.
 
     y, yq, y_scale, row_sum = layernorm_quantize(x, residual, weight, bias, eps)
@@ -20,10 +20,11 @@ from torch import Tensor
 from qbert.kernels.gpu.quantize_rows import (
     asymmetric_codes,
     asymmetric_grid,
+    count,
     empty_scale,
     quantize_values,
     range_kind,
-    to_int8,
+    to_codes,
 )
 
 MAX_COLUMNS = 16384
@@ -45,8 +46,9 @@ def store_quantized(
     y, row, column, inside, width, q_ptr, scale_ptr, row_sum_ptr, static_scale, static_zero, RANGE: tl.constexpr
 ):
     """Codes, row sum and scale (with RANGE "asymmetric" offset too) of one row y, float32 [BLOCK], in a grid (T,)."""
+    F8: tl.constexpr = q_ptr.dtype.element_ty == tl.float8e4nv
     if RANGE == "static":
-        q = to_int8(tl.div_rn(y, static_scale), static_zero)
+        q = to_codes(tl.div_rn(y, static_scale), static_zero, F8)
         scale = static_scale
     elif RANGE == "asymmetric":
         low = tl.min(tl.where(inside, y, float("inf")), axis=0)
@@ -54,10 +56,10 @@ def store_quantized(
         q = asymmetric_codes(y, low, scale)
         tl.store(scale_ptr + tl.num_programs(0) + row, offset)
     else:
-        q, scale = quantize_values(y, tl.max(tl.abs(y), axis=0))
+        q, scale = quantize_values(y, tl.max(tl.abs(y), axis=0), F8)
     tl.store(scale_ptr + row, scale)
     tl.store(q_ptr + row.to(tl.int64) * width + column, q, mask=inside)
-    tl.store(row_sum_ptr + row, tl.sum(tl.where(inside, q.to(tl.int32), 0), axis=0))
+    tl.store(row_sum_ptr + row, tl.sum(tl.where(inside, count(q), 0), axis=0))
 
 
 @triton.jit
@@ -106,8 +108,9 @@ def layernorm_quantize(
     static_scale: float = 0.0,
     static_zero: int = 0,
     asymmetric: bool = False,
+    codes_dtype: torch.dtype = torch.int8,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Launches `layernorm_quantize_kernel`: x, residual [T, I] -> (y [T, I], int8 [T, I], float32 [T], int32 [T]).
+    """Launches `layernorm_quantize_kernel`: x, residual [T, I] -> (y [T, I], codes [T, I], float32 [T], int32 [T]).
 
     A positive `static_scale` takes the place of one scale a token; the third result is then filled with it. With
     `asymmetric` it is [2, T], steps and offsets. At most 16,384 columns.
@@ -116,7 +119,7 @@ def layernorm_quantize(
     if columns > MAX_COLUMNS:
         raise ValueError(f"layernorm_quantize keeps a row in registers: at most {MAX_COLUMNS} columns, got {columns}.")
     y = torch.empty((tokens, columns), dtype=x.dtype, device=x.device)
-    codes = torch.empty((tokens, columns), dtype=torch.int8, device=x.device)
+    codes = torch.empty((tokens, columns), dtype=codes_dtype, device=x.device)
     scale = empty_scale(tokens, asymmetric, x.device)
     row_sum = torch.empty(tokens, dtype=torch.int32, device=x.device)
     if tokens:

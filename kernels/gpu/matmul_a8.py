@@ -1,4 +1,8 @@
-"""y = x W^T with int8 activations and 2-, 3-, 4- or 8-bit weights on int8 tensor cores; the sum is an exact int32.
+"""y = x W^T with 8-bit activations and packed weights on int8 or e4m3 tensor cores.
+
+int8 activations take 2-, 3-, 4- or 8-bit weights, and their sum is an exact int32. e4m3 activations (sm_89 and later)
+take 2-, 3- or 4-bit weights, which are exact in e4m3 (`unpack_f8`), and a float32 sum: that loop Triton overlaps with
+its tensor-core products on sm_90, which it does not do for int32 sums. Both have the same epilogues:
 
     y[t, o] = act((acc - zero[o] row_sum[t]) scale[o] x_scale[t] + x_offset[t] weight_sum[o] + bias[o]) + residual[t, o]
 
@@ -9,8 +13,8 @@ straight into it (register-A wgmma on sm_90) and never back to shared memory. Pe
 epilogue, as in QServe's per-channel kernel (arXiv 2405.04532, section 5.2.1), so Q-BERT's row groups cost nothing.
 
 Epilogues: bias; GELU; static requantization to int8, with row sums for the next product; residual; or the bare int32.
-With few tokens the columns are split over SPLIT programs a tile; each writes its int32 part, and the one that arrives
-last adds the parts (integers: any order gives the same) and runs the epilogue.
+With few tokens the columns are split over SPLIT programs a tile; each writes its part, and the one that arrives last
+adds the parts, always in the same order, and runs the epilogue.
 
     y = matmul_a8(xq, x_scale, packed, scale, bits=4, zero=zero, row_sum=row_sum, bias=bias, out_dtype=torch.float16)
 """
@@ -25,9 +29,46 @@ import triton.language as tl
 from torch import Tensor
 
 from qbert.kernels.gpu.epilogue import epilogue, start_value
-from qbert.kernels.gpu.launch import device_name, registers_option, scale_kind, split_workspace, tail_of
+from qbert.kernels.gpu.launch import (
+    device_name,
+    kernel_name,
+    output_kind,
+    registers_option,
+    scale_kind,
+    split_workspace,
+    tail_of,
+    zero_kind,
+)
 from qbert.kernels.gpu.tiles import Tile, choose_tile
 from qbert.kernels.gpu.unpack import load_weight_tile, tile_columns
+from qbert.kernels.gpu.unpack_f8 import load_weight_tile_f8
+
+
+@triton.jit
+def _load_weights(
+    ptrs, start, BITS: tl.constexpr, L: tl.constexpr, P: tl.constexpr, PADDED: tl.constexpr, F8: tl.constexpr,
+    ASM: tl.constexpr,
+):  # fmt: skip
+    if F8:
+        return load_weight_tile_f8(ptrs, start, BITS, L, P, PADDED, ASM)
+    else:
+        return load_weight_tile(ptrs, start, BITS, L, P, PADDED, ASM)
+
+
+@triton.jit
+def _accumulate_blocks(
+    x_rows, w_rows, first, last, acc, BITS: tl.constexpr, BK: tl.constexpr, F8: tl.constexpr, ASM: tl.constexpr
+):
+    F: tl.constexpr = 8 if BITS == 3 else 8 // BITS
+    P: tl.constexpr = BK // F
+    TILES: tl.constexpr = 256 // BK
+    columns = tile_columns(256, P, F)
+    for i in range(first, last):
+        start = (i % TILES) * P
+        x = tl.load(x_rows + ((i // TILES) * 256 + start + columns)[None, :])
+        w = _load_weights(w_rows + (i // TILES) * (32 * BITS), start, BITS, 256, P, False, F8, ASM)
+        acc = tl.dot(w, x.T, acc, out_dtype=acc.dtype)
+    return acc
 
 
 @triton.jit
@@ -49,18 +90,21 @@ def accumulate(
     WITH_TAIL,
     ASM: tl.constexpr,
 ):
-    """acc [BN, BM] += W x^T over the 256-column blocks' tiles first..last - 1, and the shorter last block."""
+    """acc [BN, BM] += W x^T over the 256-column blocks' tiles first..last - 1, and the shorter last block.
+
+    int32 and 2^(8 - BITS) times the product for int8 x, float32 and the product / 512 for e4m3 x.
+    """
+    F8: tl.constexpr = x_ptr.dtype.element_ty == tl.float8e4nv
     F: tl.constexpr = 8 if BITS == 3 else 8 // BITS
-    P: tl.constexpr = BK // F
-    TILES: tl.constexpr = 256 // BK
     x_rows = x_ptr + rows_x[:, None].to(tl.int64) * stride_x
     w_rows = w_ptr + rows_w[:, None].to(tl.int64) * stride_w
-    columns = tile_columns(256, P, F)
-    for i in range(first, last):
-        start = (i % TILES) * P
-        x = tl.load(x_rows + ((i // TILES) * 256 + start + columns)[None, :])
-        w = load_weight_tile(w_rows + (i // TILES) * (32 * BITS), start, BITS, 256, P, False, ASM)
-        acc = tl.dot(w, x.T, acc, out_dtype=tl.int32)
+    if F8:
+        # A loop that may not run at all would set sums to zero beside it, before the wait for its products, and ptxas
+        # would then run these one by one (C7515).
+        if last > first:
+            acc = _accumulate_blocks(x_rows, w_rows, first, last, acc, BITS, BK, F8, ASM)
+    else:
+        acc = _accumulate_blocks(x_rows, w_rows, first, last, acc, BITS, BK, F8, ASM)
     if TAIL > 0:  # noqa: SIM102  the outer condition is decided when the kernel is compiled
         if WITH_TAIL:
             PT: tl.constexpr = TAIL_PAD // F
@@ -68,9 +112,9 @@ def accumulate(
             c = tile_columns(TAIL, PT, F)
             whole = K // 256 * 256
             inside = (whole + c < K) & ((tl.arange(0, TAIL_PAD) % PT) < TAIL // F)
-            x = tl.load(x_rows + (whole + c)[None, :], mask=inside[None, :], other=0)
-            w = load_weight_tile(w_rows + (whole // 8) * BITS, 0, BITS, TAIL, PT, PADDED, ASM)
-            acc = tl.dot(w, x.T, acc, out_dtype=tl.int32)
+            x = tl.load(x_rows + (whole + c)[None, :], mask=inside[None, :], other=0.0 if F8 else 0)
+            w = _load_weights(w_rows + (whole // 8) * BITS, 0, BITS, TAIL, PT, PADDED, F8, ASM)
+            acc = tl.dot(w, x.T, acc, out_dtype=acc.dtype)
     return acc
 
 
@@ -124,8 +168,10 @@ def matmul_a8_kernel(
     rows_w = tl.minimum(rn, N - 1)
     rows_x = tl.minimum(rm, M - 1)
     steps = K // 256 * (256 // BK)
+    F8: tl.constexpr = x_ptr.dtype.element_ty == tl.float8e4nv
+    SUM: tl.constexpr = tl.float32 if F8 else tl.int32
     if SPLIT == 1:
-        acc = start_value(zero_ptr, row_sum_ptr, rm, rn, M, N, BM, BN, ZERO)
+        acc = start_value(zero_ptr, row_sum_ptr, rm, rn, M, N, BM, BN, ZERO, SUM)
         acc = accumulate(
             x_ptr, w_ptr, rows_x, rows_w, K, stride_x, stride_w, 0, steps, acc, BITS, BK, TAIL, TAIL_PAD, True, ASM
         )
@@ -135,7 +181,7 @@ def matmul_a8_kernel(
         per_part = tl.cdiv(steps, SPLIT)
         first = part * per_part
         last = tl.minimum(first + per_part, steps)
-        acc = tl.zeros((BN, BM), dtype=tl.int32)
+        acc = tl.zeros((BN, BM), dtype=SUM)
         acc = accumulate(
             x_ptr,
             w_ptr,
@@ -160,7 +206,7 @@ def matmul_a8_kernel(
         tl.debug_barrier()
         last_to_arrive = tl.atomic_add(arrived_ptr + tile, 1, sem="acq_rel") == SPLIT - 1
         if last_to_arrive:
-            acc = start_value(zero_ptr, row_sum_ptr, rm, rn, M, N, BM, BN, ZERO)
+            acc = start_value(zero_ptr, row_sum_ptr, rm, rn, M, N, BM, BN, ZERO, SUM)
             for other in range(0, SPLIT):
                 acc += tl.load(parts + other * (BN * BM), cache_modifier=".cg")
             tl.store(arrived_ptr + tile, 0)
@@ -192,6 +238,7 @@ def matmul_a8_kernel(
             HAS_RESIDUAL,
             OUT,
             OUT_SUM,
+            F8,
         )
 
 
@@ -215,13 +262,15 @@ def matmul_a8(
     tile: Tile | None = None,
     asm: bool = True,
 ) -> Tensor:
-    """Launches `matmul_a8_kernel`: xq int8 [T, I], packed uint8 [O, row bytes] -> y [T, O].
+    """Launches `matmul_a8_kernel`: xq int8 or float8_e4m3fn [T, I], packed uint8 [O, row bytes] -> y [T, O].
 
     x_scale float32 [T], [1], or [2, T] with offsets, which need weight_sum; scale, bias, weight_sum float32 [O];
     residual [T, O]. zero [O] (None = 0) is either int32, holding zero * 2^(8 - bits) where that is an integer (exact,
     and faster), or float32; it needs row_sum int32 [T].
     out_dtype int8 requantizes with the static `out_scale` and `out_zero` and, where `out_row_sum` (int32 [T], zeroed)
-    is given, adds every row's sum to it; int32 returns the bare integer product, zero term included.
+    is given, adds every row's sum to it; int32 returns the bare integer product, zero term included. float8_e4m3fn
+    requantizes with `out_scale`, its sums counting 1/512 (`quantize_rows`). With e4m3 xq zero is float32, bits is at
+    most 4.
     The caller has checked shapes and devices (`qbert.kernels.dispatch`).
     """
     tokens, columns = xq.shape
@@ -230,10 +279,11 @@ def matmul_a8(
     if tokens == 0 or rows == 0:
         return y
     if tile is None:
-        tile = choose_tile("matmul_a8", tokens, rows, columns, bits, device_name(xq))
+        tile = choose_tile(kernel_name("matmul_a8", xq), tokens, rows, columns, bits, device_name(xq))
     tail, tail_pad = tail_of(columns, bits)
     tiles = triton.cdiv(rows, tile.bn) * triton.cdiv(tokens, tile.bm)
-    parts, arrived = split_workspace(xq.device, tiles, tile, torch.int32) if tile.split > 1 else (y, y)
+    sums = torch.int32 if xq.dtype == torch.int8 else torch.float32
+    parts, arrived = split_workspace(xq.device, tiles, tile, sums) if tile.split > 1 else (y, y)
     matmul_a8_kernel[(tiles, tile.split)](
         xq,
         packed.view(torch.int8),
@@ -266,11 +316,11 @@ def matmul_a8(
         TAIL_PAD=tail_pad,
         ASM=asm,
         X_SCALE=scale_kind(x_scale),
-        ZERO="none" if zero is None else "int32" if zero.dtype == torch.int32 else "float",
+        ZERO=zero_kind(zero, xq),
         HAS_BIAS=bias is not None,
         GELU=gelu,
         HAS_RESIDUAL=residual is not None,
-        OUT={torch.int32: "int32", torch.int8: "int8"}.get(out_dtype, "float"),
+        OUT=output_kind(out_dtype),
         OUT_SUM=out_row_sum is not None,
         num_warps=tile.warps,
         num_stages=tile.stages,

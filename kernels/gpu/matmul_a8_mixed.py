@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from qbert.kernels.gpu.epilogue import epilogue, start_value
-from qbert.kernels.gpu.launch import device_name, registers_option, scale_kind, tail_of
+from qbert.kernels.gpu.launch import device_name, kernel_name, registers_option, scale_kind, tail_of, zero_kind
 from qbert.kernels.gpu.matmul_a8 import accumulate
 from qbert.kernels.gpu.tiles import Tile, choose_tile
 
@@ -29,12 +29,15 @@ def _product(
     x_ptr, w_ptr, rows_x, rows_w, K, stride_x, stride_w, acc, BK: tl.constexpr, BITS: tl.constexpr,
     TAIL: tl.constexpr, TAIL_PAD: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
-    """acc + 2^(8 - BITS) * integer product [BN, BM] of one weight's rows, divided by that power, float32."""
+    """acc + product [BN, BM] of one weight's rows, in the units of `accumulate`, divided by them, float32."""
     steps = K // 256 * (256 // BK)
     acc = accumulate(
         x_ptr, w_ptr, rows_x, rows_w, K, stride_x, stride_w, 0, steps, acc, BITS, BK, TAIL, TAIL_PAD, True, ASM
     )
-    return acc.to(tl.float32) * (1.0 / (1 << (8 - BITS)))
+    if x_ptr.dtype.element_ty == tl.float8e4nv:
+        return acc * 512.0
+    else:
+        return acc.to(tl.float32) * (1.0 / (1 << (8 - BITS)))
 
 
 @triton.jit
@@ -65,7 +68,8 @@ def matmul_a8_mixed_kernel(
     stride_w = tl.where(segment == 0, stride_query, tl.where(segment == 1, stride_key, stride_value))
     first = segment * N
     first_zero = zero_ptr + first if ZERO != "none" else zero_ptr
-    acc = start_value(first_zero, row_sum_ptr, rm, rn, M, N, BM, BN, ZERO)
+    F8: tl.constexpr = x_ptr.dtype.element_ty == tl.float8e4nv
+    acc = start_value(first_zero, row_sum_ptr, rm, rn, M, N, BM, BN, ZERO, tl.float32 if F8 else tl.int32)
     loop = tl.where(segment == 0, 0, tl.where(segment == 1, LOOP_KEY, LOOP_VALUE))
     # Loops that are alike would not share their memory, so there are not more of them than different numbers of bits.
     if BITS1 == 0:  # noqa: SIM114  decided when the kernel is compiled, unlike the next
@@ -82,7 +86,7 @@ def matmul_a8_mixed_kernel(
         y, y_ptr + first, x_scale_ptr, scale_ptr + first, first_zero, row_sum_ptr,
         weight_sum_ptr + first if X_SCALE == "asymmetric" else weight_sum_ptr,
         bias_ptr + first if HAS_BIAS else bias_ptr, None, None, 0.0, 0.0, first_m, rn, M, N, stride_y, 0,
-        8, X_SCALE, ZERO, HAS_BIAS, False, False, "float", False,
+        8, X_SCALE, ZERO, HAS_BIAS, False, False, "float", False, F8, False,
     )  # fmt: skip
 
 
@@ -110,7 +114,7 @@ def matmul_a8_mixed(
     tile: Tile | None = None,
     asm: bool = True,
 ) -> Tensor:
-    """Launches `matmul_a8_mixed_kernel`: xq int8 [T, I], three packed weights [O, row bytes] -> y [T, 3 O].
+    """Launches `matmul_a8_mixed_kernel`: xq int8 or e4m3 [T, I], three packed weights [O, row bytes] -> y [T, 3 O].
 
     scale, bias float32 [3 O]; zero [3 O] float32 or, times each weight's 2^(8 - bits), int32; row_sum int32 [T], needed
     with zero; x_scale float32 [T], [1], or [2, T] with offsets, which need weight_sum float32 [3 O].
@@ -121,7 +125,7 @@ def matmul_a8_mixed(
     if tokens == 0 or rows == 0:
         return y
     if tile is None:
-        tile = choose_tile("matmul_a8_mixed", tokens, rows, columns, max(bits), device_name(xq))
+        tile = choose_tile(kernel_name("matmul_a8_mixed", xq), tokens, rows, columns, max(bits), device_name(xq))
     constants, loops = loops_of(bits, columns)
     grid = (3 * triton.cdiv(rows, tile.bn) * triton.cdiv(tokens, tile.bm),)
     matmul_a8_mixed_kernel[grid](
@@ -147,7 +151,7 @@ def matmul_a8_mixed(
         BK=tile.bk,
         ASM=asm,
         X_SCALE=scale_kind(x_scale),
-        ZERO="none" if zero is None else "int32" if zero.dtype == torch.int32 else "float",
+        ZERO=zero_kind(zero, xq),
         HAS_BIAS=bias is not None,
         num_warps=tile.warps,
         num_stages=tile.stages,

@@ -1,10 +1,16 @@
-"""int8 codes of activations, one grid a token or a static one, with the row sums that zeros of weights need.
+"""int8 or e4m3 codes of activations, one grid a token or a static one, with the row sums that zeros of weights need.
 
     dynamic:     x_scale[t] = max_i |x[t, i]| / 127,  xq[t, i] = round-half-even(x[t, i] / x_scale[t])
     asymmetric:  x_scale[0, t] = (high - low) / 255,  x_scale[1, t] = low + 128 x_scale[0, t],  the value of code 0,
                  xq[t, i] = round-half-even((x[t, i] - low) / x_scale[0, t]) - 128,  low, high the ends of row t
     static:      xq[t, i] = clamp(round-half-even(x[t, i] / static_scale) + static_zero, -128, 127)
     always:      row_sum[t] = sum_i xq[t, i]
+
+e4m3 codes (float8_e4m3fn) are eight-bit floats up to 448, rounded half to even; they have no asymmetric grid:
+
+    dynamic:     x_scale[t] = max_i |x[t, i]| / 448,  xq[t, i] = e4m3(x[t, i] / x_scale[t])
+    static:      xq[t, i] = e4m3(clamp(x[t, i] / static_scale, -448, 448))
+    always:      row_sum[t] = 512 sum_i xq[t, i], an integer, because e4m3 counts in 512ths (at most 9,362 columns)
 
 One program a token; arithmetic in float32 with correctly rounded division: codes equal `reference.quantize_rows`.
 
@@ -30,11 +36,29 @@ def to_int8(y, zero):
 
 
 @triton.jit
-def quantize_values(x, largest):
-    """int8 codes of float32 values whose largest magnitude (of the row) is `largest`, and the scale."""
-    scale = tl.div_rn(largest, 127.0)
-    # 0 / 1 for a row of zeros; the quotient may exceed 127 by its rounding error, which the rounding removes.
-    return to_int8(tl.div_rn(x, tl.where(scale > 0, scale, 1.0)), 0.0), scale
+def to_codes(y, zero, F8: tl.constexpr):
+    """`to_int8`, or, of numbers without a zero, the nearest e4m3 within -448..448, half to even."""
+    if F8:
+        return tl.minimum(tl.maximum(y, -448.0), 448.0).to(tl.float8e4nv)
+    else:
+        return to_int8(y, zero)
+
+
+@triton.jit
+def count(codes):
+    """Codes as int32, e4m3 ones in 512ths: all of them are whole numbers of these, so that sums are exact."""
+    if codes.dtype == tl.float8e4nv:
+        return (codes.to(tl.float32) * 512.0).to(tl.int32)
+    else:
+        return codes.to(tl.int32)
+
+
+@triton.jit
+def quantize_values(x, largest, F8: tl.constexpr):
+    """Codes of float32 values whose largest magnitude (of the row) is `largest`, and the scale."""
+    scale = tl.div_rn(largest, 448.0 if F8 else 127.0)
+    # 0 / 1 for a row of zeros; the quotient may exceed 127 or 448 by its rounding error, which the rounding removes.
+    return to_codes(tl.div_rn(x, tl.where(scale > 0, scale, 1.0)), 0.0, F8), scale
 
 
 @triton.jit
@@ -65,6 +89,7 @@ def quantize_rows_kernel(
     BLOCK: tl.constexpr,
 ):
     """Grid (T,). Rows longer than BLOCK are read twice, in pieces. RANGE: "dynamic", "asymmetric" or "static"."""
+    F8: tl.constexpr = q_ptr.dtype.element_ty == tl.float8e4nv
     row = tl.program_id(0)
     x_ptr += row.to(tl.int64) * stride_x
     q_ptr += row.to(tl.int64) * width
@@ -93,13 +118,13 @@ def quantize_rows_kernel(
         inside = start + column < width
         x = tl.load(x_ptr + start + column, mask=inside, other=0.0).to(tl.float32)
         if RANGE == "static":
-            q = tl.where(inside, to_int8(tl.div_rn(x, static_scale), static_zero), 0)
+            q = to_codes(tl.div_rn(x, static_scale), static_zero, F8)
         elif RANGE == "asymmetric":
-            q = tl.where(inside, asymmetric_codes(x, low, scale), 0)
+            q = asymmetric_codes(x, low, scale)
         else:
-            q, scale = quantize_values(x, peak)
+            q, scale = quantize_values(x, peak, F8)
         tl.store(q_ptr + start + column, q, mask=inside)
-        total += q.to(tl.int32)
+        total += count(q) if RANGE == "dynamic" else tl.where(inside, count(q), 0)
     tl.store(scale_ptr + row, scale)
     tl.store(row_sum_ptr + row, tl.sum(total, axis=0))
 
@@ -115,15 +140,19 @@ def empty_scale(tokens: int, asymmetric: bool, device: torch.device) -> Tensor:
 
 
 def quantize_rows(
-    x: Tensor, static_scale: float = 0.0, static_zero: int = 0, asymmetric: bool = False
+    x: Tensor,
+    static_scale: float = 0.0,
+    static_zero: int = 0,
+    asymmetric: bool = False,
+    codes_dtype: torch.dtype = torch.int8,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Launches `quantize_rows_kernel`: x [T, I] with unit column stride -> (int8 [T, I], float32 [T], int32 [T]).
+    """Launches `quantize_rows_kernel`: x [T, I] with unit column stride -> (codes [T, I], float32 [T], int32 [T]).
 
     A positive `static_scale` takes the place of one scale a token; the second result is then filled with it. With
     `asymmetric` the second result is [2, T], steps and offsets.
     """
     tokens, columns = x.shape
-    codes = torch.empty((tokens, columns), dtype=torch.int8, device=x.device)
+    codes = torch.empty((tokens, columns), dtype=codes_dtype, device=x.device)
     scale = empty_scale(tokens, asymmetric, x.device)
     row_sum = torch.empty(tokens, dtype=torch.int32, device=x.device)
     if not codes.numel():  # only here, because a fill is a launch of its own

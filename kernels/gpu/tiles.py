@@ -33,6 +33,8 @@ class Tile:
     registers: int | None = None
 
 
+E4M3 = "_e4m3"  # ends the names of kernels with e4m3 activations, whose tiles are chosen apart
+
 _SMALL = [Tile(16, 64, 256), Tile(32, 64, 256), Tile(16, 32, 256), Tile(32, 64, 128), Tile(64, 64, 128)]
 _LARGE = [
     Tile(64, 128, 128),
@@ -52,8 +54,8 @@ def token_bucket(tokens: int) -> int:
     return min(8192, max(16, 1 << (max(tokens, 1) - 1).bit_length()))
 
 
-def candidates(tokens: int, rows: int, columns: int, bits: int) -> list[Tile]:
-    """At most twelve tiles worth trying for x [tokens, columns] and W [rows, columns]."""
+def candidates(tokens: int, rows: int, columns: int, bits: int, e4m3: bool = False) -> list[Tile]:
+    """At most twelve tiles worth trying for x [tokens, columns] and W [rows, columns], the rule's among them."""
     steps = columns // 256
     if tokens <= 128:
         tiles = [t for t in _SMALL if t.bm <= max(16, token_bucket(tokens))]
@@ -65,26 +67,34 @@ def candidates(tokens: int, rows: int, columns: int, bits: int) -> list[Tile]:
         tiles = _LARGE
     if bits == 3:  # at 128 columns a step its activations come in runs of 16 bytes, half a memory sector
         tiles += [Tile(64, 128, 256, stages=2), Tile(128, 128, 256, warps=8, stages=2)] if tokens > 128 else []
-    return list(dict.fromkeys(tiles))[:12]
+    return list(dict.fromkeys([rule(tokens, rows, columns, bits, e4m3), *tiles]))[:12]
 
 
-def rule(tokens: int, rows: int, columns: int, bits: int) -> Tile:
-    """The choice without measuring: enough programs to fill about 132 processors, then the largest tile."""
+def rule(tokens: int, rows: int, columns: int, bits: int, e4m3: bool = False) -> Tile:
+    """The choice without measuring: enough programs to fill about 132 processors, then the largest tile.
+
+    Unpacking to e4m3 takes more instructions than to int8, which eight warps share.
+    """
     if tokens <= 128:
         bm = 16 if tokens <= 16 else 32
         programs = -(-tokens // bm) * -(-rows // 64)
         split = next((s for s in (4, 2) if columns // 256 >= 2 * s and programs * s <= 264), 1)
         return Tile(bm, 64, 256, split=split, stages=3)
     if tokens <= 1024:
-        return Tile(64, 128, 128, stages=3)
+        return Tile(64, 128, 128, warps=8 if e4m3 else 4, stages=3)
     return Tile(128, 128, 128, warps=8, stages=3, registers=128)
 
 
 def choose_tile(kernel: str, tokens: int, rows: int, columns: int, bits: int, device: str) -> Tile:
     """The measured tile for this shape on `device` (its name) where there is one, else the rule."""
+    found = known_tile(kernel, tokens, rows, columns, bits, device)
+    return rule(tokens, rows, columns, bits, kernel.endswith(E4M3)) if found is None else found
+
+
+def known_tile(kernel: str, tokens: int, rows: int, columns: int, bits: int, device: str) -> Tile | None:
+    """The measured tile for this shape on `device`, if there is one."""
     _load_once()
-    found = _measured.get(_key(kernel, tokens, rows, columns, bits, device))
-    return rule(tokens, rows, columns, bits) if found is None else found
+    return _measured.get(_key(kernel, tokens, rows, columns, bits, device))
 
 
 def measure(
@@ -95,9 +105,14 @@ def measure(
     bits: int,
     device: str,
     milliseconds: Callable[[Tile], float],
+    among: list[Tile] | None = None,
 ) -> Tile:
-    """Times every candidate with `milliseconds(tile)` (inf where it cannot run), keeps and returns the fastest."""
-    times = {tile: milliseconds(tile) for tile in candidates(tokens, rows, columns, bits)}
+    """Times every candidate (or those of `among`) with `milliseconds(tile)`, keeps and returns the fastest.
+
+    `milliseconds` gives inf for a tile that cannot run; RuntimeError where none can.
+    """
+    tiles = candidates(tokens, rows, columns, bits, kernel.endswith(E4M3)) if among is None else among
+    times = {tile: milliseconds(tile) for tile in tiles}
     best = min(times, key=lambda tile: times[tile])
     if times[best] == float("inf"):
         raise RuntimeError(f"no tile of {kernel} runs at {tokens} x {rows} x {columns}, {bits} bits, on {device}.")

@@ -1,22 +1,31 @@
 """Times the candidate tiles of a matrix kernel on the GPU at hand and keeps the fastest (`tiles.measure`).
 
-Weights are rotated through copies larger than the L2 cache, and launches captured in a CUDA graph, so that neither a
-warm cache nor the launch overhead decides. Set QBERT_TILES to a file name to keep the choices.
+Each kernel is timed with the epilogue that it has in an encoder with static ranges, the costliest of its shapes: GELU
+and 8-bit output where the weight has more rows than columns, a residual elsewhere. Weights are rotated through copies
+larger than the L2 cache, and launches captured in a CUDA graph, so that neither a warm cache nor the launch overhead
+decides. Set QBERT_TILES to a file name to keep the choices.
 
     tune("matmul_a8", tokens=4096, rows=3072, columns=768, bits=4)
+    tune("matmul_a8_mixed_e4m3", tokens=4096, rows=768, columns=768, bits=4)        # query, key and value
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
+from torch import Tensor
 from triton.compiler.errors import CompilationError
 from triton.runtime.errors import OutOfResources, PTXASError
 from triton.testing import do_bench_cudagraph
 
 from qbert.kernels import formats
 from qbert.kernels.gpu.matmul_a8 import matmul_a8
+from qbert.kernels.gpu.matmul_a8_mixed import matmul_a8_mixed
 from qbert.kernels.gpu.matmul_a16 import matmul_a16
-from qbert.kernels.gpu.tiles import Tile, measure
+from qbert.kernels.gpu.tiles import E4M3, Tile, measure
+
+KERNELS = ("matmul_a8", f"matmul_a8{E4M3}", "matmul_a8_mixed", f"matmul_a8_mixed{E4M3}", "matmul_a16")
 
 _COLD_BYTES = 128 << 20  # more than any L2 cache
 
@@ -24,27 +33,24 @@ _COLD_BYTES = 128 << 20  # more than any L2 cache
 def tune(kernel: str, *, tokens: int, rows: int, columns: int, bits: int) -> Tile:
     """The fastest tile for x [tokens, columns] and W [rows, columns], which later calls of the kernel will use.
 
-    `kernel` is "matmul_a8" or "matmul_a16". Raises ValueError for another name, RuntimeError without a CUDA device.
+    `kernel` is one of `KERNELS`; the mixed ones multiply three weights of these rows. Raises ValueError for another
+    name, and for 8 bits with e4m3 activations, RuntimeError without a CUDA device.
     """
-    if kernel not in ("matmul_a8", "matmul_a16"):
-        raise ValueError(f"kernel must be 'matmul_a8' or 'matmul_a16', got {kernel!r}.")
+    if kernel not in KERNELS:
+        raise ValueError(f"kernel must be one of {', '.join(map(repr, KERNELS))}, got {kernel!r}.")
+    if kernel.endswith(E4M3) and bits > 4:
+        raise ValueError(f"{kernel} takes weights of 2 to 4 bits, got {bits}.")
     if not torch.cuda.is_available():
         raise RuntimeError("tune times kernels on a CUDA device, and there is none.")
     copies = max(2, min(64, _COLD_BYTES // formats.packed_nbytes(rows, columns, bits)))
     row_bytes = formats.packed_row_nbytes(columns, bits)
     weights = torch.randint(0, 256, (copies, rows, row_bytes), dtype=torch.uint8, device="cuda")
-    scale, bias = torch.rand(rows, device="cuda"), torch.rand(rows, device="cuda")
-    x = torch.randn(tokens, columns, device="cuda", dtype=torch.float16)
-    xq = torch.randint(-127, 128, (tokens, columns), dtype=torch.int8, device="cuda")
-    x_scale = torch.rand(tokens, device="cuda")
+    launch = encoder_launch(kernel, tokens, rows, columns, bits, "cuda")
 
     def milliseconds(tile: Tile) -> float:
         def run() -> None:
             for weight in weights:
-                if kernel == "matmul_a8":
-                    matmul_a8(xq, x_scale, weight, scale, bits=bits, bias=bias, tile=tile)
-                else:
-                    matmul_a16(x, weight, scale, bits=bits, bias=bias, tile=tile)
+                launch(weight, tile)
 
         try:
             return float(do_bench_cudagraph(run)) / copies
@@ -52,3 +58,33 @@ def tune(kernel: str, *, tokens: int, rows: int, columns: int, bits: int) -> Til
             return float("inf")
 
     return measure(kernel, tokens, rows, columns, bits, torch.cuda.get_device_name(), milliseconds)
+
+
+def encoder_launch(
+    kernel: str, tokens: int, rows: int, columns: int, bits: int, device: str
+) -> Callable[[Tensor, Tile], Tensor]:
+    """A launch of `kernel` with the operands and the epilogue of an encoder's product, on a weight and a tile."""
+    mixed = "mixed" in kernel
+    scale, bias = (torch.rand(rows * (3 if mixed else 1), device=device) for _ in range(2))
+    x = torch.randn(tokens, columns, device=device, dtype=torch.float16)
+    if kernel == "matmul_a16":
+        return lambda weight, tile: matmul_a16(x, weight, scale, bits=bits, bias=bias, tile=tile)
+    e4m3 = kernel.endswith(E4M3)
+    codes_dtype = torch.float8_e4m3fn if e4m3 else torch.int8
+    xq = (x * 16).to(codes_dtype)
+    zero = torch.ones(len(scale), device=device, dtype=torch.float32 if e4m3 else torch.int32)
+    sums = torch.zeros(tokens, device=device, dtype=torch.int32)
+    x_scale = torch.rand(tokens, device=device)
+    if mixed:
+        return lambda weight, tile: matmul_a8_mixed(
+            xq, x_scale, (weight,) * 3, (bits,) * 3, scale, zero=zero, row_sum=sums, bias=bias, tile=tile
+        )
+    if rows > columns:
+        return lambda weight, tile: matmul_a8(
+            xq, x_scale, weight, scale, bits=bits, zero=zero, row_sum=sums, bias=bias, gelu=True,
+            out_dtype=codes_dtype, out_scale=0.1, out_row_sum=sums, tile=tile,
+        )  # fmt: skip
+    residual = torch.randn(tokens, rows, device=device, dtype=torch.float16)
+    return lambda weight, tile: matmul_a8(
+        xq, x_scale[:1], weight, scale, bits=bits, zero=zero, row_sum=sums, bias=bias, residual=residual, tile=tile
+    )

@@ -198,8 +198,13 @@ def fixed_value(member: str, fixed: Fixed | None, prefix: str = "") -> int | Map
 
 def best_rules(member: str, rules: Fixed, prefix: str = "") -> list[int | Mapping[str, Any]]:
     """The values of the longest patterns that cover a matrix, chosen among as `BitsConfig` does."""
+    return [rules[p] for p in longest(covering(member, rules, prefix))]
+
+
+def covering(member: str, rules: Fixed, prefix: str = "") -> list[str]:
+    """The patterns that cover a matrix."""
     names = (member, f"{prefix}.{member}" if prefix else member)
-    return [rules[p] for p in longest(p for p in rules if p != "embeddings" and covers(p, names))]
+    return [p for p in rules if p != "embeddings" and covers(p, names)]
 
 
 def free_targets(model: nn.Module) -> dict[str, Target]:
@@ -211,7 +216,7 @@ def _sharing(blocks: Sequence[Block], model: nn.Module | None) -> list[list[str]
     """Names of blocks that hold one and the same weight."""
     if model is None:
         return []
-    weights = {t.name: id(t.module.weight) for t in find_targets(model)}
+    weights = {t.name: id(t.weight) for t in find_targets(model)}
     owners: dict[int, list[str]] = {}
     for block in blocks:
         for member in block.members:
@@ -219,35 +224,50 @@ def _sharing(blocks: Sequence[Block], model: nn.Module | None) -> list[list[str]
     return [names for names in owners.values() if len(set(names)) > 1]
 
 
-def write_config(
-    blocks: Sequence[Block],
-    chosen: Mapping[str, int],
-    widths: Sequence[int],
-    fixed: Fixed | None,
-    model: nn.Module | None,
-    embedding_bits: int,
-    settings: Mapping[str, Any],
-) -> BitsConfig:
-    """The configuration that gives every block its chosen bits and every fixed matrix its fixed ones."""
-    prefix = base_model(model)[0] if model is not None else ""
-    rules: dict[str, int | Mapping[str, Any]] = {}
-    for block in blocks:
-        if block.name in chosen:
-            names = [block.name] if _stands_for(block, blocks) else block.members
-            rules.update(dict.fromkeys(names, chosen[block.name]))
-    rules.update(fixed or {})
-    rules.setdefault("*", max(widths))
-    for block in blocks:
-        for member in block.members:
-            wanted = fixed_value(member, fixed, prefix)
-            if wanted is None:
-                wanted = chosen[block.name]
-            if any(value != wanted for value in best_rules(member, rules, prefix)):
-                rules[member] = wanted
-    return BitsConfig(rules, embedding_bits=embedding_bits, **settings)
+class ConfigWriter:
+    """Writes configurations of many choices of bits for the same blocks, with as few patterns as say them.
 
+    Args:
+        blocks: all measured blocks, fixed ones included.
+        chosen: names of the blocks whose bits are chosen.
+        widths, fixed, model, embedding_bits, settings: as for `qbert.allocate_bits`.
+    """
 
-def _stands_for(block: Block, blocks: Sequence[Block]) -> bool:
-    """Whether the block's name, as a pattern, matches its own matrices and nobody else's."""
-    others = [m for b in blocks if b is not block for m in b.members]
-    return all(covers(block.name, (m,)) for m in block.members) and not any(covers(block.name, (m,)) for m in others)
+    def __init__(
+        self,
+        blocks: Sequence[Block],
+        chosen: Iterable[str],
+        widths: Sequence[int],
+        fixed: Fixed | None,
+        model: nn.Module | None,
+        embedding_bits: int,
+        settings: Mapping[str, Any],
+    ) -> None:
+        prefix = base_model(model)[0] if model is not None else ""
+        names, known = set(chosen), [(m, b) for b in blocks for m in b.members]
+        self._patterns: list[tuple[str, str]] = []  # pattern, block whose bits it gets
+        for block in blocks:
+            if block.name in names:
+                alone = all(covers(block.name, (m,)) == (b is block) for m, b in known)
+                self._patterns += [(pattern, block.name) for pattern in ([block.name] if alone else block.members)]
+        self._others = {**(fixed or {})}
+        self._others.setdefault("*", max(widths))
+        rules: Fixed = dict.fromkeys([*dict(self._patterns), *self._others], 0)
+        self._members = [
+            (member, block.name, fixed_value(member, fixed, prefix), covering(member, rules, prefix))
+            for block in blocks
+            for member in block.members
+        ]
+        self._prefix, self._embedding_bits, self._settings = prefix, embedding_bits, settings
+
+    def write(self, chosen: Mapping[str, int]) -> BitsConfig:
+        """The configuration that gives every block its chosen bits and every fixed matrix its fixed ones."""
+        rules: dict[str, int | Mapping[str, Any]] = {pattern: chosen[name] for pattern, name in self._patterns}
+        rules.update(self._others)
+        added: dict[str, int | Mapping[str, Any]] = {}
+        for member, name, fixed, patterns in self._members:
+            wanted = chosen[name] if fixed is None else fixed
+            found = longest([*patterns, *covering(member, added, self._prefix)])
+            if any(added.get(pattern, rules.get(pattern)) != wanted for pattern in found):
+                added[member] = wanted
+        return BitsConfig({**rules, **added}, embedding_bits=self._embedding_bits, **self._settings)

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from numbers import Real
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from qbert.allocation.blocks import Block, Choice, free_targets
-from qbert.allocation.damage import target_specs
+from qbert.allocation.damage import Specs, target_specs
 from qbert.allocation.knapsack import choose
 from qbert.bits import BitsConfig, TensorSpec
 from qbert.encoders.targets import Target
@@ -68,6 +68,7 @@ def make_budgets(
     bit_operations: float | None = None,
     max_latency: float | None = None,
     latency: Latency | None = None,
+    specs: Specs | None = None,
 ) -> list[Budget]:
     """The budgets that are given.
 
@@ -80,17 +81,18 @@ def make_budgets(
         average_bits: mean bits of the weights in the blocks.
         bit_operations: sum over the matrices of O I (weight bits) (activation bits), for one token.
         max_latency, latency: a table block or matrix name -> bits -> time, and the bound of its sum.
+        specs: bits -> `target_specs`, if known.
 
     Raises:
         ValueError: a latency table that lacks an entry.
     """
-    specs = {b: target_specs(model, b, **settings) for b in widths}
+    known = specs or {b: target_specs(model, b, **settings) for b in widths}
     targets = free_targets(model)
     given = reference.resolve(model)
 
     def table(cost: TargetCost, once: bool = True) -> list[list[float]]:
         return [
-            [sum(cost(t, specs[b].get(t.path)) for t in _targets(choice.members, targets, once)) for b in widths]
+            [sum(cost(t, known[b].get(t.path)) for t in _targets(choice.members, targets, once)) for b in widths]
             for choice in choices
         ]
 
@@ -108,7 +110,7 @@ def make_budgets(
         budgets.append(budget("size_mb", size_mb, 1e6, model_size(model, reference).total, table(_bytes)))
     if average_bits is not None:
         everything = _targets(members, targets, True)
-        weights = sum(_weight(t).numel() for t in everything)
+        weights = sum(t.weight.numel() for t in everything)
         whole = sum(_weight_bits(t, given.get(t.path)) for t in everything)
         budgets.append(budget("average_bits", average_bits, weights, whole, table(_weight_bits)))
     if bit_operations is not None:
@@ -117,7 +119,7 @@ def make_budgets(
     if max_latency is not None:
         assert latency is not None
         chosen = {m: given.get(targets[m].path) for m in members}
-        bits = {m: 8 * _weight(targets[m]).element_size() if s is None else s.bits for m, s in chosen.items()}
+        bits = {m: 8 * targets[m].weight.element_size() if s is None else s.bits for m, s in chosen.items()}
         free = {m for c in choices for m in c.members}
         costs = [[sum(_time(latency, b, c.members, width) for b in c.blocks) for width in widths] for c in choices]
         rest = [m for m in members if m not in free]
@@ -173,27 +175,21 @@ def explain_infeasible(budgets: Sequence[Budget], widths: Sequence[int]) -> str:
 def _targets(members: Iterable[str], targets: Mapping[str, Target], once: bool) -> list[Target]:
     """The targets of the names; those that share one weight only once where `once`."""
     found = [targets[m] for m in members]
-    return list({id(t.module.weight): t for t in found}.values()) if once else found
-
-
-def _weight(target: Target) -> Tensor:
-    weight = target.module.weight
-    assert isinstance(weight, Tensor)
-    return weight
+    return list({id(t.weight): t for t in found}.values()) if once else found
 
 
 def _bytes(target: Target, spec: TensorSpec | None) -> float:
-    weight = _weight(target)
+    weight = target.weight
     return weight.numel() * weight.element_size() if spec is None else sum(tensor_bytes(target, spec))
 
 
 def _weight_bits(target: Target, spec: TensorSpec | None) -> float:
-    weight = _weight(target)
+    weight = target.weight
     return weight.numel() * (8 * weight.element_size() if spec is None else spec.bits)
 
 
 def _operations(target: Target, spec: TensorSpec | None) -> float:
-    weight = _weight(target)
+    weight = target.weight
     full = 8 * weight.element_size()
     activation = full if spec is None or spec.activation_bits is None else spec.activation_bits
     return weight.numel() * (full if spec is None else spec.bits) * activation

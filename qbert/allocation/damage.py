@@ -18,11 +18,13 @@ from torch import Tensor, nn
 from qbert.allocation.blocks import Choice, Measured, free_targets
 from qbert.bits import FLOAT_BITS, BitsConfig, TensorSpec
 from qbert.encoders.targets import Target, find_targets
+from qbert.encoders.weights import stored
 from qbert.layers.quantizer import WeightQuantizer
 from qbert.quantizers.groups import group_layout
 
 Damage = Mapping[str, Mapping[int, float]]
 Errors = Mapping[str, Mapping[int, float]]
+Specs = Mapping[int, Mapping[str, TensorSpec]]  # bits -> path -> specification
 
 
 def target_specs(model: nn.Module, bits: int, **settings: Any) -> dict[str, TensorSpec]:
@@ -41,15 +43,12 @@ def target_specs(model: nn.Module, bits: int, **settings: Any) -> dict[str, Tens
 
 @torch.no_grad()
 def quantized_weight(target: Target, spec: TensorSpec) -> Tensor:
-    """The dequantized weight [O, I] that `quantize_model` would compute with, in the weight's own dtype."""
-    weight = target.module.weight
-    assert isinstance(weight, Tensor)
+    """The dequantized weight that `quantize_model` would compute with, in the layout and dtype of `target.weight`."""
+    weight = target.matrix.detach()
     row_group, input_groups = group_layout(target, spec)
     quantizer = WeightQuantizer(row_group, input_groups, spec).to(weight.device)
     quantizer.find(weight)
-    moved = quantizer(weight.detach())
-    assert isinstance(moved, Tensor)
-    return moved
+    return stored(target.module, quantizer(weight))
 
 
 def weight_errors(
@@ -66,8 +65,12 @@ def weight_errors(
     Raises:
         ValueError: if a name is not a quantizable matrix of the model, or the settings do not fit it.
     """
+    return errors_under({b: target_specs(model, b, **settings) for b in bits}, model, names)
+
+
+def errors_under(specs: Specs, model: nn.Module, names: Iterable[str] | None = None) -> dict[str, dict[int, float]]:
+    """`weight_errors` under the specifications of every bit width, as `target_specs` gives them."""
     targets = {t.name: t for t in find_targets(model)}
-    specs = {b: target_specs(model, b, **settings) for b in bits}
     known = [n for n, t in targets.items() if any(t.path in s for s in specs.values())]
     wanted = list(names) if names is not None else known
     errors: dict[str, dict[int, float]] = {}
@@ -75,15 +78,14 @@ def weight_errors(
         if name not in targets:
             raise ValueError(f"model: it has no quantizable matrix {name!r}; measure and quantize the same model")
         target = targets[name]
-        errors[name] = {b: _squared_error(target, specs[b].get(target.path)) for b in bits}
+        errors[name] = {b: _squared_error(target, by_path.get(target.path)) for b, by_path in specs.items()}
     return errors
 
 
 def _squared_error(target: Target, spec: TensorSpec | None) -> float:
     if spec is None:
         return 0.0
-    weight = target.module.weight
-    assert isinstance(weight, Tensor)
+    weight = target.weight
     return float((weight.detach().double() - quantized_weight(target, spec).double()).square().sum())
 
 
@@ -96,8 +98,13 @@ def damage_table(
     settings: Mapping[str, Any],
     *,
     errors: Errors | None = None,
+    specs: Specs | None = None,
 ) -> list[list[float]]:
-    """Predicted damage of every choice at every width, [choices][widths]; `errors` are those of the weights, if known.
+    """Predicted damage of every choice at every width, [choices][widths].
+
+    Args:
+        errors: those of the weights, if known.
+        specs: bits -> `target_specs`, if known.
 
     Raises:
         ValueError: if `damage` lacks a block or a width, or holds a number that is not finite; if there is none and a
@@ -120,15 +127,15 @@ def damage_table(
                 "magnitudes, or damage=..."
             )
     if errors is None:
-        errors = weight_errors(model, widths, names=[m for c in choices for m in c.members], **settings)
+        specs = specs or {b: target_specs(model, b, **settings) for b in widths}
+        errors = errors_under(specs, model, [m for c in choices for m in c.members])
     targets = free_targets(model)
     table = []
     for choice in choices:
         weights: dict[int, tuple[float, str]] = {}  # a weight in several blocks is as sensitive as the most sensitive
         for block in choice.blocks:
             for member in (m for m in block.members if m in choice.members):
-                weight = targets[member].module.weight
-                assert isinstance(weight, Tensor)
+                weight = targets[member].weight
                 known, _ = weights.get(id(weight), (block.sensitivity, member))
                 weights[id(weight)] = max(known, block.sensitivity), member
         table.append([math.fsum(omega * errors[member][w] for omega, member in weights.values()) for w in widths])

@@ -17,12 +17,13 @@ from typing import Any
 
 from torch import nn
 
-from qbert.allocation.blocks import Fixed, Measured, check_widths, make_choices, measured_blocks, write_config
+from qbert.allocation.blocks import ConfigWriter, Fixed, Measured, check_widths, make_choices, measured_blocks
 from qbert.allocation.budgets import make_budgets, rounded_up
-from qbert.allocation.damage import Damage, damage_table
+from qbert.allocation.damage import Damage, damage_table, target_specs
 from qbert.allocation.knapsack import front
 from qbert.bits import BitsConfig
-from qbert.files import read_saved, write_json, write_whole
+from qbert.encoders.targets import targets_found_once
+from qbert.files import check_seal, read_saved, write_json, write_whole
 
 FORMAT = "qbert.pareto/1"
 
@@ -107,8 +108,9 @@ class ParetoFront:
             rising = all(a.bytes < b.bytes and a.damage > b.damage for a, b in itertools.pairwise(points))
             if not (points and rising):
                 raise ValueError("its points are not a front: none, or not each larger and less damaging")
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError, AttributeError) as error:
             raise ValueError(f"path: {path} is a damaged front ({error!r}); compute it again") from error
+        check_seal(path, content)
         return cls(points)
 
     def __str__(self) -> str:
@@ -119,6 +121,7 @@ class ParetoFront:
         return "\n".join(lines)
 
 
+@targets_found_once()
 def pareto(
     spectrum: Measured | Mapping[str, float],
     model: nn.Module,
@@ -142,13 +145,15 @@ def pareto(
     widths = check_widths(bits)
     blocks = measured_blocks(spectrum, model)
     choices = make_choices(blocks, fixed=fixed, tied=tied, model=model)
+    names = [b.name for c in choices for b in c.blocks]
+    writer = ConfigWriter(blocks, names, widths, fixed, model, embedding_bits, settings)
 
     def write(picked: Sequence[int]) -> BitsConfig:
-        chosen = {b.name: widths[p] for c, p in zip(choices, picked, strict=True) for b in c.blocks}
-        return write_config(blocks, chosen, widths, fixed, model, embedding_bits, settings)
+        return writer.write({b.name: widths[p] for c, p in zip(choices, picked, strict=True) for b in c.blocks})
 
+    specs = {b: target_specs(model, b, **settings) for b in widths}
     reference = write([0] * len(choices))
-    (size,) = make_budgets(blocks, choices, widths, model, reference, settings, size_mb=1.0)
-    harm = damage_table(spectrum, choices, widths, model, damage, settings)
+    (size,) = make_budgets(blocks, choices, widths, model, reference, settings, specs=specs, size_mb=1.0)
+    harm = damage_table(spectrum, choices, widths, model, damage, settings, specs=specs)
     found = front(harm, size.table)
     return ParetoFront(tuple(ParetoPoint(round(c + size.constant), d, write(picked)) for c, d, picked in found))

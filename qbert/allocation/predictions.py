@@ -30,7 +30,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import kendalltau, spearmanr
 
-from qbert.files import json_array, read_saved, write_json
+from qbert.files import check_seal, json_array, read_saved, write_json
 
 FORMAT = "qbert.sensitivity/1"
 METRICS = ("omega", "eigenvalue", "trace", "weight_error", "curvature", "kronecker", "taylor", "loss_change")
@@ -169,11 +169,12 @@ class Sensitivities:
             members = {n: [str(m) for m in content["members"][n]] for n in names}
             loss, metric, settings = float(content["loss"]), str(content["metric"]), dict(content["settings"])
             report = cls(names, members, bits, **arrays, loss=loss, metric=metric, settings=settings)
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError, AttributeError) as error:
             raise ValueError(f"path: {path} is a damaged sensitivity file ({error!r}); measure it again") from error
         for name, array in arrays.items():
             if array.shape != ((len(names),) if name in _BY_BLOCK else (len(names), len(bits))):
                 raise ValueError(f"path: {path} is a damaged sensitivity file ({name} has another shape)")
+        check_seal(path, content)
         return report
 
     def __str__(self) -> str:

@@ -28,6 +28,7 @@ from qbert.bits import BitsConfig
 from qbert.encoders.prefix import LayerCache
 from qbert.encoders.targets import Target, encoder_layers, find_targets
 from qbert.hessian import HessianOperator, HessianSpectrum, estimate_trace, hessian_spectrum, parameter_blocks
+from qbert.hessian.additive import additive
 from qbert.hessian.batches import Batch, batch_size, loss_weight, random_subset
 from qbert.hessian.blocks import vector_options
 from qbert.hessian.gauss_newton.loss_factor import MixedSamplesError, NoModelOutputError
@@ -93,6 +94,7 @@ def sensitivity(
     subset = random_subset(
         model, batches, samples=samples, seed=seed, collate_fn=collate_fn, micro_batch_size=micro_batch_size
     )
+    subset = additive(model, subset, loss_fn)
     if spectrum is None:
         spectrum = hessian_spectrum(
             model,
@@ -218,7 +220,7 @@ def _kronecker(
 
 def _distinct(members: Sequence[str], targets: Mapping[str, Target]) -> list[str]:
     """The members without those that share the weight of an earlier one."""
-    return list({id(targets[m].module.weight): m for m in reversed(members)}.values())[::-1]
+    return list({id(targets[m].weight): m for m in reversed(members)}.values())[::-1]
 
 
 def _change(target: Target, spec: Any) -> Tensor:
@@ -227,7 +229,7 @@ def _change(target: Target, spec: Any) -> Tensor:
 
 
 def _parameter(target: Target) -> nn.Parameter:
-    weight = target.module.weight
+    weight = target.weight
     assert isinstance(weight, nn.Parameter)
     return weight
 

@@ -10,11 +10,16 @@ written for ``BertModel`` also fits ``BertForSequenceClassification``.
 
 from __future__ import annotations
 
+import contextlib
 import re
+from collections.abc import Iterator
+from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import cast
+from typing import NamedTuple, cast
 
 from torch import Tensor, nn
+
+from qbert.encoders.weights import gate_matrices, is_matrix, is_recurrent, is_table, matrix_size, weight_matrix
 
 EMBEDDING_ROLES = frozenset({"word_embedding", "position_embedding", "type_embedding"})
 HEAD_ROLE = "head"
@@ -42,14 +47,17 @@ class Target:
     """One quantizable tensor of a model.
 
     Attributes:
-        name: dotted module name relative to the base model (full path for modules outside of it).
-        path: dotted module name in the model as it was given.
-        module: the ``nn.Linear`` [O, I] or ``nn.Embedding`` [V, D] that holds the tensor.
+        name: dotted module name relative to the base model (full path for modules outside of it, and in models with
+            several encoders).
+        path: dotted module name in the model as it was given; of a gate matrix, the name of its parameter.
+        module: the module that holds the tensor (`qbert.encoders.weights`); for a gate matrix of an LSTM or GRU a
+            linear map that shares its parameters.
         role: ``query``, ``key``, ``value``, ``qkv``, ``attention_output``, ``ffn_in``, ``ffn_out``, ``linear``,
             ``word_embedding``, ``position_embedding``, ``type_embedding`` or ``head``.
         layer: index of the encoder layer, ``None`` outside of the layers.
         heads: number of equal blocks of output rows that belong to one attention head each (Q-BERT section 3.3),
             ``None`` where rows have no head.
+        aliases: further names that patterns may use.
     """
 
     name: str
@@ -58,6 +66,7 @@ class Target:
     role: str
     layer: int | None
     heads: int | None
+    aliases: tuple[str, ...] = ()
 
     @property
     def is_embedding(self) -> bool:
@@ -65,50 +74,93 @@ class Target:
         return self.role in EMBEDDING_ROLES
 
     @property
+    def weight(self) -> Tensor:
+        """The tensor as its module stores it; a parameter, unless a parametrization computes it."""
+        return cast(Tensor, self.module.weight)
+
+    @property
+    def matrix(self) -> Tensor:
+        """The tensor as [O, I] ([V, D] of a table): a view of `weight`."""
+        return weight_matrix(self.module)
+
+    @property
     def shape(self) -> tuple[int, int]:
         """[O, I] of a matrix, [V, D] of a table."""
-        rows, columns = cast(Tensor, self.module.weight).shape
+        rows, columns = self.matrix.shape
         return rows, columns
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Every name that a pattern may match."""
+        return (self.name, self.path, *self.aliases)
+
+
+_FOUND: ContextVar[dict[int, list[Target]] | None] = ContextVar("targets by id of the model", default=None)
 
 
 def base_model(model: nn.Module) -> tuple[str, nn.Module]:
-    """The encoder inside of `model`, as (dotted path in `model`, module).
+    """The encoder inside of `model`, the first of several, as (dotted path in `model`, module).
 
     A task head, a ``SentenceTransformer`` or any other wrapper is looked through; a model with no transformers
     model inside is its own base (path ``""``).
     """
+    return base_models(model)[0]
+
+
+def base_models(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Every encoder inside of `model`, none of which lies in another, as (dotted path in `model`, module).
+
+    A bi-encoder or a router has several; CLIP is one model with two towers.
+    """
     from transformers import PreTrainedModel
 
+    found: list[tuple[str, nn.Module]] = []
+    inside: set[int] = set()
     for path, module in model.named_modules():
-        if isinstance(module, PreTrainedModel):
-            prefix = module.base_model_prefix
-            if prefix and isinstance(getattr(module, prefix, None), nn.Module):
-                return _join(path, prefix), getattr(module, prefix)
-            return path, module
-    return "", model
+        if not isinstance(module, PreTrainedModel) or id(module) in inside:
+            continue
+        prefix = module.base_model_prefix
+        if prefix and isinstance(getattr(module, prefix, None), nn.Module):
+            path, module = _join(path, prefix), getattr(module, prefix)
+        found.append((path, module))
+        inside |= {id(m) for m in module.modules()}
+    return found or [("", model)]
 
 
 def encoder_layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """The encoder layers as (name relative to the base model, module), bottom first.
+    """The encoder layers as (name relative to the base model, module), bottom first, one encoder after the other.
 
-    The layers are the elements of the module list that holds the most matrix weights; a layer that is applied
-    several times (ALBERT) is listed once.
+    The layers of an encoder are the elements of the module list that holds the most matrix weights, and of every
+    other list of layers with attention and feed-forward parts (CANINE's character encoders, CLIP's second tower).
+    A layer that is applied several times (ALBERT) is listed once. With several base models names are full paths.
 
     Raises:
         ValueError: if the model has no list of layers with linear maps inside.
     """
-    _, base = base_model(model)
-    lists = [(name, module) for name, module in base.named_modules() if isinstance(module, nn.ModuleList)]
-    sizes = {name: _linear_weights(module) for name, module in lists}
-    if not lists or max(sizes.values()) == 0:
+    bases = base_models(model)
+    layers = []
+    for prefix, base in bases:
+        for name, members in _layer_lists(base):
+            stem = _join(prefix, name) if len(bases) > 1 else name
+            layers += [(_join(stem, str(i)), layer) for i, layer in enumerate(members)]
+    if not layers:
         raise ValueError(
             f"model: {type(model).__name__} has no nn.ModuleList of layers with nn.Linear inside; "
             "pass an encoder built from Linear modules"
         )
-    best = max(sizes.values())
-    # The innermost list that holds all of it: ALBERT nests its one real layer in a list of groups.
-    name, layers = [(n, m) for n, m in lists if sizes[n] == best][-1]
-    return [(_join(name, str(i)), layer) for i, layer in enumerate(layers)]
+    return layers
+
+
+def main_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
+    """The longest-weighted list of layers of the first encoder, with its name relative to that base model.
+
+    Raises:
+        ValueError: if the model has no list of layers with linear maps inside.
+    """
+    found = _main_list(base_model(model)[1])
+    if found is None:
+        raise ValueError(f"model: {type(model).__name__} has no list of layers; pass an encoder with layers")
+    return found
 
 
 def find_targets(model: nn.Module) -> list[Target]:
@@ -117,28 +169,94 @@ def find_targets(model: nn.Module) -> list[Target]:
     Matrices outside of the embeddings and the encoder (pooler, classifier, language-model head) have the role
     ``head``. A model without encoder layers gives targets of role ``linear``.
     """
-    prefix, base = base_model(model)
+    known = _FOUND.get()
+    if known is None:
+        return _find_targets(model)
+    if id(model) not in known:
+        known[id(model)] = _find_targets(model)
+    return list(known[id(model)])
+
+
+@contextlib.contextmanager
+def targets_found_once() -> Iterator[None]:
+    """Inside, models stay what they are, so that `find_targets` walks over each of them only once."""
+    token = _FOUND.set({})
+    try:
+        yield
+    finally:
+        _FOUND.reset(token)
+
+
+def _find_targets(model: nn.Module) -> list[Target]:
+    bases = base_models(model)
+    several = len(bases) > 1
     try:
         layer_names = [name for name, _ in encoder_layers(model)]
     except ValueError:
         layer_names = []
-    heads = _attention_heads(base)
-    trunk = _trunk_names(base, layer_names)
+    trunks = {prefix: _trunk_names(base) for prefix, base in bases}
+    heads = {prefix: _attention_heads(base) for prefix, base in bases}
     targets = []
-    for path, module in model.named_modules():
-        if type(module) not in (nn.Linear, nn.Embedding) or _READ_WITHOUT_FORWARD.search(path):
+    for path, module in _quantizable(model):
+        if _READ_WITHOUT_FORWARD.search(path):
             continue
-        inside = path == prefix or not prefix or path.startswith(prefix + ".")
-        name = path[len(prefix) + 1 :] if inside and prefix else path
+        prefix = next((p for p, _ in bases if not p or path == p or path.startswith(p + ".")), None)
+        local = path if not prefix else path[len(prefix) + 1 :]
+        name = path if several else local
         layer = next((i for i, n in enumerate(layer_names) if name.startswith(n + ".")), None)
-        if isinstance(module, nn.Embedding):
-            role = _embedding_role(name) if inside else HEAD_ROLE
-        elif layer_names and not (inside and (layer is not None or name.split(".")[0] in trunk)):
+        if is_table(module):
+            role = _embedding_role(local) if prefix is not None else HEAD_ROLE
+        elif layer_names and not (prefix is not None and (layer is not None or local.split(".")[0] in trunks[prefix])):
             role = HEAD_ROLE
         else:
-            role = linear_role(name)
-        targets.append(Target(name, path, module, role, layer, _heads_in_rows(module, role, heads)))
+            role = linear_role(local)
+        head_blocks = _heads_in_rows(module, role, heads.get(prefix or "", next(iter(heads.values()))))
+        aliases = (local,) if several and prefix else ()
+        targets.append(Target(name, path, module, role, layer, head_blocks, aliases))
     return targets
+
+
+def _quantizable(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """(path, module) of every plain matrix and table; of an LSTM or GRU its gate matrices."""
+    for path, module in model.named_modules():
+        if is_recurrent(module):
+            yield from ((_join(path, name), linear) for name, linear in gate_matrices(module))
+        elif is_table(module) or is_matrix(module):
+            yield path, module
+
+
+class EncoderWeight(NamedTuple):
+    """A weight of at least two axes inside an encoder.
+
+    Attributes:
+        path: dotted parameter name in the model.
+        tensor: the parameter.
+        owner: class name of the module that holds it.
+        in_layers: whether it lies in a list of modules, as encoder layers do.
+    """
+
+    path: str
+    tensor: nn.Parameter
+    owner: str
+    in_layers: bool
+
+
+def encoder_weights(model: nn.Module) -> list[EncoderWeight]:
+    """Every weight with at least two axes longer than one in the encoders of `model`, poolers and heads apart."""
+    found: dict[int, EncoderWeight] = {}
+    for prefix, base in base_models(model):
+        lists = tuple(name + "." for name, m in base.named_modules() if isinstance(m, nn.ModuleList))
+        trunk = _trunk_names(base)
+        for name, module in base.named_modules():
+            if name and name.split(".")[0] not in trunk:
+                continue
+            for leaf, tensor in module.named_parameters(recurse=False):
+                if sum(size > 1 for size in tensor.shape) > 1:
+                    weight = EncoderWeight(
+                        _join(prefix, name, leaf), tensor, type(module).__name__, (name + ".").startswith(lists)
+                    )
+                    found.setdefault(id(tensor), weight)
+    return list(found.values())
 
 
 def linear_role(name: str) -> str:
@@ -146,15 +264,43 @@ def linear_role(name: str) -> str:
     return next((role for pattern, role in _LINEAR_ROLES if re.search(pattern, name)), "linear")
 
 
-def _trunk_names(base: nn.Module, layer_names: list[str]) -> set[str]:
-    """Top-level children of the base model on the way to and through the layers (not pooler or heads)."""
-    layers_child = layer_names[0].split(".")[0] if layer_names else None
-    trunk = set()
-    for name, _ in base.named_children():
-        trunk.add(name)
-        if name == layers_child:
-            break
-    return trunk
+def _main_list(base: nn.Module) -> tuple[str, nn.ModuleList] | None:
+    """The module list that holds the most matrix weights."""
+    lists = [(name, module) for name, module in base.named_modules() if isinstance(module, nn.ModuleList)]
+    sizes = {name: sum(map(matrix_size, module.modules())) for name, module in lists}
+    best = max(sizes.values(), default=0)
+    # The innermost list that holds all of it: ALBERT nests its one real layer in a list of groups.
+    return [(n, m) for n, m in lists if sizes[n] == best][-1] if best else None
+
+
+def _layer_lists(base: nn.Module) -> list[tuple[str, nn.ModuleList]]:
+    """The main list and every other list of whole layers, in module order."""
+    main = _main_list(base)
+    if main is None:
+        return []
+    found: list[tuple[str, nn.ModuleList]] = []
+    for name, module in base.named_modules():
+        if name == main[0]:
+            found.append(main)
+        elif isinstance(module, nn.ModuleList) and not main[0].startswith(name + "."):
+            outer = any(name.startswith(n + ".") for n, _ in (main, *found))
+            if not outer and len(module) and all(_is_whole_layer(layer) for layer in module):
+                found.append((name, module))
+    return found
+
+
+def _is_whole_layer(layer: nn.Module) -> bool:
+    """Whether a module has both parts of an encoder layer: attention and feed-forward matrices."""
+    roles = {linear_role(name) for name, module in layer.named_modules() if matrix_size(module)}
+    return bool(roles & _HEAD_SPLIT_ROLES) and bool(roles & {"ffn_in", "ffn_out"})
+
+
+def _trunk_names(base: nn.Module) -> set[str]:
+    """Top-level children of the base model on the way to and through its layers (not pooler or heads)."""
+    holders = {name.split(".")[0] for name, _ in _layer_lists(base)}
+    children = [name for name, _ in base.named_children()]
+    last = max((i for i, name in enumerate(children) if name in holders), default=len(children) - 1)
+    return set(children[: last + 1])
 
 
 def _embedding_role(name: str) -> str:
@@ -170,17 +316,13 @@ def _heads_in_rows(module: nn.Module, role: str, heads: int | None) -> int | Non
     if role not in _HEAD_SPLIT_ROLES or heads is None:
         return None
     blocks = heads * 3 if role == "qkv" else heads
-    return blocks if module.out_features % blocks == 0 else None  # type: ignore[operator]
+    return blocks if weight_matrix(module).shape[0] % blocks == 0 else None
 
 
 def _attention_heads(base: nn.Module) -> int | None:
     config = getattr(base, "config", None)
     heads = getattr(config, "num_attention_heads", None) or getattr(config, "n_heads", None)
     return heads if isinstance(heads, int) else None
-
-
-def _linear_weights(module: nn.Module) -> int:
-    return sum(m.weight.numel() for m in module.modules() if isinstance(m, nn.Linear))
 
 
 def _join(*parts: str) -> str:

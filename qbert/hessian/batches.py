@@ -295,7 +295,13 @@ def draw(count: int, *, fraction: float, seed: int, run: int) -> list[int]:
 
 
 def micro_batches(
-    samples: Samples, indices: Sequence[int], size: int, *, seed: int = 0, batch_cost: int | None = None
+    samples: Samples,
+    indices: Sequence[int],
+    size: int,
+    *,
+    seed: int = 0,
+    batch_cost: int | None = None,
+    unlabelled: bool = False,
 ) -> list[Batch]:
     """The samples `indices` in micro-batches of at most `size`, like lengths together to keep padding short.
 
@@ -305,6 +311,7 @@ def micro_batches(
     Args:
         batch_cost: cut further where that saves more padding than so many tokens for each further micro-batch; None:
             never.
+        unlabelled: keep micro-batches without a label.
     """
     with preserved_random_state(seed):
         by_length = sorted(indices, key=lambda i: (samples.length(i), i))
@@ -312,7 +319,7 @@ def micro_batches(
         if batch_cost is not None:
             groups = [part for group in groups for part in _cut_by_length(samples, group, batch_cost)]
         result = [batch for group in groups for batch in samples.collate(group)]
-    return [batch for batch in result if loss_weight(batch) > 0]
+    return [batch for batch in result if unlabelled or loss_weight(batch) > 0]
 
 
 def _cut_by_length(samples: Samples, group: Sequence[int], batch_cost: int) -> list[Sequence[int]]:
@@ -340,7 +347,7 @@ def random_subset(
     collate_fn: Callable[[list[Any]], Batch] | None = None,
     micro_batch_size: int | None = None,
 ) -> list[Batch]:
-    """`samples` random samples of `batches` (None or more than there are: all) in micro-batches.
+    """`samples` random samples of `batches` (None or more than there are: all) in micro-batches, labelled or not.
 
     Raises:
         ValueError, TypeError: data that cannot be used, or a count that is not positive.
@@ -349,7 +356,7 @@ def random_subset(
     view = as_samples(batches, collate_fn=collate_fn, pad_token_id=pad or 0)
     fraction = 1.0 if samples is None else min(1.0, whole_number("samples", samples, least=1) / len(view))
     chosen = draw(len(view), fraction=fraction, seed=whole_number("seed", seed), run=0)
-    return micro_batches(view, chosen, micro_batch(micro_batch_size, view), seed=seed)
+    return micro_batches(view, chosen, micro_batch(micro_batch_size, view), seed=seed, unlabelled=True)
 
 
 def micro_batch(size: int | None, samples: Samples) -> int:

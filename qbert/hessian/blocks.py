@@ -120,7 +120,7 @@ def parameter_blocks(model: nn.Module, granularity: str = "layer") -> list[Param
         raise TypeError(f"model: expected an encoder (nn.Module), got {type(model).__name__}")
     if granularity not in GRANULARITIES:
         raise ValueError(f"granularity: {granularity!r} is unknown; use one of {', '.join(GRANULARITIES)}")
-    matrices = [t for t in find_targets(model) if isinstance(t.module, nn.Linear) and t.role != HEAD_ROLE]
+    matrices = [t for t in find_targets(model) if not t.is_embedding and t.role != HEAD_ROLE]
     targets = [t for t in matrices if t.layer is not None]
     _tell_what_is_left_out(matrices)
     if granularity == "matrix":
@@ -173,6 +173,11 @@ def find_block(model: nn.Module, name: str, granularity: str = "layer") -> Param
 def _groups_of_rows(target: Target, groups: int) -> list[ParameterBlock]:
     """The rows of a matrix in runs of nearly equal length."""
     weight = _weight(target)
+    if len(weight) != target.shape[0]:
+        raise ValueError(
+            f"granularity: {target.path} stores its outputs along the second axis, so its rows cannot be looked at "
+            "one by one; use 'matrix'"
+        )
     sizes = torch.bincount(row_groups(len(weight), groups, target.heads)).tolist()
     starts = [sum(sizes[:i]) for i in range(len(sizes))]
     groups_of_rows = [Rows(weight, start, start + size) for start, size in zip(starts, sizes, strict=True)]
@@ -216,7 +221,7 @@ def _distinct(module: nn.Module) -> list[Part]:
 
 
 def _weight(target: Target) -> nn.Parameter:
-    weight = target.module.weight
+    weight = target.weight
     if not isinstance(weight, nn.Parameter):
         raise ValueError(
             f"model: the weight of {target.path} is computed from other parameters; use granularity='layer' or "

@@ -15,6 +15,7 @@ from __future__ import annotations
 import hashlib
 import math
 import os
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -23,10 +24,10 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from qbert.files import read_json, write_json, write_whole
+from qbert.files import AlteredFileError, check_tensors, read_json, remove_abandoned, write_json, write_tensors
 from qbert.hessian.eigenpair import Eigenpair
 
 FORMAT = "qbert.hessian_checkpoint/3"
@@ -50,15 +51,21 @@ class Checkpoint:
         self.folder = Path(path)
         if self.folder.exists() and not self.folder.is_dir():
             raise ValueError(f"checkpoint: {path} is a file; give the path of a folder")
+        if self.folder.is_dir():
+            remove_abandoned(self.folder, ".part.*")
         self.signature = dict(signature)
         self._blocks: dict[str, dict[str, Any]] = {}
         for file in self._files() if resume else ():
-            state = read_json(file)
+            try:
+                state = read_json(file)
+            except AlteredFileError as error:
+                raise ValueError(_damaged(file)) from error
             self._check(file, state)
             self._blocks[state["block"]] = state
 
     def _files(self) -> list[Path]:
-        return sorted(self.folder.glob("*.json"))
+        # Not what a killed process was writing, whose names are hidden.
+        return sorted(file for file in self.folder.glob("*.json") if not file.name.startswith("."))
 
     def _file(self, name: str) -> Path:
         return self.folder / f"{hashlib.sha256(name.encode()).hexdigest()[:16]}.json"
@@ -84,7 +91,12 @@ class Checkpoint:
         """
         files = self._files()
         for file in files:
-            state = read_json(file)
+            try:
+                state = read_json(file)
+            except ValueError:
+                if re.fullmatch(r"[0-9a-f]{16}\.json", file.name):
+                    continue  # a damaged one of ours
+                raise
             if not isinstance(state, dict) or not str(state.get("format")).startswith(FORMAT.split("/")[0]):
                 raise ValueError(f"checkpoint: {file} is not part of a checkpoint; give another folder")
         for file in files:
@@ -115,7 +127,7 @@ class Checkpoint:
         file = self._file(name)
         vector = pair.vector.detach().cpu().contiguous()
         vector_file = f"{file.stem}-{run}.safetensors"
-        write_whole(self.folder / vector_file, lambda aside: save_file({"vector": vector}, aside))
+        write_tensors(self.folder / vector_file, {"vector": vector})
         state = self._blocks.setdefault(
             name, {"format": FORMAT, "signature": self.signature, "block": name, "results": {}, "vector": None}
         )
@@ -142,8 +154,9 @@ class Checkpoint:
                 continue
             try:
                 # A fresh copy: sums over the file's own, unaligned memory round differently in the last bit.
+                check_tensors(self.folder / file)
                 vectors[name] = load_file(self.folder / file)["vector"].clone()
-            except (OSError, KeyError, SafetensorError) as error:
+            except (OSError, KeyError, ValueError, SafetensorError) as error:
                 raise ValueError(
                     f"checkpoint: {self.folder / file} is missing or damaged ({error}); remove {self.folder} and "
                     "start again"

@@ -24,6 +24,7 @@ from torch import nn
 
 from qbert.arguments import whole_number
 from qbert.files import write_whole
+from qbert.hessian.additive import additive
 from qbert.hessian.batches import random_subset
 from qbert.hessian.blocks import find_block, vector_options
 from qbert.hessian.eigenpair import Product, check_product
@@ -163,6 +164,7 @@ def hessian_density(
     subset = random_subset(
         model, batches, samples=samples, seed=seed, collate_fn=collate_fn, micro_batch_size=micro_batch_size
     )
+    subset = additive(model, subset, loss_fn)
     operator = HessianOperator(model, subset, {name: block.parameters}, loss_fn=loss_fn)
     return spectral_density(
         lambda v: operator.product(name, v),

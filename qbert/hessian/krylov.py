@@ -146,7 +146,7 @@ class Lanczos:
         length = float(torch.linalg.vector_norm(remainder))
         self._projection[:k, k - 1] = coefficients
         self._projection[k, k - 1] = length
-        rounding = 10 * torch.finfo(product.dtype).eps * float(np.linalg.norm(self._projection[:k, :k]))
+        rounding = self._rounding()
         exhausted = length <= rounding
         if self._log_betas is not None:
             self._log_betas += math.log(max(length, rounding)) if length or rounding else -math.inf
@@ -160,6 +160,11 @@ class Lanczos:
             self.query = remainder.div_(length)
         if k == self.basis_size:
             self._restart()
+
+    def _rounding(self) -> float:
+        """What rounding in the vectors' dtype may do to a product with a unit vector."""
+        k = len(self._basis)
+        return 10 * torch.finfo(self._basis[0].dtype).eps * float(np.linalg.norm(self._projection[:k, :k]))
 
     def _ritz(self) -> tuple[Array, Array, Array]:
         """Ritz values [k], largest magnitude first, their coordinates [k, k] and absolute residuals [k]."""
@@ -188,7 +193,7 @@ class Lanczos:
             if (self.bound == "gap" and rival < _FAR * abs(top)) or self.confidence:
                 error = error_bound(top, residual, gap)
         if self.confidence:
-            error = max(error, relative(self._upper[self.confidence] - abs(top), top))
+            error = max(error, relative(self._upper[self.confidence] + self._rounding() - abs(top), top))
             rivals = False  # the proof covers them
         else:
             rivals = rival > abs(top) * (1 + self.tol)
@@ -208,7 +213,8 @@ class Lanczos:
             vector=vector / torch.linalg.vector_norm(vector),
             residual=relative(residual, top),
             error=error,
-            upper_bound=max(self._upper[_REPORTED_CONFIDENCE], abs(top)),
+            # The projection is that of the operator as it is computed: its rounding is not in the proof.
+            upper_bound=max(self._upper[_REPORTED_CONFIDENCE], abs(top)) + self._rounding(),
             other_end=float(values[other]),
             other_end_residual=float(residuals[other]),
             gap=gap,

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from qbert.arguments import real_number, whole_number
+from qbert.hessian.additive import additive
 from qbert.hessian.batches import random_subset
 from qbert.hessian.blocks import Part, find_block, vector_options
 from qbert.hessian.eigen import top_eigenpairs
@@ -99,6 +100,7 @@ def loss_landscape(
     subset = random_subset(
         model, batches, samples=samples, seed=seed, collate_fn=collate_fn, micro_batch_size=micro_batch_size
     )
+    subset = additive(model, subset, loss_fn)
     operator = HessianOperator(model, subset, {name: block.parameters}, loss_fn=loss_fn)
     pairs = top_eigenpairs(
         lambda v: operator.product(name, v),

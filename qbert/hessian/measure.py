@@ -15,7 +15,17 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from qbert.arguments import real_number, whole_number
-from qbert.hessian.batches import BATCH_COST, Batch, as_samples, draw, fingerprint, micro_batch, micro_batches
+from qbert.hessian.additive import additive
+from qbert.hessian.batches import (
+    BATCH_COST,
+    Batch,
+    as_samples,
+    draw,
+    fingerprint,
+    loss_weight,
+    micro_batch,
+    micro_batches,
+)
 from qbert.hessian.blocks import parameter_blocks
 from qbert.hessian.checkpoint import Checkpoint, check_same, model_fingerprint, own_share, rank_and_world, wait_for_all
 from qbert.hessian.eigenpair import check_confidence, check_limits
@@ -75,8 +85,9 @@ def hessian_spectrum(
         seed: draws the subsets and the start vectors.
         loss_fn: ``loss_fn(model, batch)`` -> mean loss of the batch; default ``model(**batch).loss``.
         collate_fn: for a data set: makes a batch of a list of samples.
-        micro_batch_size: samples per forward pass at most; bounds memory, does not change the result. Default: as
-            `batches`. On CPUs, batches of short and long texts are cut further, so that less padding is computed.
+        micro_batch_size: samples per forward pass at most; bounds memory, does not change the result: a loss that is
+            not a mean over samples or labels is measured on the whole subset at once (a warning in the log says so).
+            Default: as `batches`. On CPUs, batches of short and long texts are cut further, for less padding.
         block_chunk: blocks that share one graph and are solved together; bounds memory. Default: by free memory.
         checkpoint: folder that finished (run, block) pairs are kept in.
         resume: go on from `checkpoint`, if there is one; without it, an earlier one is overwritten.
@@ -103,9 +114,13 @@ def hessian_spectrum(
     settings["samples"] = len(samples)
     device = next(model.parameters()).device
 
-    def subset(run: int) -> list[Batch]:
+    def drawn(run: int) -> list[Batch]:
         chosen = draw(len(samples), fraction=fraction, seed=seed, run=run)
-        return micro_batches(samples, chosen, size, seed=seed + run, batch_cost=BATCH_COST.get(device.type))
+        cost = BATCH_COST.get(device.type)
+        return micro_batches(samples, chosen, size, seed=seed + run, batch_cost=cost, unlabelled=True)
+
+    def subset(run: int) -> list[Batch]:
+        return additive(model, drawn(run), loss_fn)
 
     saved = None
     if checkpoint is not None or rank_and_world()[1] > 1:
@@ -113,7 +128,7 @@ def hessian_spectrum(
         check_same(repr(signature), "runs, seed or another argument differs", "pass the same ones in each")
         signature["weights"] = model_fingerprint(model)
         check_same(signature["weights"], "model: the weights differ")
-        signature["data"] = fingerprint(batch for run in range(runs) for batch in subset(run))
+        signature["data"] = fingerprint(b for run in range(runs) for b in drawn(run) if loss_weight(b) > 0)
         check_same(signature["data"], "batches: the data differ")
     if checkpoint is not None:
         saved = Checkpoint(checkpoint, signature, resume=resume)

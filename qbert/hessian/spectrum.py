@@ -19,7 +19,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qbert.arguments import real_number, whole_number
-from qbert.files import json_array, read_saved, write_json
+from qbert.files import check_seal, json_array, read_saved, write_json
+from qbert.hessian.intervals import interval, omega, p_equal, told_apart
 
 FORMAT = "qbert.hessian_spectrum/1"
 _ARRAYS = ("eigenvalues", "other_end", "residuals", "errors", "upper_bounds", "products", "converged", "losses")
@@ -70,7 +71,7 @@ class HessianSpectrum:
     @property
     def sensitivity(self) -> NDArray[np.float64]:
         """[L] Omega = |mean| + std (Q-BERT, section 3.1)."""
-        return _omega(self.eigenvalues)
+        return omega(self.eigenvalues)
 
     def ranking(self) -> list[str]:
         """Block names, most sensitive first; equals stay in model order."""
@@ -79,34 +80,47 @@ class HessianSpectrum:
     def confidence_interval(
         self, level: float = 0.95, *, draws: int = 2000, seed: int = 0
     ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """Bootstrap interval of the sensitivity over runs (percentile method), ([L] low, [L] high).
+        """Intervals of the sensitivity over all subsets of the data, ([L] low, [L] high).
+
+        They hold for few runs, normal or skewed: see `qbert.hessian.intervals` for what is assumed. The distribution's
+        own |mean| + std lies in an interval with probability `level` or more.
+
+        Args:
+            level: probability.
+            draws: draws of a lognormal's mean and standard deviation.
+            seed: for the draws.
 
         Raises:
-            ValueError: with fewer than two runs, which have no spread to resample; a level outside of (0, 1).
+            ValueError: with fewer than two runs, which have no spread; a level outside of (0, 1).
         """
-        tail = _tail(level)
-        resampled = self.resampled(draws, seed=seed)
-        low, high = np.quantile(resampled, [tail, 1 - tail], axis=0)
+        _check_level(level)
+        random, draws = np.random.default_rng(seed), whole_number("draws", draws, least=1)
+        bounds = [interval(column, level, draws, random) for column in self._spread().T]
+        low, high = np.array(bounds).T
         return low, high
 
-    def indistinct(self, level: float = 0.95, *, draws: int = 2000, seed: int = 0) -> list[tuple[str, str]]:
+    def indistinct(self, level: float = 0.95, *, draws: int = 20_000, seed: int = 0) -> list[tuple[str, str]]:
         """Neighbours in the ranking that the runs do not tell apart.
 
-        A pair is listed when the bootstrap interval of the difference of their sensitivities (same resampled runs
-        for both) holds zero.
+        With probability `level`, no pair of equal sensitivities is missing: the pairs are tested together (Holm), each
+        by `qbert.hessian.intervals.p_equal`, which says what is assumed.
+
+        Args:
+            level: probability.
+            draws: draws of what the runs leave possible; more than 2 L / (1 - level) of them are needed to tell L
+                blocks apart.
+            seed: for the draws.
 
         Raises:
             ValueError: with fewer than two runs; a level outside of (0, 1).
         """
-        tail = _tail(level)
-        resampled = self.resampled(draws, seed=seed)
-        order = np.argsort(-self.sensitivity, kind="stable")
-        pairs = []
-        for first, second in itertools.pairwise(order):
-            low, high = np.quantile(resampled[:, first] - resampled[:, second], [tail, 1 - tail])
-            if low <= 0 <= high:
-                pairs.append((self.names[first], self.names[second]))
-        return pairs
+        _check_level(level)
+        runs, draws = self._spread(), whole_number("draws", draws, least=1)
+        random = np.random.default_rng(seed)
+        pairs = list(itertools.pairwise(np.argsort(-self.sensitivity, kind="stable")))
+        p = np.array([p_equal(runs[:, first], runs[:, second], draws, random) for first, second in pairs])
+        found = told_apart(p, level)
+        return [(self.names[a], self.names[b]) for (a, b), apart in zip(pairs, found, strict=True) if not apart]
 
     def resampled(self, draws: int = 2000, *, seed: int = 0) -> NDArray[np.float64]:
         """Sensitivities [draws, L] of spectra whose runs are drawn from these ones, with replacement (bootstrap).
@@ -114,12 +128,16 @@ class HessianSpectrum:
         Raises:
             ValueError: with fewer than two runs.
         """
+        runs, draws = self._spread(), whole_number("draws", draws, least=1)
+        picks = np.random.default_rng(seed).integers(len(runs), size=(draws, len(runs)))
+        return omega(np.moveaxis(runs[picks], 1, 0))  # [draws, L]
+
+    def _spread(self) -> NDArray[np.float64]:
+        """The eigenvalues, of two runs or more."""
         runs = len(self.eigenvalues)
         if runs < 2:
             raise ValueError(f"spectrum: {runs} run has no spread to resample; measure with runs=2 or more")
-        draws = whole_number("draws", draws, least=1)
-        picks = np.random.default_rng(seed).integers(runs, size=(draws, runs))
-        return _omega(np.moveaxis(self.eigenvalues[picks], 1, 0))  # [draws, L]
+        return self.eigenvalues
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write as JSON (format tag inside), aside first and then renamed."""
@@ -148,7 +166,7 @@ class HessianSpectrum:
                 settings=dict(content["settings"]),
                 **arrays,
             )
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError, AttributeError) as error:
             raise ValueError(f"path: {path} is a damaged spectrum file ({error!r}); measure it again") from error
         shape = (spectrum.losses.size, len(names))
         if not (np.isfinite(spectrum.eigenvalues).all() and np.isfinite(spectrum.losses).all()):
@@ -156,6 +174,7 @@ class HessianSpectrum:
         fit = all(getattr(spectrum, name).shape == (shape[:1] if name == "losses" else shape) for name in _ARRAYS)
         if not fit or len(set(names)) < len(names):
             raise ValueError(f"path: {path} is a damaged spectrum file (arrays are not {shape}); measure it again")
+        check_seal(path, content)
         return spectrum
 
     def plot(self, path: str | os.PathLike[str]) -> None:
@@ -169,8 +188,8 @@ class HessianSpectrum:
         width = max(len(name) for name in [*self.names, "block"])
         lines = [f"{'block':<{width}}  {'mean':>11}  {'std':>10}  {'|mean|+std':>10}  {'rank':>4}"]
         columns = zip(self.names, self.mean, self.std, self.sensitivity, strict=True)
-        for name, mean, std, omega in columns:
-            lines.append(f"{name:<{width}}  {mean:>11.4g}  {std:>10.4g}  {omega:>10.4g}  {rank[name]:>4}")
+        for name, mean, std, value in columns:
+            lines.append(f"{name:<{width}}  {mean:>11.4g}  {std:>10.4g}  {value:>10.4g}  {rank[name]:>4}")
         return "\n".join([*lines, *self.notes()])
 
     def notes(self) -> list[str]:
@@ -203,16 +222,9 @@ class HessianSpectrum:
         return notes
 
 
-def _tail(level: float) -> float:
-    """Probability beyond either end of an interval of probability `level`."""
+def _check_level(level: float) -> None:
     if not 0 < real_number("level", level) < 1:
         raise ValueError(f"level: {level} is not a probability; use a number between 0 and 1, such as 0.95")
-    return (1 - level) / 2
-
-
-def _omega(eigenvalues: NDArray[np.float64]) -> NDArray[np.float64]:
-    """|mean| + std over the first axis."""
-    return np.abs(eigenvalues.mean(axis=0)) + eigenvalues.std(axis=0)
 
 
 def _dtype(name: str) -> type:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from qbert.arguments import whole_number
+from qbert.hessian.additive import additive
 from qbert.hessian.batches import random_subset
 from qbert.hessian.blocks import parameter_blocks, vector_options
 from qbert.hessian.eigenpair import Product
@@ -128,6 +129,7 @@ def hessian_traces(
     subset = random_subset(
         model, batches, samples=samples, seed=seed, collate_fn=collate_fn, micro_batch_size=micro_batch_size
     )
+    subset = additive(model, subset, loss_fn)
     operator = HessianOperator(model, subset, {b.name: b.parameters for b in blocks}, loss_fn=loss_fn)
     estimates = {}
     with tqdm(total=len(blocks) * probes, desc="trace", unit="product", disable=not progress, smoothing=0) as bar:

@@ -3,9 +3,9 @@
 `optimize_for_inference` prepares every packed layer for the exact int8 products of `qbert.kernels.cpu`. Encoders of the
 BERT kind (BERT, RoBERTa, XLM-R, ELECTRA, CamemBERT, DistilBERT, MPNet) get more: a whole layer runs as four products
 with as few passes over memory as torch's operators allow, Q, K and V in one, and all layers as one compiled program
-(`qbert.inference.cpu_layers`); sequences are sorted by length and run in chunks that stay in the cache, each cut to its
-longest member, so that padding costs next to nothing. A layer that does not fit runs between the others in its own
-way (`qbert.inference.cpu`).
+(`qbert.inference.cpu_layers`). Sequences run in chunks that stay in the cache. Where nobody reads the outputs of
+padding they are sorted by length and each chunk is cut to its longest member, so that padding costs next to nothing. A
+layer that does not fit runs between the others in its own way (`qbert.inference.cpu`).
 
     >>> fast = optimize_for_inference(packed)
     >>> fast(**tokenizer(texts, padding=True, return_tensors="pt"))
@@ -42,15 +42,23 @@ _CHUNK_TOKENS, _FULL_CHUNK_TOKENS = 256, 512
 
 
 @torch.inference_mode(False)  # tensors made in inference mode could be used nowhere else
-def optimize_for_inference(packed: Model, *, inplace: bool = False, exact: bool = True) -> Model:
+def optimize_for_inference(
+    packed: Model,
+    *,
+    inplace: bool = False,
+    exact: bool = True,
+    operands: str = "int8",
+    skip_padding: bool | None = None,
+) -> Model:
     """A packed model that runs fast on the device it is on: a CPU, or a GPU (`qbert.inference.gpu`).
 
     On a CPU the int8 operands are made here and kept beside the packed tensors: one byte a weight, but four for
     matrices that run in float, as is logged (float weights, activations that are not quantized, grouped input columns),
     and for small tables. The model can still be saved, moved to another dtype, copied, and asked for hidden states or
-    attentions, for which it takes the slow path. Hidden states of padding are zero. TorchScript compiles the layers
-    during the first two calls, a few tenths of a second. A layer that cannot be fused, such as one that was left in
-    float, runs in its own way between those that can; where none can, all do. The log says which, and why.
+    attentions, for which it takes the slow path. Hidden states are those of the packed model wherever a mask is 0 too
+    (ColBERT's queries read them), unless padding is skipped. TorchScript compiles the layers during the first two
+    calls, a few tenths of a second. A layer that cannot be fused, such as one that was left in float, runs in its own
+    way between those that can; where none can, all do. The log says which, and why.
 
     The parameters of the encoder are frozen (``requires_grad`` off), since a wanted gradient leads to the slow path;
     those of a head are not. Hooks on modules inside of a fused layer are not called. Weights can no longer be loaded
@@ -63,9 +71,23 @@ def optimize_for_inference(packed: Model, *, inplace: bool = False, exact: bool 
             (`qbert.kernels.cpu_gemm.fit_pairs`) on CPUs that add int8 products in 16 bits, x86 without VNNI, where
             they run 1.2 to 1.4 times as fast then; the relative error of MiniLM's last hidden state goes from 0.050 to
             0.060 with asymmetric activation ranges. On other CPUs, on GPUs and for fewer bits it changes nothing.
+        operands: what GPUs multiply. "int8" is what the packed layers do. "e4m3", on a GPU of compute capability 8.9
+            or later, quantizes the inputs of products with weights of 2 to 4 bits to eight-bit floats instead, of the
+            same range (weights stay exact; 8-bit weights keep int8 inputs). Triton overlaps loads with e4m3 products
+            on sm_90, not with int8 ones. Outputs then differ from the packed model's by about the error that
+            quantized inputs have anyway, which is smaller: the relative error of MiniLM's last hidden state, weights
+            in float, is 0.050 (e4m3) against 0.067 (int8) with one range a token, 0.052 against 0.197 with static
+            ranges, but 0.038 with asymmetric int8 ranges a token, which e4m3 does not have (64 sentences of STS-B).
+        skip_padding: whether hidden states of padding on the right are zeros instead, which saves their whole cost on a
+            CPU. ``None`` skips it where the model itself does not read it, so that its results stay the same: inside of
+            transformers' models for sequence classification, and of a ``SentenceTransformer`` that pools its tokens.
+            ``True`` is for those who take the hidden states of an encoder and read those of tokens only, as pooling
+            by mask does. A batch with a row of nothing but padding is computed in full. On a GPU padding is always
+            skipped, of any mask.
 
     Raises:
-        ValueError: if the model has no packed layer, or is on another device; TypeError if it is not a torch module.
+        ValueError: if the model has no packed layer, is on another device, or on one that cannot multiply `operands`
+            (a CPU takes "int8"); TypeError if it is not a torch module.
     """
     check_module("packed", packed)
     layers = [m for m in packed.modules() if isinstance(m, PackedTensor)]
@@ -75,6 +97,8 @@ def optimize_for_inference(packed: Model, *, inplace: bool = False, exact: bool 
     if len(devices) > 1 or next(iter(devices)).type not in ("cpu", "cuda"):
         names = ", ".join(sorted(map(str, devices)))
         raise ValueError(f"packed: the model is on {names}; move it to the CPU or to one CUDA device with .to()")
+    if operands != "int8" and next(iter(devices)).type == "cpu":
+        raise ValueError(f"operands={operands!r} is for GPUs, and the model is on the CPU; use 'int8'.")
     model = packed if inplace else deepcopy(packed)
     model.eval()
     _, base = base_model(model)
@@ -85,13 +109,14 @@ def optimize_for_inference(packed: Model, *, inplace: bool = False, exact: bool 
     if next(iter(devices)).type == "cuda":
         from qbert.inference.gpu import fuse_for_gpu
 
-        fuse_for_gpu(model)
+        fuse_for_gpu(model, operands)
         return model
     encoder = getattr(base, "encoder", None) or getattr(base, "transformer", None)  # so called by DistilBERT
     reason = _reason_not_to_fuse(base, encoder)
     fused: set[int] = set()
     if encoder is not None and not reason:
-        fused_encoder = encoder.forward = FusedEncoder(encoder, exact)
+        skip = _never_reads_padding(model, base) if skip_padding is None else skip_padding
+        fused_encoder = encoder.forward = FusedEncoder(encoder, exact, skip)
         altered = reason_not_to_replace([base])
         if altered:
             logger.info("%s keeps its own forward: %s", type(base).__name__, altered)
@@ -119,35 +144,46 @@ class FusedEncoder(FastForward):
 
     Args:
         encoder: module whose ``layer`` is a list of layers, some of which can be fused.
-        exact: as for `optimize_for_inference`.
+        exact, skip_padding: as for `optimize_for_inference`.
     """
 
     own = ("encoder",)
 
-    def __init__(self, encoder: Any, exact: bool = True) -> None:
-        self.encoder = encoder
+    def __init__(self, encoder: Any, exact: bool = True, skip_padding: bool = False) -> None:
+        self.encoder, self.skip_padding = encoder, skip_padding
         self._stages = stages_of(encoder, exact)
         self._position_bias: Tensor | None = None
         self.cross_attention = any(hasattr(layer, "add_cross_attention") for layer in encoder.layer)
 
     def __call__(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Any:
-        """[B, T, H] to transformers' output with ``last_hidden_state`` [B, T, H]; zeros where a token is padding."""
+        """[B, T, H] to transformers' output with ``last_hidden_state`` [B, T, H]."""
         from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPastAndCrossAttentions
 
         if not self._can_run(hidden_states, attention_mask, kwargs):
             return type(self.encoder).forward(self.encoder, hidden_states, attention_mask, **kwargs)
-        lengths = None if attention_mask is None else _lengths(attention_mask, hidden_states.shape[:2])
+        lengths = None
+        if attention_mask is not None and self.skip_padding:
+            lengths = _lengths(attention_mask, hidden_states.shape[:2])
         if attention_mask is not None and lengths is None:
             mask = attention_mask if attention_mask.dtype == torch.bool else attention_mask.float()
-            result = self._outside(hidden_states, lambda x: self._run(x, mask))
+            result = self._outside(hidden_states, lambda x: self._run_chunks(x, mask))
         else:
             result = self.run(hidden_states, lengths)
         kind = BaseModelOutputWithPastAndCrossAttentions if self.cross_attention else BaseModelOutput
         return kind(last_hidden_state=result)
 
     def run(self, hidden_states: Tensor, lengths: Tensor | None) -> Tensor:
-        """[B, T, H] and the number of tokens of each sequence, [B] int64 (None: all T), to [B, T, H] in its dtype."""
-        return self._outside(hidden_states, lambda x: self._run_chunks(x, lengths))
+        """[B, T, H] and the tokens of each sequence, [B] int64 from 1 (None: all T), to [B, T, H] in its dtype.
+
+        What stands behind the tokens of a sequence is padding, which nothing attends to.
+        """
+        longest = hidden_states.shape[1]
+        if lengths is None or not bool((lengths < longest).any()):
+            return self._outside(hidden_states, lambda x: self._run_chunks(x, None))
+        if self.skip_padding:
+            return self._outside(hidden_states, lambda x: self._run_sorted(x, lengths))
+        keep = torch.arange(longest, device=lengths.device) < lengths[:, None]
+        return self._outside(hidden_states, lambda x: self._run_chunks(x, keep[:, None, None]))
 
     @staticmethod
     def _outside(hidden_states: Tensor, run: Callable[[Tensor], Tensor]) -> Tensor:
@@ -181,31 +217,34 @@ class FusedEncoder(FastForward):
     def _wants_gradient(self, x: Tensor) -> bool:
         return x.requires_grad or any(p.requires_grad for p in self.encoder.parameters())
 
-    def _run_chunks(self, x: Tensor, lengths: Tensor | None) -> Tensor:
-        batch, longest, _ = x.shape
-        if lengths is not None and not bool((lengths < longest).any()):
-            lengths = None
-        room = (_FULL_CHUNK_TOKENS if lengths is None else _CHUNK_TOKENS) * torch.get_num_threads()
-        if not x.numel():
-            return x
-        if lengths is None and (batch == 1 or batch * longest <= room):
-            return self._run(x, None)
-        order = torch.arange(batch, device=x.device) if lengths is None else lengths.argsort(descending=True)
+    def _run_chunks(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        """All positions of x [B, T, H], a few sequences at a time; `mask` as for `_run`."""
+        batch, length, _ = x.shape
+        rows = max(_FULL_CHUNK_TOKENS * torch.get_num_threads() // max(length, 1), 1)
+        if batch <= rows or not x.numel():
+            return self._run(x, mask) if x.numel() else x
+        result = torch.empty_like(x)
+        for start in range(0, batch, rows):
+            part = slice(start, start + rows)
+            result[part] = self._run(x[part], mask if mask is None or mask.shape[0] == 1 else mask[part])
+        return result
+
+    def _run_sorted(self, x: Tensor, lengths: Tensor) -> Tensor:
+        """The first `lengths` [B] positions of x [B, T, H], at least one of each sequence; zeros for the others."""
+        room = _CHUNK_TOKENS * torch.get_num_threads()
+        order = lengths.argsort(descending=True)
         result = torch.zeros_like(x)
         start = 0
-        while start < batch:
-            length = longest if lengths is None else max(int(lengths[order[start]]), 1)
+        while start < len(order):
+            length = int(lengths[order[start]])
             rows = order[start : start + max(room // length, 1)]
             start += len(rows)
-            mask = None
-            if lengths is not None:
-                keep = torch.arange(length, device=x.device) < lengths[rows, None]  # [b, t]
-                # A sequence of nothing but padding attends to all of it, as in transformers; its output is cleared.
-                mask = None if bool(keep.all()) else (keep | (lengths[rows, None] == 0))[:, None, None]
-            y = self._run(x[rows, :length], mask)
-            if mask is not None:
-                y.mul_(keep.unsqueeze(-1))
-            result[rows, :length] = y
+            keep = torch.arange(length, device=x.device) < lengths[rows, None]  # [b, t]
+            if bool(keep.all()):
+                result[rows, :length] = self._run(x[rows, :length], None)
+            else:
+                y = self._run(x[rows, :length], keep[:, None, None])
+                result[rows, :length] = y.masked_fill_(~keep.unsqueeze(-1), 0.0)
         return result
 
     def _run(self, x: Tensor, mask: Tensor | None) -> Tensor:
@@ -254,7 +293,7 @@ def _log_layers(model: str, encoder: Any) -> list[nn.Module]:
 
 
 def _lengths(mask: Tensor, shape: torch.Size) -> Tensor | None:
-    """Number of tokens [B] if `mask` [B, 1, T or 1, T] hides nothing but padding on the right; ``None`` if not."""
+    """Tokens in each row [B], at least 1, if `mask` [B, 1, T or 1, T] hides nothing but padding on the right."""
     batch, longest = shape
     if mask.shape[0] != batch or mask.shape[1] != 1 or mask.shape[3] != longest:
         return None
@@ -264,7 +303,23 @@ def _lengths(mask: Tensor, shape: torch.Size) -> Tensor | None:
     keys = seen[:, 0, 0]  # [B, T]
     lengths = keys.sum(1)
     places = torch.arange(longest, device=mask.device)
-    return lengths if torch.equal(keys, places < lengths[:, None]) else None
+    return lengths if bool((lengths > 0).all()) and torch.equal(keys, places < lengths[:, None]) else None
+
+
+_FIRST_TOKEN_HEADS = ("ForSequenceClassification", "ForNextSentencePrediction")
+
+
+def _never_reads_padding(model: nn.Module, base: nn.Module) -> bool:
+    """Whether what `model` makes of the hidden states of `base` does not depend on those of padding on the right."""
+    for module in model.modules():
+        if module is base or not any(part is base for part in module.modules()):
+            continue
+        package, kind = type(module).__module__.partition(".")[0], type(module).__name__
+        if package == "transformers" and kind.endswith(_FIRST_TOKEN_HEADS):
+            return not reason_not_to_replace([module])
+        if package == "sentence_transformers" and kind == "SentenceTransformer":
+            return [type(part).__name__ for part in module.children()][1:2] == ["Pooling"]
+    return False
 
 
 Stage = int | Callable[[Tensor, Tensor | None], Tensor]
@@ -287,6 +342,11 @@ def stages_of(encoder: Any, exact: bool = True) -> list[Stage]:
     return stages
 
 
+def _attention_of(encoder: Any) -> str:
+    """The kind of attention of an encoder; DistilBERT's has its configuration in the layers."""
+    return next((m.config._attn_implementation for m in encoder.modules() if hasattr(m, "config")), "eager")
+
+
 def run_alone(encoder: Any, index: int, x: Tensor, mask: Tensor | None) -> Tensor:
     """What `encoder` makes of x float32 [B, T, H] if the layer at `index` is its only one: float32 [B, T, H].
 
@@ -299,7 +359,9 @@ def run_alone(encoder: Any, index: int, x: Tensor, mask: Tensor | None) -> Tenso
     dtype = next((p.dtype for p in only.layer.parameters() if p.is_floating_point()), x.dtype)
     if mask is not None:
         lowest = torch.finfo(dtype).min
-        if mask.dtype == torch.bool:  # which only some kinds of attention understand
+        # Booleans are what sdpa gets from the model, and all that tells rows without a key from others; eager adds.
+        if mask.dtype == torch.bool and _attention_of(encoder) != "sdpa":
             mask = torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, lowest)
-        mask = mask.clamp(min=lowest).to(dtype).expand(-1, -1, x.shape[1], -1)
+        mask = mask if mask.dtype == torch.bool else mask.clamp(min=lowest).to(dtype)
+        mask = mask.expand(-1, -1, x.shape[1], -1)
     return type(encoder).forward(only, x.to(dtype), mask)[0].float()  # type: ignore[no-any-return]

@@ -28,7 +28,7 @@ class FusedModel(FastForward):
 
     Args:
         base: model with ``embeddings``, and ``pooler`` or ``embeddings_project`` where its kind has it.
-        run: (hidden states [B, T, H], lengths [B] or None) to the last hidden state [B, T, H], zero for padding.
+        run: (hidden states [B, T, H], lengths [B] or None) to the last hidden state [B, T, H].
         cross_attention: whether its kind can be a decoder too, and has outputs that say so.
     """
 
@@ -46,7 +46,7 @@ class FusedModel(FastForward):
         self._embed = None if reason else compiled(FusedEmbeddings(base.embeddings))
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Token ids and mask [B, T] to transformers' output; ``last_hidden_state`` [B, T, H] is zero for padding."""
+        """Token ids and mask [B, T] to transformers' output, with ``last_hidden_state`` [B, T, H]."""
         base = self.base
         given = dict(zip(self.names, args, strict=False)) | kwargs
         input_ids, mask = given.pop("input_ids", None), given.pop("attention_mask", None)
@@ -114,7 +114,10 @@ def is_plain_request(
 
 
 def _lengths(mask: Tensor | None) -> tuple[bool, Tensor | None]:
-    """(whether a mask [B, T] hides nothing but padding on the right, tokens in each sequence [B] if it hides any)."""
+    """(whether a mask [B, T] hides nothing but padding on the right, tokens in each sequence [B] if it hides any).
+
+    A row of nothing but padding is none of that: what it attends to is left to the model.
+    """
     if mask is None:
         return True, None
     if mask.dim() != 2 or mask.device.type != "cpu" or is_recording():
@@ -124,4 +127,4 @@ def _lengths(mask: Tensor | None) -> tuple[bool, Tensor | None]:
     keep = mask != 0
     lengths = keep.sum(1)
     places = torch.arange(mask.shape[1], device=mask.device)
-    return torch.equal(keep, places < lengths[:, None]), lengths
+    return bool((lengths > 0).all()) and torch.equal(keep, places < lengths[:, None]), lengths

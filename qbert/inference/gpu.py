@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import logging
 from copy import deepcopy
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -29,15 +30,23 @@ from qbert.inference.gpu_layers import (
     reason_not_to_fuse_embeddings,
     reason_not_to_fuse_on_gpu,
 )
-from qbert.inference.graphs import GraphCache, Inputs
+from qbert.inference.graphs import Given, GraphCache, Inputs, Rows, as_tensor
 from qbert.kernels.dispatch import implementation
-from qbert.layers.linear import PackedTensor
+from qbert.layers.packed import PackedTensor
 
 logger = logging.getLogger(__name__)
 
 
-def fuse_for_gpu(model: nn.Module) -> None:
-    """Give `model`, packed and on a GPU, its fast forward, in place; what does not fit keeps its own, as is logged."""
+def fuse_for_gpu(model: nn.Module, operands: str = "int8") -> None:
+    """Give `model`, packed and on a GPU, its fast forward, in place; what does not fit keeps its own, as is logged.
+
+    Args:
+        operands: "int8" or "e4m3", as for `qbert.optimize_for_inference`.
+
+    Raises:
+        ValueError: for other operands, or e4m3 on a GPU before compute capability 8.9.
+    """
+    check_operands(operands, next(model.parameters()).device)
     for module in model.modules():
         if isinstance(module, PackedTensor):
             module.prepare()
@@ -46,7 +55,18 @@ def fuse_for_gpu(model: nn.Module) -> None:
     if reason:
         logger.info("%s is not fused: %s; its layers run one by one", type(base).__name__, reason)
     else:
-        base.forward = GpuEncoder(base)
+        base.forward = GpuEncoder(base, operands=operands)
+
+
+def check_operands(operands: str, device: torch.device) -> None:
+    """Raises ValueError unless `device` multiplies `operands`."""
+    if operands not in ("int8", "e4m3"):
+        raise ValueError(f"operands must be 'int8' or 'e4m3', got {operands!r}.")
+    if operands == "e4m3" and device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):
+        capability = ".".join(map(str, torch.cuda.get_device_capability(device)))
+        raise ValueError(
+            f"operands='e4m3' needs a GPU of compute capability 8.9 or later, this one has {capability}; use 'int8'."
+        )
 
 
 class Batch(NamedTuple):
@@ -58,7 +78,7 @@ class Batch(NamedTuple):
 
     shape: tuple[int, int]
     kept: Tensor | None
-    starts: Tensor
+    starts: Given
     longest: int
 
     @classmethod
@@ -71,20 +91,67 @@ class Batch(NamedTuple):
             if sum(lengths) < count * length:
                 starts = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
                 return cls(shape, _positions(keep.flatten(), sum(lengths)), starts.to(device), max(lengths))
-        starts = torch.arange(0, count * length + 1, length, dtype=torch.int32, device=device)
-        return cls(shape, None, starts, length)
+        multiples = Rows(count + 1, _no_starts(device), partial(_write_multiples, length), ("starts", length))
+        return cls(shape, None, multiples, length)
 
     def gather(self, padded: Tensor) -> Tensor:
         """[B, L, ...] to [T, ...]."""
         flat = padded.flatten(0, 1)
         return flat if self.kept is None else flat[self.kept]
 
+    def rows(self, padded: Tensor) -> Given:
+        """What `gather` gives, gathered straight to where it is needed."""
+        flat = padded.flatten(0, 1)
+        if self.kept is None:
+            return flat
+        return Rows(self.kept.shape[0], flat, partial(_write_selected, flat, self.kept))
+
+    def zeros(self, like: Tensor) -> Rows:
+        """A zero for every token, in the dtype of `like`."""
+        return Rows(self._count, like.flatten(), Tensor.zero_, "zeros")
+
+    def places(self, like: Tensor) -> Rows:
+        """The place of every token in its padded sequence, from 0 on, in the dtype of `like`."""
+        length = self.shape[1]
+        if self.kept is None:
+            return Rows(self._count, like.flatten(), partial(_write_places, length), ("places", length))
+        return Rows(self._count, like.flatten(), partial(_write_remainders, self.kept, length))
+
+    @property
+    def _count(self) -> int:
+        return self.shape[0] * self.shape[1] if self.kept is None else self.kept.shape[0]
+
     def scatter(self, tokens: Tensor) -> Tensor:
-        """[T, H] to [B, L, H], zero where there is no token."""
+        """[T, H] to [B, L, H], zero where there is no token; shares memory with `tokens` where there is no padding."""
         if self.kept is None:
             return tokens.view(*self.shape, -1)
         padded = tokens.new_zeros((self.shape[0] * self.shape[1], tokens.shape[1]))
         return padded.index_copy_(0, self.kept, tokens).view(*self.shape, -1)
+
+    def scatter_copy(self, tokens: Tensor) -> Tensor:
+        """`scatter` to memory of its own."""
+        return self.scatter(tokens.clone() if self.kept is None else tokens)
+
+
+@cache
+def _no_starts(device: torch.device) -> Tensor:
+    return torch.empty(0, dtype=torch.int32, device=device)
+
+
+def _write_multiples(step: int, out: Tensor) -> None:
+    torch.arange(0, step * len(out), step, out=out)
+
+
+def _write_places(length: int, out: Tensor) -> None:
+    out.view(-1, length).copy_(torch.arange(length, device=out.device))
+
+
+def _write_remainders(kept: Tensor, length: int, out: Tensor) -> None:
+    torch.remainder(kept, length, out=out)
+
+
+def _write_selected(flat: Tensor, index: Tensor, out: Tensor) -> None:
+    torch.index_select(flat, 0, index, out=out)
 
 
 def _positions(keep: Tensor, count: int) -> Tensor:
@@ -99,11 +166,13 @@ class GpuEncoder:
 
     Args:
         base: model with ``embeddings`` and ``encoder.layer``, some layer of which can be fused.
+        operands: "e4m3" gives e4m3 inputs to products with weights of 2 to 4 bits, "int8" gives int8 to all.
         graphs: how to run batches of one shape again and again; ``None`` captures CUDA graphs on a GPU where every
             layer is fused.
     """
 
-    def __init__(self, base: Any, graphs: GraphCache | None = None) -> None:
+    def __init__(self, base: Any, graphs: GraphCache | None = None, operands: str = "int8") -> None:
+        self.operands = operands
         self.base = base
         self._build(graphs)
 
@@ -112,10 +181,11 @@ class GpuEncoder:
         self.layers: list[FusedGpuLayer | None] = []
         for index, layer in enumerate(base.encoder.layer):
             reason = reason_not_to_fuse_on_gpu(layer)
-            self.layers.append(None if reason else FusedGpuLayer(layer))
+            self.layers.append(None if reason else FusedGpuLayer(layer, self.operands == "e4m3"))
             if reason:
                 logger.info("layer %d of %s is not fused: %s", index, type(base).__name__, reason)
-        self.device = base.encoder.layer[0].output.LayerNorm.weight.device
+        self._norm = base.encoder.layer[0].output.LayerNorm
+        self.device = self._norm.weight.device
         reason = reason_not_to_fuse_embeddings(base.embeddings)
         self.embeddings = None if reason else FusedGpuEmbeddings(base.embeddings)
         if reason:
@@ -130,7 +200,7 @@ class GpuEncoder:
         twin = object.__new__(GpuEncoder)
         memo[id(self)] = twin
         # The copy of the model is not complete yet; what is made from its layers waits for the first call.
-        twin.base = deepcopy(self.base, memo)
+        twin.base, twin.operands = deepcopy(self.base, memo), self.operands
         return twin
 
     def __call__(
@@ -149,29 +219,39 @@ class GpuEncoder:
             return type(self.base).forward(
                 self.base, input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, **kwargs
             )
-        with torch.inference_mode():
+        with torch.no_grad():
             batch = Batch.of(tuple(input_ids.shape), attention_mask, self.device)  # type: ignore[arg-type]
-            if self.embeddings is not None:
-                padded = self.embeddings.ids(input_ids, token_type_ids, position_ids)
+            inputs = self._inputs(batch, input_ids, token_type_ids, position_ids)
+            # The only copy of the result, made outside of inference mode: tensors made inside cannot be used in the
+            # training of a head.
+            if self.graphs is not None:
+                hidden = self.graphs(inputs, batch.starts, batch.longest, batch.scatter_copy)
             else:
+                given = tuple(as_tensor(t) for t in inputs)
+                hidden = batch.scatter_copy(self._run(given, as_tensor(batch.starts), batch.longest, batch))
+        return self._output(hidden)
+
+    def _inputs(
+        self, batch: Batch, input_ids: Tensor, token_type_ids: Tensor | None, position_ids: Tensor | None
+    ) -> tuple[Given, ...]:
+        """Row numbers of the three embedding tables, [T] each; where those are not fused, embedded tokens [T, H]."""
+        if self.embeddings is None:
+            with torch.inference_mode():
                 embedded = self.base.embeddings(
                     input_ids=input_ids, token_type_ids=token_type_ids, position_ids=position_ids
                 )
-                padded = (embedded,)
-            inputs = tuple(batch.gather(t) for t in padded)
-            if self.graphs is not None:
-                tokens = self.graphs(inputs, batch.starts, batch.longest)
-            else:
-                tokens = self._run(inputs, batch.starts, batch.longest, batch)
-            result = batch.scatter(tokens)
-        # A copy made outside of inference mode, because tensors made inside cannot be used in training (of a head).
-        return self._output(result.clone())
+            return (batch.rows(embedded),)
+        position_ids = self.embeddings.own_positions(input_ids, position_ids)
+        places = batch.places(input_ids) if position_ids is None else batch.rows(position_ids.expand_as(input_ids))
+        types = batch.zeros(input_ids) if token_type_ids is None else batch.rows(token_type_ids.expand_as(input_ids))
+        return batch.rows(input_ids), places, types
 
     def _can_run(self, ids: Tensor, mask: Tensor | None, embeds: Tensor | None, kwargs: dict[str, Any]) -> bool:
-        return ids.device == self.device == self.base.encoder.layer[0].output.LayerNorm.weight.device and (
+        return ids.device == self.device == self._norm.weight.device and (
             is_plain_request(self.base, ids, mask, embeds, kwargs)
         )
 
+    @torch.inference_mode()
     def _run(self, inputs: Inputs, starts: Tensor, longest: int, batch: Batch | None = None) -> Tensor:
         """Row numbers (or embedded tokens) [T] to the last hidden state [T, H]; `batch` for layers that pad."""
         project = getattr(self.base, "embeddings_project", None)

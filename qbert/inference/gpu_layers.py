@@ -26,6 +26,8 @@ from qbert.encoders.parts import BERT_LAYERS
 from qbert.inference.fits import reason_not_four_products, reason_not_to_fuse_layer
 from qbert.inference.forward import reason_not_to_replace
 from qbert.kernels import operators
+from qbert.kernels.checks import E4M3_COLUMNS
+from qbert.kernels.reference import E4M3_MAX
 from qbert.kernels.terms import Terms
 from qbert.layers.embedding import PackedEmbedding
 from qbert.layers.linear import PackedLinear
@@ -43,7 +45,7 @@ _MAX_WIDTH = 16384
 
 
 class InputGrid(NamedTuple):
-    """How a product's input is quantized: x ~ scale (code - zero).
+    """How a product's input is quantized: x ~ scale (code - zero), in int8 or, without a zero, e4m3 codes.
 
     Where scale is 0, with one symmetric scale a token, or, if asymmetric, from its smallest to its largest value.
     """
@@ -51,17 +53,24 @@ class InputGrid(NamedTuple):
     scale: float = 0.0
     zero: int = 0
     asymmetric: bool = False
+    codes_dtype: torch.dtype = torch.int8
+
+    @property
+    def in_e4m3(self) -> InputGrid:
+        """e4m3 codes of the same range: static up to the larger of its ends, or per token."""
+        largest = self.scale * max(128 + self.zero, 127 - self.zero)
+        return InputGrid(largest / E4M3_MAX, codes_dtype=torch.float8_e4m3fn)
 
     @classmethod
     def of(cls, layer: PackedLinear) -> InputGrid:
-        """The grid of a layer with 8-bit input."""
+        """The int8 grid of a layer with 8-bit input."""
         if layer.input_scale is None or layer.input_zero is None:
             return cls(asymmetric=layer.spec.activation_range == "asymmetric")
         return cls(float(layer.input_scale), int(layer.input_zero))
 
 
 class Tokens(NamedTuple):
-    """What passes between layers: x [T, H] in the model's dtype, and its int8 codes [T, H] with their grid.
+    """What passes between layers: x [T, H] in the model's dtype, and its int8 or e4m3 codes [T, H] with their grid.
 
     scale float32 [T], or steps and offsets [2, T] where asymmetric; row_sum int32 [T].
     """
@@ -78,15 +87,21 @@ class Tokens(NamedTuple):
 
 
 class Projection:
-    """One int8 product: packed codes, their terms, and how its input is quantized."""
+    """One int8 or e4m3 product: packed codes, their terms, and how its input is quantized."""
 
-    def __init__(self, layer: PackedLinear) -> None:
+    def __init__(self, layer: PackedLinear, e4m3: bool = False) -> None:
         assert layer.owner.codes is not None
         self.packed, self.bits, self.columns = layer.owner.codes, layer.layout.bits, layer.columns
-        self.grid = InputGrid.of(layer)
+        self.grid = InputGrid.of(layer).in_e4m3 if e4m3 else InputGrid.of(layer)
         scale, zero = layer.row_grids()
-        self.terms = Terms.prepare(self.packed, self.columns, scale, zero, None, layer.bias, self.bits, *self.grid)
+        self.terms = Terms.prepare(self.packed, self.columns, scale, zero, None, layer.bias, self.bits, *self.grid[:3])
+        if e4m3 and self.terms.zero is not None:
+            self.terms = self.terms._replace(zero=self.terms.row_zero)
         self.static_scale = self.terms.scale.new_full((1,), self.grid.scale)
+
+    def wanted(self, sums: Tensor) -> Tensor | None:
+        """`sums`, to be filled by the kernel that makes the input, where the product has a zero to multiply them by."""
+        return None if self.terms.zero is None else sums
 
     def __call__(self, codes: Tensor, scale: Tensor, row_sum: Tensor, residual: Tensor) -> Tensor:
         """[T, O] = product + bias + residual, in the dtype of the residual."""
@@ -102,16 +117,21 @@ class FusedGpuLayer:
 
     Args:
         layer: a layer for which `reason_not_to_fuse_on_gpu` has none.
+        e4m3: give e4m3 inputs to the products whose weights e4m3 holds exactly; those with 8-bit weights stay int8.
     """
 
-    def __init__(self, layer: Any) -> None:
+    def __init__(self, layer: Any, e4m3: bool = False) -> None:
         attention = layer.attention.self
         self.heads: int = attention.num_attention_heads
-        self.qkv = [Projection(p) for p in (attention.query, attention.key, attention.value)]
+        parts = [attention.query, attention.key, attention.value]
+        together = e4m3 and all(map(_fits_e4m3, parts))  # they share an input
+        self.qkv = [Projection(p, together) for p in parts]
         self.qkv_terms = Terms.join([p.terms for p in self.qkv])
         self.input_grid = self.qkv[0].grid
-        self.attention_output = Projection(layer.attention.output.dense)
-        self.ffn_in, self.ffn_out = Projection(layer.intermediate.dense), Projection(layer.output.dense)
+        output, ffn_in, ffn_out = layer.attention.output.dense, layer.intermediate.dense, layer.output.dense
+        self.attention_output, self.ffn_in, self.ffn_out = (
+            Projection(p, e4m3 and _fits_e4m3(p)) for p in (output, ffn_in, ffn_out)
+        )
         self.norms = [layer.attention.output.LayerNorm, layer.output.LayerNorm]
 
     def __call__(self, tokens: Tokens, starts: Tensor, longest: int, sums: Tensor, next_grid: InputGrid) -> Tokens:
@@ -135,7 +155,7 @@ class FusedGpuLayer:
             mixed = operators.attention(query, key, value, starts, longest, scale)
             return operators.quantize_rows(mixed.view(count, -1), *output.grid)
         mixed = operators.attention(
-            query, key, value, starts, longest, scale, output.grid.scale, output.grid.zero, sums
+            query, key, value, starts, longest, scale, *output.grid[:2], output.wanted(sums), output.grid.codes_dtype
         )
         return mixed.view(count, -1), output.static_scale, sums
 
@@ -148,8 +168,8 @@ class FusedGpuLayer:
             )
             return operators.quantize_rows(hidden, *grid)
         hidden = operators.matmul_a8(
-            *arguments, sums, bits=self.ffn_in.bits, gelu=True, out_dtype=torch.int8, out_scale=grid.scale,
-            out_zero=grid.zero, weight_sum=terms.weight_sum,
+            *arguments, self.ffn_out.wanted(sums), bits=self.ffn_in.bits, gelu=True, out_dtype=grid.codes_dtype,
+            out_scale=grid.scale, out_zero=grid.zero, weight_sum=terms.weight_sum,
         )  # fmt: skip
         return hidden, self.ffn_out.static_scale, sums
 
@@ -177,20 +197,19 @@ class FusedGpuEmbeddings:
         self.first_position = embeddings.padding_idx + 1 if own else 0
         self.positions = tables[1].rows - self.first_position
 
-    def ids(self, input_ids: Tensor, token_type_ids: Tensor | None, position_ids: Tensor | None) -> tuple[Tensor, ...]:
-        """Row numbers of the three tables, [B, L] each. Raises ValueError for sequences longer than the model knows."""
+    def own_positions(self, input_ids: Tensor, position_ids: Tensor | None) -> Tensor | None:
+        """Rows of the position table for ids [B, L], where they are not simply 0 to L - 1.
+
+        Raises ValueError for sequences longer than the model knows.
+        """
         if position_ids is None and input_ids.shape[1] > self.positions:
             raise ValueError(
                 f"input_ids holds sequences of {input_ids.shape[1]} tokens, but the model knows {self.positions} "
                 "positions; truncate them"
             )
         if position_ids is None and self.first_position:
-            position_ids = self.module.create_position_ids_from_input_ids(input_ids, self.module.padding_idx)
-        elif position_ids is None:
-            position_ids = torch.arange(input_ids.shape[1], device=input_ids.device)
-        if token_type_ids is None:
-            token_type_ids = torch.zeros_like(input_ids)
-        return input_ids, position_ids.expand_as(input_ids), token_type_ids.expand_as(input_ids)
+            return self.module.create_position_ids_from_input_ids(input_ids, self.module.padding_idx)
+        return position_ids
 
     def __call__(self, ids: tuple[Tensor, ...], grid: InputGrid) -> Tokens:
         """Row numbers [T] of the three tables to tokens."""
@@ -199,7 +218,7 @@ class FusedGpuEmbeddings:
             *operators.embed_layernorm(
                 list(ids), self.packed, self.scale, self.zero, self.row_group, self.bits, norm.weight, norm.bias,
                 norm.eps, out_dtype=norm.weight.dtype, static_scale=grid.scale, static_zero=grid.zero,
-                asymmetric=grid.asymmetric,
+                asymmetric=grid.asymmetric, codes_dtype=grid.codes_dtype,
             )
         )  # fmt: skip
 
@@ -256,6 +275,11 @@ def _table_grid(table: PackedEmbedding) -> tuple[Tensor, Tensor, Tensor]:
     first = torch.searchsorted(group, torch.arange(groups, device=scale.device))
     zero = table.row_grids(first)[1]
     return scale, zero.contiguous(), group.int() if groups not in (1, table.rows) else group.new_empty(0).int()
+
+
+def _fits_e4m3(layer: PackedLinear) -> bool:
+    """Whether e4m3 holds the layer's codes exactly, and int32 the sums of its e4m3 inputs."""
+    return layer.layout.bits <= 4 and layer.columns <= E4M3_COLUMNS
 
 
 def _half(x: Tensor) -> torch.dtype:

@@ -15,42 +15,42 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qbert.bits import TensorSpec
+from qbert.encoders.weights import is_table
 from qbert.kernels import dispatch
+from qbert.layers.kind import Kind, TrainableLayer, register
 from qbert.layers.layout import PackedLayout
 from qbert.layers.packed import PackedTensor
 from qbert.layers.quantizer import WeightQuantizer
+from qbert.quantizers.activations import ActivationQuantizer
 
 
-class QuantEmbedding(nn.Embedding):
+class QuantEmbedding(TrainableLayer, nn.Embedding):
     """A lookup table [V, D] with fake-quantized rows; only the rows that are looked up are quantized."""
 
-    spec: TensorSpec
-    weight_quantizer: WeightQuantizer
+    activation_quantizer = None
 
     @classmethod
-    def from_float(cls, embedding: nn.Embedding, quantizer: WeightQuantizer) -> QuantEmbedding:
-        """A quantized twin that owns the very parameter of `embedding` (ties stay ties), which has no `max_norm`."""
+    def from_float(
+        cls, module: nn.Embedding, quantizer: WeightQuantizer, activation: ActivationQuantizer | None = None
+    ) -> QuantEmbedding:
+        """A quantized twin that owns the very parameter of `module` (ties stay ties), which has no `max_norm`."""
         quantized = cls(
-            embedding.num_embeddings,
-            embedding.embedding_dim,
-            embedding.padding_idx,
-            scale_grad_by_freq=embedding.scale_grad_by_freq,
-            sparse=embedding.sparse,
+            module.num_embeddings,
+            module.embedding_dim,
+            module.padding_idx,
+            scale_grad_by_freq=module.scale_grad_by_freq,
+            sparse=module.sparse,
             device="meta",
         )
-        quantized.weight = embedding.weight
+        quantized.weight = module.weight
         quantized.spec, quantized.weight_quantizer = quantizer.spec, quantizer
-        return quantized.train(embedding.training)
+        return quantized.train(module.training)
 
     def forward(self, input: Tensor) -> Tensor:
-        """Token ids [...] -> rows [..., D]."""
+        """Token ids [...] -> rows [..., D]. Raises ValueError if the table was resized."""
+        if len(self.weight) != len(self.weight_quantizer.row_group):
+            raise ValueError(self.weight_quantizer.resized(len(self.weight)))
         return cast(Tensor, self.weight_quantizer(super().forward(input), rows=input))
-
-    @torch.no_grad()
-    def quantized_weight(self) -> Tensor:
-        """The dequantized table [V, D]."""
-        return cast(Tensor, self.weight_quantizer(self.weight))
 
 
 _SMALL_TABLE = 2**20
@@ -58,6 +58,8 @@ _SMALL_TABLE = 2**20
 
 class PackedEmbedding(PackedTensor):
     """A lookup table [V, D] with packed rows; only the rows that are looked up are unpacked."""
+
+    is_packed_matrix = False
 
     def __init__(
         self,
@@ -71,6 +73,17 @@ class PackedEmbedding(PackedTensor):
         self.num_embeddings, self.embedding_dim, self.padding_idx = num_embeddings, embedding_dim, padding_idx
         self._float_table: Tensor | None = None
         self._grids: tuple[Tensor, Tensor] | None = None
+
+    @classmethod
+    def shaped_as(
+        cls, module: nn.Embedding, layout: PackedLayout, source: PackedTensor | None = None
+    ) -> PackedEmbedding:
+        """An empty packed twin with the shape of `module`, float or trainable."""
+        return cls(module.num_embeddings, module.embedding_dim, module.padding_idx, layout, source)
+
+    def float_module(self) -> nn.Module:
+        """A table of this shape without values (device meta)."""
+        return nn.Embedding(self.num_embeddings, self.embedding_dim, self.padding_idx, device="meta")
 
     def prepare(self, exact: bool = True) -> None:
         """Keep what is read faster than made.
@@ -98,3 +111,6 @@ class PackedEmbedding(PackedTensor):
                 input, codes, *self._grids, bits=bits, features=self.embedding_dim, dtype=self.dtype
             )
         return self._dequantize(input.reshape(-1), self.dtype).reshape(*input.shape, self.embedding_dim)
+
+
+register(Kind(is_table, QuantEmbedding, PackedEmbedding))

@@ -12,16 +12,17 @@ Reference: Shen et al. 2020, section 3.1.
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import deepcopy
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qbert.bits import TensorSpec
 from qbert.kernels import dispatch
 from qbert.kernels.cpu import CpuLinear
+from qbert.layers.kind import Kind, TrainableLayer, register
 from qbert.layers.layout import PackedLayout
 from qbert.layers.packed import PackedTensor
 from qbert.layers.quantizer import WeightQuantizer
@@ -29,38 +30,25 @@ from qbert.quantizers.activations import ActivationQuantizer
 from qbert.quantizers.grid import code_range, fake_quantize
 
 
-class QuantLinear(nn.Linear):
+class QuantLinear(TrainableLayer, nn.Linear):
     """A linear map [O, I] with fake-quantized weight and input."""
-
-    spec: TensorSpec
-    weight_quantizer: WeightQuantizer
-    activation_quantizer: ActivationQuantizer | None
 
     @classmethod
     def from_float(
-        cls, linear: nn.Linear, quantizer: WeightQuantizer, activation: ActivationQuantizer | None
+        cls, module: nn.Linear, quantizer: WeightQuantizer, activation: ActivationQuantizer | None = None
     ) -> QuantLinear:
-        """A quantized twin that owns the very parameters of `linear` (ties stay ties)."""
-        has_bias = linear.bias is not None
-        quantized = cls(linear.in_features, linear.out_features, bias=has_bias, device="meta")
-        quantized.weight, quantized.bias = linear.weight, linear.bias
-        quantized.spec, quantized.weight_quantizer, quantized.activation_quantizer = (
-            quantizer.spec,
-            quantizer,
-            activation,
-        )
-        return quantized.train(linear.training)
+        """A quantized twin that owns the very parameters of `module` (ties stay ties)."""
+        quantized = cls(module.in_features, module.out_features, bias=module.bias is not None, device="meta")
+        quantized.weight, quantized.bias = module.weight, module.bias
+        quantized.spec, quantized.weight_quantizer = quantizer.spec, quantizer
+        quantized.activation_quantizer = activation
+        return quantized.train(module.training)
 
     def forward(self, input: Tensor) -> Tensor:
         """[..., I] -> [..., O]."""
         if self.activation_quantizer is not None:
             input = self.activation_quantizer(input)
         return F.linear(input, self.weight_quantizer(self.weight), self.bias)
-
-    @torch.no_grad()
-    def quantized_weight(self) -> Tensor:
-        """The dequantized weight [O, I] that the layer computes with."""
-        return cast(Tensor, self.weight_quantizer(self.weight))
 
 
 class PackedLinear(PackedTensor):
@@ -92,6 +80,34 @@ class PackedLinear(PackedTensor):
         self.activation_quantizer = ActivationQuantizer(bits, mode) if dynamic and bits else None
         self._fast: Callable[[Tensor], Tensor] | None = None
         self._fast_device = torch.device("cpu")
+
+    @classmethod
+    def shaped_as(cls, module: nn.Linear, layout: PackedLayout, source: PackedTensor | None = None) -> PackedLinear:
+        """An empty packed twin with the shape of `module`, float or trainable."""
+        return cls(module.in_features, module.out_features, module.bias is not None, layout, source)
+
+    def float_module(self) -> nn.Module:
+        """A linear map of this shape without values (device meta)."""
+        return nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
+
+    def activation_twin(self) -> ActivationQuantizer | None:
+        """The trainable form of the input quantization; ``None`` if the input is not quantized."""
+        bits = self.spec.activation_bits or 8
+        if self.input_scale is None or self.input_zero is None:
+            return self.activation_quantizer and ActivationQuantizer(bits, self.activation_quantizer.mode)
+        static = ActivationQuantizer(bits, "static").to(self.input_scale.device)
+        static.scale.copy_(self.input_scale)
+        static.zero.copy_(self.input_zero)
+        return static
+
+    def fill(self, layer: Any, memo: dict[int, Any]) -> None:
+        """Take bias, ranges, codes and grids of a trainable layer; `memo` is that of the copy under way."""
+        # Copied under the shared memo, so that a bias that is tied to another parameter stays tied.
+        self.bias = deepcopy(layer.bias, memo)
+        if self.input_scale is not None:
+            self.input_scale = layer.activation_quantizer.scale.detach().float().clone()
+            self.input_zero = layer.activation_quantizer.zero.detach().float().clone()
+        super().fill(layer, memo)
 
     def prepare(self, exact: bool = True) -> None:
         """Make the operand of the int8 product, which every later call on this device uses; `exact` as `cpu_linear`."""
@@ -159,3 +175,6 @@ class PackedLinear(PackedTensor):
             return x
         limits = code_range(self.spec.activation_bits or 8)
         return fake_quantize(x, self.input_scale.to(x.dtype), self.input_zero.to(x.dtype), *limits)
+
+
+register(Kind(lambda module: type(module) is nn.Linear, QuantLinear, PackedLinear))

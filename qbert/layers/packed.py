@@ -26,7 +26,8 @@ from torch import Tensor, nn
 from qbert.bits import TensorSpec
 from qbert.kernels import formats
 from qbert.layers.layout import FIXED_ZERO, PackedLayout
-from qbert.layers.quantizer import WeightQuantizer
+from qbert.layers.quantizer import WeightQuantizer, check_grid, note_grid
+from qbert.quantizers.activations import ActivationQuantizer
 from qbert.quantizers.groups import row_group_of
 
 
@@ -56,6 +57,7 @@ class PackedTensor(nn.Module):
     codes: Tensor | None
     scale: Tensor | None
     zero: Tensor | None
+    is_packed_matrix = True  # a table says no
 
     def __init__(self, rows: int, columns: int, layout: PackedLayout, source: PackedTensor | None = None) -> None:
         super().__init__()
@@ -112,6 +114,29 @@ class PackedTensor(nn.Module):
             return scale, owner.zero[group].float()
         return scale, torch.full_like(scale, FIXED_ZERO.get(self.layout.spec.scheme, 0.0))
 
+    @classmethod
+    @abstractmethod
+    def shaped_as(cls, module: Any, layout: PackedLayout, source: PackedTensor | None = None) -> PackedTensor:
+        """An empty packed twin with the shape of `module`, float or trainable."""
+        raise NotImplementedError
+
+    @abstractmethod
+    def float_module(self) -> nn.Module:
+        """The float module whose place this layer takes, without values (device meta)."""
+        raise NotImplementedError
+
+    def stored(self, matrix: Tensor) -> Tensor:
+        """A weight [O, I] in the layout in which `float_module` stores it."""
+        return matrix
+
+    def activation_twin(self) -> ActivationQuantizer | None:
+        """The trainable form of the input quantization; ``None`` if the input is not quantized."""
+        return None
+
+    def fill(self, layer: Any, memo: dict[int, Any]) -> None:
+        """Take bias, ranges, codes and grids of a trainable layer; `memo` is that of the copy under way."""
+        self._fill(layer.weight_quantizer, layer.matrix.detach())
+
     @abstractmethod
     def prepare(self, exact: bool = True) -> None:
         """Make what a subclass needs to be fast on the device it is on; `exact` as for `PackedLinear.cpu_linear`."""
@@ -150,6 +175,21 @@ class PackedTensor(nn.Module):
             if moved is not None and moved.dtype != buffer.dtype:
                 self._buffers[name] = buffer.to(moved.device)
         return self
+
+    def _grid(self) -> list[Any]:
+        spec, layout = self.spec, self.layout
+        kept = [layout.groups, layout.input_groups, layout.heads, layout.zero]
+        return [spec.bits, spec.scheme, spec.activation_bits, spec.activation_range, *kept]
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        note_grid(destination, prefix, self._grid())
+
+    def _load_from_state_dict(
+        self, state_dict: Any, prefix: str, local_metadata: Any, strict: bool, *lists: list[str]
+    ) -> None:
+        check_grid(prefix, local_metadata, self._grid(), lists[2])
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, *lists)
 
     def _fill(self, quantizer: WeightQuantizer, weight: Tensor) -> None:
         """Take codes and grids from a trained layer."""

@@ -8,7 +8,9 @@ Reference: Shen et al. 2020, sections 3.1 and 3.3.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +19,30 @@ from qbert.bits import TensorSpec
 from qbert.quantizers.grid import code_range, dequantize, fake_quantize, least_scale, quantize, scale_gradient
 from qbert.quantizers.ranges import SMALLEST_SCALE, GroupRanges, find_ranges, refit_scale
 from qbert.quantizers.rounding import round_compensated
+
+
+def note_grid(state: Any, prefix: str, grid: list[Any]) -> None:
+    """Write into the metadata of a state dict on what grid the tensors under `prefix` lie.
+
+    Bits, scheme and kind of activation range are no tensors, so that a state dict of another grid would fit.
+    """
+    if hasattr(state, "_metadata"):
+        state._metadata.setdefault(prefix[:-1], {})["grid"] = grid
+
+
+def check_grid(prefix: str, metadata: Mapping[str, Any], grid: list[Any], errors: list[str]) -> None:
+    """Add a sentence to `errors` if a state dict was made on another grid; one without metadata cannot be checked."""
+    found = metadata.get("grid")
+    if found is not None and list(found) != grid:
+        errors.append(
+            f"{prefix[:-1]}: the state dict holds values for {_told(found)}, the layer computes with {_told(grid)}; "
+            "quantize the model with the same configuration, or load a model that was saved with from_pretrained"
+        )
+
+
+def _told(grid: Sequence[Any]) -> str:
+    names = ("bits", "scheme", "activation bits", "activation range")
+    return ", ".join(f"{name} {value}" for name, value in zip(names, grid, strict=False))
 
 
 class WeightQuantizer(nn.Module):
@@ -145,12 +171,21 @@ class WeightQuantizer(nn.Module):
         self, weight: Tensor, rows: Tensor | None, dtype: torch.dtype | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
         dtype = dtype or weight.dtype
+        if rows is None and len(weight) != len(self.row_group):
+            raise ValueError(self.resized(len(weight)))
         group = self.row_group if rows is None else self.row_group[rows]
         scale = self.scale[group].unsqueeze(-1).to(dtype)  # [..., K, 1]
         if dtype == torch.float16:  # of a row of zeros, once the model was made half, the scale is 0
             scale = scale.clamp_min(least_scale(dtype, SMALLEST_SCALE))
         zero = self.zero[group].unsqueeze(-1).to(dtype)
         return weight.unflatten(-1, (self.input_groups, -1)), scale, zero
+
+    def resized(self, rows: int) -> str:
+        """A sentence for a weight that has `rows` rows and not those that the grids were made for."""
+        return (
+            f"weight: it has {rows} rows, its grids were made for {len(self.row_group)}; resize the float model "
+            "(resize_token_embeddings) and call quantize_model on that"
+        )
 
     def extra_repr(self) -> str:
         """Shown in the module tree."""

@@ -56,6 +56,8 @@ def _quantized_once(x: Tensor, function: type[torch.autograd.Function], levels: 
 
     What is kept dies with `x`, and is not used after `x` was changed in place.
     """
+    if torch.jit.is_tracing():  # a trace with a Python function in it cannot be saved
+        return function.forward(None, x, levels)  # type: ignore[no-any-return]
     # A leaf is referred to by the graph of what is made of it, so the two would keep each other alive.
     if torch.compiler.is_compiling() or x.is_inference() or (x.is_leaf and x.requires_grad):
         return function.apply(x, levels)  # type: ignore[no-any-return]
@@ -156,7 +158,7 @@ class ActivationQuantizer(nn.Module):
             return _quantized_once(x, _PerToken, self.qmax)
         if self.mode == "asymmetric":
             return _quantized_once(x, _PerTokenAsymmetric, self.qmax - self.qmin)
-        if torch.isnan(self.scale):
+        if not torch.compiler.is_compiling() and torch.isnan(self.scale):
             raise RuntimeError("static activation range is not calibrated; pass calibration_data to quantize_model")
         scale = self.scale
         if scale.requires_grad:

@@ -90,6 +90,8 @@ def fake_quantize(w: Tensor, scale: Tensor, zero: Tensor, qmin: int, qmax: int) 
     it is (q - w/s - z) inside and (q_min or q_max) - z outside (LSQ eq. 3, with a zero point); with respect to `zero`
     it is -s outside and zero inside. `scale` and `zero` broadcast against `w`.
     """
+    if torch.jit.is_tracing():  # a trace with a Python function in it cannot be saved
+        return (torch.div(w, scale).add_(zero).round_().clamp_(qmin, qmax) - zero) * scale
     return _FakeQuantize.apply(w, scale, zero, qmin, qmax)
 
 

@@ -1,9 +1,10 @@
-"""Packed models on disk: ``save_pretrained`` and ``from_pretrained`` through transformers' own quantizer registry.
+"""Quantized models on disk: ``save_pretrained`` and ``from_pretrained`` through transformers' own quantizer registry.
 
-A saved model is ``model.safetensors`` with the packed tensors, ``config.json`` whose ``quantization_config`` holds the
-layout of every packed tensor under its name relative to the base model (so that `AutoModel` and every head class load
-it) and a SHA-256 digest of both, and a model card. After ``import qbert`` every ``from_pretrained`` of transformers
-reads such a folder; without it transformers only warns and returns random weights, which `load` cannot do.
+A saved model is ``model.safetensors`` and ``config.json``, whose ``quantization_config`` holds the layout of every
+quantized tensor under its name relative to the base model (so that `AutoModel` and every head class load it) and
+SHA-256 digests of all, and a model card. The tensors are the packed ones, or float weights and grids of a model in
+training. After ``import qbert`` every ``from_pretrained`` of transformers reads such a folder; without it, it finds no
+weights (see `qbert.saving.folder`).
 
     >>> qbert.pack(student).save_pretrained("out")
     >>> model = AutoModelForSequenceClassification.from_pretrained("out")   # or qbert.load("out")
@@ -26,13 +27,16 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from qbert.encoders.replace import replace_everywhere
 from qbert.encoders.targets import base_model
+from qbert.encoders.weights import weight_matrix
 from qbert.inference.forward import remove_fast_forwards
-from qbert.layers.embedding import PackedEmbedding
+from qbert.layers.kind import kind_of
 from qbert.layers.layout import PackedLayout
-from qbert.layers.linear import PackedLinear, PackedTensor
-from qbert.saving.folder import Saver, check_digest
+from qbert.layers.packed import PackedTensor
+from qbert.layers.recurrent import open_recurrent
+from qbert.saving.folder import NO_WEIGHTS, TRAINABLE_RECORD, check_configuration, check_folder
 from qbert.saving.records import (
     FORMAT_VERSION,
+    GRID_PARTS,
     METHOD,
     check_index,
     configuration,
@@ -42,12 +46,13 @@ from qbert.saving.records import (
     load_complete,
     read_layout,
 )
-from qbert.saving.trainable import RECORD, load_trainable
+from qbert.saving.sentences import is_sentence_model, load_sentence_model
+from qbert.saving.trainable import load_trainable, make_trainable, refuse_lost_bits
 
 
 @register_quantization_config(METHOD)
 class QBertConfig(QuantizationConfigMixin):
-    """The ``quantization_config`` of a packed model: which tensors are packed, and how.
+    """The ``quantization_config`` of a quantized model: which tensors are quantized, and how.
 
     Attributes:
         format_version: version of the file format.
@@ -55,6 +60,11 @@ class QBertConfig(QuantizationConfigMixin):
         tensors: {module name relative to the base model: label}.
         tied: {module name: name of the module whose codes it uses}.
         sha256: digest of this configuration and all tensors of the files; ``None`` before the model is saved.
+        config_sha256: digest of the rest of config.json; ``None`` before the model is saved, and in older files.
+        weights: name of the file of the tensors, or of its index; ``None`` likewise.
+        form: ``packed``, or ``trainable`` for float weights with the grids that they are quantized on.
+        prefix: path of the base model, under which a trainable one's grids lie in the files.
+        replaces: files of an earlier model, where the save was killed before they were removed.
 
     Raises:
         ValueError: for a newer or unknown format.
@@ -67,6 +77,11 @@ class QBertConfig(QuantizationConfigMixin):
         tensors: dict[str, str] | None = None,
         tied: dict[str, str] | None = None,
         sha256: str | None = None,
+        config_sha256: str | None = None,
+        weights: str | None = None,
+        form: str = "packed",
+        prefix: str | None = None,
+        replaces: list[str] | None = None,
         quant_method: str = METHOD,
         **unknown: Any,
     ) -> None:
@@ -76,11 +91,21 @@ class QBertConfig(QuantizationConfigMixin):
                 f"quantization_config: {found} is not of format {FORMAT_VERSION}, which this qbert reads; "
                 "install the version of qbert that wrote the model, or pack it again"
             )
+        if form not in ("packed", "trainable") or not isinstance(weights, str | None):
+            raise ValueError("quantization_config: 'form' or 'weights' is impossible; config.json is damaged")
         if not (isinstance(specs, dict) and isinstance(tensors, dict) and isinstance(tied, dict)) or not tensors:
             raise ValueError("quantization_config: 'specs', 'tensors' or 'tied' is missing; config.json is damaged")
         self.quant_method = METHOD  # type: ignore[assignment]
         self.format_version = format_version
         self.specs, self.tensors, self.tied, self.sha256 = specs, tensors, tied, sha256
+        self.config_sha256, self.weights, self.form, self.prefix = config_sha256, weights, form, prefix
+        self.replaces = replaces
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values; what older files do not have is left out where it says nothing."""
+        values = super().to_dict()
+        silent = {"config_sha256": None, "weights": None, "form": "packed", "prefix": None, "replaces": None}
+        return {k: v for k, v in values.items() if k not in silent or v != silent[k]}
 
     def layout(self, name: str) -> PackedLayout:
         """The layout of the tensor of module `name`. Raises ValueError if the record is damaged."""
@@ -89,7 +114,7 @@ class QBertConfig(QuantizationConfigMixin):
 
 @register_quantizer(METHOD)
 class QBertHfQuantizer(HfQuantizer):  # type: ignore[misc]
-    """What transformers calls while it loads and saves a packed model."""
+    """What transformers calls while it loads and saves a quantized model."""
 
     requires_calibration = False
     quantization_config: QBertConfig
@@ -102,15 +127,39 @@ class QBertHfQuantizer(HfQuantizer):  # type: ignore[misc]
                 "and call qbert.quantize_model and qbert.pack"
             )
 
+    def update_attn_implementation(self, config: Any) -> Any:
+        """Name the weights: the one call with the configuration that comes before transformers looks for them."""
+        if self.quantization_config.weights is not None:
+            config.transformers_weights = self.quantization_config.weights
+        elif getattr(config, "transformers_weights", None) == NO_WEIGHTS:
+            del config.transformers_weights
+        return config
+
+    # What that call is named in older versions.
+    update_tp_plan = update_attn_implementation
+
     def _process_model_before_weight_loading(
         self, model: nn.Module, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> None:
         if checkpoint_files is not None:
-            check_digest(checkpoint_files, self.quantization_config.to_dict())
-        swap_in_packed(model, self.quantization_config)
+            check_folder(checkpoint_files, self.quantization_config.to_dict())
+        if self.quantization_config.form == "packed":
+            swap_in_packed(model, self.quantization_config)
+            return
+        self.files = [Path(file) for file in checkpoint_files or ()]
+        known: Any = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
+        ours = {rf"\.{part.strip('.')}\." for part in GRID_PARTS}
+        model._keys_to_ignore_on_load_unexpected = {*known, *ours}  # type: ignore[assignment] # read after the weights
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
-        mark_packed(model)
+        if hasattr(model.config, "transformers_weights"):
+            del model.config.transformers_weights
+        if self.quantization_config.form == "packed":
+            mark_packed(model)
+        else:
+            make_trainable(model, self.quantization_config.to_dict(), self.files)
+            del model._keys_to_ignore_on_load_unexpected
+            unmark_packed(model)
         return model
 
     def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
@@ -127,7 +176,17 @@ class QBertHfQuantizer(HfQuantizer):  # type: ignore[misc]
     @property
     def is_trainable(self) -> bool:
         """Packed models cannot be trained; `qbert.unpack` gives the form that can."""
-        return False
+        return self.quantization_config.form == "trainable"
+
+    @property
+    def is_qat_trainable(self) -> bool:
+        """As `is_trainable`; asked by a Trainer, to which it tells the way. Raises ValueError for a packed model."""
+        if self.quantization_config.form == "packed":
+            raise ValueError(
+                "model: a packed, quantized model cannot be trained, its weights are integers; "
+                "train what qbert.unpack(model) returns and pack it again"
+            )
+        return True
 
     @property
     def is_compileable(self) -> bool:
@@ -144,6 +203,7 @@ def swap_in_packed(model: nn.Module, config: QBertConfig) -> None:
         ValueError: if a name does not fit the model.
     """
     prefix, base = base_model(model)
+    open_recurrent(model, {path for name in config.tensors for path in (name, f"{prefix}.{name}")})
     placed: dict[str, PackedTensor] = {}
     for name in sorted(config.tensors, key=lambda n: n in config.tied):
         path = find_module(model, prefix, base, name)
@@ -163,27 +223,22 @@ def swap_in_packed(model: nn.Module, config: QBertConfig) -> None:
 
 
 def _empty_twin(module: nn.Module, name: str, layout: PackedLayout, source: PackedTensor | None) -> PackedTensor:
-    if type(module) not in (nn.Linear, nn.Embedding):
-        raise ValueError(f"quantization_config: {name} is a {type(module).__name__}, not nn.Linear or nn.Embedding")
-    rows, columns = module.weight.shape  # type: ignore[union-attr, misc]
+    kind = kind_of(module)
+    if kind is None or not kind.covers(module):
+        raise ValueError(f"quantization_config: {name} is a {type(module).__name__}, no layer that could be packed")
+    rows, columns = weight_matrix(module).shape
     if layout.groups > rows or columns % layout.input_groups or (layout.heads and rows % layout.heads):
         raise ValueError(f"quantization_config: the layout of {name} does not fit its shape [{rows}, {columns}]")
     with torch.device("meta"):
-        if isinstance(module, nn.Embedding):
-            return PackedEmbedding(rows, columns, module.padding_idx, layout, source)
-        return PackedLinear(columns, rows, module.bias is not None, layout, source)
+        return kind.packed.shaped_as(module, layout, source)
 
 
 def _float_twin(layer: PackedTensor, dtype: torch.dtype) -> nn.Module:
-    twin: nn.Linear | nn.Embedding
-    if isinstance(layer, PackedEmbedding):
-        twin = nn.Embedding(layer.num_embeddings, layer.embedding_dim, layer.padding_idx, device="meta")
-    else:
-        assert isinstance(layer, PackedLinear)
-        twin = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
-        twin.bias = layer.bias  # type: ignore[assignment]
-    twin.weight = nn.Parameter(layer.quantized_weight().to(dtype))
-    return twin.eval()
+    twin: Any = layer.float_module()
+    if getattr(layer, "bias", None) is not None:
+        twin.bias = layer.bias
+    twin.weight = nn.Parameter(layer.stored(layer.quantized_weight()).to(dtype))
+    return twin.eval()  # type: ignore[no-any-return]
 
 
 def _pack_tied_heads(model: nn.Module) -> None:
@@ -208,7 +263,6 @@ def mark_packed(model: nn.Module) -> None:
     for inner in reversed(list(model.modules())):
         if isinstance(inner, PreTrainedModel) and any(isinstance(m, PackedTensor) for m in inner.modules()):
             module: Any = inner
-            module.save_pretrained = Saver(module)
             if not is_complete(module):
                 continue  # saving it alone is refused by name
             config = QBertConfig(**describe(module))
@@ -224,32 +278,38 @@ def unmark_packed(model: nn.Module) -> None:
 
     for module in model.modules():
         if isinstance(module, PreTrainedModel):
-            for name in ("hf_quantizer", "quantization_method", "save_pretrained", "is_quantized"):
+            for name in ("hf_quantizer", "quantization_method", "is_quantized"):
                 module.__dict__.pop(name, None)
-            module.config.__dict__.pop("quantization_config", None)
+            for name in ("quantization_config", "_is_quantized"):
+                module.config.__dict__.pop(name, None)
 
 
 def load(path: str | os.PathLike[str], **kwargs: Any) -> Any:
-    """The model in a folder or on the hub, of the class that was saved: packed, or as `save_trainable` wrote it.
+    """The model in a folder or on the hub, of the class that was saved: packed, trainable, or a SentenceTransformer.
 
-    Unlike ``from_pretrained`` it refuses anything that is not a complete packed model.
+    Unlike ``from_pretrained`` it refuses anything that is not a complete quantized model.
 
     Args:
-        path: folder that ``save_pretrained`` wrote, or a hub name.
+        path: folder that ``save_pretrained``, ``Trainer.save_model`` or `save_trainable` wrote, or a hub name.
         **kwargs: passed on to ``from_pretrained`` (``dtype``, ``device_map``, ``revision``, ...).
 
     Raises:
-        ValueError: if the model is not packed, or its files are damaged or incomplete.
+        ValueError: if the model is not quantized, or its files are damaged or incomplete.
         OSError: if there is no such model.
     """
     folder = Path(path) / kwargs.get("subfolder", "")
-    check_index(folder)
-    if (folder / RECORD).is_file():
-        return load_trainable(folder, **{k: v for k, v in kwargs.items() if k != "subfolder"})
     hub = {k: kwargs[k] for k in ("revision", "token", "cache_dir", "subfolder", "local_files_only") if k in kwargs}
     values = configuration(path, **hub)
     record = values.get("quantization_config")
     method = record.get("quant_method") if isinstance(record, dict) else record
-    if method != METHOD:
+    check_index(folder, record.get("weights") if isinstance(record, dict) else None)
+    if (folder / TRAINABLE_RECORD).is_file() and record is None:
+        return load_trainable(folder, **{k: v for k, v in kwargs.items() if k != "subfolder"})
+    if method != METHOD or not isinstance(record, dict):
+        refuse_lost_bits(folder)
         raise ValueError(f"{path} is not a packed model (quant_method is {method!r}); load it with from_pretrained")
+    if (folder / "config.json").is_file():
+        check_configuration(folder)
+    if is_sentence_model(path, **hub):
+        return load_sentence_model(path, **kwargs)
     return load_complete(path, values, **kwargs)

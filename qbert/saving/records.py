@@ -15,27 +15,52 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from qbert.bits import TensorSpec, spec_to_dict
 from qbert.encoders.targets import base_model
 from qbert.files import read_json
-from qbert.layers.layout import PackedLayout
-from qbert.layers.linear import PackedTensor
+from qbert.layers.kind import TrainableLayer
+from qbert.layers.layout import PackedLayout, layout_of
+from qbert.layers.packed import PackedTensor
 
 METHOD = "qbert"
 FORMAT_VERSION = 1
+GRID_PARTS = (".weight_quantizer.", ".activation_quantizer.")
 _LAYOUT_FIELDS = ("heads", "input_groups", "zero")
+
+
+def is_quantized(model: nn.Module) -> bool:
+    """Whether a layer of `model` is fake-quantized or packed."""
+    return any(isinstance(m, (PackedTensor, TrainableLayer)) for m in model.modules())
+
+
+def is_trainable(model: nn.Module) -> bool:
+    """Whether a layer of `model` is fake-quantized."""
+    return any(isinstance(m, TrainableLayer) for m in model.modules())
 
 
 def describe(model: nn.Module) -> dict[str, Any]:
     """The record of `model`: format_version, specs {label: values}, tensors {name: label} and tied {name: name}.
 
+    That of a fake-quantized model also has ``form`` and the ``prefix`` of its base model, under which its grids lie.
+
     Raises:
-        ValueError: if two packed modules have the same name relative to the base model, or a layer is tied to one
-            outside of `model`.
+        ValueError: if two quantized modules have the same name relative to the base model, a layer is tied to one
+            outside of `model`, or some layers are packed and others fake-quantized.
     """
     prefix, _ = base_model(model)
+    if is_trainable(model):
+        mixed = next((path for path, m in model.named_modules() if isinstance(m, PackedTensor)), None)
+        if mixed is not None:
+            raise ValueError(f"model: {mixed} is packed and other layers are not; pack or unpack the whole model")
+        found = {p: m for p, m in model.named_modules() if isinstance(m, TrainableLayer)}
+        for path, trained in found.items():
+            if len(trained.matrix) != len(trained.weight_quantizer.row_group):
+                raise ValueError(f"model: {path}: {trained.weight_quantizer.resized(len(trained.matrix))}")
+        specs, tensors = record_layouts(prefix, {path: layout_of(trained) for path, trained in found.items()})
+        record = {"format_version": FORMAT_VERSION, "specs": specs, "tensors": tensors, "tied": {}}
+        return {**record, "form": "trainable", "prefix": prefix}
     layers = {path: m for path, m in model.named_modules() if isinstance(m, PackedTensor)}
     specs, tensors = record_layouts(prefix, {path: layer.layout for path, layer in layers.items()})
     names = {id(layer): name for layer, name in zip(layers.values(), tensors, strict=True)}
@@ -49,6 +74,33 @@ def describe(model: nn.Module) -> dict[str, Any]:
         if layer.owner is not layer:
             tied[names[id(layer)]] = names[id(layer.owner)]
     return {"format_version": FORMAT_VERSION, "specs": specs, "tensors": tensors, "tied": tied}
+
+
+def file_state(model: nn.Module, state: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
+    """What is written of a fake-quantized `model`: `state`, or its own, with grids that layers share written for each.
+
+    transformers knows which weights are tied, but not that their grids are.
+    """
+    content = dict(model.state_dict() if state is None else state)
+    return {k: v.clone() if any(part in k for part in GRID_PARTS) else v for k, v in content.items()}
+
+
+def counts_by_bits(model: nn.Module) -> dict[int, tuple[int, int]]:
+    """Bits -> (tensors, values) of the quantized tensors of `model`, each shared one once."""
+    counts: dict[int, tuple[int, int]] = {}
+    seen: set[int] = set()
+    for layer in model.modules():
+        if isinstance(layer, PackedTensor):
+            key, bits, values = id(layer.owner), layer.layout.bits, layer.rows * layer.columns
+        elif isinstance(layer, TrainableLayer):
+            key, bits, values = id(layer.weight), layer.weight_quantizer.bits, layer.weight.numel()
+        else:
+            continue
+        if key not in seen:
+            seen.add(key)
+            tensors, before = counts.get(bits, (0, 0))
+            counts[bits] = tensors + 1, before + values
+    return counts
 
 
 def is_complete(model: nn.Module) -> bool:
@@ -105,26 +157,40 @@ def configuration(path: str | os.PathLike[str], **hub: Any) -> dict[str, Any]:
     """
     import transformers
 
-    values, _ = transformers.PreTrainedConfig.get_config_dict(path, **hub)
+    local = Path(path) / hub.get("subfolder", "") / "config.json"
+    if local.is_file():
+        values = read_json(local)
+    else:
+        values, _ = transformers.PreTrainedConfig.get_config_dict(path, **hub)
     if not isinstance(values, dict):
         raise ValueError(f"{path}: config.json does not hold the configuration of a model; copy the folder again")
     return values
 
 
-def check_index(folder: Path) -> None:
-    """Check the index of a model in several files, if `folder` has one, before transformers trips over it.
+def check_index(folder: Path, weights: str | None = None) -> None:
+    """Check the index of a model in several files, if that is what `folder` holds, before transformers trips over it.
+
+    Args:
+        folder: of the model.
+        weights: name of the file of its tensors or of its index; as transformers looks for them where None.
 
     Raises:
-        ValueError: if it is damaged, or names a file that is not there.
+        ValueError: if it is damaged, or names a file that is not there or outside of the folder.
     """
-    index = folder / "model.safetensors.index.json"
-    if not index.is_file():
+    index = folder / (weights or "model.safetensors.index.json")
+    if not index.name.endswith(".index.json") or not index.is_file():
         return
+    if weights is None and (folder / "model.safetensors").is_file():
+        return  # what is left of another model
     content = read_json(index)
     files = content.get("weight_map") if isinstance(content, dict) else None
+    if isinstance(content, dict) and not isinstance(content.get("metadata"), dict):
+        files = None  # transformers reads it
     if not isinstance(files, dict) or not files or not all(isinstance(name, str) for name in files.values()):
         raise ValueError(f"{index} does not say which file holds which tensor; copy or download the folder again")
     for name in sorted(set(files.values())):
+        if Path(name).name != name or "\\" in name:
+            raise ValueError(f"{index} names {name}, outside of its folder; copy or download the folder again")
         if not (folder / name).is_file():
             raise ValueError(f"{index} names {name}, which is not there; copy or download the folder again")
 
@@ -151,7 +217,17 @@ def load_complete(path: str | os.PathLike[str], values: Mapping[str, Any], **kwa
             f"{path}: transformers {transformers.__version__} has no model class {name!r}, which config.json names; "
             "install the version that wrote it, or load with from_pretrained of your own class"
         )
-    model, report = model_class.from_pretrained(path, output_loading_info=True, **kwargs)  # type: ignore[union-attr]
+    # Foreign code that config.json may name is never run, and nobody is asked to.
+    kwargs = {"trust_remote_code": False, **kwargs} if name == "AutoModel" else kwargs
+    try:
+        model, report = model_class.from_pretrained(path, output_loading_info=True, **kwargs)  # type: ignore[union-attr]
+    except (AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
+        text = str(error).strip() or type(error).__name__
+        if isinstance(error, ValueError) and "\n" not in text and (str(path) in text or "quantization_config" in text):
+            raise
+        raise ValueError(
+            f"{path} cannot be loaded as {name} ({text.splitlines()[0]}); copy the folder again"
+        ) from error
     incomplete = sorted(report["missing_keys"]) + sorted(report["unexpected_keys"])
     if incomplete:
         raise ValueError(f"{path}: tensor {incomplete[0]!r} does not fit {name}; the files are not one model")

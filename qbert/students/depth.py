@@ -13,7 +13,7 @@ from typing import Any, TypeVar, cast
 
 from torch import nn
 
-from qbert.encoders.targets import base_model, encoder_layers
+from qbert.encoders.targets import base_model, main_layers
 
 Model = TypeVar("Model", bound=nn.Module)
 _DEPTH_NAMES = ("num_hidden_layers", "n_layers")
@@ -33,7 +33,7 @@ def student_with_layers(teacher: Model, layers: Sequence[int]) -> Model:
         ValueError: no layers, a layer that does not exist, or layers that share their weights (ALBERT), of which
             there is only one to keep: lower ``config.num_hidden_layers`` instead.
     """
-    found = encoder_layers(teacher)
+    stem, found = main_layers(teacher)
     _, base = base_model(teacher)
     config: Any = base.config
     depth = next((getattr(config, name) for name in _DEPTH_NAMES if hasattr(config, name)), len(found))
@@ -49,7 +49,7 @@ def student_with_layers(teacher: Model, layers: Sequence[int]) -> Model:
         raise ValueError(f"the teacher has no layer {wrong}; it has {len(found)}, numbered 0 to {len(found) - 1}")
     student = copy.deepcopy(teacher)
     _, base = base_model(student)
-    parent_name, _, list_name = found[0][0].rpartition(".")[0].rpartition(".")
+    parent_name, _, list_name = stem.rpartition(".")
     parent = base.get_submodule(parent_name)
     kept = cast(nn.ModuleList, getattr(parent, list_name))
     setattr(parent, list_name, nn.ModuleList(copy.deepcopy(kept[i]) for i in layers))

@@ -14,10 +14,9 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import nn
 
-from qbert.files import write_whole
+from qbert.files import check_tensors, write_tensors
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -31,7 +30,7 @@ def save_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.AdamW, 
             if parameter in optimizer.state:
                 tensors[f"{moment}/{name}"] = optimizer.state[parameter][moment]
     whole = {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}
-    write_whole(path, lambda aside: save_file(whole, aside, metadata={"step": str(step), "seconds": str(seconds)}))
+    write_tensors(path, whole, {"step": str(step), "seconds": str(seconds)})
 
 
 def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.AdamW) -> tuple[int, float]:
@@ -43,8 +42,8 @@ def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.AdamW) 
     if not path.is_file():
         return 0, 0.0
     try:
+        metadata = check_tensors(path)
         with safe_open(path, framework="pt") as file, torch.no_grad():
-            metadata = file.metadata()
             step, seconds = int(metadata["step"]), float(metadata["seconds"])
             stored = set(file.keys())
             for name, parameter in model.named_parameters():
@@ -54,6 +53,6 @@ def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.AdamW) 
                         "step": torch.tensor(float(step)),
                         **{m: file.get_tensor(f"{m}/{name}").to(parameter.device) for m in _MOMENTS},
                     }
-    except (SafetensorError, KeyError, TypeError, RuntimeError) as error:
+    except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"the checkpoint {path} cannot be read ({error}); delete it to start anew") from error
     return step, seconds

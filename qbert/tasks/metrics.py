@@ -23,14 +23,22 @@ _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
-def classification_scores(predictions: Any, references: Any) -> dict[str, float]:
-    """Accuracy, F1 of class 1 (macro F1 beyond two classes) and Matthews; predictions [N] or scores [N, C]."""
+def classification_scores(predictions: Any, references: Any, classes: int | None = None) -> dict[str, float]:
+    """Accuracy, F1 of class 1 (macro F1 beyond two classes) and Matthews.
+
+    Args:
+        predictions: classes [N] or scores [N, C].
+        references: classes [N].
+        classes: how many the task has; C, or one more than the largest that occurs, where None. Macro F1 is the mean
+            over those that occur among predictions or references: of the others nothing is known.
+    """
     from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 
     guesses, truth = np.asarray(predictions), np.asarray(references)
     if guesses.ndim == 2:
+        classes = classes or guesses.shape[1]
         guesses = guesses.argmax(axis=1)
-    binary = max(int(guesses.max()), int(truth.max())) <= 1
+    binary = (classes or 1 + max(int(guesses.max()), int(truth.max()))) <= 2
     average = {"average": "binary", "pos_label": 1} if binary else {"average": "macro"}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # one class only: F1 and Matthews are 0, and the numbers say so
@@ -57,8 +65,79 @@ def correlation_scores(predictions: Any, references: Any) -> dict[str, float]:
         }
 
 
+# Every alphabet of places in an entity (BIO, BILOU, BIOES, BMES, BMEWO) in the one that seqeval reads.
+_PLACES = {"B": "B", "I": "I", "M": "I", "L": "E", "E": "E", "U": "S", "S": "S", "W": "S"}
+_TAG_PATTERNS = (re.compile(r"(?P<place>[BIMLEUSW])[-_](?P<type>.+)", re.I),
+                 re.compile(r"(?P<type>.+)[-_](?P<place>[BIMLEUSW])", re.I))  # fmt: skip
+
+
+def entity_tags(label_names: Sequence[str]) -> dict[str, str] | None:
+    """What each tag of a task says about entities, as a BIOES tag; ``None`` for tags that every word has one of.
+
+    Read as entities: tags with the place in the entity before or after its type (B-PER, L_PER, PER-I; BIO, BILOU,
+    BIOES, BMES), and types without a place beside a tag O (PER, ORG), where neighbours of one type are one entity. Tags
+    without O and places, such as parts of speech, are no entities.
+
+    Raises:
+        ValueError: some tags have a place and others none; names both.
+    """
+    outside = next((name for name in ("O", "o") if name in label_names), None)
+    types = [name for name in label_names if name != outside]
+    for pattern in _TAG_PATTERNS:
+        parts = [pattern.fullmatch(name) for name in types]
+        if types and all(parts):
+            found = [(part["place"].upper(), part["type"]) for part in parts if part]
+            tags = {name: f"{_PLACES[place]}-{kind}" for name, (place, kind) in zip(types, found, strict=True)}
+            return tags if outside is None else {outside: "O", **tags}
+        placed = [name for name, part in zip(types, parts, strict=True) if part and part["place"] in "BI"]
+        if placed and pattern is _TAG_PATTERNS[0]:
+            other = next(name for name, part in zip(types, parts, strict=True) if not part)
+            raise ValueError(
+                f"tag {placed[0]!r} names a place in an entity (B, I, ...) and tag {other!r} none; write all in one "
+                "scheme, such as BIO"
+            )
+    return None if outside is None else {outside: "O", **{name: f"I-{name}" for name in types}}
+
+
+def tag_scores(
+    predictions: Sequence[Sequence[str]], references: Sequence[Sequence[str]], label_names: Sequence[str]
+) -> dict[str, float]:
+    """Entity scores, or where the task's tags name no entities (`entity_tags`) word accuracy and macro F1 of the tags.
+
+    Args:
+        predictions, references: a list of tags a sentence.
+        label_names: all tags of the task.
+    """
+    tags = entity_tags(label_names)
+    if tags is None:
+        return _word_scores(predictions, references, label_names)
+    found, wanted = ([[tags.get(tag, "O") for tag in row] for row in rows] for rows in (predictions, references))
+    return entity_scores(found, wanted) | {"accuracy": _word_accuracy(predictions, references)}
+
+
+def _word_accuracy(predictions: Sequence[Sequence[str]], references: Sequence[Sequence[str]]) -> float:
+    pairs = [pair for rows in zip(predictions, references, strict=True) for pair in zip(*rows, strict=True)]
+    return 100.0 * sum(guess == tag for guess, tag in pairs) / max(len(pairs), 1)
+
+
+def _word_scores(
+    predictions: Sequence[Sequence[str]], references: Sequence[Sequence[str]], label_names: Sequence[str]
+) -> dict[str, float]:
+    from sklearn.metrics import precision_recall_fscore_support
+
+    guesses, truth = ([tag for row in rows for tag in row] for rows in (predictions, references))
+    seen = {*guesses, *truth}
+    precision, recall, f1, _ = precision_recall_fscore_support(
+        truth, guesses, labels=[name for name in label_names if name in seen], average="macro", zero_division=0.0
+    )
+    scores = {"f1": f1, "precision": precision, "recall": recall}
+    return {name: 100.0 * float(value) for name, value in scores.items()} | {
+        "accuracy": _word_accuracy(predictions, references)
+    }
+
+
 def entity_scores(predictions: Sequence[Sequence[str]], references: Sequence[Sequence[str]]) -> dict[str, float]:
-    """Micro-averaged entity precision, recall and F1 over BIO tag lists: an entity counts when span and type agree."""
+    """Micro-averaged entity precision, recall and F1 over BIO or BIOES tag lists: span and type have to agree."""
     from seqeval.metrics import f1_score, precision_score, recall_score
 
     guesses, truth = [list(tags) for tags in predictions], [list(tags) for tags in references]

@@ -19,6 +19,7 @@ from typing import Any
 from qbert.tasks import local
 from qbert.tasks.embedded import read_reviews
 from qbert.tasks.heads import quiet_libraries
+from qbert.tasks.metrics import entity_tags
 from qbert.tasks.task import Kind, Row, Task, check_rows
 
 _CONLL_HUB_ORDER = ("O", "B-PER", "I-PER", "B-ORG", "I-ORG", "B-LOC", "I-LOC", "B-MISC", "I-MISC")
@@ -191,8 +192,8 @@ def load_task(name: str = "reviews", *, data_dir: str | Path | None = None, drop
     Args:
         name: one of `TASK_NAMES`, or with `data_dir` the name of any folder in it. A folder of an unknown name is
             read by its fields: `text` (after its `title`, where it has one) or `sentence` or a pair of them with
-            `label` (int or name: classification; float: regression), `tokens` with `tags` or `ner_tags` (names), or
-            SQuAD's JSON layout.
+            `label` (int or name: classification; float: regression), `tokens` with `tags` or `ner_tags` (names),
+            `question` and `context` with `answers`, or SQuAD's JSON layout.
         data_dir: folder with one folder a task (``sst2/train.jsonl.gz``), or itself the folder of the task.
         drop_inexact_spans: leave out training questions whose answer position is marked as a guess
             (``start_exact`` false).
@@ -227,7 +228,10 @@ def _local_task(name: str, data_dir: Path, drop_inexact_spans: bool) -> Task:
         name = folder.resolve().name
         kind, fields, tag_field = local.infer_layout(folder)
         splits = local.read_splits(folder, kind, fields, tag_field)
-        spec = _inferred_spec(kind, fields, splits)
+        try:
+            spec = _inferred_spec(kind, fields, splits)
+        except ValueError as error:
+            raise ValueError(f"task {name!r} ({folder}): {error}") from None
         splits = local.encode_labels(splits, spec.label_names) if kind == "classification" else splits
     if drop_inexact_spans and spec.kind == "span":
         exact = [row for row in splits["train"] if all(row["answers"]["start_exact"])]
@@ -243,15 +247,17 @@ def _inferred_spec(kind: Kind, fields: tuple[str, ...], splits: Mapping[str, Seq
         # What is no list of names is left for the check of the rows, which names it.
         lists = [row["tags"] for rows in splits.values() for row in rows if isinstance(row["tags"], list)]
         tags = {tag for tags in lists for tag in tags if isinstance(tag, str)}
-        names = ("O", *sorted(tags - {"O"}, key=lambda tag: (tag[2:], tag)))
-    metrics: tuple[str, ...] = {
+        names = tuple(sorted(tags - {"O"}, key=lambda tag: (tag[2:], tag)))
+        if "O" in tags or entity_tags(names) is not None:
+            names = ("O", *names)
+    scores: tuple[str, ...] = {
         "classification": ("accuracy", "f1"),
         "regression": ("pearson", "spearman"),
-        "token": _ENTITY,
+        "token": ("accuracy", "f1") if kind == "token" and entity_tags(names) is None else _ENTITY,
         "span": ("exact_match", "f1"),
     }[kind]
-    primary = {"classification": "accuracy", "regression": "spearman", "token": "f1", "span": "f1"}[kind]
-    return TaskSpec(kind, fields, names, metrics, primary, None, _TWO)
+    primary = {"regression": "spearman", "span": "f1"}.get(kind, "f1" if scores == _ENTITY else "accuracy")
+    return TaskSpec(kind, fields, names, scores, primary, None, _TWO)
 
 
 def _task(name: str, spec: TaskSpec, splits: Mapping[str, Sequence[Row]], source: str) -> Task:

@@ -11,7 +11,7 @@ kind                row
 ==================  ==========================================================================================
 ``classification``  one or two text fields, ``label``: int, an index into ``label_names``
 ``regression``      one or two text fields, ``label``: float
-``token``           ``tokens``: list of words, ``tags``: list of tag names of the same length (BIO2 for entities)
+``token``           ``tokens``: list of words, ``tags``: list of tag names of the same length (`metrics.entity_tags`)
 ``span``            ``id``, ``question``, ``context``, ``answers``: {``text``, ``answer_start``, ``start_exact``}
 ==================  ==========================================================================================
 """
@@ -24,6 +24,8 @@ import math
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
+from numbers import Integral, Real
 from typing import Any, Literal
 
 from qbert.tasks import metrics
@@ -93,13 +95,14 @@ class Task:
                 f"score of {self.name!r} needs as many predictions as references and at least one of each, "
                 f"got {len(predictions)} and {len(references)}"
             )
-        scorer: Callable[..., dict[str, float]] = {
-            "classification": metrics.classification_scores,
+        # What F1 means follows from the task's labels, not from those that happen to occur in these rows.
+        scorers: dict[str, Callable[..., dict[str, float]]] = {
+            "classification": partial(metrics.classification_scores, classes=len(self.label_names)),
             "regression": metrics.correlation_scores,
-            "token": metrics.entity_scores,
+            "token": partial(metrics.tag_scores, label_names=self.label_names),
             "span": metrics.squad_scores,
-        }[self.kind]
-        scores = scorer(predictions, references)
+        }
+        scores = scorers[self.kind](predictions, references)
         return {name: scores[name] for name in self.metric_names}
 
     def subset(self, train: int | None = None, validation: int | None = None, seed: int = 0) -> Task:
@@ -172,38 +175,48 @@ def check_rows(task: Task) -> None:
             f"task {task.name!r} ({task.source}) has {len(task.label_names)} class(es) in its data; "
             "classification needs at least two"
         )
+    if task.kind == "token":
+        try:
+            metrics.entity_tags(task.label_names)
+        except ValueError as error:
+            raise ValueError(f"task {task.name!r} ({task.source}): {error}") from None
+    for split, rows in task.splits.items():
+        if len(rows) == 0:
+            raise ValueError(f"split {split!r} of task {task.name!r} ({task.source}) is empty; give it rows")
+        check_split(task, split, rows)
+
+
+def check_split(task: Task, split: str, rows: Sequence[Row]) -> None:
+    """Raise ValueError at the first of `rows`, which are rows of `split`, that the head could not be trained on."""
     check = {
         "classification": _check_class,
         "regression": _check_number,
         "token": _check_tags,
         "span": _check_span,
     }[task.kind]
-    for split, rows in task.splits.items():
-        if len(rows) == 0:
-            raise ValueError(f"split {split!r} of task {task.name!r} ({task.source}) is empty; give it rows")
-        for i, row in enumerate(rows):
-            for name in task.text_fields:
-                if name != "tokens" and not isinstance(row[name], str):
-                    raise ValueError(_message(task, split, i, f"{name} is {row[name]!r}, expected text"))
-            problem = check(row, task)
-            if problem:
-                raise ValueError(_message(task, split, i, problem))
-
-
-def _message(task: Task, split: str, index: int, problem: str) -> str:
-    return f"row {index} of split {split!r} of task {task.name!r} ({task.source}): {problem}"
+    for row in rows:
+        wrong = [name for name in task.text_fields if name != "tokens" and not isinstance(row[name], str)]
+        problem = f"{wrong[0]} is {row[wrong[0]]!r}, expected text" if wrong else check(row, task)
+        if problem:
+            index = next(i for i, other in enumerate(task.rows(split)) if other is row)
+            raise ValueError(f"row {index} of split {split!r} of task {task.name!r} ({task.source}): {problem}")
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+
+
+_UNLABELLED = (-1, -100)  # as the hub and the loss functions mark it
 
 
 def _check_class(row: Row, task: Task) -> str:
     label, last = row["label"], len(task.label_names) - 1
-    if isinstance(label, bool) or not isinstance(label, int):
-        return f"label is {label!r}, expected an integer from 0 to {last} ({', '.join(task.label_names)})"
-    if not 0 <= label <= last:
-        return f"label {label} is out of range, expected 0 to {last} ({', '.join(task.label_names)})"
+    classes = f"0 to {last} ({', '.join(task.label_names)})"
+    if isinstance(label, bool) or not isinstance(label, Integral):
+        return f"label is {label!r}, expected an integer from {classes}"
+    if not 0 <= int(label) <= last:
+        mend = "; it marks a row without a label: leave such rows out" if label in _UNLABELLED else ""
+        return f"label {label} is out of range, expected {classes}{mend}"
     return ""
 
 
@@ -234,6 +247,8 @@ def _check_span(row: Row, task: Task) -> str:
     answers = row["answers"]
     if not answers["text"]:
         return f"question {row['id']!r} has no answer (SQuAD v1.1 has at least one; v2 is not supported)"
+    if not all(text.strip() for text in answers["text"]):
+        return f"an answer of question {row['id']!r} is empty; give it words, or leave the question out"
     for text, start in zip(answers["text"], answers["answer_start"], strict=True):
         if row["context"][start : start + len(text)] != text:
             return f"answer {text!r} of question {row['id']!r} does not stand at answer_start={start} of its context"

@@ -33,9 +33,20 @@ import transformers
 from torch import nn
 from tqdm.auto import tqdm
 
-from qbert.files import read_json, write_json
+from qbert.files import (
+    damaged_file,
+    file_sha256,
+    files_sha256,
+    flush,
+    flush_folder,
+    own_name,
+    read_json,
+    remove_abandoned,
+    write_json,
+    writing,
+)
 from qbert.tasks.checkpoint import load_checkpoint, save_checkpoint
-from qbert.tasks.embedded import embedded_encoder, file_sha256
+from qbert.tasks.embedded import embedded_encoder
 from qbert.tasks.encoding import Prepared, prepare, resolve_max_length, training_order
 from qbert.tasks.evaluation import evaluate
 from qbert.tasks.heads import build_model, load_quietly, quiet_libraries
@@ -128,7 +139,8 @@ def default_settings(task: Task, hidden_size: int, **changes: int | float | None
     return TrainingSettings(**values)  # type: ignore[arg-type]
 
 
-_FORMAT = 2  # of the cache; raised when the training below changes
+# Of the cache, by kind of task; raised when the training below, or what it reads, changes.
+_FORMAT = {"classification": 2, "regression": 2, "token": 3, "span": 3}
 _SECONDS_BETWEEN_CHECKPOINTS = 60.0
 _EPOCH_EVALUATION_ROWS = 1000
 
@@ -227,7 +239,7 @@ def _key(task: Task, source: str, settings: TrainingSettings, device: torch.devi
     held_out = {split: task.fingerprint(split) for split in task.splits}
     return run_key(
         {
-            "format": _FORMAT,
+            "format": _FORMAT[task.kind],
             "model": weights_id(source),
             "data": held_out,
             "settings": asdict(settings),
@@ -248,7 +260,9 @@ def _train(
         max_length=resolve_max_length(task, tokenizer, settings.max_length),
         limit=settings.train_limit,
         seed=settings.seed,
-    )
+    ).with_labels()
+    if not len(data):
+        raise ValueError(f"no word of the training rows of {task.name!r} has a tag; there is nothing to learn")
     steps_per_epoch = -(-len(data) // settings.batch_size)
     total = steps_per_epoch * settings.epochs
     optimizer = _optimizer(model, settings)
@@ -340,28 +354,52 @@ def _report_epoch(model: nn.Module, task: Task, tokenizer: Any, settings: Traini
 
 
 def _save_entry(entry: Path, model: Any, tokenizer: Any, record: dict[str, Any]) -> None:
-    aside = Path(tempfile.mkdtemp(prefix=f".{entry.name}.", dir=entry.parent))
+    """Write the cache entry, unless another process has finished the same one meanwhile: theirs may be in use."""
+    remove_abandoned(entry.parent, "", before=f"{entry.name}.")
+    aside = entry.with_name(own_name(f"{entry.name}.", ""))
+    damaged = entry.with_name(own_name(f"{entry.name}.", ""))
     try:
-        with quiet_libraries():
-            model.save_pretrained(aside)
-        tokenizer.save_pretrained(aside)
-        write_json(aside / "training.json", record | {"sha256": file_sha256(aside / "model.safetensors")})
-        if entry.exists():
-            shutil.rmtree(entry)  # left by a run that was the same but is not readable, or finished meanwhile
-        os.replace(aside, entry)
+        with writing(entry):
+            aside.mkdir()
+            with quiet_libraries():
+                model.save_pretrained(aside)
+            tokenizer.save_pretrained(aside)
+            write_json(aside / "training.json", record | {"files": files_sha256(aside)})
+            for file in aside.iterdir():
+                flush(file)
+            if entry.exists() and _damage(entry):
+                os.replace(entry, damaged)
+            if not entry.exists():
+                os.replace(aside, entry)
+                flush_folder(entry.parent)
+    except OSError:
+        if not entry.exists() or _damage(entry):  # else another process was faster
+            raise
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(damaged, ignore_errors=True)
+
+
+def _damage(entry: Path) -> str:
+    """What is wrong with a cache entry, in words; empty if nothing is."""
+    try:
+        record = read_json(entry / "training.json")
+        # Entries of earlier versions know the digest of their weights only.
+        files = record["files"] if "files" in record else {"model.safetensors": record["sha256"]}
+        broken = damaged_file(entry, files)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"the cached model cannot be read ({error})"
+    if broken is None:
+        return ""
+    what = "weights were" if broken.name == "model.safetensors" else f"{broken.name} was"
+    return f"the cached {what} changed or damaged"
 
 
 def _load_entry(entry: Path, task: Task, settings: TrainingSettings, device: torch.device) -> FineTuned:
-    mend = f"delete the folder {entry} to train again"
-    try:
-        record = read_json(entry / "training.json")
-        intact = record["sha256"] == file_sha256(entry / "model.safetensors")
-    except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"the cached model cannot be read ({error}); {mend}") from error
-    if not intact:
-        raise ValueError(f"the cached weights were changed or are damaged; {mend}")
+    wrong = _damage(entry)
+    if wrong:
+        raise ValueError(f"{wrong}; delete the folder {entry} to train again")
+    record = read_json(entry / "training.json")
     model, tokenizer = build_model(task, entry)
     return FineTuned(model.to(device), tokenizer, record["scores"], entry, settings, record["seconds"], from_cache=True)
 

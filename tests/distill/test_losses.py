@@ -161,3 +161,16 @@ def test_impossible_layer_maps_are_refused(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         layer_pairs(layers, students=students, teachers=teachers)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 3.0])
+def test_labels_decided_on_their_own_are_so_many_binary_problems(temperature: float) -> None:
+    student, teacher = torch.randn(2, 7, 4)
+    chances = (teacher / temperature).sigmoid()
+    both = [torch.stack([p, 1 - p]) for p in (chances, (student / temperature).sigmoid())]
+    expected = temperature**2 * -(both[0] * both[1].log()).sum(0).mean()
+    torch.testing.assert_close(losses.sigmoid_cross_entropy(student, teacher, temperature=temperature), expected)
+    divergence = temperature**2 * (both[0] * (both[0] / both[1]).log()).sum(0).mean()
+    torch.testing.assert_close(
+        losses.sigmoid_kl_divergence(student, teacher, temperature=temperature), divergence, rtol=1e-4, atol=1e-6
+    )

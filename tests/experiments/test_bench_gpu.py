@@ -1,26 +1,23 @@
 """The GPU benchmarks without a GPU: shapes, medians, bars, table and plot from made-up timings; a clear refusal."""
 
 import importlib.util
-import subprocess
-import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
-
-FOLDER = Path(__file__).parents[2] / "experiments" / "bench"
+from scripts import EXPERIMENTS, run_here
 
 
 @pytest.fixture(autouse=True)
 def _scripts(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("triton")
-    monkeypatch.syspath_prepend(str(FOLDER))
+    monkeypatch.syspath_prepend(str(EXPERIMENTS / "bench"))
 
 
 def load(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, FOLDER / f"{name}.py")
+    spec = importlib.util.spec_from_file_location(name, EXPERIMENTS / "bench" / f"{name}.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -106,8 +103,8 @@ def test_encoder_page() -> None:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-@pytest.mark.parametrize("script", ["low_bit_products.py", "inference_gpu.py"])
+@pytest.mark.parametrize("script", ["bench/low_bit_products.py", "bench/inference_gpu.py"])
 def test_without_a_gpu_one_sentence_says_so(script: str) -> None:
-    run = subprocess.run([sys.executable, str(FOLDER / script)], capture_output=True, text=True, timeout=300)
+    run = run_here(script)
     assert run.returncode == 2 and run.stderr.count("\n") == 1
     assert "times a GPU and torch finds none here; run it on a machine with an NVIDIA GPU" in run.stderr

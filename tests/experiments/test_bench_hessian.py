@@ -2,20 +2,17 @@
 
 import importlib
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from encoders import build, inputs_for
+from scripts import EXPERIMENTS, run_here
 from tiny_tasks import sentiment_rows, tiny_encoder, write_task
 
 from qbert.hessian import HessianOperator, parameter_blocks
 
-ROOT = Path(__file__).parents[2]
 NAMES = (
     "qbert",
     "qbert, gap",
@@ -51,7 +48,7 @@ def dense_tops() -> list[float]:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_tool_measures_the_same_hessian(name: str, dense_tops: list[float], monkeypatch: Any) -> None:
-    monkeypatch.syspath_prepend(str(ROOT / "experiments" / "bench"))
+    monkeypatch.syspath_prepend(str(EXPERIMENTS / "bench"))
     peers = importlib.import_module("hessian_peers")
     assert set(NAMES) == {n for n, t in peers.TOOLS.items() if t.exact}
     tool = peers.TOOLS[name]
@@ -78,7 +75,7 @@ def test_every_tool_measures_the_same_hessian(name: str, dense_tops: list[float]
 
 
 def test_missing_tools_are_named_with_what_to_install(monkeypatch: Any) -> None:
-    monkeypatch.syspath_prepend(str(ROOT / "experiments" / "bench"))
+    monkeypatch.syspath_prepend(str(EXPERIMENTS / "bench"))
     peers = importlib.import_module("hessian_peers")
     assert peers.Tool(peers.pyhessian, "", "no_such_package_here").missing and "--no-deps pyhessian" in peers.INSTALL
 
@@ -88,12 +85,11 @@ def test_the_script_writes_its_page_and_goes_on_from_its_parts(tmp_path: Path) -
     rows = {"train.jsonl.gz": sentiment_rows(64), "dev.jsonl.gz": sentiment_rows(16)}
     write_task(tmp_path / "data", "sst2", rows)
     arguments = [
-        *(sys.executable, str(ROOT / "experiments" / "bench" / "hessian.py"), "--model", str(tmp_path / "encoder")),
-        *("--task", "sst2", "--data-dir", str(tmp_path / "data"), "--output-dir", str(tmp_path / "out"), "--quick"),
-        *("--epochs", "1", "--tools", "qbert", "--resume"),
+        *("--model", str(tmp_path / "encoder"), "--task", "sst2", "--data-dir", str(tmp_path / "data")),
+        *("--output-dir", str(tmp_path / "out"), "--quick", "--epochs", "1", "--tools", "qbert", "--resume"),
     ]
-    environment = {**os.environ, "QBERT_CACHE": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(arguments, capture_output=True, text=True, env=environment, timeout=300)
+    environment = {"QBERT_CACHE": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    done = run_here("bench/hessian.py", *arguments, **environment)
     assert done.returncode == 0, done.stderr
     page = (tmp_path / "out" / "hessian.md").read_text()
     parts = {p.stem: json.loads(p.read_text()) for p in (tmp_path / "out" / "parts").iterdir()}
@@ -113,5 +109,5 @@ def test_the_script_writes_its_page_and_goes_on_from_its_parts(tmp_path: Path) -
     assert parts["subsets-residual"]["values"][0] == pytest.approx(parts["qbert-1"]["value"], rel=1e-3)
     assert "FLOPs of all layers, in forward passes" in page
     (tmp_path / "out" / "hessian.md").unlink()
-    done = subprocess.run([*arguments, "--tol", "0.1"], capture_output=True, text=True, env=environment, timeout=300)
+    done = run_here("bench/hessian.py", *arguments, "--tol", "0.1", **environment)
     assert done.returncode == 2 and "holds parts of another benchmark" in done.stderr

@@ -73,7 +73,7 @@ def test_arguments_that_cannot_be_are_named(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(sys, "argv", ["bench_inference.py", *arguments])
+    monkeypatch.setattr(sys, "argv", ["bench/inference.py", *arguments])
     with pytest.raises(SystemExit, match="2"):
         bench.parse_arguments()
     assert sentence in capsys.readouterr().err

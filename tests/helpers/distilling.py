@@ -41,9 +41,11 @@ def distiller(
     bits: int = 3,
     check_teacher: bool = False,
     callbacks: Any = None,
+    data_collator: Any = None,
+    options: dict[str, Any] | None = None,
     **arguments: Any,
 ) -> Distiller:
-    """A `Distiller` on tiny models that logs every step and saves only if told to."""
+    """A `Distiller` on tiny models that logs every step and saves only if told to; `options` are further ones of its."""
     torch.manual_seed(1)
     if student is None:
         rates = {} if dropout is None else {"hidden_dropout_prob": dropout, "attention_probs_dropout_prob": dropout}
@@ -66,7 +68,8 @@ def distiller(
         recipe=recipes.qbert_kd() if recipe is None else recipe,
         args=TrainingArguments(str(folder), **settings),
         train_dataset=rows() if data is None else data,
-        data_collator=DataCollatorWithPadding(tokenizer()),
+        data_collator=DataCollatorWithPadding(tokenizer()) if data_collator is None else data_collator,
         check_teacher=check_teacher,
         callbacks=callbacks,
+        **(options or {}),
     )

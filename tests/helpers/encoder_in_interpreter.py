@@ -1,6 +1,6 @@
 """Whole fused encoders on the Triton kernels in Triton's interpreter, against the kernels' slow twins.
 
-Run by `test_kernels_interpreted.py` in a process of its own, with TRITON_INTERPRET=1.
+Run by `kernels/test_interpreted.py` in a process of its own, with TRITON_INTERPRET=1.
 """
 
 import interpreted_asm  # noqa: F401  the interpreter cannot run inline assembly by itself
@@ -17,9 +17,17 @@ BITS = {"encoder.layer.0.attention.self.query": 2, "encoder.layer.0.attention.se
 
 
 @pytest.mark.parametrize(
-    ("family", "ranges"), [("bert", "dynamic"), ("electra", "static"), ("bert", "asymmetric"), ("roberta", "mixed")]
+    ("family", "ranges", "operands"),
+    [
+        ("bert", "dynamic", "int8"),
+        ("electra", "static", "int8"),
+        ("bert", "asymmetric", "int8"),
+        ("roberta", "mixed", "int8"),
+        ("bert", "dynamic", "e4m3"),
+        ("electra", "static", "e4m3"),
+    ],
 )
-def test_the_kernels_of_a_fused_encoder_work_together(family, ranges, monkeypatch):
+def test_the_kernels_of_a_fused_encoder_work_together(family, ranges, operands, monkeypatch):
     model = AutoModel.from_config(build(family).config).eval()
     kind = "asymmetric" if ranges == "mixed" else ranges
     # "mixed": the kernels with a static int8 output between those with offsets.
@@ -28,7 +36,7 @@ def test_the_kernels_of_a_fused_encoder_work_together(family, ranges, monkeypatc
     config = qbert.BitsConfig(rules, activation_range=kind)
     packed = pack(qbert.quantize_model(model, config, calibration_data=data))
     batch = inputs_for(family, 2, 7)
-    packed.forward = GpuEncoder(packed)
+    packed.forward = GpuEncoder(packed, operands=operands)
     expected = packed(**batch)[0]
     used = []
     monkeypatch.setattr(dispatch, "implementation", lambda device: used.append(device) or "triton")

@@ -3,12 +3,17 @@
 Importing this module replaces the interpreter's "not implemented" by an emulator of the few instructions the kernels
 use. An operand is a tensor whose elements fill 32-bit words in groups of `pack`; an output may take several words a
 group (four fp16 values are two registers).
+
+It also replaces the interpreter's float32 to e4m3, which loses the carry where a mantissa rounds up to the next power
+of two, by torch's, which rounds half to even as the GPU does.
 """
 
 import re
 from types import SimpleNamespace
 
 import numpy as np
+import torch
+import triton.language as tl
 from triton.runtime import interpreter
 
 
@@ -26,14 +31,15 @@ def _lop3(a, b, c, table):
 
 
 def _prmt(a, b, selector):
-    """Byte permute: nibble n of the selector picks byte 0-3 of a or 4-7 of b for byte n of the result."""
+    """Byte permute: nibble n of the selector picks byte 0-3 of a or 4-7 of b, or its sign, for byte n of the result."""
     pool = np.stack([(word >> np.uint32(8 * i)) & np.uint32(255) for word in (a, b) for i in range(4)])
     result = np.zeros_like(a)
     for n in range(4):
         picked = (selector >> np.uint32(4 * n)) & np.uint32(15)
-        if (picked > 7).any():
-            raise NotImplementedError("prmt with sign replication")
-        result |= np.take_along_axis(pool, picked[None].astype(np.int64), 0)[0] << np.uint32(8 * n)
+        byte = np.take_along_axis(pool, (picked & np.uint32(7))[None].astype(np.int64), 0)[0]
+        # Bit 3 of a nibble asks for the byte's sign in all of its bits.
+        byte = np.where(picked > 7, np.where(byte > 127, np.uint32(255), np.uint32(0)), byte)
+        result |= byte << np.uint32(8 * n)
     return result
 
 
@@ -42,6 +48,7 @@ OPERATIONS = {
     "and.b32": lambda a, b: a & b,
     "or.b32": lambda a, b: a | b,
     "xor.b32": lambda a, b: a ^ b,
+    "add.u32": lambda a, b: a + b,
     "shl.b32": lambda a, b: a << b,
     "shr.b32": lambda a, b: a >> b,
     "prmt.b32": _prmt,
@@ -89,3 +96,15 @@ def create_inline_asm(self, text, constraints, values, types, is_pure, pack):
 
 
 interpreter.InterpreterBuilder.create_inline_asm = create_inline_asm
+
+_fp_to_fp = interpreter.InterpreterBuilder.create_fp_to_fp
+
+
+def create_fp_to_fp(self, source, type_, rounding):
+    if source.dtype.scalar != tl.float32 or type_.scalar != tl.float8e4nv:
+        return _fp_to_fp(self, source, type_, rounding)
+    data = torch.from_numpy(np.ascontiguousarray(source.data)).to(torch.float8_e4m3fn).view(torch.uint8).numpy()
+    return interpreter.TensorHandle(data.reshape(source.data.shape), type_.scalar)
+
+
+interpreter.InterpreterBuilder.create_fp_to_fp = create_fp_to_fp

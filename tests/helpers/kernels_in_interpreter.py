@@ -1,14 +1,17 @@
 """Every Triton kernel in Triton's interpreter, on a CPU, against integer references: exactly equal where exact.
 
-Run by `test_kernels_interpreted.py` in a process of its own, with TRITON_INTERPRET=1: the interpreter must be chosen
+Run by `kernels/test_interpreted.py` in a process of its own, with TRITON_INTERPRET=1: the interpreter must be chosen
 before a kernel is imported.
 """
+
+import sys
 
 import interpreted_asm  # noqa: F401  the interpreter cannot run inline assembly by itself
 import pytest
 import torch
 
 from qbert.kernels import dispatch, formats, operators, reference
+from qbert.kernels.gpu import attention_ways, tiles
 from qbert.kernels.gpu.attention import attention
 from qbert.kernels.gpu.embedding import Table, embed_layernorm, embedding
 from qbert.kernels.gpu.layernorm_quant import layernorm_quantize
@@ -372,3 +375,45 @@ def test_strided_arguments_give_the_same(monkeypatch):
     for one, other in zip(results(lambda t: t), results(strided), strict=True):
         for a, b in zip(*(y if isinstance(y, tuple) else (y,) for y in (one, other)), strict=True):
             assert torch.equal(a, b)
+
+
+class Flash:
+    """Stands for torch.nn.attention.varlen, whose kernel needs a GPU."""
+
+    @staticmethod
+    def varlen_attn(query, key, value, starts, same_starts, longest, same_longest, *, scale):
+        assert starts is same_starts and longest == same_longest == 40
+        return reference.attention(query, key, value, starts, scale).to(query.dtype)
+
+
+def test_attention_takes_the_way_that_is_forced_or_was_measured(monkeypatch):
+    monkeypatch.setattr(tiles, "_measured", {})
+    monkeypatch.setattr(attention_ways, "has_flash", lambda: True)
+    starts = torch.tensor([0, 5, 45], dtype=torch.int32)
+    given = (*torch.randn(45, 3, 4, 32).half().unbind(1), starts, 40, 0.2)
+    used = []
+    monkeypatch.setattr(attention_ways, "attention", lambda *a, tile: used.append(tile) or attention(*a, tile=tile))
+    monkeypatch.setitem(sys.modules, "torch.nn.attention.varlen", Flash)
+
+    def attend(**options):
+        sums = torch.zeros(45, dtype=torch.int32)
+        codes = attention_ways.attend(*given, 0.02, 3, sums, **options)
+        return codes, sums
+
+    ours, sums = attend()
+    assert used == [None] and torch.equal(sums, ours.flatten(1).sum(1, dtype=torch.int32))
+    monkeypatch.setenv("QBERT_ATTENTION", "flash")
+    codes, sums = attend()
+    assert used == [None] and int((codes.int() - ours.int()).abs().max()) <= 1
+    assert torch.equal(sums, codes.flatten(1).sum(1, dtype=torch.int32))
+    monkeypatch.delenv("QBERT_ATTENTION")
+    for way in attention_ways.WAYS:
+        shape, ways = ("attention", 45, 4, 32, 64, "interpreter"), attention_ways.WAYS
+        best = tiles.measure(*shape, lambda tile, way=way: float(tile != way), ways)
+        assert best == way and int((attend()[0].int() - ours.int()).abs().max()) <= 1
+    assert used[1:] == attention_ways.WAYS[:-1]
+    monkeypatch.setenv("QBERT_ATTENTION", "triton")
+    assert torch.equal(attend()[0], ours) and used[-1] is None
+    monkeypatch.setenv("QBERT_ATTENTION", "fast")
+    with pytest.raises(ValueError, match="QBERT_ATTENTION must be 'triton', 'flash' or not set, got 'fast'"):
+        attend()

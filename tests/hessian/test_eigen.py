@@ -118,6 +118,17 @@ def test_the_upper_bound_holds_as_often_as_it_says_and_is_no_empty_number() -> N
     assert np.median(bounds) < 1.8
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("rank", [1, 2, 40])
+def test_rounding_does_not_bring_the_upper_bound_below_the_truth(rank: int, dtype: torch.dtype) -> None:
+    for seed in range(40):
+        factor = torch.randn(40, rank, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        matrix = (factor @ factor.T).to(dtype)
+        truth = float(torch.linalg.eigvalsh(matrix.double()).abs().max())
+        found = lanczos(lambda v, matrix=matrix: matrix @ v, 40, seed=seed, dtype=dtype)
+        assert truth <= found.upper_bound <= truth * (1 + 1e-3)
+
+
 def test_proof_needs_no_more_products_than_it_takes_and_tells_when_they_run_out() -> None:
     eigenvalues = torch.linspace(-1, 1, 500, dtype=torch.float64)
     short = lanczos(lambda v: eigenvalues * v, 500, max_products=10)

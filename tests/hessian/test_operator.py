@@ -225,7 +225,7 @@ def test_the_model_and_the_random_state_are_left_as_they_were(interrupted: Any) 
 
     def loss_fn(model: Any, batch: Any) -> Any:
         assert not model.training
-        torch.rand(3)
+        torch.rand(3), np.random.rand(), random.random()
         loss = model(**batch).loss
         if interrupted:
             raise KeyboardInterrupt
@@ -238,6 +238,21 @@ def test_the_model_and_the_random_state_are_left_as_they_were(interrupted: Any) 
         except KeyboardInterrupt:
             assert interrupted
     assert same(snapshot(model), before)
+
+
+@pytest.mark.parametrize("retain", [True, False])
+def test_a_loss_that_draws_random_numbers_is_one_function(retain: bool) -> None:
+    model, batch = tiny_bert(), text_batch()
+
+    def noisy(model: Any, batch: Any) -> Any:
+        scale = 1 + float(torch.rand(())) + random.random() + np.random.rand()
+        return scale * model(**batch).loss
+
+    operator = HessianOperator(model, [batch], layer_blocks(model), loss_fn=noisy, retain=retain)
+    vector = random_vector(operator.size("encoder.layer.0"))
+    first = operator.product("encoder.layer.0", vector)
+    torch.rand(5), np.random.rand(), random.random()
+    assert torch.equal(first, operator.product("encoder.layer.0", vector))
 
 
 def test_a_second_operator_on_the_same_model_gives_the_same_numbers() -> None:

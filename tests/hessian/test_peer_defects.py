@@ -1,8 +1,8 @@
 """Faults that other tools have, each with the model and call that shows it, on `hessian_spectrum` as users call it.
 
 Those of single functions are tested beside them: two Lanczos steps taken for an answer and power iteration that stops
-too early (test_hessian_eigen), noise added to a trace (test_hessian_trace), and operators on models with leftover
-gradients, unused parameters or fused attention (test_hessian_operator).
+too early (test_eigen), noise added to a trace (test_trace), and operators on models with leftover
+gradients, unused parameters or fused attention (test_operator).
 """
 
 import gc

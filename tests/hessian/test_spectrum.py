@@ -617,66 +617,61 @@ def test_a_sentence_transformer_with_a_loss_of_its_own() -> Any:
     assert spectrum.names == LAYERS and spectrum.converged.all()
 
 
-DIFFERENT = """
-import sys
-import torch.distributed as dist
-
-sys.path[:0] = [{helpers!r}, {tests!r}]
-from test_hessian_spectrum import batches, measure, tiny_bert
-
-dist.init_process_group("gloo")
-rank = dist.get_rank()
-try:
-    for arguments, words in (
-        ({{"model": tiny_bert(seed=rank)}}, "model: the weights differ between the 2 processes; load the same one"),
-        ({{"data": batches()[:: 1 - 2 * rank]}}, "batches: the data differ between the 2 processes; load the same"),
-        ({{"seed": rank}}, "runs, seed or another argument differs between the 2 processes; pass the same ones"),
-    ):
-        try:
-            measure(**arguments)
-        except ValueError as error:
-            assert str(error).startswith(words), error
-        else:
-            raise AssertionError(f"mixed what was not the same: {{words}}")
-finally:
-    dist.destroy_process_group()
-"""
-
-
 TWO_RANKS = """
+import json
 import sys
+from pathlib import Path
+
 import torch
 import torch.distributed as dist
 
 sys.path[:0] = [{helpers!r}, {tests!r}]
-from test_hessian_spectrum import measure
+from test_spectrum import batches, measure, tiny_bert
 
 torch.set_num_threads(1)
 dist.init_process_group("gloo")
-spectrum = measure(granularity="block", checkpoint={folder!r})
-if dist.get_rank() == 0:
-    spectrum.save({path!r})
+rank, folder = dist.get_rank(), Path({folder!r})
+refused = []
+for different in ({{"model": tiny_bert(seed=rank)}}, {{"data": batches()[:: 1 - 2 * rank]}}, {{"seed": rank}}):
+    try:
+        measure(**different)
+        refused.append("measured")
+    except ValueError as error:
+        refused.append(str(error))
+(folder / f"refused-{{rank}}.json").write_text(json.dumps(refused))
+spectrum = measure(granularity="block", checkpoint=folder / "c")
+if rank == 0:
+    spectrum.save(folder / "spectrum.json")
 dist.destroy_process_group()
 """
 
 
-def run_two_ranks(code: str, where: Path, **values: str) -> None:
-    tests, script = Path(__file__).parent, where / "two_ranks.py"
-    script.write_text(code.format(helpers=str(tests.parent / "helpers"), tests=str(tests), **values))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script)]
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What two processes wrote: refused-0.json, refused-1.json, spectrum.json and its checkpoint c."""
+    folder, tests = tmp_path_factory.mktemp("two_ranks"), Path(__file__).parent
+    code = TWO_RANKS.format(helpers=str(tests.parent / "helpers"), tests=str(tests), folder=str(folder))
+    (folder / "two_ranks.py").write_text(code)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(tests.parents[1])}
+    command.append(str(folder / "two_ranks.py"))
     done = subprocess.run(command, env=environment, timeout=300, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+    return folder
 
 
-def test_processes_with_different_weights_data_or_arguments_are_refused(tmp_path: Any) -> None:
-    run_two_ranks(DIFFERENT, tmp_path)
+def test_processes_with_different_weights_data_or_arguments_are_refused(two_ranks: Path) -> None:
+    for rank in (0, 1):
+        weights, data, arguments = json.loads((two_ranks / f"refused-{rank}.json").read_text())
+        assert weights.startswith("model: the weights differ between the 2 processes; load the same one")
+        assert data.startswith("batches: the data differ between the 2 processes; load the same")
+        assert arguments.startswith(
+            "runs, seed or another argument differs between the 2 processes; pass the same ones"
+        )
 
 
-def test_two_processes_give_the_numbers_of_one(tmp_path: Any) -> None:
-    path = tmp_path / "spectrum.json"
-    run_two_ranks(TWO_RANKS, tmp_path, folder=str(tmp_path / "c"), path=str(path))
-    found, expected = HessianSpectrum.load(path), measure(granularity="block")
+def test_two_processes_give_the_numbers_of_one(two_ranks: Path) -> None:
+    found, expected = HessianSpectrum.load(two_ranks / "spectrum.json"), measure(granularity="block")
     for field in ("eigenvalues", "other_end", "residuals", "upper_bounds", "products", "converged", "losses"):
         assert np.array_equal(getattr(found, field), getattr(expected, field)), field
-    assert found.names == expected.names and len(list((tmp_path / "c").glob("*.json"))) == 4
+    assert found.names == expected.names and len(list((two_ranks / "c").glob("*.json"))) == 4

@@ -18,8 +18,10 @@ from qbert.inference import cpu as inference
 from qbert.inference.cpu import FusedEncoder, optimize_for_inference
 from qbert.inference.cpu_layers import FusedLayers
 from qbert.inference.cpu_model import FusedModel
-from qbert.kernels.cpu_gemm import saturates
-from qbert.packing import PackedEmbedding, PackedLinear, pack
+from qbert.kernels.cpu_gemm import available_engine, saturates
+from qbert.layers.embedding import PackedEmbedding
+from qbert.layers.linear import PackedLinear
+from qbert.packing import pack
 
 FUSED = ("bert", "roberta", "electra", "distilbert", "mpnet")
 # With float activations nothing is rounded, and the fast path must agree with the slow one to float precision.
@@ -135,7 +137,8 @@ def test_exactness_is_given_up_only_on_request_and_where_it_costs(bits: int, mon
     packed = pack(qbert.quantize_model(AutoModel.from_config(build("bert").config).eval(), config))
     batch = {"input_ids": torch.randint(5, 100, (4, 9))}
     plain = hidden(optimize_for_inference(packed), batch)
-    assert torch.equal(hidden(optimize_for_inference(packed, exact=False), batch), plain) or saturates("fbgemm")
+    given_up = hidden(optimize_for_inference(packed, exact=False), batch)
+    assert torch.equal(given_up, plain) or saturates(available_engine())
     for module in ("cpu", "cpu_gemm"):
         monkeypatch.setattr(f"qbert.kernels.{module}.saturates", lambda engine: True)
     exact, fast = (hidden(optimize_for_inference(packed, exact=e), batch) for e in (True, False))
@@ -159,36 +162,49 @@ def masks(length: int) -> dict[str, torch.Tensor]:
     right = torch.ones(5, length, dtype=torch.long)
     for row, used in enumerate((length, 3, length - 2, 1, 7)):
         right[row, used:] = 0
-    return {"right": right, "left": right.flip(1), "holes": (torch.arange(5 * length).view(5, length) % 3 > 0).long()}
+    empty, holes = right.clone(), (torch.arange(5 * length).view(5, length) % 3 > 0).long()
+    empty[2] = 0
+    return {"right": right, "left": right.flip(1), "holes": holes, "an empty row": empty}
 
 
-@pytest.mark.parametrize("kind", ["right", "left", "holes"])
+@pytest.mark.parametrize("kind", ["right", "left", "holes", "an empty row"])
 @pytest.mark.parametrize(
     ("family", "attention"),
     [("bert", "sdpa"), ("bert", "eager"), ("distilbert", "sdpa"), ("distilbert", "eager"), ("mpnet", "eager")],
 )
 @pytest.mark.parametrize("chunk", [8, 10**6])
-def test_padding_changes_nothing(
+def test_no_mask_changes_an_output_unless_padding_is_skipped(
     kind: str, family: str, attention: str, chunk: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(inference, "_CHUNK_TOKENS", chunk)
+    for name in ("_CHUNK_TOKENS", "_FULL_CHUNK_TOKENS"):
+        monkeypatch.setattr(inference, name, chunk)
     packed = encoder(family, **EXACT)
     packed.set_attn_implementation(attention)
-    fast = optimize_for_inference(packed)
     mask = masks(9)[kind]
     batch = {"input_ids": torch.randint(5, 100, mask.shape), "attention_mask": mask}
-    got, expected = hidden(fast, batch), hidden(packed, batch)
-    keep = mask.bool()
-    assert torch.allclose(got[keep], expected[keep], rtol=1e-4, atol=1e-5)
-    if kind == "right":
-        assert (got[~keep] == 0).all()
-        alone = hidden(fast, {"input_ids": batch["input_ids"][1:2, :3]})
-        assert torch.allclose(got[1, :3], alone[0], rtol=1e-4, atol=1e-5)
+    expected, keep = hidden(packed, batch), mask.bool()
+    for skip in (None, False, True):
+        fast = optimize_for_inference(packed, skip_padding=skip)
+        for model in (fast, unfused_model(fast)):
+            got = hidden(model, batch)
+            assert torch.allclose(got[keep], expected[keep], rtol=1e-4, atol=1e-5)
+            if skip and kind == "right":
+                assert (got[~keep] == 0).all()
+            else:
+                assert torch.allclose(got[~keep], expected[~keep], rtol=1e-4, atol=1e-5)
+    alone = hidden(fast, {"input_ids": batch["input_ids"][1:2, :3]})
+    assert kind != "right" or torch.allclose(got[1, :3], alone[0], rtol=1e-4, atol=1e-5)
 
 
-def test_no_mask_and_many_sequences_run_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    packed = encoder("bert", **EXACT)
-    fast = optimize_for_inference(packed)
+def unfused_model(fast: Any) -> Any:
+    """A copy that keeps its fused encoder, which then gets a mask of four dimensions."""
+    twin = copy.deepcopy(fast)
+    del twin.forward
+    return twin
+
+
+def rows_that_run(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The number of positions of every later pass through fused layers."""
     sizes: list[int] = []
     original = FusedEncoder._run
 
@@ -197,6 +213,56 @@ def test_no_mask_and_many_sequences_run_in_chunks(monkeypatch: pytest.MonkeyPatc
         return original(self, x, mask)
 
     monkeypatch.setattr(FusedEncoder, "_run", counting)
+    return sizes
+
+
+@pytest.mark.parametrize("family", FUSED)
+@pytest.mark.parametrize("kind", ["right", "left", "an empty row"])
+def test_a_classifier_skips_the_padding_that_it_does_not_read(
+    family: str, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    packed = pack(qbert.quantize_model(build(family).eval(), qbert.BitsConfig(4, **EXACT)))
+    monkeypatch.setattr(inference, "_CHUNK_TOKENS", 1)
+    mask, sizes = masks(9)[kind], rows_that_run(monkeypatch)
+    batch = {"input_ids": torch.randint(5, 100, mask.shape), "attention_mask": mask}
+    assert torch.allclose(hidden(optimize_for_inference(packed), batch), hidden(packed, batch), rtol=1e-4, atol=1e-5)
+    assert sum(sizes) == (mask.sum() if kind == "right" else mask.numel())
+
+
+@pytest.mark.parametrize("modes", ["mean", "cls", None])
+def test_a_sentence_model_skips_padding_only_if_it_pools(modes: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    sentence = pytest.importorskip("sentence_transformers")
+    from sentence_transformers.models import Pooling
+
+    packed, sizes = encoder("bert", **EXACT), rows_that_run(monkeypatch)
+    monkeypatch.setattr(inference, "_CHUNK_TOKENS", 1)
+    model = nn.Sequential(Features(packed))
+    if modes is not None:
+        model = sentence.SentenceTransformer(modules=[Features(packed), Pooling(48, pooling_mode=modes)])
+    mask = masks(9)["right"]
+    batch = {"input_ids": torch.randint(5, 100, mask.shape), "attention_mask": mask}
+    name = "token_embeddings" if modes is None else "sentence_embedding"
+    with torch.no_grad():
+        got, expected = optimize_for_inference(model)(dict(batch))[name], model(dict(batch))[name]
+    assert torch.allclose(got, expected, rtol=1e-4, atol=1e-5)
+    assert sum(sizes) == (mask.numel() if modes is None else mask.sum())
+
+
+class Features(nn.Module):
+    """First module of a sentence model: features in, features with the hidden states of the tokens out."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, features: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        names = ("input_ids", "attention_mask")
+        return {**features, "token_embeddings": self.model(**{name: features[name] for name in names})[0]}
+
+
+def test_no_mask_and_many_sequences_run_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    packed = encoder("bert", **EXACT)
+    fast, sizes = optimize_for_inference(packed), rows_that_run(monkeypatch)
     monkeypatch.setattr(inference, "_FULL_CHUNK_TOKENS", 20)
     torch_threads = torch.get_num_threads()
     batch = {"input_ids": torch.randint(5, 100, (11 * torch_threads, 6))}

@@ -7,12 +7,14 @@ import pytest
 import torch
 from encoders import build, inputs_for
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModel, BertModel
 
 import qbert
 from qbert.inference import gpu as inference_gpu
 from qbert.inference.gpu import Batch, GpuEncoder, fuse_for_gpu
-from qbert.inference.graphs import MAX_GRAPH_TOKENS, Bucket, GraphCache, bucket_of
+from qbert.inference.graphs import MAX_GRAPH_TOKENS, Bucket, Buffers, GraphCache, Rows, as_tensor, bucket_of
+from qbert.layers.linear import PackedLinear
 from qbert.packing import pack
 
 FUSED = ("bert", "roberta", "electra")
@@ -74,6 +76,58 @@ def test_a_layer_by_itself_tells_its_kernel_how_its_input_is_quantized(ranges: s
         expected, run = layer(x), layer._gpu_linear()
     assert error(run(x), expected) < 1e-5
     assert error(run(x, activation_bits=None, activation_scale=None, asymmetric=False), expected) > 5e-4
+
+
+def in_e4m3(x: torch.Tensor, largest: torch.Tensor) -> torch.Tensor:
+    """x rounded to e4m3 codes of the range -largest..largest, and back."""
+    step = largest / 448
+    return (x / step).clamp(-448, 448).to(torch.float8_e4m3fn).float() * step
+
+
+@pytest.mark.parametrize("ranges", ["dynamic", "static"])
+@pytest.mark.parametrize("family", FUSED)
+def test_e4m3_operands_are_the_weights_with_inputs_in_eight_bit_floats(family: str, ranges: str) -> None:
+    """Against the same weights with inputs that hooks round; a product with 8-bit weights keeps int8 input."""
+    bits = {"encoder.layer.0.attention.self.query": 2, "encoder.layer.1.intermediate.dense": 8, "embeddings": 4, "*": 3}
+    torch.manual_seed(1)
+    packed = packed_encoder(family, ranges == "static", bits, activation_range=ranges)
+    torch.manual_seed(1)
+    expected_from = packed_encoder(family, False, bits, activation_bits=None)
+    ranges_of = dict(packed.named_modules())
+
+    def rounded(name: str, x: torch.Tensor) -> torch.Tensor:
+        layer = ranges_of[name]
+        if layer.input_scale is None:
+            largest = x.abs().amax(-1, keepdim=True)
+            return (x / largest * 127).round() / 127 * largest if layer.layout.bits == 8 else in_e4m3(x, largest)
+        scale, zero = layer.input_scale, layer.input_zero
+        if layer.layout.bits == 8:
+            return ((x / scale).round() + zero).clamp(-128, 127).sub(zero) * scale
+        return in_e4m3(x, scale * torch.maximum(128 + zero, 127 - zero))
+
+    for name, layer in expected_from.encoder.named_modules(prefix="encoder"):
+        if isinstance(layer, PackedLinear):
+            layer.register_forward_pre_hook(lambda _, given, name=name: (rounded(name, given[0]),))
+    batch = inputs_for(family, 3, 11)
+    keep = batch["attention_mask"].bool()
+    expected = hidden(expected_from, batch)[keep]
+    encoder = GpuEncoder(packed, operands="e4m3")
+    assert [p.grid.codes_dtype == torch.int8 for p in (encoder.layers[0].ffn_in, encoder.layers[1].ffn_in)] == [
+        False,
+        True,
+    ]
+    packed.forward = encoder
+    assert error(hidden(packed, batch)[keep], expected) < 0.02
+
+
+def test_operands_that_a_device_does_not_multiply_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match="operands='e4m3' is for GPUs"):
+        qbert.optimize_for_inference(packed_encoder("bert"), operands="e4m3")
+    with pytest.raises(ValueError, match="operands must be 'int8' or 'e4m3', got 'fp8'"):
+        fuse_for_gpu(packed_encoder("bert"), "fp8")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 6))
+    with pytest.raises(ValueError, match=r"compute capability 8\.9 or later, this one has 8\.6"):
+        inference_gpu.check_operands("e4m3", torch.device("cuda"))
 
 
 def test_any_mask_no_mask_and_other_dtypes() -> None:
@@ -195,11 +249,15 @@ def test_tokens_are_gathered_and_scattered_back() -> None:
     mask = torch.tensor([[1, 0, 1], [0, 0, 0], [0, 1, 1]])
     batch = Batch.of((3, 3), mask, torch.device("cpu"))
     assert batch.kept is not None and batch.kept.tolist() == [0, 2, 7, 8]
-    assert batch.starts.tolist() == [0, 2, 2, 4] and batch.longest == 2
+    assert as_tensor(batch.starts).tolist() == [0, 2, 2, 4] and batch.longest == 2
     x = torch.randn(3, 3, 2)
     assert torch.equal(batch.scatter(batch.gather(x)), x * mask[..., None])
     whole = Batch.of((3, 3), torch.ones(3, 3), torch.device("cpu"))
-    assert whole.kept is None and whole.starts.tolist() == [0, 3, 6, 9] and torch.equal(whole.gather(x).view_as(x), x)
+    assert (
+        whole.kept is None
+        and as_tensor(whole.starts).tolist() == [0, 3, 6, 9]
+        and torch.equal(whole.gather(x).view_as(x), x)
+    )
 
 
 def test_buckets_hold_their_shapes_and_waste_little() -> None:
@@ -213,21 +271,27 @@ def test_buckets_hold_their_shapes_and_waste_little() -> None:
 
 
 class Recorder:
-    """Stands for capturing: counts captures, and runs the real function on padded buffers as a graph would."""
+    """Stands for capturing: counts captures, and runs the real function on padded buffers as a graph would.
 
-    def __init__(self) -> None:
+    With `run_once` what was computed at the capture is given again and again, and no operator runs inside.
+    """
+
+    def __init__(self, run_once: bool = False) -> None:
+        self.run_once = run_once
         self.captured: list[Bucket] = []
 
-    def __call__(self, run: Any, bucket: Bucket, inputs: Any, starts: torch.Tensor) -> Any:
+    def __call__(self, run: Any, bucket: Bucket, inputs: Any, starts: Any) -> Any:
         if bucket.tokens == 48:
             raise RuntimeError("out of memory\nand more")
         self.captured.append(bucket)
 
-        def replay(inputs: Any, starts: torch.Tensor) -> torch.Tensor:
-            tokens = inputs[0].shape[0]
-            padded = tuple(torch.cat([t, t.new_zeros(bucket.tokens - tokens, *t.shape[1:])]) for t in inputs)
-            ends = starts.new_full((bucket.sequences + 1 - starts.numel(),), tokens)
-            return run(padded, torch.cat([starts, ends]), bucket.longest)[:tokens]
+        buffers = Buffers(bucket, inputs, starts)
+        buffers.fill(inputs, starts)
+        output = run(buffers.inputs, buffers.starts, bucket.longest) if self.run_once else torch.empty(0)
+
+        def replay(inputs: Any, starts: Any) -> torch.Tensor:
+            buffers.fill(inputs, starts)
+            return output if self.run_once else run(buffers.inputs, buffers.starts, bucket.longest)
 
         return replay
 
@@ -279,3 +343,44 @@ def test_the_encoder_gives_the_same_through_padded_buckets() -> None:
     for _ in range(2):
         assert torch.equal(through(**batch)[0], expected)
     assert capture.captured == [Bucket(32, 4, 16)]
+
+
+def test_a_graph_is_given_only_what_its_buffers_do_not_hold() -> None:
+    bucket, written = Bucket(16, 2, 16), []
+
+    def rows(count: int, value: int, key: Any) -> Rows:
+        return Rows(count, torch.zeros(0), lambda out: written.append(value) or out.fill_(value), key)
+
+    buffers = Buffers(bucket, (rows(3, 1, "a"),), torch.zeros(2, dtype=torch.int32))
+    for count, value, key in [(3, 1, "a"), (3, 1, "a"), (4, 1, "a"), (4, 2, "b"), (4, 3, None), (4, 2, "b")]:
+        buffers.fill((rows(count, value, key),), torch.tensor([0, count], dtype=torch.int32))
+    assert written == [1, 1, 2, 3, 2] and buffers.inputs[0].tolist() == [2.0] * 4 + [0.0] * 12
+    assert buffers.starts.tolist() == [0, 4, 4]  # the sequence that the bucket has too many is empty
+
+
+class Operators(TorchDispatchMode):
+    """Records the names of all operators."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_call_through_a_graph_makes_one_copy_in_and_one_out() -> None:
+    """Token ids of one shape again: nothing else is written, and no result is written to by a later call."""
+    packed = packed_encoder("bert", calibrated=True)
+    packed.pooler = None
+    eager = GpuEncoder(packed)
+    through = GpuEncoder(packed, graphs=GraphCache(eager._run, capture=Recorder(run_once=True)))
+    ids = torch.randint(5, 100, (2, 16))
+    for _ in range(3):
+        kept = through(input_ids=ids)[0]
+    assert not kept.is_inference() and torch.equal(kept, eager(input_ids=ids)[0])
+    with Operators() as seen:
+        other = through(input_ids=ids)[0]
+    moved = [name for name in seen.names if not name.startswith(("aten.view", "aten.slice", "aten.detach"))]
+    assert moved == ["aten.copy_.default", "aten.clone.default"] and other.data_ptr() != kept.data_ptr()

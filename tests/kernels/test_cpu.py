@@ -194,7 +194,7 @@ import torch
 from qbert.kernels import cpu_gemm
 for engine in {engines}:
     assert cpu_gemm.saturates(engine), engine
-import test_kernels_cpu as t
+import test_cpu as t
 for bits in (2, 3, 4, 8):
     for zero in t.ZEROS:
         if zero != "far":
@@ -335,7 +335,23 @@ def test_a_broken_token_is_broken_alone(value, asymmetric):
     x[2, 5] = value
     y = prepared.forward(x)
     assert not torch.isfinite(y[2]).any()
-    torch.testing.assert_close(y[[0, 1, 3]], clean[[0, 1, 3]], rtol=0, atol=0)
+    torch.testing.assert_close(y[[0, 1, 3]], clean[[0, 1, 3]])
+
+
+@pytest.mark.parametrize("zero", ["integer", "real"])
+@pytest.mark.parametrize("engine", ["fbgemm", "fbgemm, saturating", "onednn", "none"])
+def test_with_a_static_scale_nan_stays_nan_and_infinity_takes_the_last_code(zero, engine, monkeypatch):
+    for module in ("cpu", "cpu_gemm"):
+        monkeypatch.setattr(f"qbert.kernels.{module}.available_engine", lambda: engine.partition(",")[0])
+        monkeypatch.setattr(f"qbert.kernels.{module}.saturates", lambda _: "saturating" in engine)
+    for bits in (2, 8):
+        prepared = CpuLinear.prepare(*layer(48, 128, bits, zero, groups=4), bits, activation_scale=0.03)
+        x = torch.randn(4, 128).clamp(-3, 3)
+        x[1, 5], x[2, 127], x[3, 7] = -50.0, float("nan"), 50.0
+        y = prepared.forward(x)
+        assert y[2].isnan().all() and torch.isfinite(y[[0, 1, 3]]).all()
+        x[1, 5], x[3, 7] = -float("inf"), float("inf")
+        torch.testing.assert_close(prepared.forward(x), y, rtol=0, atol=0, equal_nan=True)
 
 
 def test_bad_input_is_refused():

@@ -1,5 +1,7 @@
 """The kernels compiled for absent GPUs: no spills, int8 tensor cores, free unpacking, memory that fits."""
 
+import dataclasses
+
 import pytest
 
 pytest.importorskip("triton")
@@ -164,6 +166,8 @@ def test_full_epilogues_cost_no_spills_and_no_second_program(tokens, bits, x_sca
 def test_every_candidate_tile_compiles(bits, target):
     """A candidate may spill or exceed the chip (it is then never the fastest); it must compile to int8 products."""
     tiles = {t for tokens in (16, 64, 512, 8192) for t in candidates(tokens, 3072, 3072, bits)}
+    # Into how many parts the columns are split, once they are, is no more than a number in the code.
+    tiles = {dataclasses.replace(t, split=min(t.split, 2)) for t in tiles}
     usable = 0
     for tile in sorted(tiles, key=str):
         report = compile_a8(bits, tile, target)

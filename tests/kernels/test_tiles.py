@@ -23,6 +23,7 @@ def _no_memory(monkeypatch):
 def test_every_shape_has_a_rule_and_few_candidates(tokens, columns, bits):
     shape = (tokens, 768, columns, bits)
     found = tiles.candidates(*shape)
+    assert tiles.rule(*shape) in found and tiles.rule(*shape, e4m3=True) in tiles.candidates(*shape, e4m3=True)
     assert 1 <= len(found) <= 12 and len(set(found)) == len(found)
     for tile in [tiles.rule(*shape), *found]:
         assert tile.bk in (128, 256) and tile.bm >= 16 and tile.split <= max(1, columns // 256)

@@ -13,9 +13,10 @@ from transformers import AutoModel, AutoModelForMaskedLM, LayoutLMv3Config
 
 import qbert
 from qbert.kernels import formats
-from qbert.layers.embedding import QuantEmbedding
-from qbert.layers.linear import QuantLinear
-from qbert.packing import PackedEmbedding, PackedLinear, PackedTensor, pack, unpack
+from qbert.layers.embedding import PackedEmbedding, QuantEmbedding
+from qbert.layers.linear import PackedLinear, QuantLinear
+from qbert.layers.packed import PackedTensor
+from qbert.packing import pack, unpack
 from qbert.quantizers.groups import row_group_of, row_groups
 from qbert.sizes import model_size
 

@@ -126,7 +126,8 @@ def test_mse_is_never_worse_than_minmax(bits: int, scheme: str) -> None:
     w = torch.randn(24, 64) ** 3
     index = row_groups(24, 5)
     errors = {m: (quantized(w, index, bits, scheme, m) - w).square().sum() for m in METHODS}
-    assert errors["mse"] <= errors["minmax"] and errors["mse"] <= errors["percentile"] * 1.001
+    # Where both find the same range, the order of the sums decides the last digits.
+    assert errors["mse"] <= errors["minmax"] * (1 + 1e-5) and errors["mse"] <= errors["percentile"] * 1.001
 
 
 def test_mse_is_close_to_brute_force() -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from tiny_tasks import sentiment_rows, write_task
 
-from qbert.tasks import TASK_NAMES, load_task, seeded_split, subset
+from qbert.tasks import TASK_NAMES, load_task, local, seeded_split, subset
 from qbert.tasks.embedded import REVIEWS, WEIGHTS_SHA256, checked_encoder, embedded_encoder
 from qbert.tasks.registry import to_row
 
@@ -135,6 +135,7 @@ def test_title_is_part_of_the_text(tmp_path: Path) -> None:
     [
         ([{"sentence": "a", "label": 2}], r"row 0 of split 'train' .*label 2 is out of range, expected 0 to 1"),
         ([{"sentence": "a", "label": 0}, {"sentence": "b", "label": -1}], r"row 1 .*label -1 is out of range"),
+        ([{"sentence": "a", "label": -100}], r"row 0 .*label -100 is out of range.*without a label: leave such rows"),
         ([{"sentence": "a", "label": "good"}], r"label is 'good', expected an integer from 0 to 1"),
         ([{"sentence": "a", "label": True}], r"label is True, expected an integer"),
         ([{"sentence": None, "label": 0}], r"sentence is None, expected text"),
@@ -147,6 +148,54 @@ def test_bad_rows_are_named(rows: list[dict[str, Any]], message: str, tmp_path: 
     write_task(tmp_path, "sst2", {"train.jsonl": rows, "dev.jsonl": sentiment_rows(2)})
     with pytest.raises(ValueError, match=message):
         load_task("sst2", data_dir=tmp_path)
+
+
+@pytest.mark.parametrize("layout", ["lines", "one line", "list", "indented list", "data"])
+@pytest.mark.parametrize("packing", ["", ".gz"])
+def test_rows_in_a_json_file_are_read_in_every_layout(layout: str, packing: str, tmp_path: Path) -> None:
+    rows = [{"text": f"word {i}", "label": i % 2} for i in range(4)]
+    text = {
+        "lines": "\n".join(map(json.dumps, rows)),
+        "one line": json.dumps(rows[0]),
+        "list": json.dumps(rows),
+        "indented list": json.dumps(rows, indent=2),
+        "data": json.dumps({"version": "1", "data": rows}),
+    }[layout]
+    (tmp_path / "mine").mkdir()
+    for name in ("train.json", "dev.json"):
+        data = text.encode() if name == "train.json" else "\n".join(map(json.dumps, rows)).encode()
+        (tmp_path / "mine" / (name + packing)).write_bytes(gzip.compress(data) if packing else data)
+    task = load_task("mine", data_dir=tmp_path)
+    assert task.kind == "classification"
+    assert task.rows("train") == (rows[:1] if layout == "one line" else rows)
+
+
+def test_a_json_file_that_holds_no_rows_is_named(tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "dev.json").write_text("[]")
+    for text, message in (
+        ('{"text": "a", \n', r"train.json is neither one JSON object a line nor JSON as a whole"),
+        ("[1, 2]", r"train.json holds no JSON objects"),
+        ('{"text": "a", "label": 0}\n{"text": \n', r"line 2 of .*train.json is not JSON"),
+    ):
+        (tmp_path / "mine" / "train.json").write_text(text)
+        with pytest.raises(ValueError, match=message):
+            load_task("mine", data_dir=tmp_path)
+
+
+@pytest.mark.parametrize("suffix", ["json", "jsonl"])
+def test_questions_one_a_row_are_a_span_task(suffix: str, tmp_path: Path) -> None:
+    row = {"id": "q", "question": "Where?", "context": "Anna lived in Rome."}
+    hub = row | {"title": "t", "answers": {"text": ["Rome"], "answer_start": [14]}}
+    ours = row | {"answers": [{"text": "Rome", "answer_start": 14}]}
+    text = json.dumps(hub) + "\n" + json.dumps(ours)
+    for name in ("mine", "squad"):
+        (tmp_path / name).mkdir()
+        for split in ("train", "dev"):
+            (tmp_path / name / f"{split}.{suffix}").write_text(text)
+        task = load_task(name, data_dir=tmp_path)
+        answers = {"text": ["Rome"], "answer_start": [14], "start_exact": [True]}
+        assert task.kind == "span" and task.rows("train") == [row | {"answers": answers}] * 2
 
 
 def test_bad_regression_and_tag_rows_are_named(tmp_path: Path) -> None:
@@ -163,6 +212,16 @@ def test_bad_regression_and_tag_rows_are_named(tmp_path: Path) -> None:
     write_task(tmp_path, "wnut17", _two([{"tokens": ["a"], "ner_tags": ["B-PERSON"]}]))
     with pytest.raises(ValueError, match=r"unknown tag 'B-PERSON', expected one of O, B-PER"):
         load_task("wnut17", data_dir=tmp_path)
+
+
+def test_word_tags_without_entities_are_scored_by_accuracy(tmp_path: Path) -> None:
+    rows = [{"tokens": ["the", "cat"], "tags": ["DET", "NOUN"]}]
+    task = load_task("mine", data_dir=write_task(tmp_path, "mine", _two(rows)))
+    assert (task.label_names, task.metric_names) == (("DET", "NOUN"), ("accuracy", "f1"))
+    assert task.primary_metric == "accuracy"
+    rows = [{"tokens": ["the", "cat", "Tom"], "tags": ["O", "B-PET", "PER"]}]
+    with pytest.raises(ValueError, match=r"task 'mixed' .*tag 'B-PET' names a place .* and tag 'PER' none"):
+        load_task("mixed", data_dir=write_task(tmp_path, "mixed", _two(rows)))
 
 
 @pytest.mark.parametrize(
@@ -200,10 +259,37 @@ def test_misplaced_answer_is_named(tmp_path: Path) -> None:
         (tmp_path / "squad" / name).write_text(json.dumps({"data": [{"paragraphs": [paragraph]}]}))
     with pytest.raises(ValueError, match=r"'Rome' of question 'q7' does not stand at answer_start=3"):
         load_task("squad", data_dir=tmp_path)
-    answer["answer_start"] = 14
+    for empty in ("", " "):
+        answer.update(text=empty, answer_start=4)
+        for name in ("train-v1.1.json", "dev-v1.1.json"):
+            (tmp_path / "squad" / name).write_text(json.dumps({"data": [{"paragraphs": [paragraph]}]}))
+        with pytest.raises(ValueError, match=r"an answer of question 'q7' is empty"):
+            load_task("squad", data_dir=tmp_path)
+    answer.update(text="Rome", answer_start=14)
     for name in ("train-v1.1.json", "dev-v1.1.json"):
         (tmp_path / "squad" / name).write_text(json.dumps({"data": [{"paragraphs": [paragraph]}]}))
     assert load_task("squad", data_dir=tmp_path).references() == [["Rome"]]
+
+
+@pytest.mark.parametrize("name", ["train.jsonl.gz", "train.json.gz"])
+def test_a_small_file_of_an_endless_line_is_refused_before_it_is_in_memory(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(local, "_LONGEST_LINE", 10_000)
+    monkeypatch.setattr(local, "_LONGEST_FILE", 10_000)
+    with gzip.open(tmp_path / name, "wb") as file:
+        file.write(b'{"text": "' + b"a" * 20_000 + b'"}\n')
+    read = local._read_squad if ".json." in name else lambda path: list(local.read_lines(path))
+    with pytest.raises(ValueError, match=rf"{name} is longer than 10000 characters"):
+        read(tmp_path / name)
+
+
+@pytest.mark.parametrize("text", ["[" * 10_000 + "]" * 10_000, '{"a": ' + "9" * 5000 + "}"], ids=["deep", "digits"])
+def test_hostile_rows_are_refused_by_name(text: str, tmp_path: Path) -> None:
+    (tmp_path / "train.jsonl").write_text(f"{text}\n")
+    for read in (local._read_squad, lambda path: list(local.read_lines(path))):
+        with pytest.raises(ValueError, match=r"train\.jsonl is (damaged|not JSON)"):
+            read(tmp_path / "train.jsonl")
 
 
 def test_damaged_files_are_named(tmp_path: Path) -> None:

@@ -11,8 +11,10 @@ from qbert.tasks.metrics import (
     classification_scores,
     correlation_scores,
     entity_scores,
+    entity_tags,
     normalize_answer,
     squad_scores,
+    tag_scores,
 )
 from qbert.tasks.task import Task
 
@@ -37,6 +39,19 @@ def test_scores_of_classes_and_of_logits_agree() -> None:
     truth = [0, 1, 2, 1]
     assert classification_scores(logits, truth) == classification_scores(logits.argmax(1), truth)
     assert classification_scores(logits, truth)["accuracy"] == 75.0
+
+
+def test_f1_is_macro_beyond_two_classes_whichever_occur() -> None:
+    truth, guess = [0, 1, 1, 0], [0, 1, 0, 0]
+    renamed = [[{0: 1, 1: 2}[label] for label in labels] for labels in (guess, truth)]
+    expected = 100 * (2 * 2 / 5 + 2 / 3) / 2  # F1 of class 0 (TP 2, FP 1) and of class 1 (TP 1, FN 1)
+    three = Task("t", "classification", ("text",), ("a", "b", "c"), {}, ("f1",), "f1", "nowhere")
+    assert three.score(guess, truth)["f1"] == pytest.approx(expected)
+    assert three.score(*renamed)["f1"] == pytest.approx(expected)
+    assert classification_scores(np.eye(3)[guess], truth)["f1"] == pytest.approx(expected)
+    two = Task("t", "classification", ("text",), ("a", "b"), {}, ("f1",), "f1", "nowhere")
+    assert two.score(guess, truth)["f1"] == pytest.approx(100 * 2 / 3)
+    assert two.score([0, 0], [0, 0])["f1"] == 0.0
 
 
 def test_correlations_follow_their_definitions() -> None:
@@ -67,6 +82,51 @@ def test_entities_count_only_when_span_and_type_agree() -> None:
 
 def test_adjacent_entities_of_one_type_are_two() -> None:
     assert entity_scores([["B-PER", "I-PER"]], [["B-PER", "B-PER"]])["f1"] == 0.0
+
+
+# Each tagging of the sentence "w x y z": one entity of two words and one of one word, of type T and U.
+SCHEMES = {
+    "BIO": (["B-T", "I-T", "O", "B-U"], ["B-T", "B-T", "O", "B-U"]),
+    "BILOU": (["B-T", "L-T", "O", "U-U"], ["U-T", "U-T", "O", "U-U"]),
+    "BIOES": (["B-T", "E-T", "O", "S-U"], ["S-T", "S-T", "O", "S-U"]),
+    "BMES": (["B_T", "E_T", "O", "S_U"], ["S_T", "S_T", "O", "S_U"]),
+    "place last": (["T-B", "T-I", "O", "U-B"], ["T-B", "T-B", "O", "U-B"]),
+    "lower case": (["b-t", "i-t", "o", "b-u"], ["b-t", "b-t", "o", "b-u"]),
+    "types": (["T", "T", "O", "U"], ["T", "O", "O", "U"]),
+}
+
+
+@pytest.mark.parametrize(("gold", "guess"), SCHEMES.values(), ids=SCHEMES)
+def test_entities_are_the_same_in_every_scheme(gold: list[str], guess: list[str]) -> None:
+    names = sorted({*gold, *guess})
+    assert tag_scores([gold], [gold], names)["f1"] == 100.0
+    scores = tag_scores([guess], [gold], names)
+    wrong = 2 if guess[1].upper() not in ("O",) else 1  # the entity of two words is found as two, or in part
+    assert scores["precision"] == pytest.approx(100 / (wrong + 1))
+    assert scores["recall"] == pytest.approx(50.0)
+    shifted = [gold[2], gold[3], gold[0], gold[1]]
+    assert tag_scores([shifted], [gold], names)["f1"] == 0.0
+
+
+def test_entities_in_bilou_end_where_their_tags_say() -> None:
+    names = ["O", "B-T", "I-T", "L-T", "U-T"]
+    assert tag_scores([["B-T", "L-T", "B-T", "L-T"]], [["B-T", "I-T", "I-T", "L-T"]], names)["f1"] == 0.0
+    assert tag_scores([["U-T", "B-T", "L-T"]], [["U-T", "B-T", "L-T"]], names)["f1"] == 100.0
+
+
+def test_tags_of_every_word_are_scored_by_word() -> None:
+    names = ["NOUN", "VERB", "DET"]
+    gold, guess = [["DET", "NOUN", "NOUN"], ["VERB"]], [["DET", "NOUN", "VERB"], ["VERB"]]
+    assert entity_tags(names) is None
+    scores = tag_scores(guess, gold, names)
+    assert scores["accuracy"] == 75.0
+    assert scores["f1"] == pytest.approx(100 * (1 + 2 / 3 + 2 / 3) / 3)
+
+
+def test_tags_of_two_schemes_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"tag 'B-PER' names a place in an entity .* and tag 'MISC' none"):
+        entity_tags(["O", "B-PER", "I-PER", "MISC"])
+    assert entity_tags(["O", "E-mail", "phone"]) == {"O": "O", "E-mail": "I-E-mail", "phone": "I-phone"}
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,9 @@ from tiny_tasks import sentiment_rows, tiny_encoder, write_task
 from transformers import AutoModelForSequenceClassification
 
 import qbert.tasks.training as training
+from qbert.files import read_json
 from qbert.tasks import Task, evaluate, fine_tune, load_task
+from qbert.tasks.checkpoint import load_checkpoint, save_checkpoint
 from qbert.tasks.training import TrainingSettings, cache_folder, default_settings, run_key, weights_id
 
 
@@ -155,6 +157,18 @@ def test_loss_that_is_not_finite_stops_the_run(task: Task, encoder: Path, tmp_pa
     assert list((tmp_path / "cache").iterdir()) == []
 
 
+def test_sentences_without_a_tag_are_left_out_of_training(encoder: Path, tmp_path: Path) -> None:
+    rows = [{"tokens": ["Anna", "visited", "Rome"], "tags": ["B-PER", "O", "B-LOC"]}, {"tokens": [], "tags": []}] * 9
+    tasks = [
+        load_task("mine", data_dir=write_task(tmp_path / name, "mine", {"train.jsonl": kept, "dev.jsonl": rows[:2]}))
+        for name, kept in (("all", rows), ("tagged", rows[::2]), ("none", rows[1::2] * 9))
+    ]
+    tuned = [_tune(task, encoder, tmp_path / "cache", batch_size=1) for task in tasks[:2]]
+    assert _same_weights(tuned[0].model, tuned[1].model) and tuned[0].settings == tuned[1].settings
+    with pytest.raises(ValueError, match="no word of the training rows of 'mine' has a tag"):
+        _tune(tasks[2], encoder, tmp_path / "cache")
+
+
 def test_damaged_cache_entry_is_refused(task: Task, encoder: Path, tmp_path: Path) -> None:
     entry = _tune(task, encoder, tmp_path, epochs=1).path
     weights = entry / "model.safetensors"
@@ -166,6 +180,54 @@ def test_damaged_cache_entry_is_refused(task: Task, encoder: Path, tmp_path: Pat
     (entry / "training.json").write_text("{")
     with pytest.raises(ValueError, match=r"cannot be read .*delete the folder"):
         _tune(task, encoder, tmp_path, epochs=1)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "config.json", "training.json"])
+def test_any_damaged_file_of_a_cache_entry_is_refused(name: str, task: Task, encoder: Path, tmp_path: Path) -> None:
+    entry = _tune(task, encoder, tmp_path, epochs=1).path
+    content = bytearray((entry / name).read_bytes())
+    digit = next(i for i, byte in enumerate(content) if chr(byte) in "123456789")
+    content[digit] ^= 1
+    (entry / name).write_bytes(content)
+    with pytest.raises(ValueError, match=rf"{name}.*delete the folder {entry} to train again"):
+        _tune(task, encoder, tmp_path, epochs=1)
+
+
+def test_a_cache_entry_of_an_earlier_version_is_read(task: Task, encoder: Path, tmp_path: Path) -> None:
+    entry = _tune(task, encoder, tmp_path, epochs=1).path
+    record = read_json(entry / "training.json")
+    record["sha256"] = record.pop("files")["model.safetensors"]
+    (entry / "training.json").write_text(json.dumps(record))
+    assert _tune(task, encoder, tmp_path, epochs=1).from_cache
+
+
+def test_an_entry_that_another_process_has_finished_stays(task: Task, encoder: Path, tmp_path: Path) -> None:
+    tuned = _tune(task, encoder, tmp_path, epochs=1)
+    before = (tuned.path / "training.json").stat()
+    training._save_entry(tuned.path, tuned.model, tuned.tokenizer, {"scores": {}, "seconds": 0.0})
+    after = (tuned.path / "training.json").stat()
+    assert (before.st_ino, before.st_mtime_ns) == (after.st_ino, after.st_mtime_ns)
+    (tuned.path / "model.safetensors").write_bytes(b"damaged")
+    training._save_entry(tuned.path, tuned.model, tuned.tokenizer, {"scores": {}, "seconds": 0.0})
+    assert read_json(tuned.path / "training.json")["seconds"] == 0.0
+    assert [path.name for path in tuned.path.parent.iterdir()] == [tuned.path.name]
+
+
+def test_a_flipped_bit_of_a_training_checkpoint_is_refused(tmp_path: Path) -> None:
+    model = torch.nn.Linear(3, 2)
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.ones(1, 3)).sum().backward()
+    optimizer.step()
+    path = tmp_path / "part.safetensors"
+    save_checkpoint(path, model, optimizer, 7, 1.5)
+    assert load_checkpoint(path, model, optimizer) == (7, 1.5)
+    content = path.read_bytes()
+    for place in range(8, len(content), 37):
+        changed = bytearray(content)
+        changed[place] ^= 4
+        path.write_bytes(changed)
+        with pytest.raises(ValueError, match=r"the checkpoint .*part\.safetensors cannot be read"):
+            load_checkpoint(path, model, optimizer)
 
 
 def test_cache_folder_that_cannot_be_written_is_named(

