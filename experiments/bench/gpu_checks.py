@@ -494,14 +494,17 @@ def encoder(ranges: str, operands: str = "int8") -> int:
 
 def cases() -> dict[str, Callable[[], int]]:
     """All cases by name, the longest first."""
-    shapes = [(24, 256)] if SMALL else [(768, 768), (768, 3072), (312, 1200)]
+    shapes = [(24, 256)] if SMALL else [(768, 768), (768, 3072), (3072, 768), (312, 1200)]
+    high = [] if SMALL else [(3072, 768)]
     wide, odd = ((24, 256), (24, 96)) if SMALL else ((768, 768), (312, 1200))
     found: dict[str, Callable[[], int]] = {
         f"encoder-{r}": partial(encoder, r) for r in ("static", "dynamic", "asymmetric")
     }
     found |= {f"encoder-e4m3-{r}": partial(encoder, r, "e4m3") for r in ("static", "dynamic")}
     found |= {
-        f"e4m3-{bits}-{r}x{c}": partial(eight_bit_floats, bits, r, c) for bits in (4, 3, 2) for r, c in [wide, odd]
+        f"e4m3-{bits}-{r}x{c}": partial(eight_bit_floats, bits, r, c)
+        for bits in (4, 3, 2)
+        for r, c in [wide, odd, *high]
     }
     found |= {f"epilogues-{bits}": partial(epilogues, bits, *wide) for bits in (8, 4, 3, 2)}
     found |= {"attention": attend, "mixed": mixed, "rows": rows, "tables": tables}
