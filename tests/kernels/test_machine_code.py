@@ -223,7 +223,7 @@ def test_row_kernels(range_, target):
     kernel = layernorm_quant.layernorm_quantize_kernel
     constants |= {"HAS_RESIDUAL": True}
     report = compile_report(kernel, types_of(kernel, pointers, integers, floats), constants, target=target)
-    assert report.spills == 0 and report.registers <= 64
+    assert report.spills == 0 and report.registers <= (68 if OLDER else 64)
 
 
 @pytest.mark.parametrize("target", ["sm_80", "sm_90"])
