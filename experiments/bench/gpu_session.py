@@ -1,7 +1,7 @@
 """A session on a lent GPU, the most valuable first, each part in a process and a time of its own (`gpu_session.sh`).
 
 python experiments/bench/gpu_session.py 1 330      # facts, exactness, first numbers of encoders and products
-python experiments/bench/gpu_session.py 2 330      # tuning, all numbers again, KD-QAT, memory checks
+python experiments/bench/gpu_session.py 2 420      # exactness, tuning, all numbers again, memory checks, KD-QAT
 """
 
 from __future__ import annotations
