@@ -251,6 +251,8 @@ def eight_bit_floats(bits: int, rows: int, columns: int) -> int:
     weights, packed = weight(rows, columns, bits)
     scale, bias = torch.rand(rows, device=DEVICE) * 0.01 + 0.005, torch.randn(rows, device=DEVICE)
     zero = torch.randint(-3, 3, (rows,), device=DEVICE).float()
+    x: Any
+    options: Any
     for tokens in (5,) if SMALL else (33, 512, 4096) if columns % 256 == 0 else (33,):
         residual = normal(tokens, rows).half()
         with twins():
@@ -272,22 +274,21 @@ def eight_bit_floats(bits: int, rows: int, columns: int) -> int:
             kind = "one" if x is static else "token"
             what = f"{tokens} tokens, x {kind}, zero {zeros is not None}, {', '.join(options)}"
             # GELU is nowhere steeper than 1.13.
-            off_by = e4m3_error(*x, weights, scale, zeros) * 1.13 / options.get("out_scale", 1.0)
+            off_by = e4m3_error(x, weights, scale, zeros) * 1.13 / options.get("out_scale", 1.0)
             compare(tally, what, operators.matmul_a8, *x, packed, scale, zeros, bits=bits, off_by=off_by, **given)
         three: Any = ([packed] * 3, [bits] * 3, scale.repeat(3), None, bias.repeat(3))
         for kind, x in (("one", static), ("token", per_token)):
-            off_by = e4m3_error(*x, weights, scale, None).repeat(1, 3)
+            off_by = e4m3_error(x, weights, scale, None).repeat(1, 3)
             what = f"{tokens} tokens, x {kind}, query, key and value"
             compare(tally, what, operators.matmul_a8_mixed, *x, *three, off_by=off_by)
     return tally.end()
 
 
-def e4m3_error(
-    codes: Tensor, x_scale: Tensor, row_sum: Tensor, weights: Tensor, scale: Tensor, zero: Tensor | None
-) -> Tensor:
-    """How far a product of e4m3 codes [T, I] and integer weights [O, I] on sm_90 may be off, float64 [T, O]."""
+def e4m3_error(x: tuple[Tensor, ...], weights: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
+    """How far a product on sm_90 may be off, float64 [T, O]; x: e4m3 codes [T, I], scales, sums; weights [O, I]."""
     if MODE == "compile":
         return scale  # nothing is compared
+    codes, x_scale, row_sum = x
     terms = codes.double().abs() @ weights.double().abs().T
     if zero is not None:
         terms += row_sum.double().abs()[:, None] / reference.E4M3_UNITS * zero.double().abs()
