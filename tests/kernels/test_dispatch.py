@@ -10,6 +10,8 @@ from qbert.kernels import dispatch, formats, operators, reference
 from qbert.kernels.prepared import PreparedCache
 from qbert.kernels.terms import Terms
 
+E4M3 = torch.float8_e4m3fn
+
 
 def packed_layer(rows=24, columns=96, bits=4, groups=4, input_groups=1):
     low, high = formats.code_range(bits)
@@ -128,15 +130,49 @@ def operator_calls():
         (ops.matmul_a8_mixed, three, {}),
         (ops.layernorm_quantize, (x, x, *norm, 0.0, 0, True), {}),
         (ops.embed_layernorm, (*tables, *norm), {"asymmetric": True}),
+        (ops.quantize_rows, (x, 0.0, 0, False, E4M3), {}),
+        (ops.attention, (query, key, value, starts, 4, 0.25, 0.1), {"codes_dtype": E4M3}),
     ]
 
 
-@pytest.mark.parametrize("index", range(21))
+@pytest.mark.parametrize("index", range(23))
 def test_operators_keep_what_torch_expects_of_operators(index):
     """Schema, fake tensors and tracing, by torch's own checker."""
     operator, arguments, options = operator_calls()[index]
     tests = ("test_schema", "test_faketensor", "test_aot_dispatch_static")
     torch.library.opcheck(operator.default, arguments, options, test_utils=tests)
+
+
+def test_e4m3_products_on_a_cpu_are_the_reference():
+    codes, parts = packed_layer(24, 96, 4)
+    x = torch.randn(5, 96)
+    scale, zero = (t[:, 0].contiguous() for t in spread(parts))
+    for quantized in (operators.quantize_rows(x, codes_dtype=E4M3), operators.quantize_rows(x, 0.01, codes_dtype=E4M3)):
+        assert quantized[0].dtype == E4M3
+        assert float((quantized[0].float() * quantized[1][:, None] - x).norm() / x.norm()) < 0.04
+        y = operators.matmul_a8(*quantized, parts[0], scale, zero, parts[4], bits=4, out_dtype=torch.float32)
+        expected = reference.matmul_a8(*quantized[:2], codes, *spread(parts), parts[4])
+        torch.testing.assert_close(y.double(), expected, rtol=1e-5, atol=1e-5)
+        three = operators.matmul_a8_mixed(*quantized, [parts[0]] * 3, [4] * 3, scale.repeat(3), zero.repeat(3))
+        one = operators.matmul_a8(*quantized, parts[0], scale, zero, bits=4)
+        assert torch.equal(three, one.repeat(1, 3))
+
+
+def test_what_e4m3_codes_do_not_have_is_refused():
+    x, parts = torch.randn(5, 96), packed_layer(24, 96, 8)[1]
+    scale, zero = (t[:, 0].contiguous() for t in spread(parts))
+    xq, x_scale, row_sum = operators.quantize_rows(x, codes_dtype=E4M3)
+    with pytest.raises(ValueError, match="weights of 2 to 4 bits, got 8"):
+        operators.matmul_a8(xq, x_scale, row_sum, parts[0], scale, zero, bits=8)
+    with pytest.raises(ValueError, match="e4m3 codes are symmetric"):
+        operators.quantize_rows(x, asymmetric=True, codes_dtype=E4M3)
+    with pytest.raises(ValueError, match="at most 9362 columns, got 9363"):
+        operators.quantize_rows(torch.zeros(1, 9363), codes_dtype=E4M3)
+    with pytest.raises(TypeError, match="codes_dtype must be int8 or float8_e4m3fn"):
+        operators.quantize_rows(x, codes_dtype=torch.uint8)
+    packed = packed_layer(24, 96, 4)[1][0]
+    with pytest.raises(TypeError, match=r"zero, with e4m3 activations, must be float32, got int32"):
+        operators.matmul_a8(xq, x_scale, row_sum, packed, scale, zero.int(), bits=4)
 
 
 def test_single_kernels_on_a_cpu_are_the_reference():
