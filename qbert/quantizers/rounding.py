@@ -103,9 +103,9 @@ def compensate(
     Source: Frantar et al. 2023, GPTQ, algorithm 1, in the triangular form of Chee et al. 2023 (QuIP, section 3.1).
     """
     problem = _Columns.of(weight, metric, order, scale.shape[1])
-    codes, difference = problem.compensated(scale.T, zero.T, qmin, qmax)
+    codes, difference, _ = problem.compensated(scale.T, zero.T, qmin, qmax)
     for _ in range(sweeps):
-        problem.sweep(difference, codes, problem.full_feedback(), scale.T, zero.T, qmin, qmax)
+        problem.descend(difference, codes, scale.T, zero.T, qmin, qmax)
     return problem.restored(codes)
 
 
@@ -135,11 +135,12 @@ class _Columns:
         result[self.order] = codes.to(torch.int8)
         return result.T.contiguous()
 
-    def triangular_feedback(self) -> Tensor:
-        """U [I, I], strictly upper triangular, of H = (U + I) D (U + I)^T."""
+    def triangle(self) -> tuple[Tensor, Tensor]:
+        """U [I, I], strictly upper triangular, and the diagonal D [I] of H = (U + I) D (U + I)^T."""
         # Cholesky gives lower triangles; of the matrix turned by 180 degrees, that is an upper one.
         upper = torch.linalg.cholesky(self.metric.flip(0, 1)).flip(0, 1)
-        return (upper / upper.diagonal()).triu_(1).to(self.target.dtype)
+        diagonal = upper.diagonal()
+        return (upper / diagonal).triu_(1).to(self.target.dtype), diagonal.square().to(self.target.dtype)
 
     def full_feedback(self) -> Tensor:
         """H_ij / H_jj [I, I], zero where i = j."""
@@ -147,33 +148,57 @@ class _Columns:
             self._full = (self.metric / self.metric.diagonal()).fill_diagonal_(0.0).to(self.target.dtype)
         return self._full
 
-    def compensated(self, scale: Tensor, zero: Tensor, qmin: int, qmax: int) -> tuple[Tensor, Tensor]:
-        """Codes and differences W - W^ [I, N] of one pass of compensation; scale and zero are [K, N]."""
+    def compensated(self, scale: Tensor, zero: Tensor, qmin: int, qmax: int) -> tuple[Tensor, Tensor, Tensor]:
+        """One pass of compensation with scale and zero [K, N].
+
+        Returns:
+            Codes [I, N], differences W - W^ [I, N], and the error of every row in the metric, [N]: the sum of D_j times
+            the square of what column j is off the value that it was rounded from.
+        """
         difference, codes = torch.zeros_like(self.target), torch.empty_like(self.target)
-        self.sweep(difference, codes, self.triangular_feedback(), scale, zero, qmin, qmax)
-        return codes, difference
-
-    def errors(self, difference: Tensor) -> Tensor:
-        """D^T H D of every row, [N]."""
-        return (difference * (self.narrow @ difference)).sum(0)
-
-    def sweep(
-        self, difference: Tensor, codes: Tensor, feedback: Tensor, scale: Tensor, zero: Tensor, qmin: int, qmax: int
-    ) -> None:
-        """Round each column j from w_j + sum_i difference_i feedback_ij, in turn and in place."""
-        columns = len(self.target)
+        errors = torch.zeros_like(self.target[0])
+        feedback, diagonal = self.triangle()
         scale, zero = scale.contiguous(), zero.contiguous()
-        for start in range(0, columns, _BLOCK):
-            stop = min(start + _BLOCK, columns)
-            near, inside = difference[start:stop], feedback[start:stop, start:stop]
-            wanted = torch.addmm(self.target[start:stop], feedback[:, start:stop].T, difference)
-            wanted.addmm_(inside.T, near, alpha=-1)
-            for j in range(start, stop):
-                s, z = scale[self.input_group[j]], zero[self.input_group[j]]
-                at = j - start
-                code = torch.addmv(wanted[at], near.T, inside[:, at]).div_(s).add_(z).round_().clamp_(qmin, qmax)
-                codes[j] = code
-                torch.addcmul(self.target[j], code.sub_(z), s, value=-1, out=near[at])
+        for start in range(0, len(self.target), _BLOCK):
+            block = slice(start, start + _BLOCK)
+            wanted = torch.addmm(self.target[block], feedback[:start, block].T, difference[:start])
+            self._round_block(block, wanted, difference, codes, feedback[block, block], scale, zero, qmin, qmax)
+            near = difference[block]
+            off = (wanted - self.target[block]).addmm_(feedback[block, block].T, near).add_(near)
+            errors.add_(off.square_().mul_(diagonal[block].unsqueeze(1)).sum(0))
+        return codes, difference, errors
+
+    def descend(self, difference: Tensor, codes: Tensor, scale: Tensor, zero: Tensor, qmin: int, qmax: int) -> None:
+        """Round every column again to its best code given all others, in turn and in place; scale, zero are [K, N]."""
+        feedback = self.full_feedback()
+        scale, zero = scale.contiguous(), zero.contiguous()
+        for start in range(0, len(self.target), _BLOCK):
+            block = slice(start, start + _BLOCK)
+            inside = feedback[block, block]
+            wanted = torch.addmm(self.target[block], feedback[:, block].T, difference)
+            wanted.addmm_(inside.T, difference[block], alpha=-1)
+            self._round_block(block, wanted, difference, codes, inside, scale, zero, qmin, qmax)
+
+    def _round_block(
+        self,
+        block: slice,
+        wanted: Tensor,
+        difference: Tensor,
+        codes: Tensor,
+        inside: Tensor,
+        scale: Tensor,
+        zero: Tensor,
+        qmin: int,
+        qmax: int,
+    ) -> None:
+        """Round each column of a block from `wanted` plus what the block's own differences add through `inside`."""
+        near = difference[block]
+        for at in range(len(near)):
+            j = block.start + at
+            s, z = scale[self.input_group[j]], zero[self.input_group[j]]
+            code = torch.addmv(wanted[at], near.T, inside[:, at]).div_(s).add_(z).round_().clamp_(qmin, qmax)
+            codes[j] = code
+            torch.addcmul(self.target[j], code.sub_(z), s, value=-1, out=near[at])
 
 
 def round_compensated(
@@ -221,7 +246,7 @@ def round_compensated(
     for _ in range(refits):
         grids = _refitted(problem, codes, difference, row_group, grids, movable_zero=scheme == "offset")
         scale, zero = (x[row_group].T for x in grids)
-        problem.sweep(difference, codes, problem.full_feedback(), scale, zero, *limits)
+        problem.descend(difference, codes, scale, zero, *limits)
     return _better_of(weight, moment, row_group, ranges, GroupRanges(*grids), problem.restored(codes), limits)
 
 
@@ -232,9 +257,8 @@ def _best_start(
     rows = len(row_group)
     copies = _Columns(problem.target.repeat(1, len(tried)), problem.metric, problem.order, problem.input_group)
     scale, zero = (torch.cat([getattr(r, n)[row_group] for r in tried]).T for n in ("scale", "zero"))
-    codes, difference = copies.compensated(scale, zero, *limits)
-    errors = problem.errors(difference).view(len(tried), rows)
-    best = reduce_rows(errors.T, row_group, "sum").argmin(1)  # [G]
+    codes, difference, errors = copies.compensated(scale, zero, *limits)
+    best = reduce_rows(errors.view(len(tried), rows).T, row_group, "sum").argmin(1)  # [G]
     group = torch.arange(len(best), device=best.device)
     grids = GroupRanges(*(torch.stack([getattr(r, n) for r in tried])[best, group] for n in ("scale", "zero")))
     taken = best[row_group] * rows + torch.arange(rows, device=best.device)

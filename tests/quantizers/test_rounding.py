@@ -12,7 +12,7 @@ from torch import Tensor
 from qbert.quantizers.grid import code_range, dequantize, quantize
 from qbert.quantizers.groups import row_groups
 from qbert.quantizers.ranges import GroupRanges, find_ranges
-from qbert.quantizers.rounding import Rounded, compensate, damped, output_error, round_compensated
+from qbert.quantizers.rounding import Rounded, _Columns, compensate, damped, output_error, round_compensated
 
 SCHEMES = ("asymmetric", "symmetric", "midrise", "offset")
 
@@ -62,6 +62,14 @@ def test_compensation_is_that_of_the_textbook(columns: int, input_groups: int) -
     scale, zero = ranges.scale.double(), ranges.zero.double()
     limits = code_range(3)
     assert torch.equal(compensate(w, metric, scale, zero, *limits), by_inverses(w, metric, scale, zero, limits))
+
+
+def test_the_error_of_a_pass_is_that_of_its_differences() -> None:
+    w, metric = matrix(5, 150, 3), damped(correlated(150, 3), 0.01)
+    ranges = find_ranges(w, torch.arange(5), bits=2)
+    scale, zero = ranges.scale.double().T, ranges.zero.double().T
+    _, difference, errors = _Columns.of(w, metric, None, 1).compensated(scale, zero, -2, 1)
+    assert torch.allclose(errors, output_error(difference.T, metric), rtol=1e-9)
 
 
 def test_an_order_of_columns_is_that_order_of_the_problem() -> None:
