@@ -28,6 +28,7 @@ class QuantEmbedding(TrainableLayer, nn.Embedding):
     """A lookup table [V, D] with fake-quantized rows; only the rows that are looked up are quantized."""
 
     activation_quantizer = None
+    is_trainable_matrix = False
 
     @classmethod
     def from_float(

@@ -43,6 +43,7 @@ class TrainableLayer(nn.Module):
     spec: TensorSpec
     weight_quantizer: WeightQuantizer
     activation_quantizer: ActivationQuantizer | None
+    is_trainable_matrix = True  # a table says no
 
     @classmethod
     @abstractmethod
