@@ -32,7 +32,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from qbert.encoders.targets import base_model, linear_role
+from qbert.encoders.targets import attention_heads, base_model, linear_role
+from qbert.encoders.weights import matrix_size
 
 _RELATIONS = {"relations.query": "query", "relations.key": "key", "relations.value": "value"}
 _STATES = frozenset({"hidden", "embeddings", "cls"})
@@ -143,7 +144,7 @@ class Recorder:
 
     def _projections(self, role: str) -> list[nn.Module]:
         _, base = base_model(self.model)
-        named = [(n, m) for n, m in base.named_modules() if isinstance(m, nn.Linear)]
+        named = [(n, m) for n, m in base.named_modules() if matrix_size(m)]
         # DeBERTa's pos_query_proj has the query role too, but projects positions.
         found: list[nn.Module] = [m for n, m in named if linear_role(n) == role and not re.search(r"\bpos_", n)]
         config = getattr(base, "config", None)
@@ -164,11 +165,10 @@ class Recorder:
         raise ValueError(f"feature 'module:{path}': {type(self.model).__name__} has no module of that name")
 
     def _heads(self) -> int:
-        config = getattr(base_model(self.model)[1], "config", None)
-        heads = getattr(config, "num_attention_heads", None) or getattr(config, "n_heads", None)
+        heads = attention_heads(base_model(self.model)[1])
         if not heads:
             raise ValueError(f"{type(self.model).__name__} does not say its number of attention heads in its config")
-        return cast(int, heads)
+        return heads
 
 
 def dot_scores(query: Tensor, key: Tensor, heads: int) -> Tensor:

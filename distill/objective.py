@@ -35,7 +35,7 @@ from qbert.distill.losses import (
 )
 from qbert.distill.mapping import Pairs, layer_pairs, state_pairs
 from qbert.distill.recipe import Match, Recipe, Stage
-from qbert.encoders.inputs import accepted_inputs
+from qbert.encoders.inputs import accepted_inputs, to_device
 from qbert.encoders.modes import evaluation_mode
 
 AUTO_WEIGHT_STEPS = 100
@@ -340,7 +340,7 @@ class Distillation(nn.Module):
         """Run one batch through every stage: refuse what cannot work, make the projections."""
         device = next(self.student.parameters()).device
         self.teacher.to(device)
-        inputs = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in example.items()}
+        inputs = to_device(example, self.student)
         try:
             with evaluation_mode(self.student), problem_type_kept(self.student):
                 for index, stage in enumerate(self.recipe.stages):
