@@ -16,22 +16,26 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qbert.distill.aside import left_as_it_is, problem_type_kept
-from qbert.distill.dropout import Rates, restore, train_without_dropout
+from qbert.distill.aside import Rates, left_as_it_is, problem_type_kept, restore, train_without_dropout
 from qbert.distill.features import Recorder
-from qbert.distill.items import ITEMS, count_items, count_labels, output_mask, span_labels, token_mask
 from qbert.distill.losses import (
+    ITEMS,
     LOSSES,
     Loss,
+    count_items,
+    count_labels,
     kl_divergence,
     loss_items,
     mse,
+    output_mask,
     sigmoid_cross_entropy,
     sigmoid_kl_divergence,
     soft_cross_entropy,
     span_cross_entropy,
     span_kl_divergence,
+    span_labels,
     teacher_scale,
+    token_mask,
 )
 from qbert.distill.mapping import Pairs, layer_pairs, state_pairs
 from qbert.distill.recipe import Match, Recipe, Stage
