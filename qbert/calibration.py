@@ -301,6 +301,8 @@ class _Passes:
                     kept.setdefault((module, index), []).append(squares)
         for module in linears:
             keys = [(module, index) for index in range(len(self.batches)) if (module, index) in self.weights]
+            if not keys:
+                continue
             depends, size = (torch.cat([w for key in keys for w in of[key]]) for of in (self.weights, sizes))
             small = size.clamp_min(1e-12 * float(size.mean())).reciprocal()
             weights = (1 - share) * small / small.mean()
@@ -324,7 +326,7 @@ class _Passes:
                 outputs = [y for y in _outputs(run_batch(self.model, inputs)) if y.requires_grad]
                 seeds = [_random_seeds(y, inputs.get("attention_mask"), generator) for y in outputs]
                 found: Sequence[Tensor | None] = [None] * len(calls)
-                if outputs:
+                if outputs and calls:
                     found = torch.autograd.grad(outputs, [y for _, _, y in calls], seeds, allow_unused=True)
         finally:
             for weight in frozen:

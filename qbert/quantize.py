@@ -173,7 +173,16 @@ def _round_compensated(
     progress: bool,
 ) -> None:
     """Convert matrices one after the other, each with codes for the inputs that those before it leave to it."""
-    paths = {cast(nn.Linear, done.model.get_submodule(path)): path for path in specs}
+    modules_at = {path: done.model.get_submodule(path) for path in specs}
+    others = [path for path, module in modules_at.items() if not isinstance(module, nn.Linear)]
+    for path in others:
+        done.convert(path, targets[path], replace(specs[path], rounding="nearest"))
+    if others:
+        warnings.warn(
+            f"rounding='compensated' is for linear maps; {', '.join(others)} are of other kinds and rounded to nearest",
+            stacklevel=3,
+        )
+    paths = {module: path for path, module in modules_at.items() if isinstance(module, nn.Linear)}
     missed: list[str] = []
     few: dict[str, Moment] = {}
     for modules, moment in input_moments(done.model, batches, list(paths), weigh=_GRADIENT_SHARE, progress=progress):

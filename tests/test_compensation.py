@@ -210,6 +210,19 @@ def test_a_matrix_that_calibration_never_reaches_is_named() -> None:
     assert student.bert.encoder.layer[1].spare.weight_quantizer.spec.rounding == "nearest"
 
 
+def test_layers_of_other_kinds_are_named_and_rounded_to_nearest() -> None:
+    class Convolutional(nn.Sequential):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x)  # type: ignore[no-any-return]
+
+    model = Convolutional(nn.Conv1d(12, 8, 3), nn.Flatten(), nn.Linear(64, 16)).eval()
+    config = qbert.BitsConfig(4, groups=4, **COMPENSATED)
+    with pytest.warns(UserWarning, match="is for linear maps; 0 are of other kinds"):
+        student = qbert.quantize_model(model, config, calibration_data={"x": torch.randn(80, 12, 10)})
+    assert student[0].weight_quantizer.spec.rounding == "nearest"
+    assert student[2].weight_quantizer.spec.rounding == "compensated"
+
+
 def test_a_handful_of_rows_is_said_to_be_one() -> None:
     with pytest.warns(UserWarning, match=r"fewer than the 96 inputs of .*output\.dense.*a few hundred rows"):
         qbert.quantize_model(build("bert"), qbert.BitsConfig(2, **COMPENSATED), calibration_data=inputs_for("bert"))

@@ -23,6 +23,7 @@ from pathlib import Path
 
 import gpu_checks
 import gpu_encoders
+import gpu_products
 import transformers.models.bert.modeling_bert  # noqa: F401  once, before the processes fork
 from gpu_machine import MODE, compiled, in_processes, say, stand_in
 
@@ -74,11 +75,12 @@ def main() -> None:
         f"{name} {engine}": partial(encoder, name, engine) for name in ENCODERS for engine in gpu_encoders.ENGINES
     }
     work |= {name: partial(checks, name) for name in gpu_checks.cases() if not name.startswith("encoder")}
+    work |= gpu_products.candidates_to_compile()  # if there is time: they compile on the GPU's machine too
     codes = in_processes(
         work, int(os.environ.get("PREFILL_PROCESSES", "2")), float(os.environ.get("PREFILL_SECONDS", 900))
     )
     cache = Path(os.environ["TRITON_CACHE_DIR"])
-    shutil.make_archive(str(target / "triton_cache"), "gztar", cache)
+    shutil.make_archive(str(target / "triton_cache"), "xztar", cache)  # kernels are alike: a third of what gzip needs
     from triton.runtime.cache import triton_key
 
     (target / "triton_cache_dir").write_text(str(cache.resolve()))

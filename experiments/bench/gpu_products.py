@@ -5,6 +5,7 @@ python experiments/bench/gpu_products.py BERT-base 4096,128
 
 from __future__ import annotations
 
+import gc
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -14,12 +15,14 @@ from typing import Any
 import gpu_timing
 import low_bit_products
 import torch
+from gpu_checks import short
 from gpu_machine import DEVICE, MODE, ON_GPU, brief, in_processes, left, pretending, record, say, stand_in
 from torch import Tensor
 
 from qbert.kernels import operators
 from qbert.kernels.gpu import tune
 from qbert.kernels.gpu.attention_ways import FLASH, measure_attention
+from qbert.kernels.gpu.layernorm_quant import measure_layernorm
 from qbert.kernels.gpu.tiles import E4M3, Tile, candidates
 
 
@@ -93,17 +96,20 @@ def _scaled_mm(x: Tensor, rows: int, copies: int) -> Callable[[int], Any]:
     return lambda copy: torch._scaled_mm(codes, weights[copy].T, *scales, out_dtype=torch.bfloat16, use_fast_accum=True)
 
 
-def work(widths: Sequence[int] = (4, 8, 2), token_counts: Sequence[int] = (4096, 49152, 128)) -> list[dict[str, Any]]:
-    """What is tuned, the most valuable first: BERT-base's products."""
-    shapes = ((3072, 768), (768, 3072), (768, 768))
+BASE_SHAPES = ((3072, 768), (768, 3072), (768, 768))
+MINI_SHAPES = ((1536, 384), (384, 1536), (384, 384))
+
+
+def work() -> list[dict[str, Any]]:
+    """What is tuned, the most valuable first: BERT-base's products with many tokens, then with few, then MiniLM's."""
+    engines = [("matmul_a8", 8), ("matmul_a8", 4), (f"matmul_a8{E4M3}", 4), (f"matmul_a8{E4M3}", 2), ("matmul_a8", 2)]
     if MODE == "dry":
-        shapes, widths, token_counts = ((64, 256),), widths[:1], (16,)  # type: ignore[assignment]
-    kernels = [("matmul_a8" if bits > 4 else f"matmul_a8{E4M3}", bits) for bits in widths]
-    if MODE != "dry":
-        kernels += [("matmul_a8", bits) for bits in widths if bits <= 4]
+        return [{"kernel": "matmul_a8", "tokens": 16, "rows": 64, "columns": 256, "bits": 4}]
+    rounds = [(BASE_SHAPES, 49152, engines), (BASE_SHAPES, 4096, engines), (BASE_SHAPES, 128, engines[:3])]
+    rounds.append((MINI_SHAPES, 4096, engines[:2]))
     return [
         {"kernel": name, "tokens": tokens, "rows": rows, "columns": columns, "bits": bits}
-        for tokens in token_counts
+        for shapes, tokens, kernels in rounds
         for kernel, bits in kernels
         for rows, columns in shapes
         for name in ([kernel] if rows != columns else [kernel, kernel.replace("matmul_a8", "matmul_a8_mixed")])
@@ -117,8 +123,8 @@ def _compile_all(kernel: str, tokens: int, rows: int, columns: int, bits: int, *
     return tiles[0]
 
 
-def compile_candidates(at_once: int = 14, seconds: float = 60) -> None:
-    """Compiles all candidates into Triton's cache, side by side, so that tuning only times."""
+def candidates_to_compile() -> dict[str, Callable[[], int]]:
+    """Cases for `in_processes` that compile all candidates into Triton's cache, so that tuning only times."""
 
     def one(shape: dict[str, Any]) -> int:
         tune.do_bench_cudagraph = lambda run, **options: run() or 1.0  # a launch compiles
@@ -127,38 +133,58 @@ def compile_candidates(at_once: int = 14, seconds: float = 60) -> None:
             tune.tune(**shape)
         return 0
 
-    cases: dict[str, Callable[[], int]] = {str(shape): partial(one, shape) for shape in work()}
-    codes = in_processes(cases, at_once, seconds)
-    say(f"candidate tiles: {sum(c == 0 for c in codes.values())} of {len(codes)} shapes compiled")
+    found: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for shape in work():
+        rows, columns = shape["rows"], shape["columns"]
+        # What a kernel is compiled for: from 1,025 tokens on all have the same candidates.
+        same = shape["kernel"], shape["bits"], rows > columns, columns % 256, min(shape["tokens"], 4096)
+        found.setdefault(same, shape)
+    return {f"candidates {list(shape.values())}": partial(one, shape) for shape in found.values()}
 
 
 def tune_all() -> int:
-    """Times attention's ways and the candidate tiles until the time is up; QBERT_TILES' file has the choices."""
-    failures = _tune_attention() if ON_GPU else 0
+    """Times attention's ways, LayerNorm's and the candidate tiles until the time is up; QBERT_TILES has the choices."""
+    # Every captured graph collects garbage: without all that was imported.
+    gc.collect()
+    gc.freeze()
+    failures = _tune_the_rest() if ON_GPU else 0
     for shape in work():
         if left() < 5:
-            say(f"not tuned: {shape}")
+            say(f"not tuned: {list(shape.values())}")
             continue
         start = time.time()
         try:
             with pretending():
                 best = tune.tune(**shape)
             say(f"tile for {list(shape.values())}: {best} ({time.time() - start:.1f} s)")
+            record(kind="tile", **shape, tile=short(best))
         except Exception as error:
             failures += 1
             say(f"tile for {list(shape.values())} FAILED: {brief(error)}")
     return failures
 
 
-def _tune_attention() -> int:
+def _tune_the_rest() -> int:
     failures = 0
-    for sequences, longest in ((32, 128), (128, 384), (1, 128)):
+    shapes = [(128, 384, 12, 64), (32, 128, 12, 64), (1, 128, 12, 64), (32, 128, 12, 32)]
+    ways: dict[str, Callable[[], Tile]] = {
+        f"attention {size}x{length}, {heads} heads of {width}": partial(
+            measure_attention, sequences=size, longest=length, heads=heads, head_dim=width
+        )
+        for size, length, heads, width in shapes
+    }
+    ways |= {
+        f"LayerNorm {tokens}x{columns}": partial(measure_layernorm, tokens=tokens, columns=columns)
+        for tokens, columns in ((49152, 768), (4096, 768), (128, 768), (4096, 384))
+    }
+    for what, find in ways.items():
         try:
-            way = measure_attention(sequences=sequences, longest=longest, heads=12, head_dim=64)
-            say(f"attention {sequences}x{longest}, 12 heads of 64: {'torch' if way == FLASH else way}")
+            way = find()
+            say(f"{what}: {'torch' if way == FLASH else short(way)}")
+            record(kind="way", what=what, way="torch" if way == FLASH else short(way))
         except Exception as error:
             failures += 1
-            say(f"attention {sequences}x{longest} FAILED: {brief(error)}")
+            say(f"{what} FAILED: {brief(error)}")
     return failures
 
 

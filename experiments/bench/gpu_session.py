@@ -1,7 +1,7 @@
 """A session on a lent GPU, the most valuable first, each part in a process and a time of its own (`gpu_session.sh`).
 
 python experiments/bench/gpu_session.py 1 330      # facts, exactness, first numbers of encoders and products
-python experiments/bench/gpu_session.py 2 330      # tuning, all numbers again, KD-QAT, memory checks
+python experiments/bench/gpu_session.py 2 420      # exactness, tuning, all numbers again, memory checks, KD-QAT
 """
 
 from __future__ import annotations
@@ -135,25 +135,27 @@ def first_call() -> None:
 
 
 def second_call() -> None:
-    """All numbers, after tuning."""
+    """Exactness again, tuning, and all numbers with the tuned tiles."""
     part("facts", 30, facts)
-    say(f"== [{time.time() - START:.0f} s] tuning")
-    gpu_products.compile_candidates(seconds=min(35, left() - RESERVE))
-    part("tuning", 55, gpu_products.tune_all)
-    say(f"== [{time.time() - START:.0f} s] exactness")
-    gpu_checks.check_all(seconds=min(60, left() - RESERVE), beside=_warmed())
+    say(f"== [{time.time() - START:.0f} s] exactness, and the candidate tiles compiled beside it")
+    beside = gpu_products.candidates_to_compile() | _warmed()
+    gpu_checks.check_all(at_once=15, seconds=min(80, left() - RESERVE), beside=beside)
+    part("tuning", 95, gpu_products.tune_all)
     names = list(gpu_encoders.ENGINES)
-    shapes = ["32x128", "128x384", "1x128", "32x128mixed"]
-    part("encoders", 90, partial(gpu_encoders.measure, "BERT-base", shapes, names, profile=_profiled()))
-    part("encoders", 35, partial(gpu_encoders.measure, "MiniLM", ["32x128", "1x128"], names))
-    few = ["W8A8", "W4 e4m3"]
-    part("max-autotune", 75, partial(gpu_encoders.measure, "BERT-base", shapes[:2], few, autotune=True))
-    part("products", 25, partial(gpu_products.measure, ["BERT-base"], [4096, 49152, 128, 16]))
-    distil()
+    measure = gpu_encoders.measure
+    part("encoders", 60, partial(measure, "BERT-base", ["32x128", "1x128"], names, profile=_profiled()))
+    part("encoders", 50, partial(measure, "BERT-base", ["128x384"], names, profile=_profiled()))
+    part("encoders", 30, partial(measure, "MiniLM", ["32x128", "1x128"], names))
+    say(f"== [{time.time() - START:.0f} s] exactness with the tuned tiles")
+    tuned = [name for name in gpu_checks.cases() if name.startswith(("integers", "e4m3", "attention", "rows"))]
+    gpu_checks.check_all(tuned, at_once=15, seconds=min(30, left() - RESERVE))
+    say(f"== [{time.time() - START:.0f} s] products")
+    gpu_products.measure(["BERT-base"], [4096, 49152], seconds=min(40, left() - RESERVE))
     checks = [sys.executable, str(Path(__file__).with_name("gpu_checks.py")), "rows"]
     sanitizer = ["compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "9"]
     # Else an access past a tensor lands in the allocator's own block and is not seen.
-    command("sanitizer", 45, *sanitizer, *checks, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
+    command("sanitizer", 35, *sanitizer, *checks, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
+    distil()
 
 
 def distil() -> None:

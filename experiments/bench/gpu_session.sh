@@ -2,7 +2,7 @@
 # A session on a lent GPU; results are appended to $OUT as they come: session.log, results.jsonl, tiles.json, qat.md.
 #
 #   CALL=1 SECONDS_LEFT=330 bash experiments/bench/gpu_session.sh      facts, exactness, first numbers
-#   CALL=2 SECONDS_LEFT=330 bash experiments/bench/gpu_session.sh      tuning, all numbers, KD-QAT, memory checks
+#   CALL=2 SECONDS_LEFT=420 bash experiments/bench/gpu_session.sh      exactness, tuning, all numbers, memory checks, KD-QAT
 #
 # .gpu/ (made by gpu_prefill.py) travels along: Triton's cache, made of the same commit; a model and SST-2 for KD-QAT.
 # QBERT_GPU_SESSION=dry tries everything but the GPU, in seconds.
@@ -25,8 +25,9 @@ export TORCHINDUCTOR_CACHE_DIR=$scratch/inductor TORCHINDUCTOR_COMPILE_THREADS=1
   date -u
   command -v nvidia-smi gcc nvcc compute-sanitizer
   nvidia-smi --query-gpu=name,driver_version,memory.total,clocks.sm,clocks.mem,power.limit --format=csv,noheader
-  if [ -f "$QBERT_CARRIED/triton_cache.tar.gz" ]; then
-    tar -xzf "$QBERT_CARRIED/triton_cache.tar.gz" -C "$TRITON_CACHE_DIR"
+  if [ -f "$QBERT_CARRIED/triton_cache.tar.xz" ]; then
+    tar -xJf "$QBERT_CARRIED/triton_cache.tar.xz" -C "$TRITON_CACHE_DIR" ||
+      "$PYTHON" -m tarfile -e "$QBERT_CARRIED/triton_cache.tar.xz" "$TRITON_CACHE_DIR"
     echo "$(find "$TRITON_CACHE_DIR" -name '*.cubin' | wc -l) kernels in Triton's cache"
     export QBERT_TRITON_KEY=$(cat "$QBERT_CARRIED/triton_key")
   fi

@@ -72,12 +72,12 @@ def attention_kernel(
             v = tl.load(v_at, mask=inside, other=0.0)
             k_at += BLOCK_K * stride_k
             v_at += BLOCK_K * stride_v
-            # exp2 is the hardware's exponential: the scores are scaled by log2(e).
-            scores = tl.dot(q, k.T) * (scale * 1.4426950408889634)
-            scores = tl.where(done + keys[None, :] < length, scores, float("-inf"))
+            # exp2 is the hardware's exponential, and its argument one multiply-add.
+            scores = tl.where(done + keys[None, :] < length, tl.dot(q, k.T), float("-inf"))
             new_peak = tl.maximum(peak, tl.max(scores, axis=1))
-            weights = tl.exp2(scores - new_peak[:, None])
-            fade = tl.exp2(peak - new_peak)
+            log_scale = scale * 1.4426950408889634
+            weights = tl.exp2(scores * log_scale - (new_peak * log_scale)[:, None])
+            fade = tl.exp2((peak - new_peak) * log_scale)
             total = total * fade + tl.sum(weights, axis=1)
             acc = tl.dot(weights.to(v.dtype), v, acc * fade[:, None])
             peak = new_peak

@@ -27,7 +27,14 @@ from qbert.kernels.gpu.quantize_rows import quantize_rows
 from qbert.kernels.gpu.tiles import Tile, known_tile, measure, token_bucket
 
 FLASH = Tile(0, 0, 0, warps=0, stages=0)  # stands for torch's in the table of measured tiles
-WAYS = [Tile(64, 64, 0, stages=2), Tile(64, 32, 0, stages=2), Tile(128, 64, 0, warps=8, stages=2), FLASH]
+WAYS = [
+    Tile(64, 64, 0, stages=2),
+    Tile(64, 32, 0, stages=2),
+    Tile(64, 128, 0, stages=2),
+    Tile(128, 64, 0, warps=8, stages=2),
+    Tile(128, 128, 0, warps=8, stages=2),
+    FLASH,
+]
 
 
 def attend(

@@ -16,7 +16,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.testing import do_bench_cudagraph
 
+from qbert.kernels.gpu.launch import device_name
 from qbert.kernels.gpu.quantize_rows import (
     asymmetric_codes,
     asymmetric_grid,
@@ -26,6 +28,7 @@ from qbert.kernels.gpu.quantize_rows import (
     range_kind,
     to_codes,
 )
+from qbert.kernels.gpu.tiles import Tile, known_tile, measure
 
 MAX_COLUMNS = 16384
 
@@ -109,11 +112,13 @@ def layernorm_quantize(
     static_zero: int = 0,
     asymmetric: bool = False,
     codes_dtype: torch.dtype = torch.int8,
+    tile: Tile | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Launches `layernorm_quantize_kernel`: x, residual [T, I] -> (y [T, I], codes [T, I], float32 [T], int32 [T]).
 
     A positive `static_scale` takes the place of one scale a token; the third result is then filled with it. With
-    `asymmetric` it is [2, T], steps and offsets. At most 16,384 columns.
+    `asymmetric` it is [2, T], steps and offsets. At most 16,384 columns. Of `tile` only the warps count: the measured
+    ones (`measure_layernorm`) where None, else the default.
     """
     tokens, columns = x.shape
     if columns > MAX_COLUMNS:
@@ -124,6 +129,7 @@ def layernorm_quantize(
     row_sum = torch.empty(tokens, dtype=torch.int32, device=x.device)
     if tokens:
         block = triton.next_power_of_2(columns)
+        tile = tile or known_tile(*_shape(tokens, columns), device_name(x)) or default_warps(columns)
         layernorm_quantize_kernel[(tokens,)](
             x,
             residual,
@@ -142,6 +148,34 @@ def layernorm_quantize(
             HAS_RESIDUAL=residual is not None,
             RANGE=range_kind(static_scale, asymmetric),
             BLOCK=block,
-            num_warps=4 if block <= 2048 else 8,
+            num_warps=tile.warps,
         )
     return y, codes, scale, row_sum
+
+
+def default_warps(columns: int) -> Tile:
+    """Warps a row that suit few tokens, where the time of one program counts."""
+    return Tile(1, columns, 0, warps=4 if columns <= 2048 else 8)
+
+
+def _shape(tokens: int, columns: int) -> tuple[str, int, int, int, int]:
+    """What measured warps are kept by."""
+    return "layernorm_quantize", tokens, columns, columns, 8
+
+
+def measure_layernorm(*, tokens: int, columns: int) -> Tile:
+    """The fastest number of warps a row for this many tokens, fp16 in, static int8 codes out; later calls will use it.
+
+    With many tokens the instructions count, and fewer warps need fewer for the sums over a row.
+    Raises RuntimeError without a CUDA device.
+    """
+    if not torch.cuda.is_available():
+        raise RuntimeError("measure_layernorm times kernels on a CUDA device, and there is none.")
+    x = torch.randn(tokens, columns, device="cuda", dtype=torch.float16)
+    weight, bias = torch.randn(2, columns, device="cuda", dtype=torch.float16)
+
+    def milliseconds(tile: Tile) -> float:
+        return float(do_bench_cudagraph(lambda: layernorm_quantize(x, None, weight, bias, 1e-12, 0.02, tile=tile)))
+
+    ways = [default_warps(columns), *(Tile(1, columns, 0, warps=warps) for warps in (1, 2, 4, 8))]
+    return measure(*_shape(tokens, columns), device_name(x), milliseconds, list(dict.fromkeys(ways)))

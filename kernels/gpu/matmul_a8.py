@@ -1,8 +1,8 @@
 """y = x W^T with 8-bit activations and packed weights on int8 or e4m3 tensor cores.
 
-int8 activations take 2-, 3-, 4- or 8-bit weights, and their sum is an exact int32. e4m3 activations (sm_89 and later)
-take 2-, 3- or 4-bit weights, which are exact in e4m3 (`unpack_f8`), and a float32 sum: that loop Triton overlaps with
-its tensor-core products on sm_90, which it does not do for int32 sums. Both have the same epilogues:
+int8 activations take 2-, 3-, 4- or 8-bit weights; their sum is an exact int32. e4m3 activations (sm_89 and later) take
+2-, 3- or 4-bit weights, exact in e4m3 (`unpack_f8`), and a float32 sum of which sm_90 keeps 13 bits behind the first
+(arXiv 2412.19437, section 3.3.2), but which Triton overlaps with unpacking there, unlike int32's. Same epilogues:
 
     y[t, o] = act((acc - zero[o] row_sum[t]) scale[o] x_scale[t] + x_offset[t] weight_sum[o] + bias[o]) + residual[t, o]
 

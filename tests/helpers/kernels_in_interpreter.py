@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from qbert.kernels import dispatch, formats, operators, reference
-from qbert.kernels.gpu import attention_ways, tiles
+from qbert.kernels.gpu import attention_ways, layernorm_quant, tiles
 from qbert.kernels.gpu.attention import attention
 from qbert.kernels.gpu.embedding import Table, embed_layernorm, embedding
 from qbert.kernels.gpu.layernorm_quant import layernorm_quantize
@@ -375,6 +375,25 @@ def test_strided_arguments_give_the_same(monkeypatch):
     for one, other in zip(results(lambda t: t), results(strided), strict=True):
         for a, b in zip(*(y if isinstance(y, tuple) else (y,) for y in (one, other)), strict=True):
             assert torch.equal(a, b)
+
+
+def test_layernorm_takes_the_warps_that_were_measured(monkeypatch):
+    monkeypatch.setattr(tiles, "_measured", {})
+    x, weight, bias = torch.randn(6, 96).half(), torch.randn(96).half(), torch.randn(96).half()
+    used = []
+    run = layernorm_quant.layernorm_quantize_kernel.run
+
+    def launch(*arguments, **options):
+        used.append(options["num_warps"])
+        return run(*arguments, **options)
+
+    monkeypatch.setattr(layernorm_quant.layernorm_quantize_kernel, "run", launch)
+    expected = layernorm_quantize(x, None, weight, bias, 1e-12)
+    ways = [tiles.Tile(1, 96, 0, warps=warps) for warps in (1, 8)]
+    for way in ways:
+        tiles.measure("layernorm_quantize", 6, 96, 96, 8, "interpreter", lambda t, way=way: float(t != way), ways)
+        assert all(map(torch.equal, layernorm_quantize(x, None, weight, bias, 1e-12), expected))
+    assert used == [4, 1, 8]
 
 
 class Flash:

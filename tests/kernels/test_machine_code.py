@@ -219,11 +219,11 @@ def test_row_kernels(range_, target):
     kernel = quantize_rows.quantize_rows_kernel
     constants = {"RANGE": range_, "BLOCK": 1024}
     report = compile_report(kernel, types_of(kernel, pointers, integers, floats), constants, target=target)
-    assert report.spills == 0 and report.registers <= (80 if range_ == "asymmetric" else 68 if OLDER else 64)
+    assert report.spills == 0 and report.registers <= (80 if range_ == "asymmetric" else 72 if OLDER else 64)
     kernel = layernorm_quant.layernorm_quantize_kernel
     constants |= {"HAS_RESIDUAL": True}
     report = compile_report(kernel, types_of(kernel, pointers, integers, floats), constants, target=target)
-    assert report.spills == 0 and report.registers <= 64
+    assert report.spills == 0 and report.registers <= (68 if OLDER else 64)
 
 
 @pytest.mark.parametrize("target", ["sm_80", "sm_90"])
