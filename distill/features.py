@@ -32,7 +32,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from qbert.encoders.targets import attention_heads, base_model, linear_role
+from qbert.encoders.targets import attention_heads, base_model, join_path, linear_role
 from qbert.encoders.weights import matrix_size
 
 _RELATIONS = {"relations.query": "query", "relations.key": "key", "relations.value": "value"}
@@ -159,7 +159,7 @@ class Recorder:
     def _module(self, path: str) -> nn.Module:
         prefix, _ = base_model(self.model)
         modules = dict(self.model.named_modules())
-        for candidate in (path, f"{prefix}.{path}" if prefix else path):
+        for candidate in (path, join_path(prefix, path)):
             if candidate in modules:
                 return modules[candidate]
         raise ValueError(f"feature 'module:{path}': {type(self.model).__name__} has no module of that name")
