@@ -33,7 +33,6 @@ import torch
 from torch import Tensor, nn
 
 from qbert.encoders.targets import attention_heads, base_model, join_path, linear_role
-from qbert.encoders.weights import matrix_size
 
 _RELATIONS = {"relations.query": "query", "relations.key": "key", "relations.value": "value"}
 _STATES = frozenset({"hidden", "embeddings", "cls"})
@@ -144,7 +143,7 @@ class Recorder:
 
     def _projections(self, role: str) -> list[nn.Module]:
         _, base = base_model(self.model)
-        named = [(n, m) for n, m in base.named_modules() if matrix_size(m)]
+        named = [(n, m) for n, m in base.named_modules() if isinstance(m, nn.Linear)]
         # DeBERTa's pos_query_proj has the query role too, but projects positions.
         found: list[nn.Module] = [m for n, m in named if linear_role(n) == role and not re.search(r"\bpos_", n)]
         config = getattr(base, "config", None)
