@@ -1,5 +1,7 @@
 """What is refused or warned of before a distillation begins: pairs that cannot learn from each other.
 
+It stands alone because it only looks: nothing here is needed any more once the first step is taken.
+
 >>> check_pair(teacher, student)
 >>> check_teacher_is_trained(teacher, batches)
 """

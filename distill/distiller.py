@@ -62,7 +62,7 @@ from qbert.distill.checks import (
     sample_batches,
     schedule_of,
 )
-from qbert.distill.items import ITEMS
+from qbert.distill.losses import ITEMS
 from qbert.distill.objective import EXPECTED_ITEMS, Distillation
 from qbert.distill.progress import (
     InterruptCallback,

@@ -32,7 +32,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from qbert.encoders.targets import base_model, linear_role
+from qbert.encoders.targets import attention_heads, base_model, join_path, linear_role
 
 _RELATIONS = {"relations.query": "query", "relations.key": "key", "relations.value": "value"}
 _STATES = frozenset({"hidden", "embeddings", "cls"})
@@ -158,17 +158,16 @@ class Recorder:
     def _module(self, path: str) -> nn.Module:
         prefix, _ = base_model(self.model)
         modules = dict(self.model.named_modules())
-        for candidate in (path, f"{prefix}.{path}" if prefix else path):
+        for candidate in (path, join_path(prefix, path)):
             if candidate in modules:
                 return modules[candidate]
         raise ValueError(f"feature 'module:{path}': {type(self.model).__name__} has no module of that name")
 
     def _heads(self) -> int:
-        config = getattr(base_model(self.model)[1], "config", None)
-        heads = getattr(config, "num_attention_heads", None) or getattr(config, "n_heads", None)
+        heads = attention_heads(base_model(self.model)[1])
         if not heads:
             raise ValueError(f"{type(self.model).__name__} does not say its number of attention heads in its config")
-        return cast(int, heads)
+        return heads
 
 
 def dot_scores(query: Tensor, key: Tensor, heads: int) -> Tensor:

@@ -12,11 +12,18 @@ Sun et al. 2019, patient distillation, eq. 7 (normalised CLS); Wang et al. 2021,
 Sanh et al. 2019, DistilBERT (cosine).
 
     >>> hidden_mse(student_states, teacher_states, attention_mask)
+
+What a mean is over is counted here too, so that parts of a batch can be put together to the whole: a mean over the n
+items of a micro-batch is n / N of the mean over all N items of a training step, whatever the lengths of its texts and
+the number of processes. `Distillation` weighs each term by its own kind of item, which `ITEMS` lists.
+
+    >>> whole = sum(count_items(batch, all_tokens=True) for batch in batches)         # [len(ITEMS)]
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +32,10 @@ from torch import Tensor
 Loss = Callable[..., Tensor]
 
 _SMALLEST = 1e-12
+
+# Rows; real tokens; pairs of two real tokens; tokens whose outputs are compared; labels that the task's loss counts.
+ITEMS = ("rows", "tokens", "pairs", "outputs", "labels")
+_IGNORED = -100  # cross_entropy's ignore_index
 
 
 def masked_mean(values: Tensor, mask: Tensor | None) -> Tensor:
@@ -222,7 +233,7 @@ _ITEMS: dict[Loss, str] = {score_mse: "pairs", span_cross_entropy: "rows", span_
 
 
 def loss_items(loss: Loss, *, rows_only: bool) -> str:
-    """What a loss is a mean over (see `qbert.distill.items`): its attribute ``items``, or real tokens, or rows.
+    """What a loss is a mean over (an entry of `ITEMS`): its attribute ``items``, or real tokens, or rows.
 
     Args:
         rows_only: the features are [B, D], without tokens.
@@ -230,3 +241,83 @@ def loss_items(loss: Loss, *, rows_only: bool) -> str:
     if rows_only:
         return "rows"
     return _ITEMS.get(loss) or str(getattr(loss, "items", "tokens"))
+
+
+def token_mask(inputs: Mapping[str, Any]) -> Tensor | None:
+    """bool [B, T]: real tokens; None where the inputs are no tokens and all of them count (images).
+
+    Rows of several texts [B, N, T] (multiple choice) are [B * N, T], as their models see them.
+    """
+    ids: Tensor | None = inputs.get("input_ids")
+    mask: Tensor | None = inputs.get("attention_mask")
+    if mask is not None:
+        mask = mask.to(torch.bool)
+        return mask.flatten(0, 1) if ids is not None and ids.dim() == 3 else mask
+    embedded = inputs.get("inputs_embeds")
+    if ids is not None:
+        return torch.ones_like(ids.flatten(0, -2), dtype=torch.bool)
+    return None if embedded is None else torch.ones(embedded.shape[:2], dtype=torch.bool, device=embedded.device)
+
+
+def output_mask(mask: Tensor | None, labels: Tensor | None, all_tokens: bool) -> Tensor | None:
+    """bool [B, T]: the tokens whose outputs are compared.
+
+    All real ones where `all_tokens` says so (a language model has something to say about each: Sanh et al. 2019);
+    otherwise those that the task labels, in rows that have a label at all.
+    """
+    if all_tokens or mask is None or labels is None or labels.shape != mask.shape or labels.is_floating_point():
+        return mask
+    labelled = labels >= 0
+    return torch.where(labelled.any(1, keepdim=True), labelled, mask)
+
+
+def span_labels(inputs: Mapping[str, Any]) -> list[Tensor]:
+    """[B] positions of start and end, -100 where they are outside of the real text; an empty list without them."""
+    found = [inputs.get(name) for name in ("start_positions", "end_positions")]
+    mask = token_mask(inputs)
+    if mask is None or not all(isinstance(x, Tensor) for x in found):
+        return []
+    # As the models of transformers read them: before the text is its first token, behind it is no answer.
+    flat = [x.reshape(-1).clamp_min(0) for x in found if isinstance(x, Tensor)]
+    length = mask.shape[1]
+    inside = [(x < length) & mask.gather(1, x.clamp_max(length - 1).unsqueeze(1)).squeeze(1) for x in flat]
+    return [torch.where(i, x, x.new_tensor(_IGNORED)) for x, i in zip(flat, inside, strict=True)]
+
+
+def count_labels(inputs: Mapping[str, Any], real_only: bool = False) -> Tensor:
+    """Scalar: the labels that the task's own loss is a mean over.
+
+    Args:
+        real_only: the loss leaves out padding by the attention mask, and not by labels (ELECTRA's discriminator).
+    """
+    labels, spans = inputs.get("labels"), span_labels(inputs)
+    if isinstance(labels, Tensor):
+        if labels.is_floating_point():
+            return labels.new_tensor(labels.numel())
+        mask = token_mask(inputs) if real_only else None
+        counted = labels != _IGNORED
+        return (counted if mask is None or mask.shape != labels.shape else counted & mask).sum()
+    if spans:
+        return torch.stack([(x != _IGNORED).sum() for x in spans]).sum()
+    return torch.tensor(_rows(inputs))
+
+
+def count_items(inputs: Mapping[str, Any], *, all_tokens: bool = False, real_only: bool = False) -> Tensor:
+    """float32 [len(ITEMS)]: how many of each there are in a batch; the arguments are those of the functions above."""
+    mask, labels = token_mask(inputs), inputs.get("labels")
+    rows = _rows(inputs)
+    if mask is None:
+        tokens: Any = torch.ones(rows)  # as many in every row, so that each row counts the same
+        pairs = outputs = tokens
+    else:
+        tokens = mask.sum(-1)
+        pairs = tokens.square()
+        kept = output_mask(mask, labels, all_tokens)
+        outputs = tokens if kept is None else kept
+    found = [torch.tensor(rows), tokens.sum(), pairs.sum(), outputs.sum(), count_labels(inputs, real_only)]
+    device = tokens.device
+    return torch.stack([x.to(device, torch.float32) for x in found])
+
+
+def _rows(inputs: Mapping[str, Any]) -> int:
+    return next((len(value) for value in inputs.values() if isinstance(value, Tensor) and value.dim() > 0), 0)

@@ -16,26 +16,30 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qbert.distill.aside import left_as_it_is, problem_type_kept
-from qbert.distill.dropout import Rates, restore, train_without_dropout
+from qbert.distill.aside import Rates, left_as_it_is, problem_type_kept, restore, train_without_dropout
 from qbert.distill.features import Recorder
-from qbert.distill.items import ITEMS, count_items, count_labels, output_mask, span_labels, token_mask
 from qbert.distill.losses import (
+    ITEMS,
     LOSSES,
     Loss,
+    count_items,
+    count_labels,
     kl_divergence,
     loss_items,
     mse,
+    output_mask,
     sigmoid_cross_entropy,
     sigmoid_kl_divergence,
     soft_cross_entropy,
     span_cross_entropy,
     span_kl_divergence,
+    span_labels,
     teacher_scale,
+    token_mask,
 )
 from qbert.distill.mapping import Pairs, layer_pairs, state_pairs
 from qbert.distill.recipe import Match, Recipe, Stage
-from qbert.encoders.inputs import accepted_inputs
+from qbert.encoders.inputs import accepted_inputs, to_device
 from qbert.encoders.modes import evaluation_mode
 
 AUTO_WEIGHT_STEPS = 100
@@ -340,7 +344,7 @@ class Distillation(nn.Module):
         """Run one batch through every stage: refuse what cannot work, make the projections."""
         device = next(self.student.parameters()).device
         self.teacher.to(device)
-        inputs = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in example.items()}
+        inputs = to_device(example, self.student)
         try:
             with evaluation_mode(self.student), problem_type_kept(self.student):
                 for index, stage in enumerate(self.recipe.stages):

@@ -33,7 +33,7 @@ def quantized_matrices(student: nn.Module) -> list[Any]:
 
 
 def _matrices(student: nn.Module) -> list[Any]:
-    return [m for m in student.modules() if isinstance(m, TrainableLayer) and not isinstance(m, nn.Embedding)]
+    return [m for m in student.modules() if isinstance(m, TrainableLayer) and m.is_trainable_matrix]
 
 
 def trained_matrices(student: nn.Module) -> list[Any]:

@@ -197,12 +197,11 @@ class Comparison:
 
     def widths(self) -> str:
         """The encoder's bits in words: "4", or "2/3 mixed"."""
-        from torch import nn
+        from qbert.encoders.targets import find_targets
 
-        linear = {
-            self.specs[n].bits for n, m in self.teacher.named_modules() if isinstance(m, nn.Linear) & (n in self.specs)
-        }
-        return f"{'/'.join(map(str, sorted(linear)))} mixed" if len(linear) > 1 else str(*linear)
+        matrices = [target.path for target in find_targets(self.teacher) if not target.is_embedding]
+        bits = {self.specs[path].bits for path in matrices if path in self.specs}
+        return f"{'/'.join(map(str, sorted(bits)))} mixed" if len(bits) > 1 else str(*bits)
 
 
 def describe(name: str, row: dict[str, float]) -> str:

@@ -2,6 +2,7 @@
 
 Operators that torch.compile and torch.export see take plain tensors; what a kernel really wants (an operand in the
 layout of an int8 product, scales spread over rows) is made from them at the first call and found again at the next.
+It stands alone because it knows nothing of what it remembers.
 
     cache = PreparedCache()
     layer = cache.get((packed, scale), ("cpu", 4), build=lambda: CpuLinear.from_packed(...))

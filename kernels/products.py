@@ -1,5 +1,7 @@
 """The matrix products among `operators`, as torch operators `torch.ops.qbert.matmul_*`.
 
+They stand alone because what ends a product (bias, GELU, residual, requantization) is theirs and no other operator's.
+
 y = matmul_a8(xq, x_scale, row_sum, packed, scale, zero, bias, bits=4, out_dtype=torch.float16)
 """
 

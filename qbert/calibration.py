@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from qbert.encoders.inputs import to_device
 from qbert.encoders.modes import evaluation_mode
 from qbert.encoders.prefix import LayerCache
 from qbert.encoders.targets import encoder_layers
@@ -132,12 +133,6 @@ def run_batch(model: nn.Module, inputs: Mapping[str, Tensor]) -> Any:
     if type(model).__name__ == "SentenceTransformer":
         return model(dict(inputs))
     return model(**inputs)
-
-
-def to_device(batch: Batch, model: nn.Module) -> dict[str, Any]:
-    """The batch with its tensors on the model's device."""
-    device = next(model.parameters()).device
-    return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
 
 
 @dataclass(frozen=True)

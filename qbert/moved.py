@@ -67,7 +67,9 @@ _NOW_IN: dict[str, tuple[str, ...]] = {
     "tasks.settings": ("tasks.training",),
     "tasks.similarity": ("tasks.heads",),
     "tasks.spans": ("tasks.encoding",),
+    "distill.dropout": ("distill.aside",),
     "distill.fidelity": ("tasks.evaluation",),
+    "distill.items": ("distill.losses",),
     "distill.students": ("students.depth",),
 }
 

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from qbert.bits import BitsConfig, TensorSpec
-from qbert.encoders.targets import Target, base_models, encoder_layers, find_targets
+from qbert.encoders.targets import Target, base_models, encoder_layers, find_targets, join_path
 from qbert.encoders.weights import matrix_size
 from qbert.kernels.formats import packed_nbytes
 from qbert.layers.kind import TrainableLayer
@@ -220,12 +220,12 @@ def _measure(model: nn.Module, specs: Mapping[str, TensorSpec], targets: Mapping
             part = _part(path, module, tensor, layers)
             matrix = sum(size > 1 for size in tensor.shape) > 1
             tensors.append(
-                TensorSize(_join(path, name), part, tensor.numel(), bits, stored, metadata, float_bytes, matrix)
+                TensorSize(join_path(path, name), part, tensor.numel(), bits, stored, metadata, float_bytes, matrix)
             )
         if _has_static_range(module):
             static.append(path)
     for path in static:
-        tensors.append(TensorSize(_join(path, "activation_range"), "other", 0, 32, 0, _STATIC_RANGE_BYTES, 0))
+        tensors.append(TensorSize(join_path(path, "activation_range"), "other", 0, 32, 0, _STATIC_RANGE_BYTES, 0))
     return ModelSize(tuple(tensors))
 
 
@@ -253,7 +253,7 @@ def _packed_size(path: str, module: PackedTensor, layers: tuple[str, ...] | None
     metadata = sum(t.numel() * t.element_size() for t in (module.scale, module.zero) if t is not None)
     part, float_bytes = _part(path, module, module.codes, layers), elements * module.dtype.itemsize
     return TensorSize(
-        _join(path, "weight"), part, elements, module.layout.bits, module.codes.numel(), metadata, float_bytes, True
+        join_path(path, "weight"), part, elements, module.layout.bits, module.codes.numel(), metadata, float_bytes, True
     )
 
 
@@ -280,7 +280,7 @@ def _layer_paths(model: nn.Module) -> tuple[str, ...] | None:
     bases = base_models(model)
     prefix = bases[0][0] if len(bases) == 1 else ""
     try:
-        return tuple(_join(prefix, name) + "." for name, _ in encoder_layers(model))
+        return tuple(join_path(prefix, name) + "." for name, _ in encoder_layers(model))
     except ValueError:
         return None
 
@@ -290,7 +290,3 @@ def _part(path: str, module: nn.Module, tensor: Tensor, layers: tuple[str, ...] 
         return "embeddings"
     inside = layers is None or path.startswith(layers)
     return "encoder" if inside and tensor.dim() > 1 and matrix_size(module) else "other"
-
-
-def _join(*parts: str) -> str:
-    return ".".join(p for p in parts if p)

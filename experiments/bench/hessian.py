@@ -12,8 +12,8 @@ every tool looks for the eigenvalue of largest magnitude of each of the six laye
 - memory: the peak of the resident set (VmHWM) less what was resident before, every tool in a process of its own.
 
 On later subsets this library starts from what it knows of the earlier ones; their products are counted apart. Finished
-parts are kept in the output folder, so that an interrupted benchmark goes on. Tools that are not installed are left
-out, and said to be.
+parts are kept in ``parts.json`` in the output folder, so that an interrupted benchmark goes on. Tools that are not
+installed are left out, and said to be.
 """
 
 from __future__ import annotations
@@ -21,7 +21,9 @@ from __future__ import annotations
 import argparse
 import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,7 +33,7 @@ from hessian_peers import INSTALL, TOOLS, Found
 from torch import Tensor
 
 from qbert.cli.arguments import add_task_arguments, fine_tuned, positive, prepare_run, run_script
-from qbert.results import provenance
+from qbert.results import Record, provenance
 
 _POOL = 512  # training rows that subsets are drawn from
 _WARM_UP_ROWS = 2
@@ -178,60 +180,43 @@ def later_subsets(model: Any, data: Any, arguments: argparse.Namespace, bound: s
     return found | {"values": spectrum.eigenvalues.tolist(), "products": spectrum.products.tolist()}
 
 
-class Parts:
-    """Finished parts of the benchmark in a folder, one JSON file each."""
+def part(parts: Record, name: str, make: Callable[[], Any]) -> Any:
+    """The part of the benchmark called `name`, made unless it is there."""
+    if name not in parts:
+        print(f"{name} ...", file=sys.stderr, flush=True)
+        parts.add(name, make())
+    return parts[name][0]
 
-    def __init__(self, folder: Path, asked: dict[str, Any], resume: bool):
-        from qbert.files import read_json, write_json
 
-        folder.mkdir(exist_ok=True)
-        self.folder, sign = folder, folder / "asked.json"
-        if resume and sign.exists() and read_json(sign) != asked:
-            raise ValueError(f"--resume: {folder} holds parts of another benchmark; remove it, or leave --resume out")
-        if not resume:
-            for file in folder.glob("*.json"):
-                file.unlink()
-        write_json(sign, asked)
+def measured_apart(name: str, round_number: int) -> Any:
+    """What `work` finds in a process of its own."""
+    from qbert.files import read_json
 
-    def get(self, name: str, make: Any) -> Any:
-        """The part called `name`, made by ``make(path)`` unless it is there."""
-        from qbert.files import read_json
-
-        path = self.folder / f"{name}.json"
-        if not path.exists():
-            print(f"{name} ...", file=sys.stderr, flush=True)
-            make(path)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "found.json"
+        worker = ["--worker", name, str(round_number), str(path)]
+        done = subprocess.run([sys.executable, *sys.argv, *worker], capture_output=True, text=True)
+        if done.returncode:
+            raise ArithmeticError(f"{name} failed: {done.stderr.strip().splitlines()[-1]}")
         return read_json(path)
 
 
-def measure_all(arguments: argparse.Namespace, parts: Parts, tuned: Any, data: Any) -> dict[str, Any]:
+def measure_all(arguments: argparse.Namespace, parts: Record, tuned: Any, data: Any) -> dict[str, Any]:
     """Everything measured: ``references``, ``tools`` (name -> list of rounds), ``subsets`` (bound -> record)."""
-    from qbert.files import write_json
-
     model = tuned.model.eval()
     batches = [subset(data, arguments, run) for run in range(arguments.subsets)]
     tools: dict[str, list[Any]] = {name: [] for name in arguments.tools if not TOOLS[name].missing}
-    for round_number in range(arguments.rounds + 1):
+    for number in range(arguments.rounds + 1):
         for name, rounds in tools.items():
-
-            def run_worker(path: Path, name: str = name, round_number: int = round_number) -> None:
-                worker = ["--worker", name, str(round_number), str(path)]
-                done = subprocess.run([sys.executable, *sys.argv, *worker], capture_output=True, text=True)
-                if done.returncode:
-                    raise ArithmeticError(f"{name} failed: {done.stderr.strip().splitlines()[-1]}")
-
-            rounds.append(parts.get(f"{name.replace(' ', '_')}-{round_number}", run_worker))
+            rounds.append(part(parts, f"{name.replace(' ', '_')}-{number}", partial(measured_apart, name, number)))
     return {
         "tools": tools,
         "subsets": {
-            bound: parts.get(
-                f"subsets-{bound}", lambda path, b=bound: write_json(path, later_subsets(model, data, arguments, b))
-            )
+            bound: part(parts, f"subsets-{bound}", partial(later_subsets, model, data, arguments, bound))
             for bound in ("residual", "gap")
         },
         "references": [
-            parts.get(f"reference-{run}", lambda path, batch=batch: write_json(path, reference(model, batch)))
-            for run, batch in enumerate(batches)
+            part(parts, f"reference-{run}", partial(reference, model, batch)) for run, batch in enumerate(batches)
         ],
         "tokens": [int(batch["attention_mask"].sum()) for batch in batches],
     }
@@ -254,7 +239,8 @@ def main() -> None:
     task, tuned, data = load(arguments)
     names = ("sentences", "subsets", "tol", "seed", "device")
     asked = {"weights": model_fingerprint(tuned.model)} | {name: getattr(arguments, name) for name in names}
-    found = measure_all(arguments, Parts(folder / "parts", asked, arguments.resume), tuned, data)
+    parts = Record(folder / "parts.json", asked, resume=arguments.resume)
+    found = measure_all(arguments, parts, tuned, data)
     scores = ", ".join(f"{metric} {tuned.scores[metric]:.2f}" for metric in task.metric_names)
     text = page(found, arguments, f"{task.describe()}; fine-tuned model: {scores} on held-out data", provenance())
     print(text)

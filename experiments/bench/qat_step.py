@@ -50,15 +50,14 @@ def build() -> Any:
 def variants(arguments: argparse.Namespace) -> dict[str, Any]:
     """Name -> model to train."""
     import qbert
-    from qbert.layers.linear import QuantLinear
+    from qbert.distill.step_sizes import quantized_matrices
 
     found = {"float": build()}
     for bits in arguments.bits:
         for learned in (False, True):
             model = qbert.quantize_model(build(), bits)
-            for module in model.modules():
-                if learned and isinstance(module, QuantLinear):
-                    module.weight_quantizer.learn()
+            for module in quantized_matrices(model) if learned else ():
+                module.weight_quantizer.learn()
             found[f"{bits}-8-8{', learned steps' if learned else ''}"] = model
     return found
 

@@ -15,7 +15,7 @@ from torch import nn
 
 from qbert.arguments import is_whole
 from qbert.bits import FLOAT_BITS, QUANTIZED_BITS, BitsConfig, covers, longest
-from qbert.encoders.targets import HEAD_ROLE, Target, base_model, find_targets
+from qbert.encoders.targets import HEAD_ROLE, Target, base_model, find_targets, join_path
 
 Fixed = Mapping[str, int | Mapping[str, Any]]
 _NOT_OF_BLOCKS = ("*", "embeddings")
@@ -203,7 +203,7 @@ def best_rules(member: str, rules: Fixed, prefix: str = "") -> list[int | Mappin
 
 def covering(member: str, rules: Fixed, prefix: str = "") -> list[str]:
     """The patterns that cover a matrix."""
-    names = (member, f"{prefix}.{member}" if prefix else member)
+    names = (member, join_path(prefix, member))
     return [p for p in rules if p != "embeddings" and covers(p, names)]
 
 

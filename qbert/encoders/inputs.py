@@ -1,6 +1,6 @@
-"""What a model's forward takes, by name: measuring and distilling both call models with batches that hold more.
+"""Batches as a model takes them, by name and device: calibrating, measuring and distilling all call models with them.
 
->>> model(**accepted_inputs(model, batch))
+>>> model(**accepted_inputs(model, to_device(batch, model)))
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import inspect
 from collections.abc import Mapping
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 
 def forward_arguments(model: nn.Module) -> list[str]:
@@ -22,3 +22,9 @@ def accepted_inputs(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, An
     """The entries of `inputs` that the model's forward names (DistilBERT has no token types); all if it names none."""
     names = set(forward_arguments(model))
     return {key: value for key, value in inputs.items() if not names or key in names}
+
+
+def to_device(batch: Mapping[str, Any], model: nn.Module) -> dict[str, Any]:
+    """`batch` with its tensors on the device of the model's first parameter."""
+    device = next(model.parameters()).device
+    return {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}

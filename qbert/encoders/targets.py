@@ -121,7 +121,7 @@ def base_models(model: nn.Module) -> list[tuple[str, nn.Module]]:
             continue
         prefix = module.base_model_prefix
         if prefix and isinstance(getattr(module, prefix, None), nn.Module):
-            path, module = _join(path, prefix), getattr(module, prefix)
+            path, module = join_path(path, prefix), getattr(module, prefix)
         found.append((path, module))
         inside |= {id(m) for m in module.modules()}
     return found or [("", model)]
@@ -141,8 +141,8 @@ def encoder_layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
     layers = []
     for prefix, base in bases:
         for name, members in _layer_lists(base):
-            stem = _join(prefix, name) if len(bases) > 1 else name
-            layers += [(_join(stem, str(i)), layer) for i, layer in enumerate(members)]
+            stem = join_path(prefix, name) if len(bases) > 1 else name
+            layers += [(join_path(stem, str(i)), layer) for i, layer in enumerate(members)]
     if not layers:
         raise ValueError(
             f"model: {type(model).__name__} has no nn.ModuleList of layers with nn.Linear inside; "
@@ -195,7 +195,7 @@ def _find_targets(model: nn.Module) -> list[Target]:
     except ValueError:
         layer_names = []
     trunks = {prefix: _trunk_names(base) for prefix, base in bases}
-    heads = {prefix: _attention_heads(base) for prefix, base in bases}
+    heads = {prefix: attention_heads(base) for prefix, base in bases}
     targets = []
     for path, module in _quantizable(model):
         if _READ_WITHOUT_FORWARD.search(path):
@@ -220,7 +220,7 @@ def _quantizable(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """(path, module) of every plain matrix and table; of an LSTM or GRU its gate matrices."""
     for path, module in model.named_modules():
         if is_recurrent(module):
-            yield from ((_join(path, name), linear) for name, linear in gate_matrices(module))
+            yield from ((join_path(path, name), linear) for name, linear in gate_matrices(module))
         elif is_table(module) or is_matrix(module):
             yield path, module
 
@@ -253,7 +253,7 @@ def encoder_weights(model: nn.Module) -> list[EncoderWeight]:
             for leaf, tensor in module.named_parameters(recurse=False):
                 if sum(size > 1 for size in tensor.shape) > 1:
                     weight = EncoderWeight(
-                        _join(prefix, name, leaf), tensor, type(module).__name__, (name + ".").startswith(lists)
+                        join_path(prefix, name, leaf), tensor, type(module).__name__, (name + ".").startswith(lists)
                     )
                     found.setdefault(id(tensor), weight)
     return list(found.values())
@@ -319,11 +319,13 @@ def _heads_in_rows(module: nn.Module, role: str, heads: int | None) -> int | Non
     return blocks if weight_matrix(module).shape[0] % blocks == 0 else None
 
 
-def _attention_heads(base: nn.Module) -> int | None:
+def attention_heads(base: nn.Module) -> int | None:
+    """Attention heads of a layer, by the config of `base`; ``None`` if it does not say."""
     config = getattr(base, "config", None)
     heads = getattr(config, "num_attention_heads", None) or getattr(config, "n_heads", None)
     return heads if isinstance(heads, int) else None
 
 
-def _join(*parts: str) -> str:
+def join_path(*parts: str) -> str:
+    """The dotted path of a module from parts of it, of which some may be empty."""
     return ".".join(p for p in parts if p)

@@ -51,6 +51,8 @@ def matrix_size(module: nn.Module) -> int:
     """Number of weights of the matrices of one module, trainable and packed twins included; 0 for any other."""
     if isinstance(module, (*MATRIX_CLASSES, *RECURRENT_CLASSES)) or is_transposed(module):
         return sum(p.numel() for p in module.parameters(recurse=False) if p.dim() > 1)
+    if getattr(module, "is_trainable_matrix", False):
+        return module.weight.numel()  # type: ignore[operator, return-value, union-attr]
     if getattr(module, "is_packed_matrix", False):
         return module.rows * module.columns  # type: ignore[operator, return-value]
     return 0

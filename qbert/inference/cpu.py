@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from qbert.encoders.parts import LayerParts
 from qbert.encoders.targets import base_model
 from qbert.inference.cpu_layers import FusedLayers
-from qbert.inference.cpu_model import FusedModel
+from qbert.inference.cpu_model import FusedModel, tokens_before_padding
 from qbert.inference.fits import reason_not_four_products, reason_not_to_fuse_layer
 from qbert.inference.forward import FastForward, freeze, is_recording, reason_not_to_replace
 from qbert.kernels.cpu_chains import compiled
@@ -301,10 +301,7 @@ def _lengths(mask: Tensor, shape: torch.Size) -> Tensor | None:
     seen = mask if mask.dtype == torch.bool else mask == 0
     if not bool((seen == seen[:, :, :1]).all()):
         return None
-    keys = seen[:, 0, 0]  # [B, T]
-    lengths = keys.sum(1)
-    places = torch.arange(longest, device=mask.device)
-    return lengths if bool((lengths > 0).all()) and torch.equal(keys, places < lengths[:, None]) else None
+    return tokens_before_padding(seen[:, 0, 0])
 
 
 _FIRST_TOKEN_HEADS = ("ForSequenceClassification", "ForNextSentencePrediction")

@@ -124,7 +124,12 @@ def _lengths(mask: Tensor | None) -> tuple[bool, Tensor | None]:
         return False, None
     if bool(mask.all()):
         return True, None
-    keep = mask != 0
+    lengths = tokens_before_padding(mask != 0)
+    return lengths is not None, lengths
+
+
+def tokens_before_padding(keep: Tensor) -> Tensor | None:
+    """Tokens in each row [B], at least 1, if bool `keep` [B, T] hides nothing but padding on the right."""
     lengths = keep.sum(1)
-    places = torch.arange(mask.shape[1], device=mask.device)
-    return bool((lengths > 0).all()) and torch.equal(keep, places < lengths[:, None]), lengths
+    places = torch.arange(keep.shape[1], device=keep.device)
+    return lengths if bool((lengths > 0).all()) and torch.equal(keep, places < lengths[:, None]) else None

@@ -12,7 +12,6 @@ Layers that do not fit run one by one, on padded tensors, between fused ones; th
 from __future__ import annotations
 
 import logging
-from copy import deepcopy
 from functools import cache, partial
 from typing import Any, NamedTuple
 
@@ -21,7 +20,7 @@ from torch import Tensor, nn
 
 from qbert.encoders.targets import base_model
 from qbert.inference.cpu_model import is_plain_request
-from qbert.inference.forward import reason_not_to_replace
+from qbert.inference.forward import FastForward, reason_not_to_replace
 from qbert.inference.gpu_layers import (
     FusedGpuEmbeddings,
     FusedGpuLayer,
@@ -161,7 +160,7 @@ def _positions(keep: Tensor, count: int) -> Tensor:
     return index.scatter_(0, place, torch.arange(len(keep), device=keep.device))[:count]
 
 
-class GpuEncoder:
+class GpuEncoder(FastForward):
     """``forward`` of the base model (not a module: it adds nothing to the state of the model).
 
     Args:
@@ -170,6 +169,9 @@ class GpuEncoder:
         graphs: how to run batches of one shape again and again; ``None`` captures CUDA graphs on a GPU where every
             layer is fused.
     """
+
+    own = ("base", "operands")
+    shares_the_rest = False  # buffers and graphs serve one model; a copy makes its own at its first call
 
     def __init__(self, base: Any, graphs: GraphCache | None = None, operands: str = "int8") -> None:
         self.operands = operands
@@ -195,13 +197,6 @@ class GpuEncoder:
         if graphs is None and self.device.type == "cuda" and all(self.layers):
             graphs = GraphCache(self._run)
         self.graphs = graphs
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> GpuEncoder:
-        twin = object.__new__(GpuEncoder)
-        memo[id(self)] = twin
-        # The copy of the model is not complete yet; what is made from its layers waits for the first call.
-        twin.base, twin.operands = deepcopy(self.base, memo), self.operands
-        return twin
 
     def __call__(
         self,

@@ -13,6 +13,7 @@ A layer is seven kernels where its inputs are quantized statically:
 With a range per token, symmetric or not, which is known only when a whole row is there, attention and ffn in write
 fp16 and two row quantizations follow: nine kernels. All are operators of `qbert.kernels.operators`, so on a CPU the
 same chain runs their slow twins, which is what tests compare with.
+It stands alone because it knows rows of tokens only: padding and requests are those of `qbert.inference.gpu`.
 """
 
 from __future__ import annotations

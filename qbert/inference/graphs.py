@@ -5,6 +5,7 @@ to buckets; a call writes its tokens into the graph's buffers and copies the res
 shape alone, such as positions (`Rows` with a key), is written once. Rows beyond the real tokens belong to no sequence:
 they are computed and thrown away. A bucket runs eagerly when it is first seen and is captured at its second use, so
 that a shape which never returns costs no capture; the graphs used longest ago are dropped.
+It stands alone because it knows no model: whatever runs over rows of tokens can be captured.
 
     graphs = GraphCache(run)                      # run(inputs, starts, longest) -> [T, H]
     y = graphs((ids, positions, types), starts, longest=128)

@@ -20,8 +20,6 @@ from qbert.layers.kind import Kind, TrainableLayer, register
 from qbert.layers.layout import PackedLayout
 from qbert.layers.linear import PackedLinear
 from qbert.layers.packed import PackedTensor
-from qbert.layers.quantizer import WeightQuantizer
-from qbert.quantizers.activations import ActivationQuantizer
 
 _Module = TypeVar("_Module", bound=nn.Module)
 _SHAPE = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups")
@@ -68,15 +66,9 @@ class QuantConv1d(TrainableLayer, nn.Module):
     bias: nn.Parameter | None
 
     @classmethod
-    def from_float(
-        cls, module: Any, quantizer: WeightQuantizer, activation: ActivationQuantizer | None = None
-    ) -> QuantConv1d:
-        """A quantized twin that owns the very parameters of `module` (ties stay ties)."""
-        quantized = _take_shape(cls(), module)
-        quantized.weight, quantized.bias = module.weight, module.bias
-        quantized.spec, quantized.weight_quantizer = quantizer.spec, quantizer
-        quantized.activation_quantizer = activation
-        return quantized.train(module.training)
+    def shaped_as(cls, module: Any) -> QuantConv1d:
+        """A twin with the channels, kernel, stride, padding, dilation and groups of `module`."""
+        return _take_shape(cls(), module)
 
     @property
     def matrix(self) -> Tensor:

@@ -20,21 +20,18 @@ from qbert.kernels import dispatch
 from qbert.layers.kind import Kind, TrainableLayer, register
 from qbert.layers.layout import PackedLayout
 from qbert.layers.packed import PackedTensor
-from qbert.layers.quantizer import WeightQuantizer
-from qbert.quantizers.activations import ActivationQuantizer
 
 
 class QuantEmbedding(TrainableLayer, nn.Embedding):
     """A lookup table [V, D] with fake-quantized rows; only the rows that are looked up are quantized."""
 
     activation_quantizer = None
+    is_trainable_matrix = False
 
     @classmethod
-    def from_float(
-        cls, module: nn.Embedding, quantizer: WeightQuantizer, activation: ActivationQuantizer | None = None
-    ) -> QuantEmbedding:
-        """A quantized twin that owns the very parameter of `module` (ties stay ties), which has no `max_norm`."""
-        quantized = cls(
+    def shaped_as(cls, module: nn.Embedding) -> QuantEmbedding:
+        """A twin with the shape of `module`, which has no `max_norm`, on device meta."""
+        return cls(
             module.num_embeddings,
             module.embedding_dim,
             module.padding_idx,
@@ -42,9 +39,6 @@ class QuantEmbedding(TrainableLayer, nn.Embedding):
             sparse=module.sparse,
             device="meta",
         )
-        quantized.weight = module.weight
-        quantized.spec, quantized.weight_quantizer = quantizer.spec, quantizer
-        return quantized.train(module.training)
 
     def forward(self, input: Tensor) -> Tensor:
         """Token ids [...] -> rows [..., D]. Raises ValueError if the table was resized."""

@@ -43,14 +43,26 @@ class TrainableLayer(nn.Module):
     spec: TensorSpec
     weight_quantizer: WeightQuantizer
     activation_quantizer: ActivationQuantizer | None
+    is_trainable_matrix = True  # a table says no
 
     @classmethod
     @abstractmethod
+    def shaped_as(cls, module: Any) -> TrainableLayer:
+        """A twin with the shape of the float `module`, whose parameters and quantizers are still to come."""
+        raise NotImplementedError
+
+    @classmethod
     def from_float(
         cls, module: Any, quantizer: WeightQuantizer, activation: ActivationQuantizer | None = None
     ) -> TrainableLayer:
         """A quantized twin that owns the very parameters of `module` (ties stay ties)."""
-        raise NotImplementedError
+        quantized: Any = cls.shaped_as(module)
+        quantized.weight = module.weight
+        if hasattr(module, "bias"):
+            quantized.bias = module.bias
+        quantized.spec, quantized.weight_quantizer = quantizer.spec, quantizer
+        quantized.activation_quantizer = activation
+        return quantized.train(module.training)  # type: ignore[no-any-return]
 
     @property
     def matrix(self) -> Tensor:

@@ -25,7 +25,6 @@ from qbert.kernels.cpu import CpuLinear
 from qbert.layers.kind import Kind, TrainableLayer, register
 from qbert.layers.layout import PackedLayout
 from qbert.layers.packed import PackedTensor
-from qbert.layers.quantizer import WeightQuantizer
 from qbert.quantizers.activations import ActivationQuantizer
 from qbert.quantizers.grid import code_range, fake_quantize
 
@@ -34,15 +33,9 @@ class QuantLinear(TrainableLayer, nn.Linear):
     """A linear map [O, I] with fake-quantized weight and input."""
 
     @classmethod
-    def from_float(
-        cls, module: nn.Linear, quantizer: WeightQuantizer, activation: ActivationQuantizer | None = None
-    ) -> QuantLinear:
-        """A quantized twin that owns the very parameters of `module` (ties stay ties)."""
-        quantized = cls(module.in_features, module.out_features, bias=module.bias is not None, device="meta")
-        quantized.weight, quantized.bias = module.weight, module.bias
-        quantized.spec, quantized.weight_quantizer = quantizer.spec, quantizer
-        quantized.activation_quantizer = activation
-        return quantized.train(module.training)
+    def shaped_as(cls, module: nn.Linear) -> QuantLinear:
+        """A twin with the shape of `module`, on device meta."""
+        return cls(module.in_features, module.out_features, bias=module.bias is not None, device="meta")
 
     def forward(self, input: Tensor) -> Tensor:
         """[..., I] -> [..., O]."""

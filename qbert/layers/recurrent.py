@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 from qbert.encoders.replace import replace_everywhere
+from qbert.encoders.targets import join_path
 from qbert.encoders.weights import gate_matrices, is_recurrent
 
 State = tuple[Tensor, ...]  # (h,) of a GRU, (h, c) of an LSTM; each [B, H]
@@ -122,7 +123,7 @@ class GateRecurrence(nn.Module):
 def open_recurrent(model: nn.Module, paths: Collection[str]) -> None:
     """Put a `GateRecurrence` in the place of every LSTM and GRU one of whose gate matrices is among `paths`."""
     for path, module in list(model.named_modules()):
-        inside = (f"{path}.{name}" if path else name for name, _ in _gates(module))
+        inside = (join_path(path, name) for name, _ in _gates(module))
         if any(gate in paths for gate in inside):
             replace_everywhere(model, module, GateRecurrence(module))
 

@@ -17,8 +17,6 @@ from qbert.layers.kind import Kind, TrainableLayer, register
 from qbert.layers.layout import PackedLayout
 from qbert.layers.linear import PackedLinear
 from qbert.layers.packed import PackedTensor
-from qbert.layers.quantizer import WeightQuantizer
-from qbert.quantizers.activations import ActivationQuantizer
 
 
 class QuantTransposed(TrainableLayer, nn.Module):
@@ -27,15 +25,9 @@ class QuantTransposed(TrainableLayer, nn.Module):
     bias: nn.Parameter
 
     @classmethod
-    def from_float(
-        cls, module: Any, quantizer: WeightQuantizer, activation: ActivationQuantizer | None = None
-    ) -> QuantTransposed:
-        """A quantized twin that owns the very parameters of `module` (ties stay ties)."""
-        quantized = cls()
-        quantized.weight, quantized.bias = module.weight, module.bias
-        quantized.spec, quantized.weight_quantizer = quantizer.spec, quantizer
-        quantized.activation_quantizer = activation
-        return quantized.train(module.training)
+    def shaped_as(cls, module: Any) -> QuantTransposed:
+        """A twin; its weight brings its shape."""
+        return cls()
 
     @property
     def matrix(self) -> Tensor:

@@ -15,6 +15,7 @@ which is what is made small here, on the grids of `qbert.quantizers.grid` and fo
 
 Ranges that suit nearest rounding clip too much for compensated weights, so several are tried, and every row group
 keeps the best by the error above; where nothing beats nearest rounding, the group keeps that.
+It stands alone because no other rounding asks what the layer is given.
 
 References: Hassibi and Stork 1993 (OBS); Frantar et al. 2023, GPTQ, section 3; Chee et al. 2023, QuIP, section 3.1
 (the triangular form); Behdin et al. 2023, QuantEase (the descent).

@@ -18,7 +18,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from qbert.bits import TensorSpec, spec_to_dict
-from qbert.encoders.targets import base_model
+from qbert.encoders.targets import base_model, join_path
 from qbert.files import read_json
 from qbert.layers.kind import TrainableLayer
 from qbert.layers.layout import PackedLayout, layout_of
@@ -245,7 +245,7 @@ def find_module(model: nn.Module, prefix: str, base: nn.Module, name: str) -> st
     Raises:
         ValueError: if a part that the model has does not contain `name`.
     """
-    for path in ((f"{prefix}.{name}" if prefix else name), name):
+    for path in (join_path(prefix, name), name):
         try:
             model.get_submodule(path)
             return path

@@ -32,12 +32,12 @@ def register_with_transformers() -> None:
     """Register the ``qbert`` quantization method now, or right after transformers' own modules are imported."""
     for theirs, ours in _AFTER.items():
         if theirs in sys.modules:
-            _join(theirs, ours)
+            _install(theirs, ours)
         elif not any(isinstance(finder, _After) and finder.theirs == theirs for finder in sys.meta_path):
             sys.meta_path.insert(0, _After(theirs, ours))
 
 
-def _join(theirs: str, ours: str) -> None:
+def _install(theirs: str, ours: str) -> None:
     module = importlib.import_module(ours)
     if hasattr(module, "install"):
         module.install(sys.modules[theirs])
@@ -62,7 +62,7 @@ class _After(MetaPathFinder):
 
         def exec_module(module: ModuleType) -> None:
             execute(module)
-            _join(self.theirs, self.ours)
+            _install(self.theirs, self.ours)
 
         spec.loader.exec_module = exec_module  # type: ignore[method-assign]
         return spec

@@ -2,6 +2,7 @@
 
 Weights, both AdamW moments and the number of finished steps; the learning rate follows from the step, and no random
 state is needed since every step seeds its own. Written aside and renamed: the file is whole or the previous one.
+It stands alone because it is the format of a file, which outlives the loop that wrote it.
 
     >>> save_checkpoint(path, model, optimizer, step=120, seconds=61.0)
     >>> load_checkpoint(path, model, optimizer)

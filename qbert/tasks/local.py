@@ -3,6 +3,7 @@
 One JSON object a line; a file called .json may hold those too, or one array of them (as `datasets` writes either). The
 held-out file is called dev, validation or dev_matched; dev_mismatched (or
 validation_mismatched) becomes a second held-out split. A version or size may follow the name ("train-v1.1.json").
+It stands alone because it knows layouts of files only; which task has which, and what rows mean, is the registry's.
 
     >>> read_splits(Path("data/sst2"), "classification", ("sentence",))["train"][0]
     {'sentence': 'hide new secretions from the parental units ', 'label': 0}

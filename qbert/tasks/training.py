@@ -10,7 +10,8 @@ Why not ``transformers.Trainer``: an interrupted run here continues at any step 
 uninterrupted one, since data order and dropout are functions of (seed, epoch, step) and not of a random state that
 has to be saved; the checkpoint is one safetensors file, written aside and renamed (the Trainer writes a folder in
 place, with pickles); and any single device can be named. For several GPUs use the Trainer, then pass its folder on as
-the model.
+the model. Nor is it the `Distiller` without a teacher: that one is a Trainer, and it trains quantizers, of which tasks
+know nothing, so they stand below it.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ from torch import nn
 
 import qbert
 from qbert.distill import Match, Recipe, Stage
-from qbert.distill.dropout import restore, train_without_dropout
+from qbert.distill.aside import restore, train_without_dropout
 
 LOGITS = (Stage("logits", (Match("logits"),)),)
 RATES = {

@@ -1,9 +1,10 @@
-"""Tiny, randomly initialised encoders of every supported family."""
+"""Tiny, randomly initialised encoders of every supported family, and what they give and hold."""
 
 from typing import Any
 
 import torch
 import transformers as tf
+from torch import nn
 
 _SMALL = {
     "hidden_size": 48,
@@ -60,3 +61,15 @@ def inputs_for(family: str, batch: int = 2, length: int = 9) -> dict[str, torch.
     mask = torch.ones_like(ids)
     mask[-1, length // 2 :] = 0
     return {"input_ids": ids, "attention_mask": mask}
+
+
+def outputs(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """The model's logits, without gradients."""
+    with torch.no_grad():
+        return model(**batch).logits
+
+
+def same_state(one: nn.Module, other: nn.Module) -> bool:
+    """Whether both hold the same tensors, bit for bit, under the same names."""
+    a, b = one.state_dict(), other.state_dict()
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) and a[k].dtype == b[k].dtype for k in a)

@@ -1,6 +1,8 @@
 """The GPU encoder path on CPU tensors, where its operators are their slow twins; what needs no GPU of its graphs."""
 
+import copy
 import logging
+import pickle
 from typing import Any
 
 import pytest
@@ -12,10 +14,11 @@ from transformers import AutoModel, BertModel
 
 import qbert
 from qbert.inference import gpu as inference_gpu
+from qbert.inference.forward import FastForward
 from qbert.inference.gpu import Batch, GpuEncoder, fuse_for_gpu
 from qbert.inference.graphs import MAX_GRAPH_TOKENS, Bucket, Buffers, GraphCache, Rows, as_tensor, bucket_of
 from qbert.layers.linear import PackedLinear
-from qbert.packing import pack
+from qbert.packing import pack, unpack
 
 FUSED = ("bert", "roberta", "electra")
 
@@ -192,10 +195,52 @@ def test_a_head_on_top_and_a_copy_work() -> None:
         expected = packed(**batch).logits
         packed.bert.forward = GpuEncoder(packed.bert)
         assert error(packed(**batch).logits, expected) < 0.05
-        import copy
-
         twin = copy.deepcopy(packed)
         assert twin.bert.forward.base is twin.bert and torch.equal(twin(**batch).logits, packed(**batch).logits)
+
+
+def optimized(monkeypatch: pytest.MonkeyPatch, packed: Any) -> Any:
+    """What `optimize_for_inference` makes of `packed` on a GPU, on the kernels' twins."""
+    monkeypatch.setattr(inference_gpu, "implementation", lambda device: "triton")
+    fuse_for_gpu(packed)
+    assert isinstance(packed.forward, GpuEncoder)
+    return packed
+
+
+def test_an_optimized_model_is_not_pickled(monkeypatch: pytest.MonkeyPatch) -> None:
+    packed = optimized(monkeypatch, packed_encoder("bert"))
+    for model in (packed, nn.Sequential(packed)):
+        with pytest.raises(TypeError, match=r"cannot be pickled.*optimize_for_inference"):
+            pickle.dumps(model)
+
+
+def test_a_copy_prepares_its_own_layers_and_graphs() -> None:
+    packed, batch = packed_encoder("bert"), inputs_for("bert")
+    eager = GpuEncoder(packed)
+    packed.forward = GpuEncoder(packed, graphs=GraphCache(eager._run, capture=Recorder()), operands="e4m3")
+    expected, twin = hidden(packed, batch), copy.deepcopy(packed)
+    assert set(vars(twin.forward)) == {"base", "operands"} and twin.forward.base is twin
+    hidden(twin, batch)
+    made, first = twin.forward, packed.forward
+    assert made.operands == "e4m3" and made.graphs is None and made._norm is not first._norm
+    assert not {id(layer) for layer in made.layers} & {id(layer) for layer in first.layers}
+    assert torch.equal(hidden(packed, batch), expected)
+
+
+def test_unpacking_and_dequantizing_take_the_fast_forward_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    packed = packed_encoder("bert")
+    plain = {"unpacked": unpack(packed), "dequantized": copy.deepcopy(packed).dequantize()}
+    fast, batch = optimized(monkeypatch, packed), inputs_for("bert")
+    got = {"unpacked": unpack(fast), "dequantized": copy.deepcopy(fast).dequantize()}
+    for how, model in got.items():
+        assert not any(isinstance(m.__dict__.get("forward"), FastForward) for m in model.modules())
+        assert torch.equal(hidden(model, batch), hidden(plain[how], batch))
+    assert isinstance(fast.forward, GpuEncoder)
+
+
+def test_an_export_finds_the_forward_it_stands_for() -> None:
+    packed = packed_encoder("bert")
+    assert GpuEncoder(packed).__code__ is BertModel.forward.__code__
 
 
 def test_why_nothing_is_fused_is_said(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,7 @@ from transformers import BertConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 import qbert
-from qbert.encoders.weights import stored, weight_matrix
+from qbert.encoders.weights import matrix_size, stored, weight_matrix
 from qbert.layers.kind import TrainableLayer, kind_of
 from qbert.layers.packed import PackedTensor
 from qbert.layers.recurrent import GateRecurrence, open_recurrent
@@ -65,6 +65,14 @@ def test_a_layer_computes_with_its_quantized_weights(name: str, bits: int) -> No
     config = {"*": {"bits": bits, **WEIGHTS_ONLY}, "embeddings": bits}
     student = qbert.quantize_model(model, {k: v for k, v in config.items() if (k == "*") != (name == "table")})
     torch.testing.assert_close(student(x), with_quantized_weights(model, student)(x))
+
+
+@pytest.mark.parametrize("name", [*LAYERS, *RECURRENT])
+def test_both_twins_of_a_layer_have_the_weights_of_its_matrices(name: str) -> None:
+    layer = LAYERS[name][0] if name in LAYERS else RECURRENT[name]
+    student = qbert.quantize_model(nn.Sequential(layer), {"embeddings": 4} if name == "table" else 4)
+    expected = sum(p.numel() for p in layer.parameters() if p.dim() > 1 and name != "table")
+    assert [sum(map(matrix_size, m.modules())) for m in (layer, student, qbert.pack(student))] == [expected] * 3
 
 
 @pytest.mark.parametrize("name", RECURRENT)

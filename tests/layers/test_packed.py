@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from encoders import FAMILIES, build, inputs_for
+from encoders import FAMILIES, build, inputs_for, outputs
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
@@ -26,11 +26,6 @@ CONFIGS = {
     "4 bits, float activations": qbert.BitsConfig(4, activation_bits=None, embedding_bits=4),
     "8 and 2 bits, one group": qbert.BitsConfig({"*": 2, "*query": 8}, groups=1, embedding_bits=2),
 }
-
-
-def outputs(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-    with torch.no_grad():
-        return model(**batch).logits
 
 
 def packed_layers(model: nn.Module) -> dict[str, Any]:

@@ -11,9 +11,8 @@ from typing import Any
 import pytest
 import torch
 import transformers as tf
-from encoders import FAMILIES, build, inputs_for
+from encoders import FAMILIES, build, inputs_for, outputs, same_state
 from safetensors.torch import load_file
-from torch import nn
 
 import qbert
 from qbert.layers.linear import PackedLinear, QuantLinear
@@ -22,16 +21,6 @@ from qbert.packing import pack, unpack
 from qbert.sizes import model_size
 
 ROOT = Path(__file__).parents[2]
-
-
-def outputs(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-    with torch.no_grad():
-        return model(**batch).logits
-
-
-def same_state(one: nn.Module, other: nn.Module) -> bool:
-    a, b = one.state_dict(), other.state_dict()
-    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) and a[k].dtype == b[k].dtype for k in a)
 
 
 def file_tensors(path: Path) -> tuple[int, int]:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 import transformers as tf
-from encoders import build, inputs_for
+from encoders import build, inputs_for, outputs, same_state
 from safetensors.torch import save_file
 from torch import nn
 
@@ -17,16 +17,6 @@ from qbert.layers.linear import QuantLinear
 from qbert.saving.folder import digest
 from qbert.saving.records import record_layouts
 from qbert.saving.trainable import GRIDS, RECORD, save_trainable
-
-
-def outputs(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-    with torch.no_grad():
-        return model(**batch).logits
-
-
-def same_state(one: nn.Module, other: nn.Module) -> bool:
-    a, b = one.state_dict(), other.state_dict()
-    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) and a[k].dtype == b[k].dtype for k in a)
 
 
 @pytest.mark.parametrize("family", ["bert", "albert", "distilbert", "vit"])
