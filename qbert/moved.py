@@ -53,6 +53,7 @@ _NOW_IN: dict[str, tuple[str, ...]] = {
     "sensitivity_report": ("allocation.predictions",),
     "targets": ("encoders.targets",),
     "tensor_spec": ("bits",),
+    "hessian.additive": ("hessian.losses",),
     "hessian.evaluating": ("hessian.losses",),
     "hessian.memory": ("hessian.operator",),
     "hessian.parallel": ("hessian.checkpoint",),

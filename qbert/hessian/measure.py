@@ -15,10 +15,8 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from qbert.arguments import real_number, whole_number
-from qbert.hessian.additive import additive
 from qbert.hessian.batches import (
     BATCH_COST,
-    Batch,
     as_samples,
     draw,
     fingerprint,
@@ -30,7 +28,7 @@ from qbert.hessian.blocks import parameter_blocks
 from qbert.hessian.checkpoint import Checkpoint, check_same, model_fingerprint, own_share, rank_and_world, wait_for_all
 from qbert.hessian.eigenpair import check_confidence, check_limits
 from qbert.hessian.krylov import BOUNDS
-from qbert.hessian.losses import LossFunction, in_full_precision, masks_padding
+from qbert.hessian.losses import LossFunction, MeasuredLoss, in_full_precision
 from qbert.hessian.runs import METHODS, PRECISIONS, Measurement, assemble
 from qbert.hessian.spectrum import HessianSpectrum
 
@@ -108,19 +106,15 @@ def hessian_spectrum(
     check_finite(model)
     if precision == "bf16" and any(p.dtype == torch.float64 for p in model.parameters()):
         raise ValueError("precision: 'bf16' is for float32 models, and this one is float64; use model.float()")
-    pad = getattr(getattr(model, "config", None), "pad_token_id", None)
-    samples = as_samples(batches, collate_fn=collate_fn, pad_token_id=pad or 0, trim=masks_padding(model, loss_fn))
+    loss = MeasuredLoss(model, loss_fn=loss_fn)
+    samples = as_samples(batches, collate_fn=collate_fn, pad_token_id=loss.pad_token_id, trim=loss.masks_padding)
     size = micro_batch(micro_batch_size, samples)
     settings["samples"] = len(samples)
-    device = next(model.parameters()).device
 
-    def drawn(run: int) -> list[Batch]:
+    def drawn(run: int) -> MeasuredLoss:
         chosen = draw(len(samples), fraction=fraction, seed=seed, run=run)
-        cost = BATCH_COST.get(device.type)
-        return micro_batches(samples, chosen, size, seed=seed + run, batch_cost=cost, unlabelled=True)
-
-    def subset(run: int) -> list[Batch]:
-        return additive(model, drawn(run), loss_fn)
+        cost = BATCH_COST.get(loss.device.type)
+        return loss.over(micro_batches(samples, chosen, size, seed=seed + run, batch_cost=cost, unlabelled=True))
 
     saved = None
     if checkpoint is not None or rank_and_world()[1] > 1:
@@ -128,7 +122,7 @@ def hessian_spectrum(
         check_same(repr(signature), "runs, seed or another argument differs", "pass the same ones in each")
         signature["weights"] = model_fingerprint(model)
         check_same(signature["weights"], "model: the weights differ")
-        signature["data"] = fingerprint(b for run in range(runs) for b in drawn(run) if loss_weight(b) > 0)
+        signature["data"] = fingerprint(b for run in range(runs) for b in drawn(run).batches if loss_weight(b) > 0)
         check_same(signature["data"], "batches: the data differ")
     if checkpoint is not None:
         saved = Checkpoint(checkpoint, signature, resume=resume)
@@ -136,7 +130,7 @@ def hessian_spectrum(
             saved.clear()
         wait_for_all()
     mine = own_share(blocks)
-    work = Measurement(model, mine, loss_fn, block_chunk, settings, saved)
+    work = Measurement(mine, block_chunk, settings, saved)
     unit, total = (
         ("sample", runs * round(fraction * len(samples))) if method == "ggn" else ("product", 6 * runs * len(mine))
     )
@@ -145,7 +139,7 @@ def hessian_spectrum(
     with tqdm(total=total, desc="Hessian", unit=unit, disable=hidden, smoothing=0) as bar:
         for run in range(runs):
             bar.set_postfix(run=f"{run + 1}/{runs}")
-            work.run(run, subset, bar)
+            work.run(run, lambda run: drawn(run).additive(), bar)
     spectrum = assemble(blocks, work, settings)
     if saved is not None:
         saved.finish(block.name for block in mine)

@@ -1,6 +1,6 @@
 """The work of a spectrum measurement: run by run, block by block, each kept as soon as it is done.
 
->>> work = Measurement(model, blocks, None, None, settings, saved=None)
+>>> work = Measurement(blocks, None, settings, saved=None)
 >>> work.run(0, subset, bar)
 >>> spectrum = assemble(blocks, work, settings)
 """
@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from qbert.arguments import whole_number
 from qbert.hessian.batches import Batch, batch_size
@@ -25,9 +25,9 @@ from qbert.hessian.checkpoint import Checkpoint, gathered
 from qbert.hessian.eigen import PowerIteration
 from qbert.hessian.eigenpair import Eigenpair, error_bound, relative
 from qbert.hessian.gauss_newton.loss_factor import NoModelOutputError
-from qbert.hessian.gauss_newton.top import gauss_newton_starts, gauss_newton_top
+from qbert.hessian.gauss_newton.top import start_vectors, top_pairs
 from qbert.hessian.krylov import Lanczos
-from qbert.hessian.losses import LossFunction
+from qbert.hessian.losses import MeasuredLoss
 from qbert.hessian.operator import HessianOperator, free_bytes
 from qbert.hessian.spectrum import HessianSpectrum
 
@@ -39,43 +39,39 @@ class Measurement:
 
     def __init__(
         self,
-        model: nn.Module,
         blocks: Sequence[ParameterBlock],
-        loss_fn: LossFunction | None,
         block_chunk: int | None,
         settings: Mapping[str, Any],
         saved: Checkpoint | None,
     ):
-        self.model, self.blocks, self.loss_fn, self.settings, self.saved = model, blocks, loss_fn, settings, saved
+        self.blocks, self.settings, self.saved = blocks, settings, saved
         self.chunks = chunks(blocks, block_chunk)
         self.results: list[dict[str, tuple[Eigenpair, float]]] = []
         self.measured = 0
         self.warm: dict[str, Tensor] = saved.latest_vectors(block.name for block in blocks) if saved else {}
 
-    def run(self, run: int, subset: Callable[[int], list[Batch]], bar: Any) -> None:
+    def run(self, run: int, subset: Callable[[int], MeasuredLoss], bar: Any) -> None:
         """One subset: every block that the checkpoint does not hold already."""
         done = {block.name: self.saved.get(run, block.name) if self.saved else None for block in self.blocks}
         found = {name: record for name, record in done.items() if record is not None}
         self.results.append(found)
         if len(found) < len(self.blocks):
-            batches = subset(run)
+            measured = subset(run)
             for chunk in self.chunks:
                 todo = [block for block in chunk if block.name not in found]
                 if todo:
-                    self._chunk(run, batches, todo, bar)
+                    self._chunk(run, measured, todo, bar)
 
-    def _chunk(self, run: int, batches: list[Batch], todo: Sequence[ParameterBlock], bar: Any) -> None:
+    def _chunk(self, run: int, measured: MeasuredLoss, todo: Sequence[ParameterBlock], bar: Any) -> None:
         parameters = {block.name: block.parameters for block in todo}
         coarse = self.settings["precision"] == "bf16"
-        operator = HessianOperator(self.model, batches, parameters, loss_fn=self.loss_fn)
+        operator = HessianOperator.of(measured, parameters)
         if self.settings["method"] == "ggn":
-            pairs = gauss_newton_top(
-                self.model, batches, parameters, loss_fn=self.loss_fn, tol=self.settings["tol"], count=bar.update
-            )
+            pairs = top_pairs(measured, parameters, tol=self.settings["tol"], count=bar.update)
             for name, pair in pairs.items():
                 self._keep(run, name, pair, operator.loss)
             return
-        guesses = self._gauss_newton_guesses(batches, parameters)
+        guesses = self._gauss_newton_guesses(measured, parameters)
         solvers: dict[str, Solver] = {}
         for block in todo:
             guess = _combined(guesses.get(block.name), self.warm.get(block.name))
@@ -91,9 +87,7 @@ class Measurement:
 
     def _refined(self, operator: HessianOperator, solvers: dict[str, Solver], bar: Any) -> list[tuple[str, Eigenpair]]:
         """Solve in bfloat16, then take one product of `operator` for each block."""
-        rounded = HessianOperator(
-            self.model, operator.batches, operator.blocks, loss_fn=self.loss_fn, autocast=torch.bfloat16
-        )
+        rounded = HessianOperator.of(operator.measured, operator.blocks, autocast=torch.bfloat16)
         pairs = dict(solve(rounded, solvers, bar.update))
         rounded.release()
         bar.update(len(pairs))
@@ -106,14 +100,14 @@ class Measurement:
             self.saved.put(run, name, pair, loss)
 
     def _gauss_newton_guesses(
-        self, batches: Sequence[Batch], parameters: Mapping[str, Sequence[Part]]
+        self, measured: MeasuredLoss, parameters: Mapping[str, Sequence[Part]]
     ) -> dict[str, Tensor]:
         """Gauss-Newton directions of each block on a few samples; nothing where there are no logits."""
         if self.settings["method"] != "lanczos" or self.settings["confidence"] is not None:
             return {}
         try:
-            few = _some_samples(batches, _WARM_START_SAMPLES)
-            return gauss_newton_starts(self.model, few, parameters, loss_fn=self.loss_fn)
+            few = _some_samples(measured.batches, _WARM_START_SAMPLES)
+            return start_vectors(measured.over(few), parameters)
         except NoModelOutputError:
             return {}
 
