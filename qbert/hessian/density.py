@@ -25,7 +25,7 @@ from torch import nn
 from qbert.arguments import whole_number
 from qbert.files import write_whole
 from qbert.hessian.blocks import find_block, vector_options
-from qbert.hessian.eigenpair import Product, check_product
+from qbert.hessian.eigen import Product, check_product
 from qbert.hessian.losses import LossFunction, MeasuredLoss, in_full_precision
 from qbert.hessian.operator import HessianOperator
 from qbert.plots import new_figure

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from qbert.hessian.batches import Batch
 from qbert.hessian.blocks import Part, cut, distinct_parameters, whole
-from qbert.hessian.eigenpair import all_finite
+from qbert.hessian.eigen import all_finite
 from qbert.hessian.losses import LossFunction, MeasuredLoss, requiring_gradients
 
 

@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 
 from qbert.arguments import whole_number
 from qbert.hessian.blocks import parameter_blocks, vector_options
-from qbert.hessian.eigenpair import Product
+from qbert.hessian.eigen import Product
 from qbert.hessian.losses import LossFunction, MeasuredLoss, in_full_precision
 from qbert.hessian.operator import HessianOperator
 

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from qbert.arguments import whole_number
 from qbert.hessian.batches import Batch
 from qbert.hessian.blocks import Part
-from qbert.hessian.eigenpair import Eigenpair, relative
+from qbert.hessian.eigen import Eigenpair, relative
 from qbert.hessian.gauss_newton.factor_rows import FactorRows
 from qbert.hessian.gauss_newton.sample_gradients import sample_rows
 from qbert.hessian.losses import LossFunction, MeasuredLoss
