@@ -91,13 +91,7 @@ def sensitivity(
         raise ValueError("spectrum: its blocks are not those of the model; measure this model, or leave it out")
     specs = {b: target_specs(model, b, **settings) for b in widths}
     measured = MeasuredLoss.on_random_samples(
-        model,
-        batches,
-        samples=samples,
-        seed=seed,
-        loss_fn=loss_fn,
-        collate_fn=collate_fn,
-        micro_batch_size=micro_batch_size,
+        model, batches, loss_fn, samples=samples, seed=seed, collate_fn=collate_fn, micro_batch_size=micro_batch_size
     )
     if spectrum is None:
         spectrum = hessian_spectrum(

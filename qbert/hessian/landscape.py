@@ -96,13 +96,7 @@ def loss_landscape(
     if not real_number("radius", radius) > 0:
         raise ValueError(f"radius: {radius} spans no surface; use a positive distance")
     measured = MeasuredLoss.on_random_samples(
-        model,
-        batches,
-        samples=samples,
-        seed=seed,
-        loss_fn=loss_fn,
-        collate_fn=collate_fn,
-        micro_batch_size=micro_batch_size,
+        model, batches, loss_fn, samples=samples, seed=seed, collate_fn=collate_fn, micro_batch_size=micro_batch_size
     )
     operator = HessianOperator.of(measured, {name: block.parameters})
     pairs = top_eigenpairs(

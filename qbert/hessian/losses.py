@@ -157,10 +157,10 @@ class MeasuredLoss:
         cls,
         model: nn.Module,
         data: Any,
+        loss_fn: LossFunction | None,
         *,
         samples: int | None,
         seed: int,
-        loss_fn: LossFunction | None = None,
         collate_fn: Callable[[list[Any]], Batch] | None = None,
         micro_batch_size: int | None = None,
     ) -> MeasuredLoss:

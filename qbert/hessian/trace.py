@@ -125,13 +125,7 @@ def hessian_traces(
     """
     blocks = parameter_blocks(model, granularity)
     measured = MeasuredLoss.on_random_samples(
-        model,
-        batches,
-        samples=samples,
-        seed=seed,
-        loss_fn=loss_fn,
-        collate_fn=collate_fn,
-        micro_batch_size=micro_batch_size,
+        model, batches, loss_fn, samples=samples, seed=seed, collate_fn=collate_fn, micro_batch_size=micro_batch_size
     )
     operator = HessianOperator.of(measured, {b.name: b.parameters for b in blocks})
     estimates = {}
