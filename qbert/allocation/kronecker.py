@@ -24,9 +24,9 @@ import torch
 from torch import Tensor, nn
 
 from qbert.calibration import unmasked
-from qbert.hessian.batches import Batch, loss_weight
+from qbert.hessian.batches import Batch
 from qbert.hessian.gauss_newton.loss_factor import loss_factor
-from qbert.hessian.losses import LossFunction, evaluating, model_loss, to_device
+from qbert.hessian.losses import LossFunction, MeasuredLoss
 
 
 @dataclass(frozen=True)
@@ -63,21 +63,21 @@ def kronecker_factors(
     Raises:
         NoModelOutputError: if the model returns no logits that the loss depends on.
     """
-    total = sum(loss_weight(batch) for batch in batches)
+    measured = MeasuredLoss(model, batches, loss_fn)
     zeros = {m: (m.weight.new_zeros(m.out_features, m.out_features), m.in_features) for m in modules}
     left = {m: g.double() for m, (g, _) in zeros.items()}
     right = {m: m.weight.new_zeros(width, width).double() for m, (_, width) in zeros.items()}
     count = dict.fromkeys(modules, 0)
     for batch in batches:
-        on_device = to_device(batch, model)
-        with _recorded(modules) as calls, evaluating(model, [p for m in modules for p in m.parameters()]):
-            factor = loss_factor(model, on_device, loss_fn or model_loss)
+        on_device = measured.on_device(batch)
+        with _recorded(modules) as calls, measured.evaluating([p for m in modules for p in m.parameters()]):
+            factor = loss_factor(measured, on_device)
             mask = on_device.get("attention_mask")
             for m, x, _ in calls:
                 rows = unmasked(x, mask).flatten(0, -2).double()
                 right[m] += rows.T @ rows
                 count[m] += len(rows)
-            share = loss_weight(batch) / total
+            share = measured.share(batch)
             for j in range(factor.matrix.shape[2]):
                 seeds = factor.seeds(factor.matrix[:, :, j])
                 found = torch.autograd.grad(

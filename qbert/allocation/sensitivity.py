@@ -28,11 +28,10 @@ from qbert.bits import BitsConfig
 from qbert.encoders.prefix import LayerCache
 from qbert.encoders.targets import Target, encoder_layers, find_targets
 from qbert.hessian import HessianOperator, HessianSpectrum, estimate_trace, hessian_spectrum, parameter_blocks
-from qbert.hessian.additive import additive
-from qbert.hessian.batches import Batch, batch_size, loss_weight, random_subset
+from qbert.hessian.batches import Batch, batch_size
 from qbert.hessian.blocks import vector_options
 from qbert.hessian.gauss_newton.loss_factor import MixedSamplesError, NoModelOutputError
-from qbert.hessian.losses import LossFunction, evaluating, in_full_precision, model_loss, to_device
+from qbert.hessian.losses import LossFunction, MeasuredLoss, in_full_precision
 
 
 @in_full_precision
@@ -91,10 +90,9 @@ def sensitivity(
     if spectrum is not None and list(blocks) != [n for n in spectrum.names if spectrum.members[n]]:
         raise ValueError("spectrum: its blocks are not those of the model; measure this model, or leave it out")
     specs = {b: target_specs(model, b, **settings) for b in widths}
-    subset = random_subset(
-        model, batches, samples=samples, seed=seed, collate_fn=collate_fn, micro_batch_size=micro_batch_size
+    measured = MeasuredLoss.on_random_samples(
+        model, batches, loss_fn, samples=samples, seed=seed, collate_fn=collate_fn, micro_batch_size=micro_batch_size
     )
-    subset = additive(model, subset, loss_fn)
     if spectrum is None:
         spectrum = hessian_spectrum(
             model,
@@ -108,7 +106,7 @@ def sensitivity(
             micro_batch_size=micro_batch_size,
             progress=progress,
         )
-    measured = _measure(model, subset, blocks, targets, specs, probes, seed, loss_fn, progress)
+    found = _measure(measured, blocks, targets, specs, probes, seed, progress)
     kept = [spectrum.names.index(name) for name in blocks]
     return Sensitivities(
         names=list(blocks),
@@ -120,12 +118,12 @@ def sensitivity(
         settings={
             "granularity": granularity,
             "spectrum": spectrum.settings,
-            "samples": sum(map(batch_size, subset)),
+            "samples": sum(map(batch_size, measured.batches)),
             "probes": probes,
             "seed": seed,
             "quantizer": BitsConfig(4, **settings).to_dict(),
         },
-        **measured,
+        **found,
     )
 
 
@@ -142,14 +140,12 @@ def quantized_widths(bits: Sequence[int]) -> tuple[int, ...]:
 
 
 def _measure(
-    model: nn.Module,
-    subset: Sequence[Batch],
+    measured: MeasuredLoss,
     blocks: Mapping[str, Sequence[str]],
     targets: Mapping[str, Target],
     specs: Mapping[int, Mapping[str, Any]],
     probes: int,
     seed: int,
-    loss_fn: LossFunction | None,
     progress: bool,
 ) -> dict[str, Any]:
     """All arrays but the eigenvalues, and the loss."""
@@ -157,7 +153,7 @@ def _measure(
     found: dict[str, Any] = {n: np.zeros(shape) for n in ("weight_error", "curvature", "gradient", "loss_change")}
     found |= {"trace": np.zeros(len(blocks)), "trace_error": np.full(len(blocks), np.inf)}
     weights = {name: [_parameter(targets[m]) for m in members] for name, members in blocks.items()}
-    operator = HessianOperator(model, subset, weights, loss_fn=loss_fn)
+    operator = HessianOperator.of(measured, weights)
     total = len(blocks) * (probes + len(specs))
     with tqdm(total=total, desc="sensitivity", unit="product", disable=not progress, smoothing=0) as bar:
         for i, (name, members) in enumerate(blocks.items()):
@@ -177,8 +173,8 @@ def _measure(
                 found["curvature"][i, j] = float(moved.double() @ curved.double())
                 found["gradient"][i, j] = float(slope @ moved.double())
     operator.release()
-    found["kronecker"] = _kronecker(model, subset, blocks, targets, specs, loss_fn)
-    changes = LossChanges(model, subset, loss_fn=loss_fn)
+    found["kronecker"] = _kronecker(measured, blocks, targets, specs)
+    changes = LossChanges(measured.model, measured.batches, loss_fn=measured.loss_fn)
     with tqdm(
         total=len(blocks) * len(specs), desc="loss change", unit="pass", disable=not progress, smoothing=0
     ) as bar:
@@ -191,17 +187,16 @@ def _measure(
 
 
 def _kronecker(
-    model: nn.Module,
-    subset: Sequence[Batch],
+    measured: MeasuredLoss,
     blocks: Mapping[str, Sequence[str]],
     targets: Mapping[str, Target],
     specs: Mapping[int, Mapping[str, Any]],
-    loss_fn: LossFunction | None,
 ) -> NDArray[np.float64] | None:
     """[L, B] damage by Kronecker factors; None where the loss is not seen to come from logits of samples."""
     modules = {m: cast(nn.Linear, targets[m].module) for members in blocks.values() for m in members}
     try:
-        factors = kronecker_factors(model, subset, list(dict.fromkeys(modules.values())), loss_fn)
+        linears = list(dict.fromkeys(modules.values()))
+        factors = kronecker_factors(measured.model, measured.batches, linears, measured.loss_fn)
     except (NoModelOutputError, MixedSamplesError):
         return None
     return np.array(
@@ -258,9 +253,8 @@ class LossChanges:
         loss_fn: LossFunction | None = None,
         cache_prefix: bool = True,
     ) -> None:
-        self.model, self.batches, self.loss_fn = model, batches, loss_fn or model_loss
-        weights = [loss_weight(batch) for batch in batches]
-        self._shares = [weight / sum(weights) for weight in weights]
+        self._measured = MeasuredLoss(model, batches, loss_fn)
+        self._shares = [self._measured.share(batch) for batch in batches]
         self._modules = {t.name: t.module for t in find_targets(model)}
         self._layer_of = {t.name: t.layer for t in find_targets(model)}
         layers = [layer for _, layer in encoder_layers(model)] if cache_prefix else []
@@ -285,8 +279,7 @@ class LossChanges:
             return self._whole_loss(index)
 
     def _whole_loss(self, index: int) -> float:
-        with evaluating(self.model, ()), torch.no_grad():
-            return float(self.loss_fn(self.model, to_device(self.batches[index], self.model)))
+        return self._measured.value(self._measured.batches[index])
 
     def _advance(self, depth: int) -> None:
         """Keep the outputs of the layers below `depth`, unless the loss then comes out another."""

@@ -8,10 +8,8 @@ Everything here is exact (up to stated bounds) and leaves the model as it was.
 
 from qbert.hessian.blocks import ParameterBlock, Rows, parameter_blocks
 from qbert.hessian.density import SpectralDensity, hessian_density, spectral_density
-from qbert.hessian.eigen import PowerIteration, lanczos, power_iteration, top_eigenpairs
-from qbert.hessian.eigenpair import Eigenpair
+from qbert.hessian.eigen import Eigenpair, Lanczos, PowerIteration, lanczos, power_iteration, top_eigenpairs
 from qbert.hessian.gauss_newton.top import gauss_newton_starts, gauss_newton_top
-from qbert.hessian.krylov import Lanczos
 from qbert.hessian.landscape import LossLandscape, loss_landscape
 from qbert.hessian.measure import hessian_spectrum
 from qbert.hessian.operator import HessianOperator

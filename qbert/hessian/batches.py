@@ -18,7 +18,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, default_collate
 
 from qbert.arguments import whole_number
@@ -336,27 +336,6 @@ def _cut_by_length(samples: Samples, group: Sequence[int], batch_cost: int) -> l
         parts.append(group[cut[end] : end])
         end = cut[end]
     return parts[::-1]
-
-
-def random_subset(
-    model: nn.Module,
-    batches: Any,
-    *,
-    samples: int | None,
-    seed: int,
-    collate_fn: Callable[[list[Any]], Batch] | None = None,
-    micro_batch_size: int | None = None,
-) -> list[Batch]:
-    """`samples` random samples of `batches` (None or more than there are: all) in micro-batches, labelled or not.
-
-    Raises:
-        ValueError, TypeError: data that cannot be used, or a count that is not positive.
-    """
-    pad = getattr(getattr(model, "config", None), "pad_token_id", None)
-    view = as_samples(batches, collate_fn=collate_fn, pad_token_id=pad or 0)
-    fraction = 1.0 if samples is None else min(1.0, whole_number("samples", samples, least=1) / len(view))
-    chosen = draw(len(view), fraction=fraction, seed=whole_number("seed", seed), run=0)
-    return micro_batches(view, chosen, micro_batch(micro_batch_size, view), seed=seed, unlabelled=True)
 
 
 def micro_batch(size: int | None, samples: Samples) -> int:

@@ -28,7 +28,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from qbert.files import AlteredFileError, check_tensors, read_json, remove_abandoned, write_json, write_tensors
-from qbert.hessian.eigenpair import Eigenpair
+from qbert.hessian.eigen import Eigenpair
 
 FORMAT = "qbert.hessian_checkpoint/3"
 _SCALARS = [field.name for field in fields(Eigenpair) if field.name != "vector"]

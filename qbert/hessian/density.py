@@ -24,11 +24,9 @@ from torch import nn
 
 from qbert.arguments import whole_number
 from qbert.files import write_whole
-from qbert.hessian.additive import additive
-from qbert.hessian.batches import random_subset
 from qbert.hessian.blocks import find_block, vector_options
-from qbert.hessian.eigenpair import Product, check_product
-from qbert.hessian.losses import LossFunction, in_full_precision
+from qbert.hessian.eigen import Product, check_product
+from qbert.hessian.losses import LossFunction, MeasuredLoss, in_full_precision
 from qbert.hessian.operator import HessianOperator
 from qbert.plots import new_figure
 
@@ -158,11 +156,10 @@ def hessian_density(
         ValueError, TypeError, ArithmeticError: an argument or a Hessian that cannot be used.
     """
     block = find_block(model, name, granularity)
-    subset = random_subset(
-        model, batches, samples=samples, seed=seed, collate_fn=collate_fn, micro_batch_size=micro_batch_size
+    measured = MeasuredLoss.on_random_samples(
+        model, batches, loss_fn, samples=samples, seed=seed, collate_fn=collate_fn, micro_batch_size=micro_batch_size
     )
-    subset = additive(model, subset, loss_fn)
-    operator = HessianOperator(model, subset, {name: block.parameters}, loss_fn=loss_fn)
+    operator = HessianOperator.of(measured, {name: block.parameters})
     return spectral_density(
         lambda v: operator.product(name, v),
         block.size,

@@ -1,27 +1,167 @@
 """Extreme eigenvalues of a symmetric operator that is known by its products alone, each with an error bound.
 
->>> pair = lanczos(lambda v: A @ v, size=A.shape[0], tol=1e-3)
->>> pair.value, pair.error, pair.converged
+    >>> pair = lanczos(lambda v: A @ v, size=A.shape[0], tol=1e-3)
+    >>> pair.value, pair.error, pair.converged
+
+All iterations start alike and promise the same (`Eigenpair`). They ask for products and take them, so that those of
+several blocks can share a pass over the data:
+
+    >>> solver = Lanczos(size)
+    >>> while solver.query is not None:
+    ...     solver.receive(H @ solver.query)
+    >>> solver.result.value
+
+`Lanczos` works with full reorthogonalization, thick restarts, and three grades of certainty about the top eigenvalue.
+H is projected on the Krylov space of a start vector; a Ritz pair (theta, y) of the projection T has the residual
+``r = ||H V y - theta V y||`` (rounding errors of H included, since the projection is kept in full). Then
+
+* ``bound="residual"``: some eigenvalue lies within r of theta. Always true.
+* ``bound="gap"``: within ``r^2 / gap``, if the rest of the spectrum keeps the distance `gap` that the other Ritz
+  values and their reach tell (Kato 1949; Parlett 1998, section 11.7). Saves about a third of the products; a pair of
+  eigenvalues that is not resolved yet may be taken for one, and the error is then up to their distance: with a random
+  start and a second eigenvalue anywhere within 10 % of the first, that happens in a quarter to a half of the cases at
+  tolerances of 1e-3 and 1e-4. Where another Ritz value may come within a tenth of theta in magnitude, the residual
+  itself has to be within the tolerance: rivals often show themselves late.
+* ``confidence``: proof that nothing larger was overlooked. For an eigenvector x the start vector v has the component
+  ``|<x, v>| >= sigma eps`` with probability ``1 - sqrt(2/pi) eps``, whatever is added to its Gaussian part of
+  deviation sigma in each direction. With the characteristic polynomial p of T, ``||p(H) v|| = beta_0 ... beta_k``,
+  so every eigenvalue obeys ``prod_j |lambda - theta_j| <= beta_0 ... beta_k / (sigma eps)``: all of them lie below
+  the point where the left side, which grows outside of the Ritz values, passes the right one. (The argument of
+  Kuczynski and Wozniakowski 1992 for the polynomial at hand.) Since theta never exceeds the top eigenvalue in
+  magnitude, theta is within `tol` once that point is below (1 + tol) |theta|.
+
+Without `confidence`, an eigenvalue also counts as converged only if no other Ritz value can overtake it.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
+from scipy.linalg import eigh
 from torch import Tensor
 
-from qbert.arguments import whole_number
-from qbert.hessian.eigenpair import Eigenpair, Product, check_limits, check_product, relative, start_vector
+from qbert.arguments import real_number, whole_number
+
+Product = Callable[[Tensor], Tensor]
+BOUNDS = ("residual", "gap")
+Array = NDArray[np.float64]
+# Chebyshev: an eigenvalue that holds a share s of a Ritz vector's spectral weight lies within r / sqrt(s) of its Ritz
+# value. After three products no eigenvalue with more than a ninth of it can overtake unseen; every further product
+# filters out what is left of the bulk, so that r itself is reach enough after nine.
+_RIVAL_PRODUCTS = 9.0
+_FAR = 0.9  # of the top eigenvalue's magnitude: Ritz values below are no rivals
+_REPORTED_CONFIDENCE = 0.99
+_HOPELESS_PRODUCTS = 10
+
+
+@dataclass(frozen=True)
+class Eigenpair:
+    """The eigenvalue of largest magnitude, as far as `products` products tell.
+
+    Attributes:
+        value: signed eigenvalue (Rayleigh quotient of `vector`).
+        vector: unit eigenvector [n].
+        residual: ||H v - value v|| / |value|: an eigenvalue lies at least that close.
+        error: the bound on the relative error of `value` that was held against the tolerance.
+        upper_bound: with 99 % probability over the start vector no eigenvalue is larger in magnitude.
+        other_end: extreme Ritz value at the opposite end of the spectrum, not necessarily converged.
+        other_end_residual: absolute residual of `other_end`.
+        gap: distance from `value` to the rest of the spectrum, as far as the other Ritz values tell it (their residuals
+            taken off; may be negative); nan where nothing is known of them.
+        products: number of operator products used.
+        converged: error <= tol, and nothing seen of the spectrum can be larger in magnitude.
+    """
+
+    value: float
+    vector: Tensor
+    residual: float
+    error: float
+    upper_bound: float
+    other_end: float
+    other_end_residual: float
+    gap: float
+    products: int
+    converged: bool
+
+
+def start_vector(
+    size: int,
+    *,
+    warm: Sequence[Tensor] = (),
+    generator: torch.Generator | None = None,
+    dtype: torch.dtype = torch.float64,
+    device: torch.device | str = "cpu",
+    random_share: float = 0.3,
+) -> tuple[Tensor, float]:
+    """Start vector [size] of about unit length, and the standard deviation of its random part in any direction.
+
+    The unit `warm` vectors are added up (their signs aligned, since an eigenvector has none), plus a Gaussian vector
+    of length `random_share` (1 without warm vectors): it makes sure that a warm vector that is an eigenvector of the
+    wrong eigenvalue cannot keep the right one out.
+    """
+    whole_number("size", size, least=1)
+    share = random_share if warm else 1.0
+    deviation = share / size**0.5
+    # Drawn on the CPU, so that all devices start alike.
+    start = torch.randn(size, generator=generator, dtype=dtype, device="cpu").mul_(deviation).to(device)
+    guesses: Tensor | None = None
+    for guess in warm:
+        guess = guess.detach().to(device, dtype)
+        length = float(torch.linalg.vector_norm(guess))
+        if 0 < length < math.inf:
+            sign = -1 if guesses is not None and guess @ guesses < 0 else 1
+            guesses = guess * (sign / length) if guesses is None else guesses.add_(guess, alpha=sign / length)
+    return start if guesses is None else start.add_(guesses), deviation
+
+
+def relative(error: float, value: float) -> float:
+    """error / |value|; 0 for no error at all, infinite for an error on a zero value."""
+    if error == 0:
+        return 0.0
+    return float(error / abs(value)) if value else math.inf
+
+
+def error_bound(value: float, residual: float, gap: float = math.nan) -> float:
+    """Bound on the relative error of a Rayleigh quotient: the residual, or with a known gap residual^2 / gap."""
+    error = relative(residual, value)
+    return min(error, relative(residual**2 / gap, value)) if gap > residual else error
+
+
+def check_limits(tol: float, max_products: int) -> None:
+    """Refuse a tolerance or a product limit that cannot be used with a ValueError or TypeError."""
+    if not 0 < real_number("tol", tol) < 1:
+        raise ValueError(f"tol: {tol} is not a relative tolerance; use a number between 0 and 1, such as 1e-3")
+    whole_number("max_products", max_products, least=1)
+
+
+def check_confidence(confidence: float | None) -> None:
+    """Refuse what is neither None nor a probability with a ValueError or TypeError."""
+    if confidence is not None and not 0 < real_number("confidence", confidence) < 1:
+        raise ValueError(f"confidence: {confidence} is not a probability; use a number such as 0.99, or None")
+
+
+def all_finite(vector: Tensor) -> bool:
+    """Whether `vector` holds neither NaN nor infinity; a sum finds them in a tenth of the time of a look at each."""
+    return bool(torch.isfinite(vector.sum()) or torch.isfinite(vector).all())
+
+
+def check_product(product: Tensor) -> None:
+    """ArithmeticError if `product` holds NaN or infinity."""
+    if not all_finite(product):
+        raise ArithmeticError("the operator returned a product that is not finite; check it for overflow")
 
 
 class PowerIteration:
     """Power iteration as in Q-BERT's and PyHessian's code: stops when the eigenvalue changes by less than `tol`.
 
     That rule says nothing about the error (it can be missed by far); `converged` tells whether the residual is
-    within `tol` at the moment it stops. Same protocol as `qbert.hessian.krylov.Lanczos`.
+    within `tol` at the moment it stops. Same protocol as `Lanczos`.
     """
 
     def __init__(
@@ -72,6 +212,237 @@ class PowerIteration:
         )
 
 
+class Lanczos:
+    """Lanczos iteration that asks for products through `query` and takes them through `receive`.
+
+    Args:
+        size: dimension n of the operator.
+        tol: wanted bound on the relative error of the eigenvalue.
+        bound: how the error is bounded, ``residual`` or ``gap``; see the module.
+        confidence: wanted probability, over the start vector, that no larger eigenvalue was overlooked; None asks
+            for no proof. Warm vectors save nothing then, and are not used.
+        max_products: gives up (converged False) after so many products, or earlier where the operator's rounding
+            errors alone exceed `tol`.
+        min_products: never stops earlier, unless the whole space is known.
+        basis_size: number of basis vectors [n] kept before a thick restart, after which no sharper proof is to be
+            had; default: what 256 MiB hold, at least 40.
+        warm: guesses [n] at the eigenvector.
+        locked: orthonormal vectors [n] to stay orthogonal to (eigenvectors that are known already).
+        generator: for all random vectors.
+        dtype, device: of the vectors.
+
+    Raises:
+        ValueError: an argument that cannot be used.
+    """
+
+    def __init__(
+        self,
+        size: int,
+        *,
+        tol: float = 1e-3,
+        bound: str = "residual",
+        confidence: float | None = None,
+        max_products: int = 200,
+        min_products: int = 3,
+        basis_size: int | None = None,
+        warm: Sequence[Tensor] = (),
+        locked: Sequence[Tensor] = (),
+        generator: torch.Generator | None = None,
+        dtype: torch.dtype = torch.float64,
+        device: torch.device | str = "cpu",
+    ):
+        check_limits(tol, max_products)
+        if bound not in BOUNDS:
+            raise ValueError(f"bound: {bound!r} is unknown; use one of {', '.join(BOUNDS)}")
+        check_confidence(confidence)
+        whole_number("size", size, least=1)
+        if basis_size is None:
+            basis_size = min(max_products + 1, max(40, 2**28 // (size * dtype.itemsize)))
+            basis_size = max(8, basis_size)
+        if basis_size < 8:
+            raise ValueError(f"basis_size: {basis_size} is too small to restart from; use at least 8")
+        self.tol, self.bound, self.confidence = tol, bound, confidence
+        self.max_products, self.basis_size = max_products, basis_size
+        self.locked = list(locked)
+        self.dimension = size - len(self.locked)
+        self.min_products = min(min_products, self.dimension)
+        self.generator = generator or torch.Generator().manual_seed(0)
+        self.products = 0
+        self.result: Eigenpair | None = None
+        self._basis: list[Tensor] = []
+        self._top_rounding = 0.0
+        # A V = V H[:k] + next * H[k]; H is kept in full, so that rounding shows up in the residual.
+        self._projection = np.zeros((basis_size + 1, basis_size))
+        start, deviation = start_vector(
+            size, warm=() if confidence else warm, generator=self.generator, dtype=dtype, device=device
+        )
+        self._log_betas: float | None = math.log(float(torch.linalg.vector_norm(start)) / deviation)
+        self._upper = {level: math.inf for level in (_REPORTED_CONFIDENCE, confidence) if level}
+        self.query: Tensor | None = self._independent(start)
+
+    def receive(self, product: Tensor) -> None:
+        """Take H @ query, [n]; afterwards `query` is the next vector, or None when `result` stands."""
+        if self.query is None:
+            raise RuntimeError("Lanczos.receive: the iteration has ended; read its result")
+        check_product(product)
+        self.products += 1
+        self._basis.append(self.query)
+        k = len(self._basis)
+        remainder = self._without_locked(product)
+        coefficients = np.zeros(k)
+        for _ in range(2):  # twice is enough for orthogonality to working precision (Giraud et al. 2005)
+            overlaps = torch.stack([torch.dot(v, remainder) for v in self._basis]).tolist()
+            remainder = torch.add(remainder, self._basis[0], alpha=-overlaps[0])
+            for v, overlap in zip(self._basis[1:], overlaps[1:], strict=True):
+                remainder.add_(v, alpha=-overlap)
+            coefficients += overlaps
+        length = float(torch.linalg.vector_norm(remainder))
+        self._projection[:k, k - 1] = coefficients
+        self._projection[k, k - 1] = length
+        rounding = self._rounding()
+        exhausted = length <= rounding
+        if self._log_betas is not None:
+            self._log_betas += math.log(max(length, rounding)) if length or rounding else -math.inf
+        if self._assess(complete=k == self.dimension):
+            self.query = None
+            return
+        if exhausted:  # an invariant subspace: go on outside of it
+            self._projection[k, :k] = 0
+            self.query = self._independent(self._random(product))
+        else:
+            self.query = remainder.div_(length)
+        if k == self.basis_size:
+            self._restart()
+
+    def _rounding(self) -> float:
+        """What rounding in the vectors' dtype may do to a product with a unit vector."""
+        k = len(self._basis)
+        return 10 * torch.finfo(self._basis[0].dtype).eps * float(np.linalg.norm(self._projection[:k, :k]))
+
+    def _ritz(self) -> tuple[Array, Array, Array]:
+        """Ritz values [k], largest magnitude first, their coordinates [k, k] and absolute residuals [k]."""
+        k = len(self._basis)
+        projection = self._projection[:k, :k]
+        values, coordinates = eigh((projection + projection.T) / 2)
+        order = np.argsort(-np.abs(values), kind="stable")
+        values, coordinates = values[order], coordinates[:, order]
+        rounding = np.linalg.norm((projection - projection.T) / 2 @ coordinates, axis=0)
+        self._top_rounding = float(rounding[0])
+        return values, coordinates, np.hypot(rounding, self._projection[k, :k] @ coordinates)
+
+    def _assess(self, complete: bool) -> bool:
+        """Whether to stop; if so, `result` is set."""
+        values, coordinates, residuals = self._ritz()
+        top, residual = float(values[0]), float(residuals[0])
+        if self.confidence:
+            self._update_upper_bounds(values)
+        if complete:
+            self._upper = dict.fromkeys(self._upper, abs(top) + residual)
+        error, gap, rival = relative(residual, top), math.nan, 0.0
+        reach = max(1.0, _RIVAL_PRODUCTS / self.products) * residuals[1:]
+        if len(values) > 1:
+            gap = float(np.min(np.abs(values[1:] - top) - reach))
+            rival = float(np.max(np.abs(values[1:]) + reach))
+            if (self.bound == "gap" and rival < _FAR * abs(top)) or self.confidence:
+                error = error_bound(top, residual, gap)
+        if self.confidence:
+            error = max(error, relative(self._upper[self.confidence] + self._rounding() - abs(top), top))
+            rivals = False  # the proof covers them
+        else:
+            rivals = rival > abs(top) * (1 + self.tol)
+        converged = error <= self.tol and (complete or (self.products >= self.min_products and not rivals))
+        # What is not symmetric about the operator stays in the residual, however many products follow.
+        hopeless = self.products >= _HOPELESS_PRODUCTS and relative(self._top_rounding, top) > self.tol
+        if not (converged or complete or hopeless or self.products >= self.max_products):
+            return False
+        if not self.confidence and not complete:
+            self._update_upper_bounds(values)
+        other = int(np.argmin(values) if top > 0 else np.argmax(values))
+        vector = torch.zeros_like(self._basis[0])
+        for coordinate, v in zip(coordinates[:, 0], self._basis, strict=True):
+            vector.add_(v, alpha=float(coordinate))
+        self.result = Eigenpair(
+            value=top,
+            vector=vector / torch.linalg.vector_norm(vector),
+            residual=relative(residual, top),
+            error=error,
+            # The projection is that of the operator as it is computed: its rounding is not in the proof.
+            upper_bound=max(self._upper[_REPORTED_CONFIDENCE], abs(top)) + self._rounding(),
+            other_end=float(values[other]),
+            other_end_residual=float(residuals[other]),
+            gap=gap,
+            products=self.products,
+            converged=converged,
+        )
+        return True
+
+    def _update_upper_bounds(self, values: Array) -> None:
+        """Lower the bounds on the largest magnitude, each holding with its probability; see the module."""
+        if self._log_betas is None:
+            return
+        for level in self._upper:
+            missed = (1 - level) * math.sqrt(math.pi / 2)
+            limit = self._log_betas - math.log(missed)
+            low = top = float(np.abs(values[0]))
+            if limit == -math.inf:
+                self._upper[level] = low
+                continue
+
+            def allowed(point: float, limit: float = limit) -> bool:
+                with np.errstate(divide="ignore"):
+                    logs = np.log(np.abs(np.array([[point], [-point]]) - values)).sum(axis=1)
+                return bool(logs.min() <= limit)
+
+            high = low + math.exp(limit / len(values)) + 1e-300  # there every factor is large enough
+            for _ in range(60):
+                middle = (low + high) / 2
+                low, high = (middle, high) if allowed(middle) else (low, middle)
+            # A Ritz value above an earlier bound shows that the start was the one in a hundred: trust that no longer.
+            self._upper[level] = high if self._upper[level] < top else min(self._upper[level], high)
+
+    def _restart(self) -> None:
+        """Keep the Ritz vectors at both ends and of largest magnitude, drop the middle of the spectrum."""
+        values, coordinates, _ = self._ritz()
+        self._update_upper_bounds(values)
+        quarter = self.basis_size // 4
+        by_value = np.argsort(values)
+        kept = sorted({*range(quarter), *by_value[:quarter].tolist(), *by_value[-quarter:].tolist()})
+        y = coordinates[:, kept]
+        k, p = len(self._basis), len(kept)
+        inner, coupling = y.T @ self._projection[:k, :k] @ y, self._projection[k, :k] @ y
+        stacked = torch.stack(self._basis)
+        self._basis = list(torch.from_numpy(y.T.copy()).to(stacked) @ stacked)
+        self._projection[:] = 0
+        self._projection[:p, :p] = inner
+        self._projection[p, :p] = coupling
+        self._log_betas = None  # the kept vectors are no longer powers of H times the start: no sharper proof
+
+    def _independent(self, vector: Tensor) -> Tensor:
+        """`vector` made orthonormal to the basis and the locked vectors; a random one if nothing of it is left."""
+        reference = (self._basis or self.locked or [vector])[0]
+        for _ in range(3):
+            vector = vector.to(reference)
+            length = torch.linalg.vector_norm(vector)
+            for _ in range(2):
+                vector = self._without_locked(vector)
+                for v in self._basis:
+                    vector = vector - torch.dot(v, vector) * v
+            remaining = torch.linalg.vector_norm(vector)
+            if remaining > 1e3 * torch.finfo(vector.dtype).eps * length:
+                return vector / remaining
+            vector = self._random(vector)
+        raise ArithmeticError("locked: no direction is left outside of the known vectors")
+
+    def _random(self, like: Tensor) -> Tensor:
+        """A random vector of the size of `like`, the same on every device."""
+        return torch.randn(like.shape, generator=self.generator, dtype=torch.float32, device="cpu")
+
+    def _without_locked(self, vector: Tensor) -> Tensor:
+        for v in self.locked:
+            vector = vector - torch.dot(v, vector) * v
+        return vector
+
+
 def lanczos(product: Product, size: int, *, seed: int = 0, **settings: Any) -> Eigenpair:
     """Eigenpair of largest magnitude of a symmetric operator.
 
@@ -82,13 +453,11 @@ def lanczos(product: Product, size: int, *, seed: int = 0, **settings: Any) -> E
         product: v -> H v, both [size] in the dtype and on the device of `settings` (default: float64, CPU).
         size: dimension of the operator.
         seed: of the start vector.
-        **settings: those of `qbert.hessian.krylov.Lanczos`, such as ``tol`` (relative error, default 1e-3).
+        **settings: those of `Lanczos`, such as ``tol`` (relative error, default 1e-3).
 
     Raises:
         ValueError, TypeError: a size or setting that cannot be used; ArithmeticError if a product is not finite.
     """
-    from qbert.hessian.krylov import Lanczos
-
     settings = {"confidence": 0.99, **settings}
     return run(Lanczos(size, generator=torch.Generator().manual_seed(seed), **settings), product)
 

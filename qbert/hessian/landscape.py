@@ -20,11 +20,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from qbert.arguments import real_number, whole_number
-from qbert.hessian.additive import additive
-from qbert.hessian.batches import random_subset
 from qbert.hessian.blocks import Part, find_block, vector_options
 from qbert.hessian.eigen import top_eigenpairs
-from qbert.hessian.losses import LossFunction, in_full_precision
+from qbert.hessian.losses import LossFunction, MeasuredLoss, in_full_precision
 from qbert.hessian.operator import HessianOperator
 
 _RADIUS_SHARE = 0.01
@@ -97,11 +95,10 @@ def loss_landscape(
         radius = _RADIUS_SHARE * float(sum(p.detach().double().square().sum() for p in block.parameters)) ** 0.5
     if not real_number("radius", radius) > 0:
         raise ValueError(f"radius: {radius} spans no surface; use a positive distance")
-    subset = random_subset(
-        model, batches, samples=samples, seed=seed, collate_fn=collate_fn, micro_batch_size=micro_batch_size
+    measured = MeasuredLoss.on_random_samples(
+        model, batches, loss_fn, samples=samples, seed=seed, collate_fn=collate_fn, micro_batch_size=micro_batch_size
     )
-    subset = additive(model, subset, loss_fn)
-    operator = HessianOperator(model, subset, {name: block.parameters}, loss_fn=loss_fn)
+    operator = HessianOperator.of(measured, {name: block.parameters})
     pairs = top_eigenpairs(
         lambda v: operator.product(name, v),
         block.size,
@@ -127,7 +124,7 @@ def loss_landscape(
 def mean_loss(operator: HessianOperator) -> float:
     """Mean loss at the weights as they are now; infinite where the model overflows."""
     try:
-        return HessianOperator(operator.model, operator.batches, {}, loss_fn=operator.loss_fn).loss
+        return HessianOperator.of(operator.measured, {}).loss
     except ValueError:
         return float("inf")
 

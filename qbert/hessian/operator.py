@@ -19,10 +19,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from qbert.hessian.batches import Batch, loss_weight
+from qbert.hessian.batches import Batch
 from qbert.hessian.blocks import Part, cut, distinct_parameters, whole
-from qbert.hessian.eigenpair import all_finite
-from qbert.hessian.losses import LossFunction, check_scalar, evaluating, model_loss, requiring_gradients, to_device
+from qbert.hessian.eigen import all_finite
+from qbert.hessian.losses import LossFunction, MeasuredLoss, requiring_gradients
 
 
 class HessianOperator:
@@ -60,15 +60,20 @@ class HessianOperator:
     ):
         if not batches:
             raise ValueError("batches: no labelled samples; pass at least one batch with labels other than -100")
-        self.model = model
-        self.batches = batches
+        self.measured = MeasuredLoss(model, batches, loss_fn)
+        self.model, self.batches, self.loss_fn = model, batches, self.measured.loss_fn
         self.blocks = {name: list(parameters) for name, parameters in blocks.items()}
-        self.loss_fn = loss_fn or model_loss
-        weights = [loss_weight(batch) for batch in batches]
-        self._shares = [weight / sum(weights) for weight in weights]
+        self._shares = [self.measured.share(batch) for batch in batches]
         self._retain, self._autocast = retain, autocast
         self._graphs: dict[int, _Graph] = {}
         self._losses: dict[int, float] = {}
+
+    @classmethod
+    def of(
+        cls, measured: MeasuredLoss, blocks: Mapping[str, Sequence[Part]], *, autocast: torch.dtype | None = None
+    ) -> HessianOperator:
+        """The Hessian of a loss that is put together already."""
+        return cls(measured.model, measured.batches, blocks, loss_fn=measured.loss_fn, autocast=autocast)
 
     def size(self, name: str) -> int:
         """Number of parameters n in the block."""
@@ -79,7 +84,7 @@ class HessianOperator:
         """Mean loss over all samples."""
         for index in range(len(self.batches)):
             if index not in self._losses:
-                with evaluating(self.model, ()):
+                with self.measured.evaluating():
                     self._losses[index] = self._finite_loss(index, torch.no_grad()).item()
         return sum(share * self._losses[i] for i, share in enumerate(self._shares))
 
@@ -89,8 +94,8 @@ class HessianOperator:
         if self._retain is None:
             with saved_tensor_bytes(self.model) as saved:
                 self._graph(0, self.blocks)
-            device = next(self.model.parameters()).device
-            self._retain = saved.total * len(self.batches) <= 0.5 * (free_bytes(device) + saved.total)
+            free = free_bytes(self.measured.device)
+            self._retain = saved.total * len(self.batches) <= 0.5 * (free + saved.total)
             if not self._retain:
                 self.release()
         return self._retain
@@ -144,7 +149,7 @@ class HessianOperator:
     def _graph(self, index: int, names: Mapping[str, object]) -> _Graph:
         if index not in self._graphs:
             parameters = distinct_parameters(part for name in names for part in self.blocks[name])
-            with evaluating(self.model, parameters):
+            with self.measured.evaluating(parameters):
                 loss = self._finite_loss(index, torch.enable_grad())
                 if not loss.requires_grad:  # every block unused: the Hessian is zero
                     self._refuse_detached(index)
@@ -158,11 +163,10 @@ class HessianOperator:
         return self._graphs[index]
 
     def _finite_loss(self, index: int, grad_mode: contextlib.AbstractContextManager[None]) -> Tensor:
-        device = next(self.model.parameters()).device.type
+        device = self.measured.device.type
         casting = contextlib.nullcontext() if self._autocast is None else torch.autocast(device, self._autocast)
         with grad_mode, casting:
-            loss = self.loss_fn(self.model, to_device(self.batches[index], self.model))
-        check_scalar(loss)
+            loss = self.measured.of(self.batches[index])
         if not torch.isfinite(loss):
             raise ValueError(
                 f"model: the loss of micro-batch {index} is {loss.item()}; check the weights and the labels for "
@@ -171,7 +175,7 @@ class HessianOperator:
         return loss.reshape(())
 
     def _refuse_detached(self, index: int) -> None:
-        with evaluating(self.model, list(self.model.parameters())):
+        with self.measured.evaluating(list(self.model.parameters())):
             if not self._finite_loss(index, torch.enable_grad()).requires_grad:
                 raise ValueError(
                     "loss_fn: the loss that it returns depends on no parameter of the model; compute it from the "

@@ -20,11 +20,9 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from qbert.arguments import whole_number
-from qbert.hessian.additive import additive
-from qbert.hessian.batches import random_subset
 from qbert.hessian.blocks import parameter_blocks, vector_options
-from qbert.hessian.eigenpair import Product
-from qbert.hessian.losses import LossFunction, in_full_precision
+from qbert.hessian.eigen import Product
+from qbert.hessian.losses import LossFunction, MeasuredLoss, in_full_precision
 from qbert.hessian.operator import HessianOperator
 
 METHODS = ("hutch++", "hutchinson")
@@ -126,11 +124,10 @@ def hessian_traces(
         ValueError, TypeError, ArithmeticError: as for `estimate_trace` and `hessian_spectrum`.
     """
     blocks = parameter_blocks(model, granularity)
-    subset = random_subset(
-        model, batches, samples=samples, seed=seed, collate_fn=collate_fn, micro_batch_size=micro_batch_size
+    measured = MeasuredLoss.on_random_samples(
+        model, batches, loss_fn, samples=samples, seed=seed, collate_fn=collate_fn, micro_batch_size=micro_batch_size
     )
-    subset = additive(model, subset, loss_fn)
-    operator = HessianOperator(model, subset, {b.name: b.parameters for b in blocks}, loss_fn=loss_fn)
+    operator = HessianOperator.of(measured, {b.name: b.parameters for b in blocks})
     estimates = {}
     with tqdm(total=len(blocks) * probes, desc="trace", unit="product", disable=not progress, smoothing=0) as bar:
         for block in blocks:

@@ -8,7 +8,7 @@ import transformers
 from torch import Tensor, nn
 
 from qbert.hessian import hessian_spectrum, hessian_traces
-from qbert.hessian.additive import additive
+from qbert.hessian.losses import MeasuredLoss
 
 CONFIG: dict[str, Any] = {
     "vocab_size": 40,
@@ -92,20 +92,20 @@ def rows_of(batch: dict[str, Tensor]) -> list[dict[str, Tensor]]:
 
 def test_a_mean_stays_cut_and_parts_without_a_label_are_left_out(caplog: pytest.LogCaptureFixture) -> None:
     model, batch, _ = problem("words")
-    assert [len(part["input_ids"]) for part in additive(model, rows_of(batch), None)] == [1, 1]
+    assert [len(part["input_ids"]) for part in MeasuredLoss(model, rows_of(batch)).additive().batches] == [1, 1]
     model, batch, _ = problem("classes")
-    assert len(additive(model, rows_of(batch), None)) == 6
+    assert len(MeasuredLoss(model, rows_of(batch)).additive().batches) == 6
     assert not caplog.records
 
 
 def test_what_cannot_be_cut_goes_through_at_once_and_is_told(caplog: pytest.LogCaptureFixture) -> None:
     model, batch, loss_fn = problem("class weights")
-    (together,) = additive(model, rows_of(batch), loss_fn)
+    (together,) = MeasuredLoss(model, rows_of(batch), loss_fn).additive().batches
     assert len(together["input_ids"]) == 6
     assert "go through the model at once" in caplog.text
     others = [*rows_of(batch), {**rows_of(batch)[0], "token_type_ids": torch.zeros(1, 40, dtype=torch.long)}]
     with pytest.raises(ValueError, match="their rows do not fit into one batch"):
-        additive(model, others, loss_fn)
+        MeasuredLoss(model, others, loss_fn).additive()
 
 
 @pytest.mark.parametrize("kind", ["two terms", "class weights"])

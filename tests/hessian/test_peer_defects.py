@@ -16,8 +16,8 @@ from encoders import build, inputs_for
 from torch import nn
 
 from qbert.hessian import HessianOperator, gauss_newton_top, hessian_spectrum, parameter_blocks
+from qbert.hessian.eigen import Lanczos
 from qbert.hessian.gauss_newton.top import gauss_newton_starts
-from qbert.hessian.krylov import Lanczos
 
 SETTINGS: dict[str, Any] = {"runs": 1, "fraction": 1.0, "tol": 1e-4, "progress": False}
 

@@ -11,13 +11,13 @@ from torch import nn
 from qbert.hessian import parameter_blocks
 from qbert.hessian.gauss_newton.factor_rows import FactorRows, OuterProducts
 from qbert.hessian.gauss_newton.sample_gradients import sample_rows
-from qbert.hessian.losses import model_loss
+from qbert.hessian.losses import MeasuredLoss
 
 ONE_BY_ONE = {"mobilebert", "deberta-v2"}  # norms of their own; position embeddings that go through query and key
 
 
-def rows_of(model: Any, batches: Any, blocks: Any, together: bool, most: int = 8, loss_fn: Any = model_loss) -> Any:
-    groups = sample_rows(model, batches, blocks, loss_fn, rows_per_sample=most, seed=0, together=together)
+def rows_of(model: Any, batches: Any, blocks: Any, together: bool, most: int = 8) -> Any:
+    groups = sample_rows(MeasuredLoss(model, batches), blocks, rows_per_sample=most, seed=0, together=together)
     found: dict[str, list[torch.Tensor]] = {name: [] for name in blocks}
     for group in groups:
         for name, rows in group.rows.items():

@@ -3,7 +3,7 @@
 For outputs z of a model and the mean loss of a batch, ``d^2 loss / dz_b^2 = L_b L_b^T`` for each sample b (Schraudolph
 2002); for C classes, L_b has C - 1 columns. Where the Hessian has negative eigenvalues, they are left out.
 
-    >>> factor = loss_factor(model, batch, model_loss)
+    >>> factor = loss_factor(MeasuredLoss(model), batch)
     >>> factor.matrix.shape  # [B, d, r]
 """
 
@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from qbert.hessian.batches import Batch, batch_size
-from qbert.hessian.losses import LossFunction, check_scalar
+from qbert.hessian.losses import MeasuredLoss
 
 _MOST_OUTPUTS = 4096
 
@@ -51,14 +51,14 @@ class LossFactor:
         return [piece.reshape(z.shape) for piece, z in zip(pieces, self.outputs, strict=True)]
 
 
-def loss_factor(model: nn.Module, batch: Batch, loss_fn: LossFunction) -> LossFactor:
+def loss_factor(measured: MeasuredLoss, batch: Batch) -> LossFactor:
     """The `LossFactor` of a batch whose loss is a sum over its samples.
 
     Raises:
         NoModelOutputError: if the model returns no logits that the loss depends on.
         MixedSamplesError: if their first dimension is not that of the batch.
     """
-    outputs, flat = _first_derivative(model, batch, loss_fn)
+    outputs, flat = _first_derivative(measured, batch)
     size = flat.shape[1]
     rows = []
     for k in range(size):
@@ -76,25 +76,22 @@ def loss_factor(model: nn.Module, batch: Batch, loss_fn: LossFunction) -> LossFa
     return LossFactor(outputs, matrix, ranks)
 
 
-def loss_curvature(
-    model: nn.Module, batch: Batch, loss_fn: LossFunction, vector: Tensor
-) -> tuple[list[Tensor], Tensor]:
+def loss_curvature(measured: MeasuredLoss, batch: Batch, vector: Tensor) -> tuple[list[Tensor], Tensor]:
     """(outputs z, ``d^2 loss / dz^2 vector``) of one sample, for `vector` [d]: without any factor."""
-    outputs, flat = _first_derivative(model, batch, loss_fn)
+    outputs, flat = _first_derivative(measured, batch)
     if not flat.requires_grad or flat.shape[1] != len(vector):
         return outputs, torch.zeros_like(flat[0])
     return outputs, _derivative(flat[0] @ vector, outputs, 1)[0]
 
 
-def _first_derivative(model: nn.Module, batch: Batch, loss_fn: LossFunction) -> tuple[list[Tensor], Tensor]:
+def _first_derivative(measured: MeasuredLoss, batch: Batch) -> tuple[list[Tensor], Tensor]:
     """Outputs, and the loss's derivative with respect to them, [B, d], with its graph."""
     captured: list[Any] = []
-    handle = model.register_forward_hook(lambda module, inputs, output: captured.append(output))
+    handle = measured.model.register_forward_hook(lambda module, inputs, output: captured.append(output))
     try:
-        loss = loss_fn(model, batch)
+        loss = measured.of(batch)
     finally:
         handle.remove()
-    check_scalar(loss)
     outputs = _logits(captured[0]) if len(captured) == 1 else []
     gradients: tuple[Tensor | None, ...] = (None,)
     if outputs and loss.requires_grad:
@@ -103,8 +100,8 @@ def _first_derivative(model: nn.Module, batch: Batch, loss_fn: LossFunction) -> 
     size = sum(z.numel() for z in outputs) // rows
     if any(g is None for g in gradients) or size > _MOST_OUTPUTS:
         raise NoModelOutputError(
-            f"model: {type(model).__name__} shows no logits (at most {_MOST_OUTPUTS} a sample) that its loss depends "
-            "on, so it has no Gauss-Newton matrix; use method='lanczos'"
+            f"model: {type(measured.model).__name__} shows no logits (at most {_MOST_OUTPUTS} a sample) that its loss "
+            "depends on, so it has no Gauss-Newton matrix; use method='lanczos'"
         )
     if rows > 1 and any(len(z) != rows for z in outputs):
         raise MixedSamplesError

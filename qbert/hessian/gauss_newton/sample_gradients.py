@@ -6,7 +6,7 @@ with the inputs it makes the sample's gradients. Where the blocks hold anything 
 where a first sample looked at by itself tells otherwise (samples that are not the first dimension, a weight with a
 second use), every sample gets a pass of its own.
 
-    >>> for group in sample_rows(model, batches, blocks, model_loss, rows_per_sample=8, seed=0):
+    >>> for group in sample_rows(measured, blocks, rows_per_sample=8, seed=0):
     ...     group.rows["layer 0"].gram()
 """
 
@@ -21,11 +21,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qbert.hessian.batches import BATCH_COST, Batch, BatchSamples, batch_size, loss_weight, micro_batches
+from qbert.hessian.batches import BATCH_COST, Batch, batch_size, loss_weight, micro_batches
 from qbert.hessian.blocks import Part, Rows, distinct_parameters, whole
 from qbert.hessian.gauss_newton.factor_rows import Entries, FactorRows, OuterProducts, dense
 from qbert.hessian.gauss_newton.loss_factor import LossFactor, MixedSamplesError, loss_curvature, loss_factor
-from qbert.hessian.losses import LossFunction, evaluating, masks_padding, to_device
+from qbert.hessian.losses import MeasuredLoss
 
 _log = logging.getLogger(__name__)
 
@@ -46,10 +46,8 @@ class SampleGroup:
 
 
 def sample_rows(
-    model: nn.Module,
-    batches: Sequence[Batch],
+    measured: MeasuredLoss,
     blocks: Mapping[str, Sequence[Part]],
-    loss_fn: LossFunction,
     *,
     rows_per_sample: int,
     seed: int,
@@ -58,7 +56,8 @@ def sample_rows(
     """The rows of all samples, one group of them after the other.
 
     Args:
-        model, batches, blocks, loss_fn: as for `qbert.hessian.gauss_newton_top`.
+        measured: the loss, over micro-batches with labels.
+        blocks: name -> parameters.
         rows_per_sample: samples with more rows get so many random combinations of them.
         seed: for these.
         together: look at the samples of a batch in one pass where that is known to be right; False: at each by itself.
@@ -67,21 +66,19 @@ def sample_rows(
         NoModelOutputError: if the model returns no logits that the loss depends on.
     """
     parameters = distinct_parameters(part for block in blocks.values() for part in block)
-    total = sum(loss_weight(batch) for batch in batches)
     generator = torch.Generator().manual_seed(seed)
     unchecked = True
-    for batch in _by_length(model, batches, loss_fn):
-        batch = to_device(batch, model)
+    for batch in map(measured.on_device, _by_length(measured)):
         if together:
-            with evaluating(model, parameters):
-                found = _Together.of(model, batch, loss_fn, parameters)
+            with measured.evaluating(parameters):
+                found = _Together.of(measured, batch, parameters)
                 if found is not None:
-                    share = (loss_weight(batch) / total) ** 0.5
+                    share = measured.share(batch) ** 0.5
                     columns, complete = _columns(found.factor, share, rows_per_sample, generator)
                     entries, count = found.entries(columns), columns.shape[0] * columns.shape[2]
                     if unchecked and batch_size(batch) > 1:
                         unchecked = False
-                        if not _is_right(model, batch, loss_fn, parameters, found.factor, columns, entries):
+                        if not _is_right(measured, batch, parameters, found.factor, columns, entries):
                             found = None
             if found is not None:
                 yield SampleGroup(
@@ -90,12 +87,12 @@ def sample_rows(
                 continue
             _log.info("a pass for each sample: the blocks are not weights of Linear and LayerNorm modules alone")
             together = False
-        samples = BatchSamples([batch], trim=masks_padding(model, loss_fn))
+        samples = measured.over([batch]).rows(trimmed=True)
         for single in (one for i in range(len(samples)) for one in samples.collate([i])):
-            weight = loss_weight(single) / total
+            weight = measured.share(single)
             if weight > 0:
-                with evaluating(model, parameters):
-                    factor = loss_factor(model, single, loss_fn)
+                with measured.evaluating(parameters):
+                    factor = loss_factor(measured, single)
                     columns, complete = _columns(factor, weight**0.5, rows_per_sample, generator)
                     alone = _gradients(factor, columns, parameters)
                 count = columns.shape[2]
@@ -111,12 +108,10 @@ class _Together:
         self.factor, self.uses, self.parameters = factor, uses, parameters
 
     @classmethod
-    def of(
-        cls, model: nn.Module, batch: Batch, loss_fn: LossFunction, parameters: Sequence[nn.Parameter]
-    ) -> _Together | None:
+    def of(cls, measured: MeasuredLoss, batch: Batch, parameters: Sequence[nn.Parameter]) -> _Together | None:
         """None where a parameter belongs to another kind of module, or the samples cannot be told apart."""
         wanted = {id(p) for p in parameters}
-        owners = [m for m in model.modules() if any(id(p) in wanted for p in m.parameters(recurse=False))]
+        owners = [m for m in measured.model.modules() if any(id(p) in wanted for p in m.parameters(recurse=False))]
         if not all(type(m) in (nn.Linear, nn.LayerNorm) for m in owners):  # subclasses may compute anything
             return None
         uses: list[tuple[nn.Linear | nn.LayerNorm, Tensor, Tensor]] = []
@@ -128,7 +123,7 @@ class _Together:
             for module in owners:
                 stack.callback(module.register_forward_hook(remember).remove)
             try:
-                factor = loss_factor(model, batch, loss_fn)
+                factor = loss_factor(measured, batch)
             except MixedSamplesError:
                 return None
         rows = batch_size(batch)
@@ -224,9 +219,8 @@ def _rows(parts: Sequence[Part], entries: Mapping[int, Entries], count: int) -> 
 
 
 def _is_right(
-    model: nn.Module,
+    measured: MeasuredLoss,
     batch: Batch,
-    loss_fn: LossFunction,
     parameters: Sequence[nn.Parameter],
     factor: LossFactor,
     columns: Tensor,
@@ -244,7 +238,7 @@ def _is_right(
         matrix
     )
     probe = matrix @ (matrix.T @ probe)
-    outputs, curvature = loss_curvature(model, single, loss_fn, probe)
+    outputs, curvature = loss_curvature(measured, single, probe)
     share = loss_weight(single) / loss_weight(batch)
     expected = matrix @ (matrix.T @ probe)
     if not _small(share * curvature - expected, expected, matrix.dtype):
@@ -266,9 +260,8 @@ def _small(differences: Tensor, expected: Tensor, dtype: torch.dtype) -> bool:
     )
 
 
-def _by_length(model: nn.Module, batches: Sequence[Batch], loss_fn: LossFunction) -> list[Batch]:
-    """The rows of `batches` in batches no larger than those, with little padding."""
-    pad = getattr(getattr(model, "config", None), "pad_token_id", None)
-    samples = BatchSamples(batches, pad or 0, trim=masks_padding(model, loss_fn))
-    cost = BATCH_COST.get(next(model.parameters()).device.type)
+def _by_length(measured: MeasuredLoss) -> list[Batch]:
+    """The rows of all batches in batches no larger than those, with little padding."""
+    samples = measured.rows(trimmed=True)
+    cost = BATCH_COST.get(measured.device.type)
     return micro_batches(samples, range(len(samples)), samples.default_batch_size, batch_cost=cost)

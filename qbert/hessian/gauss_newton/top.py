@@ -23,13 +23,12 @@ import torch
 from torch import Tensor, nn
 
 from qbert.arguments import whole_number
-from qbert.hessian.additive import adds_up
-from qbert.hessian.batches import Batch, BatchSamples
+from qbert.hessian.batches import Batch
 from qbert.hessian.blocks import Part
-from qbert.hessian.eigenpair import Eigenpair, relative
+from qbert.hessian.eigen import Eigenpair, relative
 from qbert.hessian.gauss_newton.factor_rows import FactorRows
 from qbert.hessian.gauss_newton.sample_gradients import sample_rows
-from qbert.hessian.losses import LossFunction, model_loss
+from qbert.hessian.losses import LossFunction, MeasuredLoss
 
 _CHECKED_SAMPLES = 16
 _OTHERS = 0.1  # length of the lower directions' share in a start vector of length 1
@@ -69,9 +68,8 @@ def gauss_newton_top(
         NoModelOutputError: if the model returns no logits that the loss depends on.
         ValueError: if the loss is not a mean over samples or labels, whose matrices could be added up.
     """
-    _refuse_what_does_not_add_up(model, batches, loss_fn)
-    factors, exact = _factors(model, batches, blocks, loss_fn, rank, rows_per_sample, seed, count)
-    return {name: factor.top(tol, exact) for name, factor in factors.items()}
+    measured = MeasuredLoss(model, batches, loss_fn)
+    return top_pairs(measured, blocks, rank=rank, rows_per_sample=rows_per_sample, tol=tol, seed=seed, count=count)
 
 
 def gauss_newton_starts(
@@ -96,15 +94,35 @@ def gauss_newton_starts(
     Raises:
         NoModelOutputError: if the model returns no logits that the loss depends on.
     """
-    factors, _ = _factors(model, batches, blocks, loss_fn, rank, 1, 0, lambda samples: None)
+    return start_vectors(MeasuredLoss(model, batches, loss_fn), blocks, rank=rank)
+
+
+def top_pairs(
+    measured: MeasuredLoss,
+    blocks: Mapping[str, Sequence[Part]],
+    *,
+    rank: int = 32,
+    rows_per_sample: int = 8,
+    tol: float = 1e-3,
+    seed: int = 0,
+    count: Callable[[int], object] = lambda samples: None,
+) -> dict[str, Eigenpair]:
+    """`gauss_newton_top` of a loss that is put together already."""
+    _refuse_what_does_not_add_up(measured)
+    factors, exact = _factors(measured, blocks, rank, rows_per_sample, seed, count)
+    return {name: factor.top(tol, exact) for name, factor in factors.items()}
+
+
+def start_vectors(measured: MeasuredLoss, blocks: Mapping[str, Sequence[Part]], *, rank: int = 32) -> dict[str, Tensor]:
+    """`gauss_newton_starts` of a loss that is put together already."""
+    factors, _ = _factors(measured, blocks, rank, 1, 0, lambda samples: None)
     return {name: factor.mixture() for name, factor in factors.items()}
 
 
-def _refuse_what_does_not_add_up(model: nn.Module, batches: Sequence[Batch], loss_fn: LossFunction | None) -> None:
-    pad = getattr(getattr(model, "config", None), "pad_token_id", None)
-    samples = BatchSamples(batches, pad or 0)
-    some = range(0, len(samples), max(1, len(samples) // _CHECKED_SAMPLES))[:_CHECKED_SAMPLES]
-    if not adds_up(model, [batch for i in some for batch in samples.collate([i])], loss_fn):
+def _refuse_what_does_not_add_up(measured: MeasuredLoss) -> None:
+    rows = measured.rows()
+    some = range(0, len(rows), max(1, len(rows) // _CHECKED_SAMPLES))[:_CHECKED_SAMPLES]
+    if not measured.over([batch for i in some for batch in rows.collate([i])]).adds_up():
         raise ValueError(
             "model: its loss is not a mean over samples or labels (several terms, class weights, labels outside of "
             "the text), so that it has no Gauss-Newton matrix of single samples; use method='lanczos'"
@@ -112,10 +130,8 @@ def _refuse_what_does_not_add_up(model: nn.Module, batches: Sequence[Batch], los
 
 
 def _factors(
-    model: nn.Module,
-    batches: Sequence[Batch],
+    measured: MeasuredLoss,
     blocks: Mapping[str, Sequence[Part]],
-    loss_fn: LossFunction | None,
     rank: int,
     rows_per_sample: int,
     seed: int,
@@ -126,8 +142,7 @@ def _factors(
     rows_per_sample = whole_number("rows_per_sample", rows_per_sample, least=1)
     factors = {name: _Factor(rank) for name in blocks}
     exact = True
-    chosen = loss_fn or model_loss
-    for group in sample_rows(model, batches, blocks, chosen, rows_per_sample=rows_per_sample, seed=seed):
+    for group in sample_rows(measured, blocks, rows_per_sample=rows_per_sample, seed=seed):
         exact &= group.complete
         for name, factor in factors.items():
             factor.add(group.rows[name])
