@@ -149,7 +149,7 @@ def summary(studies: Sequence[Study]) -> str:
     from qbert.results import markdown_table
 
     names = [study.task for study in studies]
-    tau = {metric: [_mean_tau(study.report, metric) for study in studies] for metric in METRICS[:-1]}
+    tau = {metric: [_mean_tau(study.report, metric) for study in studies] for metric in _measured(studies)[:-1]}
     parts = [
         "Kendall's tau of each measure's ranking of the blocks with that of the true loss change, mean over bits:",
         "",
@@ -180,6 +180,13 @@ def summary(studies: Sequence[Study]) -> str:
     return "\n".join(parts)
 
 
+def _measured(studies: Sequence[Study]) -> list[str]:
+    """The measures that every study has, the truth last; Kronecker factors need logits of samples."""
+    from qbert.allocation.predictions import METRICS, TRUTH
+
+    return [m for m in METRICS if m == TRUTH or all(m in study.report.rank_correlations() for study in studies)]
+
+
 def _mean_tau(report: Any, metric: str) -> float:
     return mean(found.kendall for found in report.rank_correlations()[metric].values())
 
@@ -196,31 +203,30 @@ def _median_score(study: Study, index: int) -> float:
 
 def plot_summary(studies: Sequence[Study], path: Path) -> None:
     """Left: mean rank correlation by measure, a bar a task. Others: share of allocations better than the chosen one."""
-    from qbert.allocation.predictions import METRICS
     from qbert.files import write_whole
     from qbert.plots import new_figure
 
-    entries = studies[0].comparisons
+    metrics, entries = _measured(studies), studies[0].comparisons
     figure = new_figure(6 + 5 * len(entries), 4.8)
     axes = figure.subplots(1, 1 + len(entries))
     width = 0.8 / len(studies)
     for i, study in enumerate(studies):
         shift = (i - (len(studies) - 1) / 2) * width
-        places = [x + shift for x in range(len(METRICS))]
-        heights = [_mean_tau(study.report, m) for m in METRICS[:-1]]
+        places = [x + shift for x in range(len(metrics))]
+        heights = [_mean_tau(study.report, m) for m in metrics[:-1]]
         axes[0].bar(places[:-1], heights, width, label=study.task, color=f"C{i}")
         for axis, entry in zip(axes[1:], study.comparisons, strict=True):
             for rule, marker in zip(dict.fromkeys(p["rule"] for p in entry["picks"]), "o_x", strict=False):
-                shares = [100 * p["better"] for p in entry["picks"] if p["rule"] == rule]
+                shares = [100 * p["better"] for p in entry["picks"] if p["rule"] == rule and p["metric"] in metrics]
                 label = f"{study.task}, {rule}"
                 axis.plot(places, shares, marker, color=f"C{i}", markersize=8, markerfacecolor="none", label=label)
     axes[0].axhline(0, color="0.6", linewidth=0.8)
     axes[0].set_ylabel("Kendall's tau with the true loss change, mean over bits")
-    axes[0].set_xticks(range(len(METRICS) - 1), METRICS[:-1], rotation=40, ha="right")
+    axes[0].set_xticks(range(len(metrics) - 1), metrics[:-1], rotation=40, ha="right")
     axes[0].legend(fontsize="small")
     for axis, entry in zip(axes[1:], entries, strict=True):
         axis.set_ylabel("other allocations that do better, %")
-        axis.set_xticks(range(len(METRICS)), METRICS, rotation=40, ha="right")
+        axis.set_xticks(range(len(metrics)), metrics, rotation=40, ha="right")
         axis.set_title(f"{'/'.join(map(str, entry['pair']))}: {entry['average']:.2f} bits a weight")
         axis.grid(axis="y", color="0.9")
     handles, labels = axes[1].get_legend_handles_labels()
