@@ -83,8 +83,8 @@ def optimize_for_inference(
             CPU. ``None`` skips it where the model itself does not read it, so that its results stay the same: inside of
             transformers' models for sequence classification, and of a ``SentenceTransformer`` that pools its tokens.
             ``True`` is for those who take the hidden states of an encoder and read those of tokens only, as pooling
-            by mask does. A batch with a row of nothing but padding is computed in full. On a GPU padding is always
-            skipped, of any mask.
+            by mask does. A batch with a row of nothing but padding is computed in full. On a GPU padding of any mask is
+            skipped, or the batch is computed layer by layer.
 
     Raises:
         ValueError: if the model has no packed layer, is on another device, or on one that cannot multiply `operands`
@@ -107,16 +107,16 @@ def optimize_for_inference(
     for module in model.modules():
         if isinstance(module, PackedTensor):
             module.register_load_state_dict_pre_hook(_refuse_to_load)
+    skip = _never_reads_padding(model, base) if skip_padding is None else skip_padding
     if next(iter(devices)).type == "cuda":
         from qbert.inference.gpu import fuse_for_gpu
 
-        fuse_for_gpu(model, operands)
+        fuse_for_gpu(model, operands, skip)
         return model
     encoder = getattr(base, "encoder", None) or getattr(base, "transformer", None)  # so called by DistilBERT
     reason = _reason_not_to_fuse(base, encoder)
     fused: set[int] = set()
     if encoder is not None and not reason:
-        skip = _never_reads_padding(model, base) if skip_padding is None else skip_padding
         fused_encoder = encoder.forward = FusedEncoder(encoder, exact, skip)
         altered = reason_not_to_replace([base])
         if altered:

@@ -36,11 +36,13 @@ from qbert.layers.packed import PackedTensor
 logger = logging.getLogger(__name__)
 
 
-def fuse_for_gpu(model: nn.Module, operands: str = "int8") -> None:
+def fuse_for_gpu(model: nn.Module, operands: str = "int8", skip_padding: bool = True) -> None:
     """Give `model`, packed and on a GPU, its fast forward, in place; what does not fit keeps its own, as is logged.
 
     Args:
         operands: "int8" or "e4m3", as for `qbert.optimize_for_inference`.
+        skip_padding: whether hidden states of padding are zeros; without it, batches with padding take the model's own
+            forward, whose layers run one by one.
 
     Raises:
         ValueError: for other operands, or e4m3 on a GPU before compute capability 8.9.
@@ -54,7 +56,7 @@ def fuse_for_gpu(model: nn.Module, operands: str = "int8") -> None:
     if reason:
         logger.info("%s is not fused: %s; its layers run one by one", type(base).__name__, reason)
     else:
-        base.forward = GpuEncoder(base, operands=operands)
+        base.forward = GpuEncoder(base, operands=operands, skip_padding=skip_padding)
 
 
 def check_operands(operands: str, device: torch.device) -> None:
@@ -168,12 +170,16 @@ class GpuEncoder(FastForward):
         operands: "e4m3" gives e4m3 inputs to products with weights of 2 to 4 bits, "int8" gives int8 to all.
         graphs: how to run batches of one shape again and again; ``None`` captures CUDA graphs on a GPU where every
             layer is fused.
+        skip_padding: as for `fuse_for_gpu`.
     """
 
     own = ("base", "operands")
     shares_the_rest = False  # buffers and graphs serve one model; a copy makes its own at its first call
 
-    def __init__(self, base: Any, graphs: GraphCache | None = None, operands: str = "int8") -> None:
+    def __init__(
+        self, base: Any, graphs: GraphCache | None = None, operands: str = "int8", skip_padding: bool = True
+    ) -> None:
+        self.skip_padding = skip_padding
         self.operands = operands
         self.base = base
         self._build(graphs)
@@ -207,7 +213,7 @@ class GpuEncoder(FastForward):
         inputs_embeds: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
-        """Token ids and mask [B, L] to transformers' output; ``last_hidden_state`` [B, L, H] is zero for padding."""
+        """Token ids and mask [B, L] to transformers' output; ``last_hidden_state`` [B, L, H] is zero for skipped padding."""
         if not hasattr(self, "layers"):
             self._build()
         if input_ids is None or not self._can_run(input_ids, attention_mask, inputs_embeds, kwargs):
@@ -216,6 +222,11 @@ class GpuEncoder(FastForward):
             )
         with torch.no_grad():
             batch = Batch.of(tuple(input_ids.shape), attention_mask, self.device)  # type: ignore[arg-type]
+        if batch.kept is not None and not self.skip_padding:
+            return type(self.base).forward(
+                self.base, input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, **kwargs
+            )
+        with torch.no_grad():
             inputs = self._inputs(batch, input_ids, token_type_ids, position_ids)
             # The only copy of the result, made outside of inference mode: tensors made inside cannot be used in the
             # training of a head.

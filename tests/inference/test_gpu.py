@@ -290,6 +290,19 @@ def test_what_only_looks_like_transformers_own_is_not_replaced(
         assert error(hidden(packed, batch)[keep], expected[keep]) < 0.02
 
 
+def test_padding_that_may_be_read_is_what_the_packed_model_gives(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As query expansion reads it: outputs at masked positions are those of the packed model, not zeros."""
+    monkeypatch.setattr(inference_gpu, "implementation", lambda device: "triton")
+    packed, batch = packed_encoder("bert"), inputs_for("bert")
+    assert not batch["attention_mask"].bool().all()
+    expected = hidden(packed, batch)
+    fuse_for_gpu(packed, skip_padding=False)
+    assert isinstance(packed.forward, GpuEncoder)
+    torch.testing.assert_close(hidden(packed, batch), expected, rtol=1e-4, atol=1e-4)
+    whole = {"input_ids": batch["input_ids"]}
+    assert hidden(packed, whole).shape == expected.shape
+
+
 def test_tokens_are_gathered_and_scattered_back() -> None:
     mask = torch.tensor([[1, 0, 1], [0, 0, 0], [0, 1, 1]])
     batch = Batch.of((3, 3), mask, torch.device("cpu"))
