@@ -173,7 +173,7 @@ class GpuEncoder(FastForward):
         skip_padding: as for `fuse_for_gpu`.
     """
 
-    own = ("base", "operands")
+    own = ("base", "operands", "skip_padding")
     shares_the_rest = False  # buffers and graphs serve one model; a copy makes its own at its first call
 
     def __init__(
@@ -213,7 +213,7 @@ class GpuEncoder(FastForward):
         inputs_embeds: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
-        """Token ids and mask [B, L] to transformers' output; ``last_hidden_state`` [B, L, H] is zero for skipped padding."""
+        """Token ids and mask [B, L] to transformers' output; hidden states [B, L, H] are 0 for skipped padding."""
         if not hasattr(self, "layers"):
             self._build()
         if input_ids is None or not self._can_run(input_ids, attention_mask, inputs_embeds, kwargs):

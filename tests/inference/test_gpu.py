@@ -219,7 +219,7 @@ def test_a_copy_prepares_its_own_layers_and_graphs() -> None:
     eager = GpuEncoder(packed)
     packed.forward = GpuEncoder(packed, graphs=GraphCache(eager._run, capture=Recorder()), operands="e4m3")
     expected, twin = hidden(packed, batch), copy.deepcopy(packed)
-    assert set(vars(twin.forward)) == {"base", "operands"} and twin.forward.base is twin
+    assert set(vars(twin.forward)) == {"base", "operands", "skip_padding"} and twin.forward.base is twin
     hidden(twin, batch)
     made, first = twin.forward, packed.forward
     assert made.operands == "e4m3" and made.graphs is None and made._norm is not first._norm
