@@ -142,6 +142,7 @@ def test_every_candidate_tile_fits_and_most_do_not_spill(bits):
     usable = 0
     for tile in sorted(tiles, key=str):
         report = compile_product(bits, tile)
-        assert report.fits and report.e4m3_products > 0
+        # With fewer than 64 outputs there is no warpgroup product: Triton multiplies the same values in fp16.
+        assert report.fits and (report.e4m3_products > 0) == (tile.bn >= 64)
         usable += report.spills == 0 and report.warnings == ()
     assert usable >= 0.8 * len(tiles)
