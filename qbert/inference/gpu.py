@@ -216,26 +216,28 @@ class GpuEncoder(FastForward):
         """Token ids and mask [B, L] to transformers' output; hidden states [B, L, H] are 0 for skipped padding."""
         if not hasattr(self, "layers"):
             self._build()
-        if input_ids is None or not self._can_run(input_ids, attention_mask, inputs_embeds, kwargs):
-            return type(self.base).forward(
-                self.base, input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, **kwargs
-            )
-        with torch.no_grad():
-            batch = Batch.of(tuple(input_ids.shape), attention_mask, self.device)  # type: ignore[arg-type]
-        if batch.kept is not None and not self.skip_padding:
-            return type(self.base).forward(
-                self.base, input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, **kwargs
-            )
-        with torch.no_grad():
-            inputs = self._inputs(batch, input_ids, token_type_ids, position_ids)
-            # The only copy of the result, made outside of inference mode: tensors made inside cannot be used in the
-            # training of a head.
-            if self.graphs is not None:
-                hidden = self.graphs(inputs, batch.starts, batch.longest, batch.scatter_copy)
-            else:
-                given = tuple(as_tensor(t) for t in inputs)
-                hidden = batch.scatter_copy(self._run(given, as_tensor(batch.starts), batch.longest, batch))
-        return self._output(hidden)
+        hidden = None
+        if input_ids is not None and self._can_run(input_ids, attention_mask, inputs_embeds, kwargs):
+            with torch.no_grad():
+                batch = Batch.of(tuple(input_ids.shape), attention_mask, self.device)  # type: ignore[arg-type]
+                if batch.kept is None or self.skip_padding:
+                    hidden = self._hidden(batch, self._inputs(batch, input_ids, token_type_ids, position_ids))
+        if hidden is not None:
+            return self._output(hidden)  # whose pooler may have gradients
+        return type(self.base).forward(
+            self.base, input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, **kwargs
+        )
+
+    def _hidden(self, batch: Batch, inputs: tuple[Given, ...]) -> Tensor:
+        """The last hidden state [B, L, H], in memory of its own.
+
+        That is the only copy of the result, made outside of inference mode: tensors made inside cannot be used in the
+        training of a head.
+        """
+        if self.graphs is not None:
+            return self.graphs(inputs, batch.starts, batch.longest, batch.scatter_copy)
+        given = tuple(as_tensor(t) for t in inputs)
+        return batch.scatter_copy(self._run(given, as_tensor(batch.starts), batch.longest, batch))
 
     def _inputs(
         self, batch: Batch, input_ids: Tensor, token_type_ids: Tensor | None, position_ids: Tensor | None
