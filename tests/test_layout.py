@@ -59,7 +59,7 @@ FLOORS = (
     ("calibration", "sizes", "inference"),
     ("quantize", "distill"),
     ("allocation", "saving", "onnx"),
-    ("packing",),
+    ("packing", "report"),
     ("pipeline",),
     ("cli",),
 )

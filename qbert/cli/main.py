@@ -20,6 +20,7 @@ from qbert.cli.evaluate import evaluate
 from qbert.cli.export import export
 from qbert.cli.inspect import inspect
 from qbert.cli.quantize import quantize
+from qbert.cli.report import report
 from qbert.cli.spectrum import spectrum
 from qbert.version import __version__
 
@@ -51,7 +52,7 @@ def app() -> None:
     """
 
 
-for _command in (spectrum, allocate, quantize, evaluate, inspect, export):
+for _command in (spectrum, allocate, quantize, evaluate, inspect, export, report):
     app.add_command(_command)
 
 
