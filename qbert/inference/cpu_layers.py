@@ -3,7 +3,7 @@
 `FusedLayer` computes a layer from its pieces (`qbert.inference.fits`) in four int8 products; a matrix in float takes
 a float product instead, and a query, key and value that quantize their input differently take three. `FusedLayers` is
 the whole stack, `FusedEmbeddings` what comes before it. TorchScript compiles both
-(`qbert.kernels.cpu_chains.compiled`), so that one short sentence does not spend half of its time in Python.
+(`qbert.kernels.cpu.chains.compiled`), so that one short sentence does not spend half of its time in Python.
 
     >>> layers = FusedLayers([LayerParts.of(layer) for layer in encoder.layer])
     >>> y = compiled(layers)(x, None)     # [B, T, H]
@@ -22,7 +22,7 @@ from qbert.encoders.parts import LayerParts
 from qbert.inference.fits import one_input
 from qbert.inference.forward import reason_not_to_replace
 from qbert.kernels.cpu import CpuLinear
-from qbert.kernels.cpu_chains import FloatChain
+from qbert.kernels.cpu.chains import FloatChain
 from qbert.layers.embedding import PackedEmbedding
 from qbert.layers.linear import PackedLinear
 
