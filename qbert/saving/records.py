@@ -208,9 +208,11 @@ def load_complete(path: str | os.PathLike[str], values: Mapping[str, Any], **kwa
     """
     import transformers
 
+    from qbert.students.registration import OWN_CLASSES
+
     names = values.get("architectures") or ["AutoModel"]
     name = names[0] if isinstance(names, list) else names
-    model_class = getattr(transformers, name, None) if isinstance(name, str) else None
+    model_class = OWN_CLASSES.get(name, getattr(transformers, name, None)) if isinstance(name, str) else None
     known = isinstance(model_class, type) and issubclass(model_class, transformers.PreTrainedModel)
     if not known and name != "AutoModel":
         raise ValueError(
