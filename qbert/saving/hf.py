@@ -33,6 +33,7 @@ from qbert.layers.kind import kind_of
 from qbert.layers.layout import PackedLayout
 from qbert.layers.packed import PackedTensor
 from qbert.layers.recurrent import open_recurrent
+from qbert.layers.tables import close_tables, open_recorded
 from qbert.saving.folder import NO_WEIGHTS, TRAINABLE_RECORD, check_configuration, check_folder
 from qbert.saving.records import (
     FORMAT_VERSION,
@@ -146,6 +147,7 @@ class QBertHfQuantizer(HfQuantizer):  # type: ignore[misc]
         if self.quantization_config.form == "packed":
             swap_in_packed(model, self.quantization_config)
             return
+        open_parts(model, self.quantization_config)
         self.files = [Path(file) for file in checkpoint_files or ()]
         known: Any = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
         ours = {rf"\.{part.strip('.')}\." for part in GRID_PARTS}
@@ -165,6 +167,7 @@ class QBertHfQuantizer(HfQuantizer):  # type: ignore[misc]
     def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
         for layer in {id(m): m for m in model.modules() if isinstance(m, PackedTensor)}.values():
             replace_everywhere(model, layer, _float_twin(layer, dtype or layer.dtype))
+        close_tables(model)
         remove_fast_forwards(model)
         unmark_packed(model)
         return model
@@ -194,6 +197,14 @@ class QBertHfQuantizer(HfQuantizer):  # type: ignore[misc]
         return True
 
 
+def open_parts(model: nn.Module, config: QBertConfig) -> None:
+    """Open the modules of `model` whose parts, and not they themselves, have a layout in `config`."""
+    prefix, _ = base_model(model)
+    specs = {path: config.layout(name).spec for name in config.tensors for path in (name, f"{prefix}.{name}")}
+    open_recurrent(model, specs.keys())
+    open_recorded(model, specs)
+
+
 def swap_in_packed(model: nn.Module, config: QBertConfig) -> None:
     """Put empty packed layers in the places that `config` names (the model may be on the meta device).
 
@@ -203,7 +214,7 @@ def swap_in_packed(model: nn.Module, config: QBertConfig) -> None:
         ValueError: if a name does not fit the model.
     """
     prefix, base = base_model(model)
-    open_recurrent(model, {path for name in config.tensors for path in (name, f"{prefix}.{name}")})
+    open_parts(model, config)
     placed: dict[str, PackedTensor] = {}
     for name in sorted(config.tensors, key=lambda n: n in config.tied):
         path = find_module(model, prefix, base, name)
