@@ -63,7 +63,8 @@ class QBertConfig(QuantizationConfigMixin):
         sha256: digest of this configuration and all tensors of the files; ``None`` before the model is saved.
         config_sha256: digest of the rest of config.json; ``None`` before the model is saved, and in older files.
         weights: name of the file of the tensors, or of its index; ``None`` likewise.
-        form: ``packed``, or ``trainable`` for float weights with the grids that they are quantized on.
+        form: ``packed``, ``trainable`` for float weights with the grids that they are quantized on, or ``float`` for
+            those of a model with a changed structure (`qbert.encoders.structure`).
         prefix: path of the base model, under which a trainable one's grids lie in the files.
         replaces: files of an earlier model, where the save was killed before they were removed.
 
@@ -92,9 +93,10 @@ class QBertConfig(QuantizationConfigMixin):
                 f"quantization_config: {found} is not of format {FORMAT_VERSION}, which this qbert reads; "
                 "install the version of qbert that wrote the model, or pack it again"
             )
-        if form not in ("packed", "trainable") or not isinstance(weights, str | None):
+        if form not in ("packed", "trainable", "float") or not isinstance(weights, str | None):
             raise ValueError("quantization_config: 'form' or 'weights' is impossible; config.json is damaged")
-        if not (isinstance(specs, dict) and isinstance(tensors, dict) and isinstance(tied, dict)) or not tensors:
+        tables = isinstance(specs, dict) and isinstance(tensors, dict) and isinstance(tied, dict)
+        if not tables or (not tensors and form != "float"):
             raise ValueError("quantization_config: 'specs', 'tensors' or 'tied' is missing; config.json is damaged")
         self.quant_method = METHOD  # type: ignore[assignment]
         self.format_version = format_version
@@ -147,6 +149,8 @@ class QBertHfQuantizer(HfQuantizer):  # type: ignore[misc]
         if self.quantization_config.form == "packed":
             swap_in_packed(model, self.quantization_config)
             return
+        if self.quantization_config.form == "float":
+            return
         open_parts(model, self.quantization_config)
         self.files = [Path(file) for file in checkpoint_files or ()]
         known: Any = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
@@ -158,6 +162,8 @@ class QBertHfQuantizer(HfQuantizer):  # type: ignore[misc]
             del model.config.transformers_weights
         if self.quantization_config.form == "packed":
             mark_packed(model)
+        elif self.quantization_config.form == "float":
+            unmark_packed(model)
         else:
             make_trainable(model, self.quantization_config.to_dict(), self.files)
             del model._keys_to_ignore_on_load_unexpected
@@ -179,7 +185,7 @@ class QBertHfQuantizer(HfQuantizer):  # type: ignore[misc]
     @property
     def is_trainable(self) -> bool:
         """Packed models cannot be trained; `qbert.unpack` gives the form that can."""
-        return self.quantization_config.form == "trainable"
+        return self.quantization_config.form != "packed"
 
     @property
     def is_qat_trainable(self) -> bool:

@@ -13,6 +13,7 @@ from typing import Any, TypeVar, cast
 
 from torch import nn
 
+from qbert.encoders.structure import changes, of_layers, replace_record
 from qbert.encoders.targets import base_model, main_layers
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -53,6 +54,7 @@ def student_with_layers(teacher: Model, layers: Sequence[int]) -> Model:
     parent = base.get_submodule(parent_name)
     kept = cast(nn.ModuleList, getattr(parent, list_name))
     setattr(parent, list_name, nn.ModuleList(copy.deepcopy(kept[i]) for i in layers))
+    replace_record(student, of_layers(changes(teacher), stem, found, layers))
     for holder in (base, student):
         for name in _DEPTH_NAMES:
             if hasattr(getattr(holder, "config", None), name):
