@@ -95,8 +95,9 @@ def plans_of(names: list[str], ablations: bool, controls: bool) -> dict[str, Pla
     for name in names:
         plan = PLANS[name]
         found[name] = plan
-        if controls:
-            found[f"{name}/labels"] = hard_labels(plan)
+        if controls and plan.phases:
+            control = hard_labels(plan)
+            found[f"{control.shape}/labels"] = control
         if ablations:
             found.update({f"{name}/{key}": other for key, other in plan.ablations.items()})
     return found
@@ -184,7 +185,8 @@ def main() -> None:
     results.content.update(about)
     for name, plan in plans_of(names, arguments.ablations, not arguments.no_controls).items():
         done = {row["seed"] for row in results[plan.title]}
-        for seed in (seed for seed in arguments.seeds if seed not in done):
+        seeds = arguments.seeds if plan.phases else arguments.seeds[:1]
+        for seed in (seed for seed in seeds if seed not in done):
             row, student = bench.train(name, plan, seed)
             shape = {} if results[plan.title] else bench.shape(student)
             known = {"depths": str(bench.depths)} if "depths" in vars(bench) else {}

@@ -158,7 +158,7 @@ class Bench:
 
     def trained_in(self, name: str, seed: int) -> Path:
         """Folder of the curves and checkpoints of one student."""
-        return self.folder / f"{name.replace('/', '-')}-{seed}"
+        return self.folder / f"{name.replace('/', '-').replace(' ', '-')}-{seed}"
 
     def drop_checkpoints(self, name: str, seed: int) -> None:
         """Delete the weights of a training whose row is kept."""

@@ -7,6 +7,7 @@ A new student is one entry of `PLANS`:
         "where it is from",
         build=lambda bench, seed: my_student(bench.teacher, seed=seed),
         phases=(Phase("distillation", lambda bench: recipes.mine()),),
+        shape="mine",
     )
 
 ``python experiments/compress.py --student mine`` then trains it beside its controls and ends in the table.
@@ -76,6 +77,7 @@ class Plan:
         source: where it is from.
         build: (bench, seed) -> a fresh student; what is drawn at random is drawn by the seed.
         phases: what it goes through, in order. All together have the budget's steps.
+        shape: what it looks like; plans of one shape also start alike, and share their hard-label control.
         rate: peak learning rate; that of the command line takes its place.
         ablations: plans that leave something out, by name; trained with ``--ablations``.
     """
@@ -84,6 +86,7 @@ class Plan:
     source: str
     build: Callable[[Bench, int], nn.Module]
     phases: tuple[Phase, ...]
+    shape: str
     rate: float = 2e-4
     ablations: Mapping[str, Plan] = field(default_factory=dict)
 
@@ -91,7 +94,7 @@ class Plan:
 def hard_labels(plan: Plan) -> Plan:
     """The control: the same student, steps and rate, taught by the labels alone."""
     phase = Phase("labels", lambda bench: recipes.qat(learned_steps=False))
-    return Plan(f"{plan.title}, hard labels", "control", plan.build, (phase,), rate=plan.rate)
+    return Plan(f"{plan.shape}, hard labels", "control", plan.build, (phase,), plan.shape, plan.rate)
 
 
 def shallow(bench: Bench, seed: int) -> nn.Module:
@@ -118,20 +121,26 @@ def relations(bench: Bench) -> Recipe:
     return recipes.minilm(relation_heads=heads or 1, prediction=0.4)
 
 
+SHALLOW = "fewer layers"
 PLANS: dict[str, Plan] = {
     "distilbert": Plan(
-        "DistilBERT", "Sanh et al. 2019", shallow, (Phase("distillation", lambda bench: recipes.distilbert()),)
+        "DistilBERT", "Sanh et al. 2019", shallow, (Phase("task", lambda bench: recipes.distilbert()),), SHALLOW
     ),
     "tinybert": Plan(
-        "TinyBERT", "Jiao et al. 2020", shallow, (Phase("task", lambda bench: recipes.tinybert(projection=False)),)
+        "TinyBERT",
+        "Jiao et al. 2020",
+        shallow,
+        (Phase("task", lambda bench: recipes.tinybert(projection=False)),),
+        SHALLOW,
     ),
-    "minilm": Plan("MiniLM", "Wang et al. 2021", shallow, (Phase("distillation", relations),)),
-    "pkd": Plan("PKD", "Sun et al. 2019", shallow, (Phase("distillation", lambda bench: recipes.pkd()),)),
-    "layers": Plan("layers dropped", "this project", shallow, ()),
+    "minilm": Plan("MiniLM", "Wang et al. 2021", shallow, (Phase("distillation", relations),), SHALLOW),
+    "pkd": Plan("PKD", "Sun et al. 2019", shallow, (Phase("distillation", lambda bench: recipes.pkd()),), SHALLOW),
+    "layers": Plan("layers dropped, no training", "this project", shallow, (), SHALLOW),
     "small": Plan(
-        "BERT-small from scratch",
+        "from scratch",
         "Turc et al. 2019",
         from_scratch,
         (Phase("distillation", lambda bench: recipes.logits()),),
+        "from scratch",
     ),
 }
