@@ -10,6 +10,8 @@ from collections.abc import Callable
 
 from qbert.distill.recipe import Recipe
 from qbert.distill.recipes.distilbert import distilbert
+from qbert.distill.recipes.logits import logits
+from qbert.distill.recipes.minilm import minilm
 from qbert.distill.recipes.pkd import pkd
 from qbert.distill.recipes.qat import qat
 from qbert.distill.recipes.qbert_kd import qbert_kd
@@ -18,6 +20,8 @@ from qbert.distill.recipes.tinybert import tinybert
 
 RECIPES: dict[str, Callable[[], Recipe]] = {
     "distilbert": distilbert,
+    "logits": logits,
+    "minilm": minilm,
     "pkd": pkd,
     "qat": qat,
     "qbert_kd": qbert_kd,
@@ -25,4 +29,4 @@ RECIPES: dict[str, Callable[[], Recipe]] = {
     "tinybert": tinybert,
 }
 
-__all__ = ["RECIPES", "distilbert", "pkd", "qat", "qbert_kd", "ternarybert", "tinybert"]
+__all__ = ["RECIPES", "distilbert", "logits", "minilm", "pkd", "qat", "qbert_kd", "ternarybert", "tinybert"]
