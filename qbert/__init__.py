@@ -24,6 +24,7 @@ _HOME = {
     "allocate_bits": "qbert.allocation.allocate",
     "bit_shares": "qbert.allocation.allocate",
     "export_onnx": "qbert.onnx",
+    "factorize": "qbert.students.lowrank",
     "HessianSpectrum": "qbert.hessian",
     "hessian_spectrum": "qbert.hessian",
     "load": "qbert.saving.hf",
@@ -31,6 +32,7 @@ _HOME = {
     "optimize_for_inference": "qbert.inference.cpu",
     "pack": "qbert.packing",
     "pareto": "qbert.allocation.front",
+    "prune": "qbert.students.pruned",
     "quantize_model": "qbert.quantize",
     "save_trainable": "qbert.saving.trainable",
     "sensitivity": "qbert.allocation.sensitivity",
@@ -46,12 +48,14 @@ __all__ = [
     "allocate_bits",
     "bit_shares",
     "export_onnx",
+    "factorize",
     "hessian_spectrum",
     "load",
     "model_size",
     "optimize_for_inference",
     "pack",
     "pareto",
+    "prune",
     "quantize_model",
     "save_trainable",
     "sensitivity",
@@ -71,6 +75,8 @@ if TYPE_CHECKING:
     from qbert.saving.hf import load
     from qbert.saving.trainable import save_trainable
     from qbert.sizes import model_size
+    from qbert.students.lowrank import factorize
+    from qbert.students.pruned import prune
 
 # The code of two rooms lies in top-level folders, reached through links. Where they are missing (an unpacked source
 # archive) or are small files (a clone without symbolic links), it is found beside this folder.

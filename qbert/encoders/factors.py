@@ -106,8 +106,8 @@ def factored(linear: nn.Linear, rank: int, down: Tensor | None = None, up: Tenso
         rank: r.
         down, up: values [r, I] and [O, r]; where None they are left as torch draws them.
     """
-    kind = {"dtype": linear.weight.dtype, "device": linear.weight.device}
-    made = FactoredLinear(linear.in_features, linear.out_features, rank, linear.bias is not None).to(**kind)
+    made = FactoredLinear(linear.in_features, linear.out_features, rank, linear.bias is not None)
+    made.to(linear.weight.device, linear.weight.dtype)
     made.up.bias = linear.bias
     _fill(made, down, up)
     return made.train(linear.training)

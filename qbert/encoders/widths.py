@@ -55,7 +55,7 @@ def keep(model: nn.Module, kept: Mapping[int, tuple[Sequence[int], Sequence[int]
         if wrong is not None:
             raise ValueError(f"model: {layers[index][0]} holds a {type(wrong).__name__}; prune the float model first")
         width = head_width(layers[index][1])
-        device = parts.query.weight.device  # type: ignore[union-attr]
+        device = next(layers[index][1].parameters()).device
         rows = (torch.tensor(list(heads))[:, None] * width + torch.arange(width)).flatten().to(device)
         inner = torch.tensor(list(columns), device=device)
         for linear in parts.inputs:
@@ -97,10 +97,10 @@ def build(base: nn.Module, layers: Mapping[str, Sequence[int]]) -> None:
         if heads < 1 or columns < 1:
             raise ValueError(f"config.json: {name} cannot have {heads} heads and {columns} columns")
         for linear in parts.inputs:
-            _empty(linear, rows, linear.in_features)
-        _empty(parts.attention_output, parts.attention_output.out_features, rows)
-        _empty(parts.ffn_in, columns, parts.ffn_in.in_features)
-        _empty(parts.ffn_out, parts.ffn_out.out_features, columns)
+            _empty(linear, rows, None)
+        _empty(parts.attention_output, None, rows)
+        _empty(parts.ffn_in, columns, None)
+        _empty(parts.ffn_out, None, columns)
         if heads != parts.heads:
             set_heads(layer, heads)
 
@@ -146,7 +146,8 @@ def _cut(linear: Any, rows: Tensor | None, columns: Tensor | None) -> None:
     linear.out_features, linear.in_features = weight.shape
 
 
-def _empty(linear: Any, rows: int, columns: int) -> None:
+def _empty(linear: Any, rows: int | None, columns: int | None) -> None:
+    rows, columns = rows or linear.out_features, columns or linear.in_features
     linear.weight = nn.Parameter(linear.weight.new_empty(rows, columns))
     if linear.bias is not None:
         linear.bias = nn.Parameter(linear.bias.new_empty(rows))

@@ -95,8 +95,9 @@ class QBertConfig(QuantizationConfigMixin):
             )
         if form not in ("packed", "trainable", "float") or not isinstance(weights, str | None):
             raise ValueError("quantization_config: 'form' or 'weights' is impossible; config.json is damaged")
-        tables = isinstance(specs, dict) and isinstance(tensors, dict) and isinstance(tied, dict)
-        if not tables or (not tensors and form != "float"):
+        if not (isinstance(specs, dict) and isinstance(tensors, dict) and isinstance(tied, dict)) or (
+            not tensors and form != "float"
+        ):
             raise ValueError("quantization_config: 'specs', 'tensors' or 'tied' is missing; config.json is damaged")
         self.quant_method = METHOD  # type: ignore[assignment]
         self.format_version = format_version

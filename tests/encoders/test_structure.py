@@ -138,7 +138,7 @@ def test_transformers_alone_does_not_load_another_width(tmp_path: Path) -> None:
     layer = model.bert.encoder.layer[0]
     layer.intermediate.dense, layer.output.dense = nn.Linear(48, 40), nn.Linear(40, 48)
     model.save_pretrained(tmp_path)
-    with pytest.raises(RuntimeError, match="size mismatch|ignore_mismatched_sizes|mismatch"):
+    with pytest.raises(RuntimeError, match="mismatch"):
         type(model).from_pretrained(tmp_path)
 
 
