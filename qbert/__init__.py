@@ -21,8 +21,10 @@ from qbert.version import __version__
 _HOME = {
     "BitsConfig": "qbert.bits",
     "TensorSpec": "qbert.bits",
+    "Pipeline": "qbert.pipeline",
     "allocate_bits": "qbert.allocation.allocate",
     "bit_shares": "qbert.allocation.allocate",
+    "compress": "qbert.pipeline",
     "export_onnx": "qbert.onnx",
     "factorize": "qbert.students.lowrank",
     "HessianSpectrum": "qbert.hessian",
@@ -38,15 +40,17 @@ _HOME = {
     "sensitivity": "qbert.allocation.sensitivity",
     "unpack": "qbert.packing",
 }
-_ROOMS = ("allocation", "distill", "hessian", "kernels", "students", "tasks")
+_ROOMS = ("allocation", "distill", "hessian", "kernels", "pipeline", "students", "tasks")
 
 __all__ = [
     "BitsConfig",
     "HessianSpectrum",
+    "Pipeline",
     "TensorSpec",
     "__version__",
     "allocate_bits",
     "bit_shares",
+    "compress",
     "export_onnx",
     "factorize",
     "hessian_spectrum",
@@ -71,6 +75,7 @@ if TYPE_CHECKING:
     from qbert.inference.cpu import optimize_for_inference
     from qbert.onnx import export_onnx
     from qbert.packing import pack, unpack
+    from qbert.pipeline import Pipeline, compress
     from qbert.quantize import quantize_model
     from qbert.saving.hf import load
     from qbert.saving.trainable import save_trainable

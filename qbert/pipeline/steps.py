@@ -25,7 +25,7 @@ class Context:
     Attributes:
         teacher: the float model that the run began with.
         tokenizer: of teacher and students.
-        rows: training rows, anything with ``__len__`` and ``__getitem__``; labels are read by recipes that ask for them.
+        rows: training rows, anything with ``__len__`` and ``__getitem__``; recipes that ask for labels read theirs.
         collate: makes a batch of a list of rows.
         folder: where this step may keep what it needs to be resumed.
         seed: of data order, dropout and whatever else is random.
@@ -141,12 +141,14 @@ class Distill(Step):
         steps: optimizer steps.
         learning_rate: peak rate; the recipe's own where None.
         batch_size: rows a step.
+        options: arguments of the recipe, such as ``{"relation_heads": 24}``.
     """
 
     recipe: str = "qbert_kd"
     steps: int = 100
     learning_rate: float | None = None
     batch_size: int = 16
+    options: Mapping[str, Any] = field(default_factory=dict)
     kind: ClassVar[str] = "distill"
 
     def __post_init__(self) -> None:
@@ -165,7 +167,7 @@ class Distill(Step):
         from qbert.distill.checkpoint import last_good_checkpoint
         from qbert.distill.recipes import RECIPES
 
-        recipe = RECIPES[self.recipe]()
+        recipe = RECIPES[self.recipe](**self.options)
         device = next(model.parameters()).device
         arguments = TrainingArguments(
             str(context.folder),
@@ -239,8 +241,9 @@ class Quantize(Step):
         from qbert.quantize import quantize_model
 
         config = self.config()
-        needs = "compensated" in str(config.to_dict()) or config.needs_data()
-        data = context.batches(self.rows) if needs else None
+        specs = config.resolve(model).values()
+        needs_data = any(spec.rounding == "compensated" or spec.is_composed for spec in specs)
+        data = context.batches(self.rows) if needs_data else None
         return quantize_model(model, config, calibration_data=data, progress=context.progress)
 
 
