@@ -138,6 +138,11 @@ class Stage:
         """Whether a term needs the teacher's outputs."""
         return any(match.feature != "labels" for match in self.matches)
 
+    @property
+    def takes_kept_outputs(self) -> bool:
+        """Whether logits that were kept (`qbert.distill.outputs`) can stand for the teacher."""
+        return self.teacher == "given" and {match.feature for match in self.matches} <= {"logits", "labels"}
+
 
 @dataclass(frozen=True)
 class Recipe:

@@ -19,7 +19,8 @@ Activations may be eight-bit floats instead, e4m3 (sign, four bits of exponent, 
 of 1/512 near 0; arXiv 2209.05433, section 3): ``x[t, i] ~ x_scale[t] * xq[t, i]``, x_scale = max |x| / 448. Their row
 sums are counted in 512ths, of which every e4m3 number is a whole number, and so stay exact integers.
 
-Sums run in int64 and epilogues in float64 unless a function says otherwise. Nothing here is meant to be fast.
+Sums run in int64 and epilogues in float64 unless a function says otherwise. Nothing here is meant to be fast. Most
+functions take scale and zero as they are stored; `quantize`, `requantize` and `product` take them as the kernels do.
 
     xq, x_scale, row_sum = quantize_rows(x)
     y = matmul_a8(xq, x_scale, codes, scale, zero, bias)
@@ -83,7 +84,7 @@ def quantize_rows(x: Tensor, asymmetric: bool = False) -> tuple[Tensor, Tensor, 
     scale = divided(x.abs().amax(dim=1), A8_MAX) if x.shape[1] else x.new_zeros(x.shape[0])
     safe = torch.where(scale > 0, scale, torch.ones_like(scale))
     codes = torch.round(x / safe[:, None]).clamp(-A8_MAX, A8_MAX).to(torch.int8)
-    return codes, scale, codes.sum(dim=1, dtype=torch.int32)
+    return codes, scale, code_sum(codes)
 
 
 def divided(x: Tensor, steps: float) -> Tensor:
@@ -96,7 +97,7 @@ def _quantize_asymmetric(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     step = divided(high - low, A8_STEPS)
     safe = torch.where(step > 0, step, torch.ones_like(step))
     codes = (torch.round((x - low[:, None]) / safe[:, None]).clamp(0, A8_STEPS) - 128).to(torch.int8)
-    return codes, torch.stack([step, low + 128 * step]), codes.sum(dim=1, dtype=torch.int32)
+    return codes, torch.stack([step, low + 128 * step]), code_sum(codes)
 
 
 def e4m3(x: Tensor) -> Tensor:
@@ -109,6 +110,11 @@ def e4m3_sum(codes: Tensor) -> Tensor:
     return (codes.flatten(1).double().sum(dim=1) * E4M3_UNITS).to(torch.int32)
 
 
+def code_sum(codes: Tensor) -> Tensor:
+    """Row sums of int8 or, in 512ths, e4m3 codes [T, ...], int32 [T]."""
+    return codes.flatten(1).sum(dim=1, dtype=torch.int32) if codes.dtype == torch.int8 else e4m3_sum(codes)
+
+
 def quantize_rows_e4m3(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """e4m3 per token: x [T, I] to codes [T, I], scale [T] (dtype of x) and row sums int32 [T] of the codes, in 512ths.
 
@@ -116,12 +122,34 @@ def quantize_rows_e4m3(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """
     scale = divided(x.abs().amax(dim=1), E4M3_MAX) if x.shape[1] else x.new_zeros(x.shape[0])
     codes = e4m3(x / torch.where(scale > 0, scale, torch.ones_like(scale))[:, None])
-    return codes, scale, e4m3_sum(codes)
+    return codes, scale, code_sum(codes)
 
 
-def requantize(y: Tensor, scale: float, zero: int = 0) -> Tensor:
-    """Static int8 codes of real values: clamp(round-half-even(y / scale) + zero, -128, 127)."""
-    return (torch.round(divided(y, scale)) + zero).clamp(-128, 127).to(torch.int8)
+def requantize(
+    y: Tensor, scale: float, zero: int = 0, row_sum: Tensor | None = None, dtype: torch.dtype = torch.int8
+) -> Tensor:
+    """Static codes of real values y [T, ...]: clamp(round-half-even(y / scale) + zero, -128, 127), or e4m3(y / scale).
+
+    The sums of every token's codes (e4m3 ones in 512ths) are added to `row_sum` (int32 [T]) where it is given.
+    """
+    if dtype == torch.int8:
+        codes = (torch.round(divided(y, scale)) + zero).clamp(-128, 127).to(torch.int8)
+    else:
+        codes = e4m3(divided(y, scale))
+    if row_sum is not None:
+        row_sum += code_sum(codes)
+    return codes
+
+
+def quantize(
+    x: Tensor, static_scale: float, static_zero: int, asymmetric: bool, codes_dtype: torch.dtype = torch.int8
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes, float32 scales and row sums of x [T, I], on the arguments of `operators.quantize_rows`."""
+    if not static_scale:
+        e4m3 = codes_dtype != torch.int8
+        return quantize_rows_e4m3(x.float()) if e4m3 else quantize_rows(x.float(), asymmetric)
+    codes = requantize(x.float(), static_scale, static_zero, dtype=codes_dtype)
+    return codes, torch.full(x.shape[:1], static_scale, dtype=torch.float32, device=x.device), code_sum(codes)
 
 
 def fake_quantize(x: Tensor, static_scale: float = 0.0, static_zero: int = 0, asymmetric: bool = False) -> Tensor:
@@ -182,6 +210,29 @@ def matmul_a8(
     elif activation != "none":
         raise ValueError(f"activation must be 'none' or 'gelu', got {activation!r}.")
     return y if residual is None else y + residual.double()
+
+
+def product(
+    xq: Tensor,
+    x_scale: Tensor,
+    row_sum: Tensor | None,
+    codes: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    bias: Tensor | None,
+    weight_sum: Tensor | None,
+) -> Tensor:
+    """Product and bias, float64 [T, O], on the arguments of `operators.matmul_a8`, sums included."""
+    # float64 sums of these codes are exact, and faster than int64 ones.
+    acc = xq.to(torch.float64) @ codes.to(torch.float64).T
+    if zero is not None and row_sum is not None:
+        unit = 1 if xq.dtype == torch.int8 else E4M3_UNITS
+        acc -= row_sum.to(torch.float64)[:, None] / unit * zero.to(torch.float64)
+    grid = x_scale.to(torch.float64)
+    y = acc * scale.to(torch.float64) * (grid if weight_sum is None else grid[0])[:, None]
+    if weight_sum is not None:
+        y += grid[1][:, None] * weight_sum.to(torch.float64)
+    return y if bias is None else y + bias
 
 
 def matmul_a16(x: Tensor, codes: Tensor, scale: Tensor, zero: Tensor, bias: Tensor | None = None) -> Tensor:

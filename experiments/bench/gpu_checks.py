@@ -17,7 +17,7 @@ from torch import Tensor
 
 from qbert.kernels import dispatch, formats, operators, reference
 from qbert.kernels.gpu import tiles as tile_table
-from qbert.kernels.gpu.matmul_a8 import matmul_a8
+from qbert.kernels.gpu.products.matmul_a8 import matmul_a8
 from qbert.kernels.gpu.tiles import Tile, rule
 
 SMALL = MODE == "dry"
@@ -156,7 +156,7 @@ def _ordered(bits: Tensor) -> Tensor:
 
 def sums_of(codes: Tensor) -> Tensor:
     """Sums int32 [T] of the codes of every token, as the kernels count them."""
-    return reference.e4m3_sum(codes) if codes.dtype == E4M3 else codes.flatten(1).sum(1, dtype=torch.int32)
+    return reference.code_sum(codes)
 
 
 def weight(rows: int, columns: int, bits: int) -> tuple[Tensor, Tensor]:

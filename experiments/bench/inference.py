@@ -27,7 +27,7 @@ from torch import Tensor, nn
 import qbert
 from qbert.cli.arguments import positive, run_script
 from qbert.files import write_whole
-from qbert.kernels.cpu_gemm import available_engine, saturates
+from qbert.kernels.cpu.gemm import available_engine, saturates
 from qbert.results import provenance
 from qbert.tasks.embedded import embedded_encoder
 

@@ -22,9 +22,8 @@ from triton.runtime.errors import OutOfResources, PTXASError
 from triton.testing import do_bench_cudagraph
 
 from qbert.kernels.gpu.attention import attention, default_tile
-from qbert.kernels.gpu.launch import device_name
 from qbert.kernels.gpu.quantize_rows import quantize_rows
-from qbert.kernels.gpu.tiles import Tile, known_tile, measure, token_bucket
+from qbert.kernels.gpu.tiles import Tile, device_name, known_tile, measure, token_bucket
 
 FLASH = Tile(0, 0, 0, warps=0, stages=0)  # stands for torch's in the table of measured tiles
 WAYS = [

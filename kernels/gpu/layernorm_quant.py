@@ -18,7 +18,6 @@ import triton.language as tl
 from torch import Tensor
 from triton.testing import do_bench_cudagraph
 
-from qbert.kernels.gpu.launch import device_name
 from qbert.kernels.gpu.quantize_rows import (
     asymmetric_codes,
     asymmetric_grid,
@@ -28,7 +27,7 @@ from qbert.kernels.gpu.quantize_rows import (
     range_kind,
     to_codes,
 )
-from qbert.kernels.gpu.tiles import Tile, known_tile, measure
+from qbert.kernels.gpu.tiles import Tile, device_name, known_tile, measure
 
 MAX_COLUMNS = 16384
 

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from qbert.kernels import reference
 from qbert.kernels.gpu.embedding import Table, embedding
-from qbert.kernels.gpu.matmul_a8 import matmul_a8
-from qbert.kernels.gpu.matmul_a16 import matmul_a16
+from qbert.kernels.gpu.products.matmul_a8 import matmul_a8
+from qbert.kernels.gpu.products.matmul_a16 import matmul_a16
 from qbert.kernels.gpu.quantize_rows import quantize_rows
 from qbert.kernels.terms import Terms
 

@@ -20,9 +20,9 @@ from triton.runtime.errors import OutOfResources, PTXASError
 from triton.testing import do_bench_cudagraph
 
 from qbert.kernels import formats
-from qbert.kernels.gpu.matmul_a8 import matmul_a8
-from qbert.kernels.gpu.matmul_a8_mixed import matmul_a8_mixed
-from qbert.kernels.gpu.matmul_a16 import matmul_a16
+from qbert.kernels.gpu.products.matmul_a8 import matmul_a8
+from qbert.kernels.gpu.products.matmul_a8_mixed import matmul_a8_mixed
+from qbert.kernels.gpu.products.matmul_a16 import matmul_a16
 from qbert.kernels.gpu.tiles import E4M3, Tile, measure
 
 KERNELS = ("matmul_a8", f"matmul_a8{E4M3}", "matmul_a8_mixed", f"matmul_a8_mixed{E4M3}", "matmul_a16")

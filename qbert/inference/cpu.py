@@ -32,7 +32,7 @@ from qbert.inference.cpu_layers import FusedLayers
 from qbert.inference.cpu_model import FusedModel, tokens_before_padding
 from qbert.inference.fits import reason_not_four_products, reason_not_to_fuse_layer
 from qbert.inference.forward import FastForward, freeze, is_recording, reason_not_to_replace
-from qbert.kernels.cpu_chains import compiled
+from qbert.kernels.cpu.chains import compiled
 from qbert.layers.packed import PackedTensor, check_module
 
 logger = logging.getLogger(__name__)
@@ -68,7 +68,7 @@ def optimize_for_inference(
         packed: what `qbert.pack`, `qbert.load` or ``from_pretrained`` returned, on the CPU or a CUDA device.
         inplace: prepare `packed` itself instead of a copy.
         exact: compute what the packed layers do, whatever it takes. ``False`` lets 8-bit weights be rounded once more
-            (`qbert.kernels.cpu_gemm.fit_pairs`) on CPUs that add int8 products in 16 bits, x86 without VNNI, where
+            (`qbert.kernels.cpu.gemm.fit_pairs`) on CPUs that add int8 products in 16 bits, x86 without VNNI, where
             they run 1.2 to 1.4 times as fast then; the relative error of MiniLM's last hidden state goes from 0.050 to
             0.060 with asymmetric activation ranges. On other CPUs, on GPUs and for fewer bits it changes nothing.
         operands: what GPUs multiply. "int8" is what the packed layers do. "e4m3", on a GPU of compute capability 8.9

@@ -2,11 +2,14 @@
 
 >>> from qbert import students
 >>> student = students.depth(teacher, [0, 4, 5])
+>>> student = students.bilstm(teacher, hidden=150)
 """
 
 from __future__ import annotations
 
+from qbert.students.bilstm import bilstm
+from qbert.students.cnn import cnn
 from qbert.students.depth import compare_depths, depth, student_with_layers
 from qbert.students.vocabulary import student_with_vocabulary
 
-__all__ = ["compare_depths", "depth", "student_with_layers", "student_with_vocabulary"]
+__all__ = ["bilstm", "cnn", "compare_depths", "depth", "student_with_layers", "student_with_vocabulary"]

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from qbert.encoders.inputs import accepted_inputs
 from qbert.encoders.modes import evaluation_mode
+from qbert.encoders.structure import changes, of_layers, replace_record
 from qbert.encoders.targets import base_model, main_layers
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -81,6 +82,7 @@ def student_with_layers(teacher: Model, layers: Sequence[int]) -> Model:
     parent, name = _list_of(student)
     kept = cast(nn.ModuleList, getattr(parent, name))
     setattr(parent, name, nn.ModuleList(copy.deepcopy(kept[i]) for i in layers))
+    replace_record(student, of_layers(changes(teacher), main_layers(teacher)[0], found, layers))
     for holder in (base, student):
         for key in _DEPTH_NAMES:
             if hasattr(getattr(holder, "config", None), key):

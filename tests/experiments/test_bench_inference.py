@@ -1,7 +1,6 @@
 """The CPU benchmark as a user runs it: a page with every engine on any encoder and data, refusals of one sentence."""
 
 import argparse
-import importlib.util
 import re
 import subprocess
 import sys
@@ -9,6 +8,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+from scripts import load_bench
 from tiny_tasks import sentiment_rows, tiny_encoder, write_task
 
 SCRIPT = Path(__file__).parents[2] / "experiments" / "bench" / "inference.py"
@@ -49,11 +49,7 @@ def test_page_has_every_engine(world: Path) -> None:
 def bench(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """The script as a module."""
     monkeypatch.syspath_prepend(str(SCRIPT.parent))
-    spec = importlib.util.spec_from_file_location("bench_inference", SCRIPT)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_bench("inference")
 
 
 @pytest.mark.parametrize(

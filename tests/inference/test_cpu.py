@@ -19,7 +19,7 @@ from qbert.inference import cpu as inference
 from qbert.inference.cpu import FusedEncoder, optimize_for_inference
 from qbert.inference.cpu_layers import FusedLayers
 from qbert.inference.cpu_model import FusedModel
-from qbert.kernels.cpu_gemm import available_engine, saturates
+from qbert.kernels.cpu.gemm import available_engine, saturates
 from qbert.layers.embedding import PackedEmbedding
 from qbert.layers.linear import PackedLinear
 from qbert.packing import pack
@@ -140,8 +140,8 @@ def test_exactness_is_given_up_only_on_request_and_where_it_costs(bits: int, mon
     plain = hidden(optimize_for_inference(packed), batch)
     given_up = hidden(optimize_for_inference(packed, exact=False), batch)
     assert torch.equal(given_up, plain) or saturates(available_engine())
-    for module in ("cpu", "cpu_gemm"):
-        monkeypatch.setattr(f"qbert.kernels.{module}.saturates", lambda engine: True)
+    for module in ("linear", "gemm"):
+        monkeypatch.setattr(f"qbert.kernels.cpu.{module}.saturates", lambda engine: True)
     exact, fast = (hidden(optimize_for_inference(packed, exact=e), batch) for e in (True, False))
     error = float((fast - exact).norm() / exact.norm())
     assert error == 0 if bits == 4 else 1e-4 < error < 0.03

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from qbert.kernels import dispatch, formats, operators, reference
-from qbert.kernels.prepared import PreparedCache
+from qbert.kernels.dispatch import PreparedCache
 from qbert.kernels.terms import Terms
 
 E4M3 = torch.float8_e4m3fn

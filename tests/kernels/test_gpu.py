@@ -22,9 +22,8 @@ def random_weight(rows, columns, bits):
 @pytest.mark.parametrize("bits", formats.BITS)
 @pytest.mark.parametrize(("rows", "columns"), [(768, 768), (3072, 768), (768, 3072), (384, 384), (312, 1200)])
 def test_integer_products_are_exact(bits, rows, columns):
-    from qbert.kernels.gpu.launch import device_name
-    from qbert.kernels.gpu.matmul_a8 import matmul_a8
-    from qbert.kernels.gpu.tiles import candidates, rule
+    from qbert.kernels.gpu.products.matmul_a8 import matmul_a8
+    from qbert.kernels.gpu.tiles import candidates, device_name, rule
 
     codes, packed = random_weight(rows, columns, bits)
     codes = codes.to(DEVICE)

@@ -1,11 +1,11 @@
 """Packed linear layers and embeddings on a CPU, fast: int8 products, one scale per token, exact integer sums.
 
 Weights rest in the packed form (`formats`) and are expanded, when a layer is first used, into the int8 operand of
-torch's own matrix product (`cpu_gemm`). That operator knows one activation scale for the whole tensor, which is what
+torch's own matrix product (`gemm`). That operator knows one activation scale for the whole tensor, which is what
 makes 8-bit encoders on CPUs inaccurate: one outlier token coarsens all others. Per-token scales are had from it by
 linearity: divide every row of x by its own maximum, multiply by the int8 weights with the fixed step 1/127, multiply
 the output row by that maximum, add the bias. Asymmetric ranges are had in the same way: take the smallest value of a
-row from it first, and add that value times the row sums of the weights to the output (`cpu_chains`).
+row from it first, and add that value times the row sums of the weights to the output (`chains`).
 
 The integer product knows codes, not the zero of their grid. Three ways, the first that fits:
   fold     codes - zero (twice that where zeros are halves, as for symmetric 2-bit levels +-1/2, +-3/2) are still
@@ -30,8 +30,8 @@ import torch
 from torch import Tensor, nn
 
 from qbert.kernels import formats, reference
-from qbert.kernels.cpu_chains import AsymmetricChain, FloatChain, Rounding, StaticChain, SymmetricChain, compiled
-from qbert.kernels.cpu_gemm import Int8Gemm, available_engine, fit_pairs, saturates, takes_zero
+from qbert.kernels.cpu.chains import AsymmetricChain, FloatChain, Rounding, StaticChain, SymmetricChain, compiled
+from qbert.kernels.cpu.gemm import Int8Gemm, available_engine, fit_pairs, saturates, takes_zero
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +42,7 @@ class CpuLinear:
     """y = x W^T + b with low-bit W and int8 activations, prepared once and then called many times. Immutable."""
 
     def __init__(self, chain: nn.Module, bias: Tensor, in_features: int, bits: int, engine: str, reason: str) -> None:
-        """Use `prepare` or `from_packed`. `chain` computes the layer, see `cpu_chains`."""
+        """Use `prepare` or `from_packed`. `chain` computes the layer, see `chains`."""
         self.chain = chain
         self.in_features, self.out_features = in_features, len(bias)
         self.bits, self.engine, self.reason = bits, engine, reason
@@ -71,7 +71,7 @@ class CpuLinear:
         -128..127) with that one static scale; with `asymmetric` per token from its smallest to its largest value;
         None leaves x alone. More than one input group (K > 1) and `activation_bits` None run in float, as does a torch
         without int8 operators; `reason` and the log then say why. `exact` False rounds rows of 8-bit weights once more
-        where this CPU would have to take them apart (`cpu_gemm.fit_pairs`): faster there, with a little more error; on
+        where this CPU would have to take them apart (`gemm.fit_pairs`): faster there, with a little more error; on
         other CPUs and for fewer bits it changes nothing.
         Raises TypeError or ValueError for codes outside `bits` bits and for shapes that do not fit.
         """

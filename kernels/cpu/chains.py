@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from qbert.kernels import reference
-from qbert.kernels.cpu_gemm import ACTIVATION_ZERO, Int8Gemm
+from qbert.kernels.cpu.gemm import ACTIVATION_ZERO, Int8Gemm
 
 logger = logging.getLogger(__name__)
 

@@ -18,9 +18,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from qbert.kernels.gpu.epilogue import epilogue, start_value
-from qbert.kernels.gpu.launch import (
+from qbert.kernels.gpu.products.epilogue import epilogue, start_value
+from qbert.kernels.gpu.products.matmul_a8 import accumulate
+from qbert.kernels.gpu.tiles import (
+    Tile,
     asm_kind,
+    choose_tile,
     device_name,
     kernel_name,
     registers_option,
@@ -28,8 +31,6 @@ from qbert.kernels.gpu.launch import (
     tail_of,
     zero_kind,
 )
-from qbert.kernels.gpu.matmul_a8 import accumulate
-from qbert.kernels.gpu.tiles import Tile, choose_tile
 
 
 @triton.jit

@@ -1,7 +1,7 @@
 """y = x W^T with 8-bit activations and packed weights on int8 or e4m3 tensor cores.
 
 int8 activations take 2-, 3-, 4- or 8-bit weights; their sum is an exact int32. e4m3 activations (sm_89 and later) take
-2-, 3- or 4-bit weights, exact in e4m3 (`unpack_f8`), and a float32 sum of which sm_90 keeps 13 bits behind the first
+2-, 3- or 4-bit weights, exact in e4m3 (`unpack`), and a float32 sum of which sm_90 keeps 13 bits behind the first
 (arXiv 2412.19437, section 3.3.2), but which Triton overlaps with unpacking there, unlike int32's. Same epilogues:
 
     y[t, o] = act((acc - zero[o] row_sum[t]) scale[o] x_scale[t] + x_offset[t] weight_sum[o] + bias[o]) + residual[t, o]
@@ -28,9 +28,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from qbert.kernels.gpu.epilogue import epilogue, start_value
-from qbert.kernels.gpu.launch import (
+from qbert.kernels.gpu.products.epilogue import epilogue, start_value
+from qbert.kernels.gpu.products.unpack import finish, load_weight_tile, load_weight_tile_f8, tile_columns
+from qbert.kernels.gpu.tiles import (
+    Tile,
     asm_kind,
+    choose_tile,
     device_name,
     kernel_name,
     output_kind,
@@ -40,9 +43,6 @@ from qbert.kernels.gpu.launch import (
     tail_of,
     zero_kind,
 )
-from qbert.kernels.gpu.tiles import Tile, choose_tile
-from qbert.kernels.gpu.unpack import finish, load_weight_tile, tile_columns
-from qbert.kernels.gpu.unpack_f8 import load_weight_tile_f8
 
 
 @triton.jit

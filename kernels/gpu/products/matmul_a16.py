@@ -19,10 +19,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from qbert.kernels.gpu.launch import asm_kind, device_name, split_workspace, tail_of
-from qbert.kernels.gpu.tiles import Tile, choose_tile
-from qbert.kernels.gpu.unpack import finish, load_weight_tile, tile_columns
-from qbert.kernels.gpu.unpack_fp16 import load_weight_tile_fp16
+from qbert.kernels.gpu.products.unpack import finish, load_weight_tile, load_weight_tile_fp16, tile_columns
+from qbert.kernels.gpu.tiles import Tile, asm_kind, choose_tile, device_name, split_workspace, tail_of
 
 
 @triton.jit
