@@ -34,6 +34,7 @@ _HOME = {
     "optimize_for_inference": "qbert.inference.cpu",
     "pack": "qbert.packing",
     "pareto": "qbert.allocation.front",
+    "plan": "qbert.pipeline.plan",
     "prune": "qbert.students.pruned",
     "quantize_model": "qbert.quantize",
     "save_trainable": "qbert.saving.trainable",
@@ -59,6 +60,7 @@ __all__ = [
     "optimize_for_inference",
     "pack",
     "pareto",
+    "plan",
     "prune",
     "quantize_model",
     "save_trainable",
@@ -76,6 +78,7 @@ if TYPE_CHECKING:
     from qbert.onnx import export_onnx
     from qbert.packing import pack, unpack
     from qbert.pipeline import Pipeline, compress
+    from qbert.pipeline.plan import plan
     from qbert.quantize import quantize_model
     from qbert.saving.hf import load
     from qbert.saving.trainable import save_trainable

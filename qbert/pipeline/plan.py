@@ -235,14 +235,20 @@ class _Planner:
         return found
 
     def plan(
-        self, structures: Sequence[tuple[Step, ...]], size_mb: float | None, latency_ms: float | None, within: float | None
+        self,
+        structures: Sequence[tuple[Step, ...]],
+        size_mb: float | None,
+        latency_ms: float | None,
+        within: float | None,
     ) -> Plan:
         budget = _in_words(size_mb, latency_ms, within, self.shape)
         parts = list(self._parts(structures, size_mb, latency_ms))
         if within is not None:
             candidates = [found for part in parts if (found := self._smallest(part, within)) is not None]
             if not candidates:
-                raise ValueError(f"within={within:g}: no plan of {self.bits!r} bits stays that near; allow more, or 8 bits")
+                raise ValueError(
+                    f"within={within:g}: no plan of {self.bits!r} bits stays that near; allow more, or 8 bits"
+                )
             candidates.sort(key=lambda c: c.megabytes)
         else:
             ranked = sorted((self._fill(part, size_mb) for part in parts), key=lambda c: c.predicted)
@@ -431,7 +437,9 @@ def _embedding(output: Any, batch: Mapping[str, Any]) -> Tensor:
     if value is None:
         hidden = _named(output, "last_hidden_state")
         if hidden is None:
-            raise ValueError("model: it returns neither logits nor hidden states nor an embedding; plan for a model that does")
+            raise ValueError(
+                "model: it returns neither logits nor hidden states nor an embedding; plan for a model that does"
+            )
         mask = batch.get("attention_mask")
         mask = torch.ones(hidden.shape[:2], device=hidden.device) if mask is None else mask.to(hidden)
         value = (hidden * mask.unsqueeze(-1)).sum(1)
