@@ -13,7 +13,8 @@ minimised exactly under the bytes. The few plans of least predicted divergence,
 are then made, and compared with the float model by a forward pass on rows that nothing was fitted to or scored on: the
 nearest one is the plan. Bits alone are always among the structures, so that a structure has to earn its place.
 
-References: Yao et al. 2021, HAWQ-V3, section 3.4 (bits as an integer program); Kurtic et al. 2022, oBERT (order of steps).
+References: Yao et al. 2021, HAWQ-V3, section 3.4 (bits as an integer program); Kurtic et al. 2022, oBERT
+(order of steps).
 """
 
 from __future__ import annotations
@@ -168,22 +169,22 @@ def plan(
 
     Args:
         model: a float encoder; it is left as it was.
-        batches: at least four dicts of tensors without labels, some hundred rows like those to come. Half fit, a quarter
-            scores options, a quarter checks finished plans.
+        batches: at least four dicts of tensors without labels, some hundred rows like those to come. Every
+            fourth checks finished plans; of the others half fit the options and half score them.
         size_mb: largest file, 10^6 bytes.
         latency_ms: longest call of the packed, fused model at `shape`, measured here and now on the model's device.
         within: share of rows, such as 0.01, whose answer may be another than the float model's: the smallest such model
             is planned. Of values it is 1 - correlation, of embeddings 1 - cosine.
         shape: (sequences, tokens) of the call that `latency_ms` is about.
         bits: the widths to choose from.
-        structures: what to try beside bits alone, each a sequence of `Depth` and `Prune`; where None, one, two and half of
-            the layers fewer, and a quarter and half of the feed-forward columns fewer.
+        structures: what to try beside bits alone, each a sequence of `Depth` and `Prune`; where None, one
+            layer, two and half of them fewer, and a quarter and half of the feed-forward columns fewer.
         progress: show bars.
         **settings: defaults of the `BitsConfig`.
 
     Raises:
-        ValueError: no budget, `within` beside another one, a budget that nothing can keep (the sentence names what can),
-            or one above the float model; a clock too noisy to keep a latency budget by (its spread is named).
+        ValueError: no budget, `within` beside another one, a budget that nothing can keep (the sentence says
+            why), or one above the float model; a clock too noisy to keep a latency budget by (its spread is named).
         TypeError: a model or batches of another type.
     """
     if is_quantized(model):
@@ -342,7 +343,7 @@ class _Planner:
         return best
 
     def _latency(self, model: nn.Module) -> float:
-        """Milliseconds of one call of the packed, fused model: the fastest of some, refused where they spread widely."""
+        """Milliseconds of one call of the packed, fused model: the fastest of some; refused if they spread."""
         assert self.shape is not None
         fused = optimize_for_inference(pack(quantize_model(model, 8)))
         batch = {name: value for name, value in self.check[0].items() if isinstance(value, Tensor) and value.dim() == 2}
@@ -363,8 +364,8 @@ class _Planner:
         spread = statistics.median(kept) / min(kept) - 1
         if spread > _NOISY:
             raise ValueError(
-                f"latency_ms: half of the calls took {100 * spread:.0f} % longer than the fastest ({min(kept):.2f} ms), so "
-                "this machine's clock says little now; stop other work, or plan by size_mb"
+                f"latency_ms: half of the calls took {100 * spread:.0f} % longer than the fastest ({min(kept):.2f} ms), "
+                "so this machine's clock says little now; stop other work, or plan by size_mb"
             )
         return min(kept)
 
