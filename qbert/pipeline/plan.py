@@ -364,8 +364,8 @@ class _Planner:
         spread = statistics.median(kept) / min(kept) - 1
         if spread > _NOISY:
             raise ValueError(
-                f"latency_ms: half of the calls took {100 * spread:.0f} % longer than the fastest ({min(kept):.2f} ms), "
-                "so this machine's clock says little now; stop other work, or plan by size_mb"
+                f"latency_ms: half of the calls took {100 * spread:.0f} % longer than the fastest ({min(kept):.2f} "
+                "ms); this machine's clock says little now; stop other work, or plan by size_mb"
             )
         return min(kept)
 
