@@ -143,7 +143,7 @@ def heading(bench: Bench) -> dict[str, Any]:
             "other domain": bench.evaluate_elsewhere(bench.teacher),
             **bench.shape(bench.teacher),
         },
-        "depths": "",
+        "depths": {},
         "made by": provenance(),
     }
 
@@ -189,8 +189,8 @@ def main() -> None:
         for seed in (seed for seed in seeds if seed not in done):
             row, student = bench.train(name, plan, seed)
             shape = {} if results[plan.title] else bench.shape(student)
-            known = {"depths": str(bench.depths)} if "depths" in vars(bench) else {}
-            results.add(plan.title, {"seed": seed, **row, **shape}, **known)
+            depths = {**results.content["depths"], **{str(k): str(v) for k, v in bench.depths.items()}}
+            results.add(plan.title, {"seed": seed, **row, **shape}, depths=depths)
             bench.drop_checkpoints(name, seed)
             print(f"{plan.title}, seed {seed}: {row['score']:.2f}, {row['retention']:.1f} % of the teacher", flush=True)
         if name in names and not arguments.no_controls:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import gzip
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -21,6 +22,7 @@ import torch
 from torch import nn
 
 from qbert import BitsConfig, model_size, optimize_for_inference, pack, quantize_model
+from qbert.encoders.targets import base_model, main_layers
 from qbert.students.depth import DepthTable, compare_depths
 
 if TYPE_CHECKING:
@@ -30,6 +32,8 @@ PACKED_BITS = (8, 4)
 SHAPES = ((1, 16), (32, 64))  # (sequences, tokens)
 _SEARCH_ROWS = 256
 _CALIBRATION_ROWS = 384
+_COPIES = 4  # of each row, altered
+_HEAD_STEPS = 300
 # (encoder, tables) of models that are made smaller by bits alone, from the smallest
 BITS_ALONE = ((2, 2), (2, 3), (2, 4), (3, 3), (3, 4), (4, 4), (4, 8), (8, 8))
 _OTHER_DOMAIN = {"sst2": "reviews", "reviews": "sst2"}
@@ -52,6 +56,8 @@ class Bench:
     Attributes:
         task, teacher, tokenizer, rows: the task, the teacher tuned on it, and the training rows.
         reference: held-out result of the teacher.
+        depth: layers of a shallow student.
+        depths: choices of layers that were compared, by their number.
     """
 
     def __init__(self, arguments: argparse.Namespace, folder: Path) -> None:
@@ -62,6 +68,7 @@ class Bench:
         self.task = load_task(arguments.task, data_dir=arguments.data_dir)
         print(f"task: {self.task.describe()}")
         self.teacher, self.tokenizer = self._load_teacher()
+        self.depths: dict[int, DepthTable] = {}
         self.depth = arguments.layers or max(self._teacher_depth() // 2, 1)
         data = prepare(self.task, self.tokenizer, "train")
         self.rows = Rows(list(subset(data.examples, arguments.train_limit, arguments.seed)), data.collate)
@@ -79,17 +86,108 @@ class Bench:
             raise ValueError("a general stage needs the encoder before it was fine-tuned; leave --no-fine-tune out")
         return build_model(self.task, self.arguments.model)[0].to(self.arguments.device)  # type: ignore[no-any-return]
 
-    @functools.cached_property
-    def depths(self) -> DepthTable:
-        """Every choice of layers, compared on training rows without their labels."""
-        batches = list(self._batches(_SEARCH_ROWS))
-        table = compare_depths(self.teacher, batches, self.depth)
-        print(f"\n{self.depth} of {self._teacher_depth()} layers, before any training\n{table}\n", flush=True)
-        return table
+    def layers(self, count: int | None = None) -> list[int]:
+        """The layers that a shallow student keeps: `count`, or those asked for; chosen once by measurement."""
+        if count is None and self.arguments.keep:
+            return list(self.arguments.keep)
+        count = count or self.depth
+        if count == self._teacher_depth():
+            return list(range(count))
+        if count not in self.depths:
+            # Sandwiches are shown, not trained: a shared layer needs a model class of its own.
+            table = compare_depths(self.teacher, self.unlabelled(_SEARCH_ROWS), count, sandwiches=count == self.depth)
+            self.depths[count] = table
+            print(f"\n{count} of {self._teacher_depth()} layers, before any training\n{table}\n", flush=True)
+        return list(self.depths[count].best.layers)
 
-    def layers(self) -> list[int]:
-        """The layers that a shallow student keeps."""
-        return list(self.arguments.keep or self.depths.best.layers)
+    @property
+    def most_layers(self) -> int:
+        """Layers of a student that is narrower too: TinyBERT's four of six, or as many as were asked for."""
+        return self.arguments.layers or max(round(self._teacher_depth() * 2 / 3), 1)
+
+    @property
+    def width(self) -> int:
+        """Width of a narrower student: TinyBERT's 312 for 384, the like for others."""
+        config = self.teacher.config
+        heads = config.num_attention_heads
+        return max(round(config.hidden_size * 312 / 384 / heads), 1) * heads
+
+    @property
+    def has_pairs(self) -> bool:
+        """Whether rows are pairs of texts."""
+        return len(self.task.text_fields) > 1
+
+    @property
+    def word_size(self) -> int:
+        """Dimensions of the word vectors of networks that are no transformers."""
+        return min(300, int(self.teacher.config.hidden_size))
+
+    def unlabelled(self, count: int = _CALIBRATION_ROWS) -> list[dict[str, Any]]:
+        """Batches of training rows spread over all of them, without labels."""
+        examples = self.rows.examples
+        chosen = [examples[i] for i in range(0, len(examples), max(len(examples) // count, 1))][:count]
+        batches = [self.rows.collate(chosen[at : at + 32]) for at in range(0, len(chosen), 32)]
+        return [{k: v for k, v in b.items() if "label" not in k and "positions" not in k} for b in batches]
+
+    @functools.cached_property
+    def texts(self) -> list[str]:
+        """Unlabelled text: the files that were given, or the task's own training texts."""
+        from qbert.tasks.task import subset
+
+        if self.arguments.text:
+            return [line for file in self.arguments.text for line in lines_of(Path(file))]
+        rows = subset(self.task.rows("train"), self.arguments.train_limit, self.arguments.seed)
+        found = [row[name] for row in rows for name in self.task.text_fields]
+        return [" ".join(text) if isinstance(text, list) else text for text in found]
+
+    @functools.cached_property
+    def text_rows(self) -> Rows:
+        """Unlabelled text for a general stage."""
+        from transformers import DataCollatorWithPadding
+
+        from qbert.tasks.masking import text_rows
+
+        return Rows(text_rows(self.texts, self.tokenizer), DataCollatorWithPadding(self.tokenizer))
+
+    @functools.cached_property
+    def masked_rows(self) -> Rows:
+        """The same with words masked, others every time."""
+        from qbert.tasks.masking import MaskWords
+
+        examples = self.text_rows.examples
+        return Rows(examples, MaskWords(self.tokenizer, examples))
+
+    @functools.cached_property
+    def language_model(self) -> nn.Module:
+        """The pre-trained encoder with a head over the vocabulary, which is trained here."""
+        from qbert.tasks.masking import language_model
+
+        return language_model(base_model(self.pretrained)[1], self._word_head())  # type: ignore[no-any-return]
+
+    def _word_head(self) -> Any:
+        from qbert.tasks.candidates import train_masked_words
+
+        encoder = base_model(self.pretrained)[1]
+        cache = self.folder / "masked-words"
+        return train_masked_words(encoder, self.tokenizer, self.texts, steps=_HEAD_STEPS, cache=cache, progress=False)
+
+    @functools.cache  # noqa: B019
+    def altered(self, likely: bool) -> Rows:
+        """The task's rows and altered copies of them; of words and spans, the rows alone."""
+        from qbert.tasks import prepare
+        from qbert.tasks.augment import Lexical, augmented
+        from qbert.tasks.candidates import LikelyWords
+
+        if self.task.kind not in ("classification", "regression"):
+            return self.rows
+        method: Any = Lexical(self.tokenizer.mask_token)
+        if likely:
+            method = LikelyWords(self._word_head(), self.tokenizer, progress=False)
+        task = self.task.subset(train=self.arguments.train_limit, seed=self.arguments.seed)
+        longer = augmented(task, method, copies=_COPIES, cache=self.folder / "altered", progress=False)
+        print(longer)
+        data = prepare(longer.task, self.tokenizer, "train")
+        return Rows(data.examples, data.collate)
 
     @property
     def steps(self) -> int:
@@ -105,7 +203,7 @@ class Bench:
         student = plan.build(self, seed).to(self.arguments.device)
         whole = sum(phase.share for phase in plan.phases)
         for phase in plan.phases:
-            steps = max(round(self.steps * phase.share / whole), 1)
+            steps = max(round(self.steps * plan.patience * phase.share / whole), 1)
             self._run_phase(self.trained_in(name, seed) / phase.name, plan, phase, student, steps, seed)
         row = self.row(student, time.monotonic() - start)
         return row, student
@@ -113,7 +211,7 @@ class Bench:
     def _run_phase(self, folder: Path, plan: Plan, phase: Phase, student: nn.Module, steps: int, seed: int) -> None:
         from transformers import TrainingArguments
 
-        from qbert.distill import Distiller
+        from qbert.distill import Distiller, TeacherOutputs
         from qbert.distill.checkpoint import last_good_checkpoint, load_weights, save_weights
 
         arguments = self.arguments
@@ -141,7 +239,12 @@ class Bench:
             report_to="none",
             optim=recipe.arguments.get("optim", "adamw_torch"),
         )
+        outputs = None
+        if phase.keep_outputs and recipe.stages[0].takes_kept_outputs:
+            kept = self.folder / "teacher-outputs"
+            outputs = TeacherOutputs.of(self.teacher, rows.examples, kept, collate=rows.collate, progress=False)
         distiller = Distiller(
+            teacher_outputs=outputs,
             teacher=phase.teacher(self),
             student=phase.inside(self, student),
             recipe=recipe,
@@ -219,7 +322,7 @@ class Bench:
         """`model` at these bits, rounded for its own inputs on training rows; no training follows."""
         matrices = {"bits": bits, "rounding": "compensated", "scheme": "midrise" if bits == 2 else "asymmetric"}
         config = BitsConfig({"*": matrices}, embedding_bits=embedding_bits)
-        return quantize_model(model, config, calibration_data=list(self._batches(_CALIBRATION_ROWS)), progress=False)
+        return quantize_model(model, config, calibration_data=self.unlabelled(), progress=False)
 
     def shape(self, student: nn.Module) -> dict[str, Any]:
         """What depends on the shape alone: parameters, bytes, milliseconds; and the score at 4 bits."""
@@ -254,17 +357,7 @@ class Bench:
 
     # ---- helpers ----
 
-    def _batches(self, count: int) -> Iterator[dict[str, Any]]:
-        """Training rows spread over all of them, without labels, in batches."""
-        examples = self.rows.examples
-        chosen = [examples[i] for i in range(0, len(examples), max(len(examples) // count, 1))][:count]
-        for at in range(0, len(chosen), 32):
-            batch = self.rows.collate(chosen[at : at + 32])
-            yield {key: value for key, value in batch.items() if "label" not in key and "positions" not in key}
-
     def _teacher_depth(self) -> int:
-        from qbert.encoders.targets import main_layers
-
         return len(main_layers(self.teacher)[1])
 
     def _load_teacher(self) -> tuple[Any, Any]:
@@ -286,6 +379,12 @@ class Bench:
         )
         print(f"teacher: {'from the cache' if tuned.from_cache else f'tuned in {tuned.seconds:.0f} s'}")
         return tuned.model, tuned.tokenizer
+
+
+def lines_of(file: Path) -> list[str]:
+    """The lines of a text file, plain or gzipped."""
+    raw = file.read_bytes()
+    return (gzip.decompress(raw) if file.suffix == ".gz" else raw).decode("utf-8").splitlines()
 
 
 def is_fused(model: nn.Module) -> bool:

@@ -66,10 +66,13 @@ def report_text(content: dict[str, Any]) -> str:
     from qbert.results import markdown_table
 
     header, lines = students_table(content)
-    search = f"\n\nLayers before any training:\n\n```\n{content['depths']}\n```" if content.get("depths") else ""
+    search = "".join(
+        f"\nKeeping {count} layers, before any training:\n\n```\n{table}\n```\n"
+        for count, table in content["depths"].items()
+    )
     return (
         f"## {content['task']}\n\n{markdown_table(header, lines)}\n\n{content['data']}. Score: {content['metric']}"
-        f"{content['elsewhere']}. Students: {content['budget']}. {content['made by']}{search}\n"
+        f"{content['elsewhere']}. Students: {content['budget']}. {content['made by']}\n{search}"
     )
 
 

@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qbert.tasks.candidates import MaskedWords
+
 _IGNORED = -100
 _LEAST_ROWS = 8
 _TEXTS_AT_ONCE = 1000
@@ -100,3 +102,30 @@ class MaskWords:
         batch["labels"] = torch.where(asked, ids, _IGNORED)
         batch["input_ids"] = torch.where(asked, replaced, ids)
         return batch
+
+
+def language_model(encoder: Any, head: MaskedWords) -> Any:
+    """A ``BertForMaskedLM`` of a BERT encoder and a head that was trained on it; it holds the very encoder.
+
+    Args:
+        encoder: a ``BertModel``; its pooler, if it has one, has no part in it.
+        head: of `qbert.tasks.candidates.train_masked_words`.
+
+    Raises:
+        ValueError: an encoder of another class.
+    """
+    from transformers import BertForMaskedLM
+
+    if type(encoder).__name__ != "BertModel":
+        raise ValueError(f"encoder: a {type(encoder).__name__} is no BertModel; use a model that has a head of its own")
+    model: Any = BertForMaskedLM(encoder.config).eval().to(next(encoder.parameters()).device)
+    model.bert = encoder
+    model.tie_weights()
+    predictions = model.cls.predictions
+    predictions.transform.dense.load_state_dict(head.dense.state_dict())
+    predictions.transform.LayerNorm.load_state_dict(head.norm.state_dict())
+    predictions.transform.LayerNorm.eps = head.norm.eps
+    predictions.transform.transform_act_fn = torch.nn.GELU()
+    with torch.no_grad():
+        predictions.bias.copy_(head.bias)
+    return model
