@@ -24,10 +24,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from qbert.calibration import Batch, run_batch, to_device
 from qbert.encoders.modes import evaluation_mode
+from qbert.progress import progress_bar
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ def output_gradients(
     generator = torch.Generator().manual_seed(seed)
     frozen = [m.weight for m in modules if not m.weight.requires_grad]
     with evaluation_mode(model):
-        for batch in tqdm(batches, desc="gradients", disable=not progress):
+        for batch in progress_bar(batches, desc="gradients", disable=not progress):
             seen: list[tuple[nn.Module, Tensor, Tensor]] = []
 
             def hook(module: nn.Module, args: Any, output: Tensor, seen: list[Any] = seen) -> None:

@@ -29,7 +29,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from qbert.allocation.budgets import rounded_up
 from qbert.allocation.whole_file import FilePlan
@@ -44,6 +43,7 @@ from qbert.packing import pack
 from qbert.pipeline.run import Pipeline, short
 from qbert.pipeline.steps import Depth, Pack, Prune, Quantize, Step
 from qbert.plots import new_figure
+from qbert.progress import progress_bar
 from qbert.quantize import quantize_model
 from qbert.results import text_table
 from qbert.saving.records import is_quantized
@@ -263,7 +263,7 @@ class _Planner:
         """The structures that keep the budgets and may win, with the damage of all their options."""
         bound, found = float("inf"), False
         fastest = float("inf")
-        for steps in tqdm(structures, desc="structures", disable=not self.progress):
+        for steps in progress_bar(structures, desc="structures", disable=not self.progress):
             model, name = self._changed(steps), structure_name(steps)
             latency = self._latency(model) if self.shape is not None else None
             fastest = min(fastest, latency or fastest)
@@ -294,7 +294,7 @@ class _Planner:
         for step in steps:
             if isinstance(step, Depth) and not isinstance(step.layers, int):
                 model = student_with_layers(model, step.layers)
-            elif isinstance(step, Depth):
+            elif isinstance(step, Depth) and isinstance(step.layers, int):
                 best = compare_depths(model, self.rest, int(step.layers), sandwiches=False).best
                 model = student_with_layers(model, best.layers)
             elif isinstance(step, Prune):
