@@ -64,6 +64,7 @@ from qbert.distill.checks import (
 )
 from qbert.distill.losses import ITEMS
 from qbert.distill.objective import EXPECTED_ITEMS, Distillation
+from qbert.distill.outputs import TEACHER_LOGITS, CollateWithOutputs, TeacherOutputs
 from qbert.distill.progress import (
     InterruptCallback,
     StageCallback,
@@ -100,12 +101,15 @@ class Distiller(Trainer):
         train_dataset: rows that the collator understands; labels are only needed by recipes that use them.
         processing_class: the tokenizer.
         teacher_processing_class: the teacher's tokenizer, to compare vocabularies; optional.
+        teacher_outputs: the teacher's logits for the rows, computed before (`TeacherOutputs.of`), which stand for it in
+            all stages that match nothing else; in others it runs.
         check_teacher: warn before the training if the teacher is at chance on the training labels.
         **kwargs: further arguments of `Trainer` (eval_dataset, data_collator, compute_metrics, callbacks, ...).
 
     Raises:
         ValueError: models that do not fit each other or share what is trained, a match that does not fit the models, a
-            packed student, reentrant checkpointing, an argument of Trainer's that a distillation cannot heed.
+            packed student, reentrant checkpointing, an argument of Trainer's that a distillation cannot heed,
+            outputs of another teacher or of other rows.
         TypeError: a recipe of another type.
         MissingPackageError: accelerate is not installed.
     """
@@ -125,6 +129,7 @@ class Distiller(Trainer):
         *,
         processing_class: Any = None,
         teacher_processing_class: Any = None,
+        teacher_outputs: TeacherOutputs | None = None,
         check_teacher: bool = True,
         **kwargs: Any,
     ) -> None:
@@ -142,6 +147,14 @@ class Distiller(Trainer):
         if args.n_gpu > 1:
             warnings.warn(f"one of {args.n_gpu} GPUs is used; start with `accelerate launch` to use all", stacklevel=2)
             args._n_gpu = 1
+        if teacher_outputs is not None:
+            teacher_outputs.check(teacher)
+            if not any(stage.takes_kept_outputs and stage.uses_teacher for stage in recipe.stages):
+                raise ValueError(
+                    f"teacher_outputs: no stage of recipe {recipe.name!r} matches logits alone, so the teacher "
+                    "must run; leave them out"
+                )
+            train_dataset = teacher_outputs.beside(train_dataset)
         self.recipe = recipe
         self.folder = Path(args.output_dir or "distilled")
         self.rows: Any = train_dataset
@@ -152,6 +165,9 @@ class Distiller(Trainer):
         if collator is None:
             padding = processing_class is not None
             collator = DataCollatorWithPadding(processing_class) if padding else default_data_collator
+        if teacher_outputs is not None:
+            collator = CollateWithOutputs(collator)
+            self._columns.add(TEACHER_LOGITS)
         with random_state_kept():
             set_seed(args.seed)  # projections are drawn at random
             example = collator(first_rows(train_dataset, 2, self._columns if args.remove_unused_columns else None))

@@ -21,14 +21,16 @@ from torch import Tensor, nn
 from qbert.bits import BitsConfig, TensorSpec
 from qbert.calibration import Batch, Moment, calibrate_activations, check_batches, input_moments
 from qbert.encoders.replace import replace_everywhere
-from qbert.encoders.targets import Target, encoder_weights, find_targets
+from qbert.encoders.targets import Target, encoder_weights, find_targets, join_path
 from qbert.encoders.weights import is_table, stored, weight_matrix
 from qbert.layers.kind import TrainableLayer, kind_of
 from qbert.layers.quantizer import WeightQuantizer
 from qbert.layers.recurrent import open_recurrent
+from qbert.layers.tables import TableUse, open_tables, part_specs
 from qbert.quantizers.activations import ActivationQuantizer
 from qbert.quantizers.groups import group_layout
 from qbert.quantizers.ranges import GroupRanges
+from qbert.usage import table_uses
 
 _GRADIENT_SHARE = 0.9
 Model = TypeVar("Model", bound=nn.Module)
@@ -62,8 +64,9 @@ def quantize_model(
         bits_config: bits for all encoder matrices (2, 3, 4 or 8), a mapping from name patterns, a `BitsConfig`, or
             the path of its JSON file.
         calibration_data: batches (a DataLoader, or a list of dicts of tensors; a few hundred unlabelled rows) that
-            are run through the model to fix static activation ranges and for compensated rounding; ``None`` gives
-            activations a range per token at run time, and rounds to nearest.
+            are run through the model to fix static activation ranges, for compensated rounding, and for tables of low
+            rank or of different bits by rows; ``None`` gives activations a range per token at run time, and rounds to
+            nearest.
         inplace: convert `model` itself instead of a copy.
         progress: show a bar over the matrices of compensated rounding.
 
@@ -76,8 +79,8 @@ def quantize_model(
 
     Raises:
         ValueError: if the configuration does not fit the model (see `BitsConfig.resolve`), the model is quantized
-            already, nothing in its layers can be quantized, a weight is not finite, or static activation ranges are
-            asked for without `calibration_data`.
+            already, nothing in its layers can be quantized, a weight is not finite, or static activation ranges,
+            a ``rank`` or ``row_bits`` are asked for without `calibration_data`.
         TypeError: for a `model`, `bits_config` or `calibration_data` of another type.
 
     Warns:
@@ -96,6 +99,7 @@ def quantize_model(
     static = [p for p, s in specs.items() if s.activation_range == "static" and not targets[p].is_embedding]
     if static and batches is None:
         raise ValueError(f"activation_range='static' of {static[0]} needs calibration_data; pass a few batches")
+    uses = _uses_of_composed(model, specs, batches)
     if not inplace:
         model = copy.deepcopy(model)
     specs = {path: _settled(spec, batches is not None) for path, spec in specs.items()}
@@ -104,6 +108,9 @@ def quantize_model(
         specs, compensated = _without_data(specs, compensated), {}
     open_recurrent(model, specs.keys())
     done = _Conversions(model)
+    if uses:
+        specs |= done.compose({path: specs.pop(path) for path in uses}, uses)
+        targets = {t.path: t for t in find_targets(model)}
     try:
         for path, spec in specs.items():
             if path not in compensated:
@@ -117,6 +124,25 @@ def quantize_model(
         done.undo()
         raise
     return model
+
+
+def _uses_of_composed(
+    model: nn.Module, specs: Mapping[str, TensorSpec], batches: list[Batch] | None
+) -> dict[str, TableUse]:
+    """Path -> what a table that is to be stored as several tensors is used for.
+
+    Raises:
+        ValueError: if there is such a table and no data.
+    """
+    composed = {path: model.get_submodule(path) for path, spec in specs.items() if spec.is_composed}
+    if not composed:
+        return {}
+    if batches is None:
+        path = next(iter(composed))
+        name = "row_bits" if specs[path].row_bits else "rank"
+        raise ValueError(f"{name} of {path} needs calibration_data, which tells its rows apart; pass a few batches")
+    uses = table_uses(model, batches, list(composed.values()))
+    return {path: uses[module] for path, module in composed.items()}
 
 
 def _tell_what_is_not_covered(model: nn.Module, targets: Iterable[Target]) -> None:
@@ -217,6 +243,16 @@ class _Conversions:
         self.model = model
         self._replaced: list[tuple[nn.Module, nn.Module]] = []
         self._weights: list[tuple[nn.Parameter, Tensor]] = []
+
+    def compose(self, specs: Mapping[str, TensorSpec], uses: Mapping[str, TableUse]) -> dict[str, TensorSpec]:
+        """Put float tables of several parts in the places that `specs` names: path of each part -> its specification."""
+        tables = {path: self.model.get_submodule(path) for path in specs}
+        self._replaced += open_tables(self.model, specs, {tables[path]: use for path, use in uses.items()})
+        return {
+            join_path(path, name): part
+            for path, spec in specs.items()
+            for name, part in part_specs(spec, tables[path].num_embeddings).items()  # type: ignore[arg-type]
+        }
 
     def convert(self, path: str, target: Target, spec: TensorSpec) -> None:
         """Put the quantized twin in the place of a target, rounded to nearest."""

@@ -53,13 +53,13 @@ def starts_with_any(module: str, prefixes: tuple[str, ...]) -> bool:
 # From the bottom: a room imports rooms of lower floors only.
 FLOORS = (
     ("version", "moved", "files", "arguments", "extras", "encoders", "kernels"),
-    ("bits", "students", "tasks", "plots", "results"),
+    ("bits", "tasks", "plots", "results"),
     ("quantizers",),
     ("layers", "hessian"),
     ("calibration", "sizes", "inference"),
     ("quantize", "distill"),
     ("allocation", "saving", "onnx"),
-    ("packing",),
+    ("packing", "report", "students"),
     ("pipeline",),
     ("cli",),
 )

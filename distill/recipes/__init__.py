@@ -9,7 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from qbert.distill.recipe import Recipe
+from qbert.distill.recipes.bilstm import bilstm
 from qbert.distill.recipes.distilbert import distilbert
+from qbert.distill.recipes.logits import logits
+from qbert.distill.recipes.low_resource import low_resource
+from qbert.distill.recipes.minilm import minilm
 from qbert.distill.recipes.pkd import pkd
 from qbert.distill.recipes.qat import qat
 from qbert.distill.recipes.qbert_kd import qbert_kd
@@ -17,7 +21,11 @@ from qbert.distill.recipes.ternarybert import ternarybert
 from qbert.distill.recipes.tinybert import tinybert
 
 RECIPES: dict[str, Callable[[], Recipe]] = {
+    "bilstm": bilstm,
     "distilbert": distilbert,
+    "logits": logits,
+    "minilm": minilm,
+    "low_resource": low_resource,
     "pkd": pkd,
     "qat": qat,
     "qbert_kd": qbert_kd,
@@ -25,4 +33,16 @@ RECIPES: dict[str, Callable[[], Recipe]] = {
     "tinybert": tinybert,
 }
 
-__all__ = ["RECIPES", "distilbert", "pkd", "qat", "qbert_kd", "ternarybert", "tinybert"]
+__all__ = [
+    "RECIPES",
+    "bilstm",
+    "distilbert",
+    "logits",
+    "low_resource",
+    "minilm",
+    "pkd",
+    "qat",
+    "qbert_kd",
+    "ternarybert",
+    "tinybert",
+]

@@ -142,7 +142,7 @@ def encoder_layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
     for prefix, base in bases:
         for name, members in _layer_lists(base):
             stem = join_path(prefix, name) if len(bases) > 1 else name
-            layers += [(join_path(stem, str(i)), layer) for i, layer in enumerate(members)]
+            layers += [(join_path(stem, i), layer) for i, layer in members.named_children()]
     if not layers:
         raise ValueError(
             f"model: {type(model).__name__} has no nn.ModuleList of layers with nn.Linear inside; "
@@ -210,7 +210,8 @@ def _find_targets(model: nn.Module) -> list[Target]:
             role = HEAD_ROLE
         else:
             role = linear_role(local)
-        head_blocks = _heads_in_rows(module, role, heads.get(prefix or "", next(iter(heads.values()))))
+        known = heads.get(prefix or "", next(iter(heads.values())))
+        head_blocks = _heads_in_rows(module, role, _own_heads(model, path, known))
         aliases = (local,) if several and prefix else ()
         targets.append(Target(name, path, module, role, layer, head_blocks, aliases))
     return targets
@@ -260,7 +261,11 @@ def encoder_weights(model: nn.Module) -> list[EncoderWeight]:
 
 
 def linear_role(name: str) -> str:
-    """The role that the dotted name of a matrix inside an encoder tells; ``linear`` where it tells none."""
+    """The role that the dotted name of a matrix inside an encoder tells; ``linear`` where it tells none.
+
+    Of a map in factors (`qbert.encoders.factors`) the part that gives its outputs has the role of the whole.
+    """
+    name = re.sub(r"\.(whole|up)$", "", name)
     return next((role for pattern, role in _LINEAR_ROLES if re.search(pattern, name)), "linear")
 
 
@@ -317,6 +322,17 @@ def _heads_in_rows(module: nn.Module, role: str, heads: int | None) -> int | Non
         return None
     blocks = heads * 3 if role == "qkv" else heads
     return blocks if weight_matrix(module).shape[0] % blocks == 0 else None
+
+
+def _own_heads(model: nn.Module, path: str, known: int | None) -> int | None:
+    """Heads that the attention around the matrix at `path` says it has, or else those that the config says."""
+    parts = path.split(".")
+    for length in range(len(parts) - 1, max(len(parts) - 3, 0), -1):  # its module, or that of its factors
+        around = model.get_submodule(".".join(parts[:length]))
+        own = getattr(around, "num_attention_heads", None) or getattr(around, "n_heads", None)
+        if isinstance(own, int):
+            return own
+    return known
 
 
 def attention_heads(base: nn.Module) -> int | None:

@@ -18,8 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from qbert.encoders.factors import is_factored
 from qbert.encoders.parts import LayerParts
-from qbert.inference.fits import one_input
+from qbert.inference.fits import maps_of, one_input
 from qbert.inference.forward import reason_not_to_replace
 from qbert.kernels.cpu import CpuLinear
 from qbert.kernels.cpu.chains import FloatChain
@@ -35,7 +36,8 @@ class FusedLayers(nn.Module):
 
     def __init__(self, parts: Sequence[LayerParts], exact: bool = True) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(FusedLayer(p, exact) for p in parts)
+        made = {id(p.query): FusedLayer(p, exact) for p in {id(p.query): p for p in parts}.values()}
+        self.layers = nn.ModuleList(made[id(p.query)] for p in parts)  # one that is applied twice is prepared once
 
     def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
         """x float32 [B, T, H] to [B, T, H]; `mask` broadcasts to [B, heads, T, T], true or 0 where a key is seen."""
@@ -72,9 +74,9 @@ class FusedLayer(nn.Module):
     def forward(self, x: Tensor, batch: int, mask: Tensor | None) -> Tensor:
         """x [B T, H] to [B T, H]; `mask` as for `FusedLayers`."""
         tokens, width = x.shape
-        qkv = self.qkv(x).view(batch, tokens // batch, 3, self.heads, width // self.heads)
+        qkv = self.qkv(x).view(batch, tokens // batch, 3, self.heads, -1)
         query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # [B, heads, T, D] each
-        mixed = F.scaled_dot_product_attention(query, key, value, mask).transpose(1, 2).reshape(tokens, width)
+        mixed = F.scaled_dot_product_attention(query, key, value, mask).transpose(1, 2).reshape(tokens, -1)
         y = self.attention_output(mixed).add_(x)
         y = F.layer_norm(y, [width], self.norm1, self.shift1, self.eps1)
         hidden = self.activation(self.ffn_in(y))
@@ -160,7 +162,21 @@ def _table(table: Any) -> Tensor:
     return values.float().clone()  # type: ignore[no-any-return]
 
 
+class _Corrected(nn.Module):
+    """A whole map and a low-rank one of the same input, added: [T, I] to [T, O]."""
+
+    def __init__(self, whole: nn.Module, down: nn.Module, up: nn.Module) -> None:
+        super().__init__()
+        self.whole, self.down, self.up = whole, down, up
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.whole(x).add_(self.up(self.down(x)))  # type: ignore[no-any-return]
+
+
 def _chain(linear: Any, exact: bool) -> nn.Module:
+    if is_factored(linear):
+        chains = [_chain(part, exact) for part in maps_of(linear)]
+        return _Corrected(*chains) if len(chains) == 3 else nn.Sequential(*chains)
     if isinstance(linear, PackedLinear):
         return linear.cpu_linear(exact).chain
     # A copy, as of the norms.
