@@ -197,7 +197,7 @@ def _joined(parts: list[Any], exact: bool) -> CpuLinear:
         torch.arange(len(codes), device=codes.device),
         torch.cat(biases),
         max(p.layout.bits for p in parts),
-        **parts[0].activation_arguments(),
+        **parts[0].input_grid().options,
         exact=exact,
     )
 
