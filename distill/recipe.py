@@ -19,7 +19,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from qbert.bits import BitsConfig
+from qbert.bits import BitsConfig, TensorSpec
 from qbert.distill.features import check_feature
 from qbert.distill.losses import LOSSES, Loss
 from qbert.distill.mapping import LAYER_MAPS, LayerMap
@@ -159,7 +159,8 @@ class Recipe:
         refit_every: steps between two refits.
         freeze_at: part of the training after which step sizes stay as they are.
         dropout: whether the student trains with its dropout.
-        quantization: settings of `BitsConfig` that the recipe was made for, by number of bits ("2"), or for all ("*").
+        quantization: settings of `BitsConfig` that the recipe was made for, by number of bits ("2"), by bits and
+            rounding ("2, nearest"), or for all ("*").
         arguments: `TrainingArguments` the recipe was made with (learning_rate, num_train_epochs, ...).
     """
 
@@ -195,7 +196,8 @@ class Recipe:
         """The same bits with the recipe's quantizers, where `config` does not say otherwise."""
         rules = {}
         for pattern, settings in config.rules.items():
-            ours = self.quantization.get(str(settings["bits"]), {})
+            bits, rounding = settings["bits"], {**config.defaults, **settings}.get("rounding", TensorSpec.rounding)
+            ours = {**self.quantization.get(f"{bits}", {}), **self.quantization.get(f"{bits}, {rounding}", {})}
             rules[pattern] = {**{k: v for k, v in ours.items() if k not in config.defaults}, **settings}
         defaults = {**self.quantization.get("*", {}), **config.defaults}
         return BitsConfig(rules, embedding_bits=config.embedding_bits, **defaults)

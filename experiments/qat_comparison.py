@@ -4,20 +4,26 @@
     row, student, log = comparison.train("kd", seed=0)
     megabytes = save_packed(comparison, student)
 
-Plain QAT learns from the labels, KD-aware QAT from the teacher alone; rows, their order, steps and rate are the same.
+Plain QAT learns from the labels, KD-aware QAT from the teacher alone; both start from the same codes, and rows, their
+order, steps and rate are the same. Where unlabelled rows of other domains are asked for, KD-aware QAT has them in the
+place of a share of the task's rows.
 """
 
 from __future__ import annotations
 
 import argparse
+import random
 import shutil
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 METHODS = {"qat": "QAT", "kd": "KD-QAT", "float": "float, same steps"}
+POST_TRAINING = {"nearest": "PTQ", "compensated": "PTQ, compensated"}
 _EVALUATIONS = 3
 _CURVE_ROWS = 250
+_ROWS_ELSEWHERE = 1000
 
 
 class Comparison:
@@ -30,21 +36,56 @@ class Comparison:
 
     Attributes:
         reference: held-out result of the teacher.
+        elsewhere: other domains that students are scored on, each with the teacher's result.
     """
 
     def __init__(self, arguments: argparse.Namespace, recipe: Any, bits: Any, folder: Path) -> None:
+        from other_domains import other_domains
+        from ptq_table import calibration_batches
+
         from qbert.tasks import load_task, prepare
 
         self.arguments, self.recipe, self.folder = arguments, recipe, folder
-        self.default_bits, self.bits = bits, recipe.adapt(bits)
-        self.task = load_task(arguments.task, data_dir=arguments.data_dir)
+        self.bits = {name: recipe.adapt(with_rounding(bits, name)) for name in POST_TRAINING}
+        self.default_bits = with_rounding(bits, "nearest")
+        self.task = self.without_held_out(load_task(arguments.task, data_dir=arguments.data_dir))
         print(f"task: {self.task.describe()}")
         self.teacher, self.tokenizer = self.load_teacher()
-        self.specs = self.bits.resolve(self.teacher)
+        self.specs = bits.resolve(self.teacher)
         data = prepare(self.task, self.tokenizer, "train")
         self.examples, self.collate = self.training_rows(data.examples), data.collate
+        self.mixed = self.with_other_domains(self.examples)
+        self.batches = calibration_batches(
+            self.task, self.teacher, self.tokenizer, arguments.calibration_rows, arguments.seed
+        )
         self.reference = self.evaluate(self.teacher)
         print(f"teacher's {self.task.primary_metric}: {self.reference.primary:.2f}")
+        domains = other_domains(
+            self.task,
+            self.tokenizer,
+            data_dir=arguments.data_dir,
+            limit=arguments.eval_limit or _ROWS_ELSEWHERE,
+            choosing=bool(arguments.hold_out),
+        )
+        self.elsewhere = [(domain, domain.evaluate(self.teacher)) for domain in domains]
+        for domain, result in self.elsewhere:
+            print(f"on {domain.name}: {result.primary:.2f}")
+        self._made: dict[Any, Any] = {}
+
+    def without_held_out(self, task: Any) -> Any:
+        """The task itself, or with --hold-out rows of its training set in the place of the validation rows."""
+        if not self.arguments.hold_out:
+            return task
+        rows = task.rows("train")
+        if not self.arguments.hold_out < len(rows):
+            raise ValueError(f"--hold-out {self.arguments.hold_out} leaves none of {len(rows):,} rows to train on")
+        order = random.Random(0).sample(range(len(rows)), len(rows))
+        chosen = set(order[: self.arguments.hold_out])
+        splits = {
+            "train": [row for i, row in enumerate(rows) if i not in chosen],
+            "validation": [rows[i] for i in sorted(chosen)],
+        }
+        return replace(task, splits=splits, source=f"{task.source}, validation rows cut from its training rows")
 
     def training_rows(self, examples: list[Any]) -> list[Any]:
         """The rows that students learn from: long enough ones, at most as many as asked for, drawn by the seed."""
@@ -55,6 +96,26 @@ class Comparison:
         if not kept:
             raise ValueError(f"--min-tokens {fewest} leaves no row to train on; use a smaller number")
         return list(subset(kept, self.arguments.train_limit, self.arguments.seed))
+
+    def with_other_domains(self, examples: list[Any]) -> list[Any]:
+        """The rows of a method that needs no labels: of other domains where asked for, in the place of some."""
+        from other_domains import unlabelled_rows
+
+        from qbert.tasks.task import subset
+
+        if not self.arguments.unlabelled:
+            return examples
+        share = int(self.arguments.unlabelled_share * len(examples))
+        others = unlabelled_rows(
+            self.arguments.unlabelled,
+            self.task,
+            self.tokenizer,
+            share,
+            data_dir=self.arguments.data_dir,
+            seed=self.arguments.seed,
+        )
+        kept = subset(examples, len(examples) - share, self.arguments.seed)
+        return [{k: v for k, v in example.items() if k != "labels"} for example in (*kept, *others)]
 
     def load_teacher(self) -> tuple[Any, Any]:
         """(model, tokenizer): fine-tuned here, from the cache, or the given one as it is."""
@@ -70,9 +131,8 @@ class Comparison:
             arguments.model,
             device=arguments.device,
             epochs=arguments.teacher_epochs,
-            train_limit=arguments.train_limit,
+            train_limit=arguments.teacher_rows or arguments.train_limit,
             seed=arguments.seed,
-            bf16=arguments.bf16,
         )
         print(f"teacher: {tuned.path} ({'from the cache' if tuned.from_cache else f'tuned in {tuned.seconds:.0f} s'})")
         return tuned.model, tuned.tokenizer
@@ -85,41 +145,52 @@ class Comparison:
         split = self.task.evaluation_splits[0]
         return evaluate(model, self.task, self.tokenizer, split=split, limit=min(limits, default=None), progress=False)
 
-    def row(self, model: Any, seconds: float) -> dict[str, float]:
-        """Score, retention, likeness to the teacher and time of one student."""
+    def row(self, model: Any, seconds: float) -> dict[str, Any]:
+        """Score, retention and likeness to the teacher, here and on other domains, and time of one student."""
         from qbert.tasks.evaluation import fidelity
 
         result = self.evaluate(model)
         kind = getattr(getattr(self.teacher, "config", None), "problem_type", None)
-        likeness = fidelity(self.reference.logits, result.logits, kind)
-        return {
-            "score": result.primary,
-            "retention": 100 * result.primary / self.reference.primary if self.reference.primary else 0.0,
-            "agreement": likeness.agreement,
-            "divergence": likeness.divergence,
-            "seconds": seconds,
-        }
 
-    def post_training_row(self) -> dict[str, float]:
-        """The row without training: on the library's default grid or on the recipe's, whichever scores higher."""
-        from qbert import quantize_model
+        def likeness(wanted: Any, found: Any) -> dict[str, float]:
+            alike = fidelity(wanted.logits, found.logits, kind)
+            return {
+                "score": found.primary,
+                "retention": 100 * found.primary / wanted.primary if wanted.primary else 0.0,
+                "agreement": alike.agreement,
+                "divergence": alike.divergence,
+            }
 
+        elsewhere = {domain.name: likeness(wanted, domain.evaluate(model)) for domain, wanted in self.elsewhere}
+        return {**likeness(self.reference, result), "seconds": seconds, "elsewhere": elsewhere}
+
+    def post_training_row(self, rounding: str) -> dict[str, Any]:
+        """The row without training; of nearest rounding on the library's grid or the recipe's, by score."""
         rows = []
-        for bits in {self.default_bits, self.bits}:
+        for bits in dict.fromkeys([self.bits[rounding], *([self.default_bits] if rounding == "nearest" else [])]):
             start = time.monotonic()
-            student = quantize_model(self.teacher, bits)
+            student = self.quantized(bits)
             rows.append(self.row(student, time.monotonic() - start))
         return max(rows, key=lambda row: row["score"])
+
+    def quantized(self, bits: Any) -> Any:
+        """The teacher in these bits, made once."""
+        import copy
+
+        from qbert import quantize_model
+
+        if bits not in self._made:
+            data = self.batches if bits.defaults["rounding"] == "compensated" else None
+            self._made[bits] = quantize_model(self.teacher, bits, calibration_data=data)
+        return copy.deepcopy(self._made[bits])
 
     def student(self, method: str) -> Any:
         """A fresh student: quantized, or a float copy for the control."""
         import copy
 
-        from qbert import quantize_model
-
         if method == "float":
             return copy.deepcopy(self.teacher)
-        return quantize_model(self.teacher, self.bits)
+        return self.quantized(self.bits[self.arguments.start])
 
     def distiller(self, method: str, seed: int) -> Any:
         """The trainer of one method; all but recipe and seed are the same."""
@@ -151,7 +222,7 @@ class Comparison:
             student=self.student(method),
             recipe=recipe,
             args=settings,
-            train_dataset=self.examples,
+            train_dataset=self.mixed if method == "kd" else self.examples,
             data_collator=self.collate,
             processing_class=self.tokenizer,
             check_teacher=method == "kd",
@@ -173,7 +244,7 @@ class Comparison:
 
         return Scorer()
 
-    def train(self, method: str, seed: int) -> tuple[dict[str, float], Any, list[Any]]:
+    def train(self, method: str, seed: int) -> tuple[dict[str, Any], Any, list[Any]]:
         """(row, student, log) of one training, taken up again where it was interrupted if --resume was given."""
         from qbert.distill.checkpoint import last_good_checkpoint
 
@@ -204,11 +275,21 @@ class Comparison:
         return f"{'/'.join(map(str, sorted(bits)))} mixed" if len(bits) > 1 else str(*bits)
 
 
-def describe(name: str, row: dict[str, float]) -> str:
+def with_rounding(bits: Any, rounding: str) -> Any:
+    """The same configuration with this rounding wherever it does not say which."""
+    from qbert import BitsConfig
+
+    return BitsConfig(bits.rules, embedding_bits=bits.embedding_bits, **{"rounding": rounding, **bits.defaults})
+
+
+def describe(name: str, row: dict[str, Any]) -> str:
     """One line."""
+    elsewhere = "".join(
+        f"; on {name} {r['score']:.2f} ({r['retention']:.1f} %)" for name, r in row["elsewhere"].items()
+    )
     return (
-        f"{name}: {row['score']:.2f} ({row['retention']:.1f} % of the teacher), "
-        f"agreement {row['agreement']:.1f} %, divergence {row['divergence']:.4f}, {row['seconds']:.0f} s"
+        f"{name}: {row['score']:.2f} ({row['retention']:.1f} % of the teacher), agreement {row['agreement']:.1f} %, "
+        f"divergence {row['divergence']:.4f}, {row['seconds']:.0f} s{elsewhere}"
     )
 
 

@@ -4,10 +4,12 @@
     python experiments/qat_distill.py --bits 2 --task sst2 --data-dir DATA --train-limit 8000 --seeds 0 1 2
     python experiments/qat_distill.py --bits-config outputs/hessian_spectrum-reviews/bits.json
 
-The teacher is fine-tuned on the task (or loaded from the cache, or given: ``--no-fine-tune --model FOLDER``) and scored
-first. Plain QAT learns from the labels, KD-aware QAT from the teacher alone; both get the same rows in the same order,
-the same steps and the same learning rate, and the weights of the last step count. The first KD student is packed,
-saved, loaded again and scored again. ``qat_table.py`` puts several results together.
+The teacher is fine-tuned on the task (or loaded from the cache, or given: --no-fine-tune --model FOLDER) and scored
+first. Plain QAT learns from the labels, KD-aware QAT from the teacher alone. Both start from the same codes
+(compensated on training rows without labels, unless --start nearest) and get the same rows in the same order, the same
+steps and the same learning rate; the weights of the last step count. Where rows of another domain are at hand,
+students are scored there too. The first KD student is packed, saved, loaded again and scored again. qat_table.py puts
+several results together.
 Reference: Shen et al. 2020 (Q-BERT, the bits); Zhang et al. 2020 (TernaryBERT, distillation for QAT).
 """
 
@@ -19,7 +21,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from qat_comparison import METHODS, Comparison, describe, save_packed
+from qat_comparison import METHODS, POST_TRAINING, Comparison, describe, save_packed
 from qat_table import comparison_table
 
 from qbert.cli.arguments import add_task_arguments, positive, prepare_run, run_script
@@ -34,6 +36,19 @@ def parse_arguments() -> argparse.Namespace:
     bits.add_argument("--bits", type=int, default=4, help="bits of the encoder's matrices: 2, 3, 4 or 8; default: 4")
     bits.add_argument("--bits-config", help="JSON file with bits by layer, as the spectrum experiment writes it")
     parser.add_argument("--recipe", default="qbert_kd", help="what the student learns from; default: qbert_kd")
+    parser.add_argument(
+        "--start",
+        choices=list(POST_TRAINING),
+        default="compensated",
+        help="codes that training starts from; default: compensated",
+    )
+    parser.add_argument(
+        "--calibration-rows", type=positive, default=384, help="training rows for compensated rounding; default: 384"
+    )
+    parser.add_argument("--unlabelled", nargs="+", default=[], help="tasks or text folders to distil on as well")
+    parser.add_argument(
+        "--unlabelled-share", type=float, default=0.25, help="share of those among the rows of KD-QAT; default: 0.25"
+    )
     parser.add_argument("--seeds", type=int, nargs="+", help="seeds of data order and dropout; default: that of --seed")
     parser.add_argument("--epochs", type=float, default=2.0, help="passes over the rows for QAT and KD-QAT; default: 2")
     parser.add_argument("--batch-size", type=positive, default=16, help="rows a step; default: 16")
@@ -41,9 +56,14 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--no-fine-tune", action="store_true", help="--model is a tuned teacher; use it as it is")
     parser.add_argument("--teacher-epochs", type=positive, help="passes for the teacher; default: by task")
     parser.add_argument("--train-limit", type=positive, help="train students, and the teacher, on this many rows")
+    parser.add_argument("--teacher-rows", type=positive, help="train the teacher on this many; default: --train-limit")
     parser.add_argument("--min-tokens", type=positive, help="train students on rows of at least this many tokens")
-    parser.add_argument("--bf16", action="store_true", help="train in bfloat16, where the device computes it")
+    parser.add_argument("--bf16", action="store_true", help="train students in bfloat16, where the device does")
     parser.add_argument("--eval-limit", type=positive, help="score on at most this many rows")
+    parser.add_argument(
+        "--hold-out", type=positive, help="score on this many training rows instead, to choose settings by"
+    )
+    parser.add_argument("--methods", nargs="+", choices=list(METHODS), help="what to train; default: kd qat")
     parser.add_argument("--float-control", action="store_true", help="also train a float student for the same steps")
     parser.add_argument("--resume", action="store_true", help="go on where an interrupted run of this command stopped")
     parser.add_argument("--report", help="Markdown file to write; default: OUTPUT_DIR/qat.md")
@@ -71,7 +91,11 @@ def check_request(arguments: argparse.Namespace) -> tuple[Any, Any]:
         raise ValueError(f"--learning-rate {arguments.learning_rate:g} is not possible; use a number such as 1e-4")
     if len(set(arguments.seeds)) < len(arguments.seeds):
         raise ValueError(f"--seeds {' '.join(map(str, arguments.seeds))} names a seed twice; name each once")
+    if not 0 < arguments.unlabelled_share < 1:
+        raise ValueError(f"--unlabelled-share {arguments.unlabelled_share:g} is not possible; use a share such as 0.25")
     recipe = RECIPES[arguments.recipe]()
+    if arguments.unlabelled and any(stage.uses_labels for stage in recipe.stages):
+        raise ValueError(f"--unlabelled: recipe {arguments.recipe} learns from labels; use one that does not")
     if arguments.bits_config:
         if not Path(arguments.bits_config).is_file():
             raise FileNotFoundError(f"--bits-config {arguments.bits_config} is no file; write one with BitsConfig.save")
@@ -103,7 +127,11 @@ def asked_of(comparison: Comparison) -> dict[str, Any]:
         "bfloat16": arguments.bf16,
         "learning rate": arguments.learning_rate or comparison.recipe.arguments["learning_rate"],
         "recipe": arguments.recipe,
-        "bits": comparison.bits.to_dict(),
+        "start": arguments.start,
+        "calibration rows": arguments.calibration_rows,
+        "unlabelled": {"from": arguments.unlabelled, "share": arguments.unlabelled_share},
+        "rows held out": arguments.hold_out,
+        "bits": comparison.bits[arguments.start].to_dict(),
         "evaluation limit": arguments.eval_limit,
     }
 
@@ -125,11 +153,11 @@ def main() -> None:
     check_bf16(arguments.bf16, torch.device(arguments.device))
     comparison = Comparison(arguments, recipe, bits, folder)
     results = Record(folder / "results.json", asked_of(comparison), resume=arguments.resume)
-    if "PTQ" not in results:
-        row = comparison.post_training_row()
-        results.add("PTQ", row, **heading(comparison))
-    print(describe("post-training quantization", results["PTQ"][0]))
-    methods = ["kd", "qat"] + (["float"] if arguments.float_control else [])
+    for rounding, name in POST_TRAINING.items():
+        if name not in results:
+            results.add(name, comparison.post_training_row(rounding), **heading(comparison))
+        print(describe(name, results[name][0]), flush=True)
+    methods = arguments.methods or ["kd", "qat"] + (["float"] if arguments.float_control else [])
     done = {(method, row["seed"]) for method in methods for row in results[METHODS[method]]}
     left = [(method, seed) for seed in arguments.seeds for method in methods if (method, seed) not in done]
     print_cost(comparison, left)
@@ -153,6 +181,8 @@ def heading(comparison: Comparison) -> dict[str, Any]:
     arguments = comparison.arguments
     rows = f"{len(comparison.examples):,} rows"
     rows += f" of at least {arguments.min_tokens} tokens" if arguments.min_tokens else ""
+    if arguments.unlabelled:
+        rows += f" ({arguments.unlabelled_share:.0%} of those of KD-QAT from {' and '.join(arguments.unlabelled)})"
     steps = f"{rows}, {arguments.epochs:g} epochs of batches of {arguments.batch_size}"
     rate = arguments.learning_rate or comparison.recipe.arguments["learning_rate"]
     return {
@@ -160,8 +190,9 @@ def heading(comparison: Comparison) -> dict[str, Any]:
         "data": comparison.task.describe(),
         "metric": comparison.task.primary_metric,
         "widths": comparison.widths(),
-        "budget": f"{steps}, rate {rate:g}, recipe {arguments.recipe}, {comparison.bits}",
+        "budget": f"{steps}, rate {rate:g}, recipe {arguments.recipe}, {comparison.bits[arguments.start]}",
         "teacher": comparison.reference.primary,
+        "elsewhere": {domain.name: result.primary for domain, result in comparison.elsewhere},
         "float MB": sum(p.numel() * p.element_size() for p in comparison.teacher.parameters()) / 1e6,
         "made by": provenance(),
     }

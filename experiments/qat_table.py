@@ -3,7 +3,8 @@
     python experiments/qat_table.py outputs/qat-*/results.json --report experiments/results/qat.md
 
 Mean and standard deviation are over seeds. A gain is the mean over seeds of the difference between two methods of the
-same seed (same data order), with its standard error.
+same seed (same data order), with its standard error; that over post-training quantization is over the compensated one
+where it was scored. Elsewhere: percent of the teacher's score on rows of another domain.
 """
 
 from __future__ import annotations
@@ -13,13 +14,16 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-from qat_comparison import METHODS
+from qat_comparison import METHODS, POST_TRAINING
 
 from qbert.cli.arguments import run_script
 
 _COLUMNS = (("score", 2, ""), ("retention", 1, " %"), ("agreement", 1, " %"), ("divergence", 4, ""))
-_METHODS = ("PTQ", "QAT", "KD-QAT")
-_SUMMARY = ("task", "bits", "teacher", *_METHODS, "KD retention", "KD - QAT", "KD - PTQ", "divergence QAT / KD", "MB")
+_ELSEWHERE = [column for column in _COLUMNS if column[0] != "agreement"]
+_METHODS = (*POST_TRAINING.values(), "QAT", "KD-QAT")
+_LAST = ("PTQ, compensated", "QAT", "KD-QAT")
+_SUMMARY = ("task", "bits", "teacher", *_METHODS, "KD retention", "KD - QAT", "KD - PTQ")
+_COMPARED = ("divergence", "elsewhere")  # of the three last methods
 _PANELS_A_ROW = 3
 _DEPTH = 12  # % of the teacher's score that a panel shows below the worst trained student
 
@@ -48,40 +52,58 @@ def comparison_table(contents: list[dict[str, Any]]) -> tuple[list[str], list[li
     """(header, lines): teacher and every method of each result, mean and spread over the seeds."""
     names = list(dict.fromkeys(f"{c['task']} {c['metric']}" for c in contents))
     header = ["" if len(names) == 1 else "method", names[0] if len(names) == 1 else "score"]
-    header += ["retention", "agreement", "divergence", "MB", "seconds", "seeds"]
+    header += ["retention", "agreement", "divergence"]
+    others = list(dict.fromkeys(name for c in contents for name in c.get("elsewhere", ())))
+    for name in others:
+        header += [name, f"{name}: retention", f"{name}: divergence"]
+    header += ["MB", "seconds", "seeds"]
     lines = []
     for content in contents:
-        lines.append(
-            ["teacher", f"{content['teacher']:.2f}", "100 %", "100 %", "0", f"{content['float MB']:.1f}", "", ""]
-        )
-        for name in ("PTQ", *METHODS.values()):
+        known = content.get("elsewhere", {})
+        line = ["teacher", f"{content['teacher']:.2f}", "100 %", "100 %", "0"]
+        for other in others:
+            line += [f"{known[other]:.2f}", "100 %", "0"] if other in known else [""] * 3
+        lines.append([*line, f"{content['float MB']:.1f}", "", ""])
+        for name in (*POST_TRAINING.values(), *METHODS.values()):
             rows = content["rows"].get(name)
             if not rows:
                 continue
             size = content["float MB"] if name == METHODS["float"] else content.get("packed MB")
             cells = [spread([r[key] for r in rows], digits) + unit for key, digits, unit in _COLUMNS]
+            for other in others:
+                there = [r["elsewhere"][other] for r in rows if other in r.get("elsewhere", ())]
+                cells += [spread([r[key] for r in there], d) + unit if there else "" for key, d, unit in _ELSEWHERE]
             seconds = f"{fmean(r['seconds'] for r in rows):.0f}"
-            lines.append(
-                [name, *cells, f"{size:.1f}" if size else "", seconds, "" if name == "PTQ" else str(len(rows))]
-            )
+            seeds = "" if name in POST_TRAINING.values() else str(len(rows))
+            lines.append([name, *cells, f"{size:.1f}" if size else "", seconds, seeds])
     return header, lines
 
 
 def summary_table(contents: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
     """(header, lines): one line a result."""
     lines = []
+    trained = " / ".join(_LAST)
     for content in contents:
         rows = content["rows"]
         scores = [spread([r["score"] for r in rows[name]], 2) if rows.get(name) else "" for name in _METHODS]
-        off = [f"{fmean(r['divergence'] for r in rows[name]):.3f}" for name in ("QAT", "KD-QAT") if rows.get(name)]
+        off = [f"{fmean(r['divergence'] for r in rows[name]):.3f}" if rows.get(name) else "-" for name in _LAST]
         retention = spread([r["retention"] for r in rows["KD-QAT"]], 1) + " %" if rows.get("KD-QAT") else ""
         size = f"{content['packed MB']:.1f}" if "packed MB" in content else ""
         task = f"{content['task']} ({content['metric']})"
-        gains = [paired(rows, "KD-QAT", "QAT"), paired(rows, "KD-QAT", "PTQ")]
-        lines.append(
-            [task, content["widths"], f"{content['teacher']:.2f}", *scores, retention, *gains, " / ".join(off), size]
-        )
-    return list(_SUMMARY), lines
+        untrained = next((name for name in reversed(POST_TRAINING.values()) if rows.get(name)), "PTQ")
+        gains = [paired(rows, "KD-QAT", "QAT"), paired(rows, "KD-QAT", untrained)]
+        line = [task, content["widths"], f"{content['teacher']:.2f}", *scores, retention, *gains]
+        lines.append([*line, " / ".join(off), _retained_elsewhere(content), size])
+    return [*_SUMMARY, *(f"{name}, {trained}" for name in _COMPARED), "MB"], lines
+
+
+def _retained_elsewhere(content: dict[str, Any]) -> str:
+    """Percent of the teacher's score of the last three methods on each other domain."""
+    parts = []
+    for other in content.get("elsewhere", ()):
+        kept = [[r["elsewhere"][other]["retention"] for r in content["rows"].get(name, ())] for name in _LAST]
+        parts.append(f"{other} " + " / ".join(f"{fmean(values):.1f}" if values else "-" for values in kept))
+    return "; ".join(parts)
 
 
 def plot(contents: list[dict[str, Any]], path: Path) -> None:
@@ -112,14 +134,16 @@ def _panel(axis: Any, contents: list[dict[str, Any]]) -> None:
     trained = [100.0]
     collapsed = []
     axis.axhline(100, color="gray", linewidth=0.8, linestyle="--")
-    for shift, name in zip((-0.08, 0.0, 0.08), _METHODS, strict=True):
+    for shift, name in zip((-0.12, -0.04, 0.04, 0.12), _METHODS, strict=True):
         values = [[r["retention"] for r in c["rows"].get(name, [])] for c in contents]
         x = [i + shift for i, v in enumerate(values) if v]
         y = [fmean(v) for v in values if v]
         error = [stdev(v) if len(v) > 1 else 0.0 for v in values if v]
         line = axis.errorbar(x, y, yerr=error, marker="o", capsize=3, label=name)[0]
-        trained += y if name != "PTQ" else []
-        collapsed += [(place, share, line.get_color()) for place, share in zip(x, y, strict=True) if name == "PTQ"]
+        if name not in POST_TRAINING.values():
+            trained += y
+            continue
+        collapsed += [(place, share, line.get_color()) for place, share in zip(x, y, strict=True)]
     bottom, top = axis.get_ylim()
     bottom = max(bottom, min(trained) - _DEPTH)
     axis.set_ylim(bottom, top)

@@ -29,6 +29,6 @@ def qbert_kd(*, temperature: float = 1.0, hidden: float = 1.0, scores: float = 1
         stages=(Stage("distillation", matches),),
         steps="learned",
         dropout=False,
-        quantization={"2": {"scheme": "midrise"}},
+        quantization={"2, nearest": {"scheme": "midrise"}},
         arguments={"learning_rate": 1e-4, "num_train_epochs": 3, "warmup_steps": 0.1},
     )

@@ -10,6 +10,7 @@ import transformers as tf
 from distilling import distiller, rows
 from encoders import build
 
+import qbert
 from qbert.distill import Match, Recipe, Stage, recipes
 
 SMALL = {
@@ -111,3 +112,13 @@ def test_only_states_can_be_projected(feature: str) -> None:
 def test_relations_of_several_numbers_of_heads_are_refused() -> None:
     with pytest.raises(ValueError, match="relations of several numbers of heads"):
         Stage("r", tuple(Match(f"relations.{n}", options={"heads": h}) for n, h in (("query", 4), ("key", 6))))
+
+
+def test_a_grid_for_nearest_rounding_is_not_taken_for_compensated_codes() -> None:
+    for rounding, scheme in (("nearest", "midrise"), ("compensated", "asymmetric")):
+        for config in (
+            qbert.BitsConfig(2, rounding=rounding),
+            qbert.BitsConfig({"*": {"bits": 2, "rounding": rounding}}),
+        ):
+            specs = recipes.qbert_kd().adapt(config).resolve(build("bert")).values()
+            assert {spec.scheme for spec in specs if spec.bits == 2} == {scheme}

@@ -14,7 +14,7 @@ from scripts import EXPERIMENTS, run_here
 from tiny_tasks import sentiment_rows, tiny_encoder, write_task
 
 from qbert.distill.progress import curves_of, save_curves
-from qbert.tasks import build_model
+from qbert.tasks import build_model, load_task
 from qbert.tasks.evaluation import fidelity
 
 SCRIPT = EXPERIMENTS / "qat_distill.py"
@@ -30,6 +30,8 @@ SCRIPT = EXPERIMENTS / "qat_distill.py"
         (["--seeds", "3", "3"], "--seeds 3 3 names a seed twice"),
         (["--no-fine-tune"], "--no-fine-tune needs --model"),
         (["--learning-rate", "7"], "--learning-rate 7 is not possible"),
+        (["--unlabelled", "cola", "--unlabelled-share", "1"], "--unlabelled-share 1 is not possible"),
+        (["--unlabelled", "cola", "--recipe", "pkd"], "recipe pkd learns from labels"),
         (["--device", "gpu9"], "--device gpu9 is not usable here"),
         (["--task", "nothing", "--data-dir", "."], "nothing"),
     ],
@@ -94,12 +96,88 @@ def test_the_comparison_from_end_to_end(tmp_path: Path) -> None:
     assert again.returncode == 0, again.stderr[-2000:]
     assert "KD-QAT, seed 0, from" in again.stdout and "loaded again it scores" in again.stdout
     results = json.loads((tmp_path / "results.json").read_text())
-    assert set(results["rows"]) == {"PTQ", "QAT", "KD-QAT"} and results["widths"] == "3"
+    assert set(results["rows"]) == {"PTQ", "PTQ, compensated", "QAT", "KD-QAT"} and results["widths"] == "3"
+    assert results["asked"]["bits"]["rounding"] == "compensated"
+    assert set(results["rows"]["QAT"][0]["elsewhere"]) == {"reviews"}  # an SST-2 model, on the embedded reviews
     assert f"KD-QAT: {results['rows']['KD-QAT'][0]['score']:.2f}" in done.stdout
     assert (tmp_path / "curves.png").stat().st_size > 5000 and "| teacher |" in (tmp_path / "qat.md").read_text()
     assert not list(tmp_path.glob("*/checkpoint-*"))
     foreign = run(*shared, "--epochs", "2", "--resume")
     assert foreign.returncode == 2 and "was made with another epochs" in foreign.stderr
+
+
+def test_students_start_from_the_codes_asked_for_and_score_where_asked(tmp_path: Path) -> None:
+    tiny_encoder(tmp_path / "encoder")
+    rows = sentiment_rows(64)
+    write_task(tmp_path / "data", "sst2", {"train.jsonl": rows, "dev.jsonl": rows[:4]})
+    (tmp_path / "data" / "prose").mkdir()
+    (tmp_path / "data" / "prose" / "a.txt").write_text(
+        "the book was bright and kind to anna smith in paris . rome .\n" * 40
+    )
+    shared = ["--model", str(tmp_path / "encoder"), "--task", "sst2", "--data-dir", str(tmp_path / "data")]
+    shared += ["--train-limit", "16", "--teacher-rows", "32", "--teacher-epochs", "1", "--epochs", "1", "--bits", "2"]
+    for start in ("nearest", "compensated"):
+        more = ["--start", start, "--hold-out", "24", "--methods", "kd", "--unlabelled", "prose", "--eval-limit", "20"]
+        done = run_here(
+            SCRIPT.name, *shared, *more, "--output-dir", str(tmp_path / start), QBERT_CACHE=str(tmp_path / "cache")
+        )
+        assert done.returncode == 0, done.stderr[-2000:]
+        results = json.loads((tmp_path / start / "results.json").read_text())
+        assert set(results["rows"]) == {"PTQ", "PTQ, compensated", "KD-QAT"}
+        assert results["asked"]["bits"]["rounding"] == start
+        assert (
+            "40 train, 24 validation rows" in results["data"]
+            and "25% of those of KD-QAT from prose" in results["budget"]
+        )
+
+
+def test_another_domain_is_scored_with_its_own_classes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(EXPERIMENTS))
+    domains = importlib.import_module("other_domains")
+    pairs = [
+        {"premise": r["sentence"], "hypothesis": r["sentence"], "label": i % 3}
+        for i, r in enumerate(sentiment_rows(12))
+    ]
+    entailed = [{"sentence1": r["premise"], "sentence2": r["hypothesis"], "label": i % 2} for i, r in enumerate(pairs)]
+    files = {"train.jsonl": pairs, "dev_matched.jsonl": pairs, "dev_mismatched.jsonl": pairs}
+    write_task(tmp_path, "mnli", files)
+    write_task(tmp_path, "rte", {"train.jsonl": entailed, "dev.jsonl": entailed})
+    task = load_task("mnli", data_dir=tmp_path)
+    model, tokenizer = build_model(task, str(tiny_encoder(tmp_path / "encoder")))
+    torch.nn.init.zeros_(model.classifier.weight)
+    model.classifier.bias.data = torch.tensor([0.0, 0.0, 1.0])  # contradiction, which is no entailment
+    found = {d.name: d.evaluate(model).primary for d in domains.other_domains(task, tokenizer, data_dir=str(tmp_path))}
+    assert found == {"mismatched": pytest.approx(100 / 3), "rte": pytest.approx(50.0)}
+
+
+def test_rows_of_another_domain_that_are_not_at_hand_are_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.syspath_prepend(str(EXPERIMENTS))
+    pairs = [{"sentence1": r["sentence"], "sentence2": r["sentence"], "label": 1} for r in sentiment_rows(4)]
+    write_task(tmp_path, "mrpc", {"train.jsonl": pairs, "dev.jsonl": pairs})
+    task = load_task("mrpc", data_dir=tmp_path)
+    _, tokenizer = build_model(task, str(tiny_encoder(tmp_path / "encoder")))
+    assert importlib.import_module("other_domains").other_domains(task, tokenizer, data_dir=str(tmp_path)) == []
+    assert "nothing is scored on qqp" in capsys.readouterr().out
+
+
+def test_unlabelled_rows_come_from_every_source_in_equal_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(EXPERIMENTS))
+    unlabelled_rows = importlib.import_module("other_domains").unlabelled_rows
+    write_task(tmp_path, "sst2", {"train.jsonl": sentiment_rows(12), "dev.jsonl": sentiment_rows(4)})
+    (tmp_path / "prose").mkdir()
+    broken = "Too short . The book of @-@ anna <unk> is left out because of a hole .\n"
+    whole = "The well @-@ known guide was kind to anna in the city of rome .\n"
+    (tmp_path / "prose" / "a.txt").write_text((broken + whole) * 9)
+    task = load_task("sst2", data_dir=tmp_path)
+    _, tokenizer = build_model(task, str(tiny_encoder(tmp_path / "encoder")))
+    rows = unlabelled_rows(["prose", "sst2"], task, tokenizer, 17, data_dir=str(tmp_path))
+    assert len(rows) == 17 and not any("labels" in row for row in rows)
+    text = tokenizer("The well-known guide was kind to anna in the city of rome .")["input_ids"]
+    assert sum(row["input_ids"] == text for row in rows) == 8
+    with pytest.raises(ValueError, match="prose has 9 rows, fewer than the 10"):
+        unlabelled_rows(["prose"], task, tokenizer, 10, data_dir=str(tmp_path))
 
 
 def _result(task: str, widths: str, scores: dict[str, list[float]]) -> dict[str, Any]:
