@@ -86,7 +86,11 @@ def test_a_sandwich_has_the_teachers_depth_and_its_first_and_last_layer_once() -
 
 def test_the_best_choice_stores_what_it_applies() -> None:
     table = DepthTable((Choice((0, 1, 1, 2), 0.1, 90.0), Choice((0, 2), 0.2, 80.0)))
-    assert table.best.layers == (0, 2) and "0 1 1 2" in str(table).splitlines()[1]
+    assert (
+        table.best.layers == (0, 2)
+        and table.best_sandwich.layers == (0, 1, 1, 2)
+        and "0 1 1 2" in str(table).splitlines()[1]
+    )
 
 
 def test_layers_are_given_back_after_an_error() -> None:
