@@ -122,6 +122,20 @@ class DepthTable:
         """The nearest one that applies no layer twice."""
         return next(choice for choice in self.choices if choice.sets == len(choice.layers))
 
+    @property
+    def best_sandwich(self) -> Choice:
+        """The nearest one that applies a layer several times (`qbert.encoders.sharing.share` makes it)."""
+        return next(choice for choice in self.choices if choice.sets < len(choice.layers))
+
+    def to_list(self) -> list[tuple[list[int], float, float | None]]:
+        """Plain JSON values: (layers, divergence, agreement) of every choice."""
+        return [(list(choice.layers), choice.divergence, choice.agreement) for choice in self.choices]
+
+    @classmethod
+    def from_list(cls, rows: Iterable[Sequence[Any]]) -> DepthTable:
+        """What `to_list` gave."""
+        return cls(tuple(Choice(tuple(layers), divergence, agreement) for layers, divergence, agreement in rows))
+
     def __str__(self) -> str:
         width = max(len("layers applied"), *(2 * len(choice.layers) for choice in self.choices))
         lines = [f"{'layers applied':<{width}}  stored  divergence  agreement"]
