@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 from qbert.distill.recipe import Recipe
 from qbert.distill.recipes.distilbert import distilbert
+from qbert.distill.recipes.movement import movement
 from qbert.distill.recipes.pkd import pkd
 from qbert.distill.recipes.qat import qat
 from qbert.distill.recipes.qbert_kd import qbert_kd
@@ -18,6 +19,7 @@ from qbert.distill.recipes.tinybert import tinybert
 
 RECIPES: dict[str, Callable[[], Recipe]] = {
     "distilbert": distilbert,
+    "movement": movement,
     "pkd": pkd,
     "qat": qat,
     "qbert_kd": qbert_kd,
@@ -25,4 +27,4 @@ RECIPES: dict[str, Callable[[], Recipe]] = {
     "tinybert": tinybert,
 }
 
-__all__ = ["RECIPES", "distilbert", "pkd", "qat", "qbert_kd", "ternarybert", "tinybert"]
+__all__ = ["RECIPES", "distilbert", "movement", "pkd", "qat", "qbert_kd", "ternarybert", "tinybert"]

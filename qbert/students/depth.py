@@ -15,6 +15,7 @@ from torch import nn
 
 from qbert.encoders.structure import changes, of_layers, replace_record
 from qbert.encoders.targets import base_model, main_layers
+from qbert.encoders.zeros import note_zeros, noted_zeros
 
 Model = TypeVar("Model", bound=nn.Module)
 _DEPTH_NAMES = ("num_hidden_layers", "n_layers")
@@ -55,6 +56,8 @@ def student_with_layers(teacher: Model, layers: Sequence[int]) -> Model:
     kept = cast(nn.ModuleList, getattr(parent, list_name))
     setattr(parent, list_name, nn.ModuleList(copy.deepcopy(kept[i]) for i in layers))
     replace_record(student, of_layers(changes(teacher), stem, found, layers))
+    (zeros,) = of_layers([{"change": "zeros", "names": noted_zeros(teacher)}], stem, found, layers)
+    note_zeros(student, zeros["names"])
     for holder in (base, student):
         for name in _DEPTH_NAMES:
             if hasattr(getattr(holder, "config", None), name):
