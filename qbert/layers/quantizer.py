@@ -58,9 +58,11 @@ class WeightQuantizer(nn.Module):
     Attributes:
         scale, zero: [G, K] float32 parameters; the scale is trained after `learn(True)`, with LSQ's gradient factor.
         row_group: [O] int64 buffer.
+        uses: how often the weight is applied in one pass; the gradients of its scale then are a mean over those uses.
     """
 
     row_group: Tensor
+    uses: int = 1
 
     def __init__(self, row_group: Tensor, input_groups: int, spec: TensorSpec) -> None:
         super().__init__()
@@ -172,9 +174,9 @@ class WeightQuantizer(nn.Module):
         self.find(weight)
 
     def gradient_factor(self, weight: Tensor) -> float:
-        """LSQ's 1 / sqrt(N q_max) for groups of N weights on average (Esser et al. 2020, section 2.2)."""
+        """LSQ's 1 / sqrt(N q_max) for groups of N weights on average (Esser et al. 2020, section 2.2), by the uses."""
         per_group = self.row_group.numel() * weight.shape[-1] / self.scale.numel()
-        return float((per_group * max(self.qmax, 1)) ** -0.5)
+        return float((per_group * max(self.qmax, 1)) ** -0.5) / self.uses
 
     @torch.no_grad()
     def codes(self, weight: Tensor) -> Tensor:
