@@ -23,6 +23,7 @@ _HOME = {
     "TensorSpec": "qbert.bits",
     "allocate_bits": "qbert.allocation.allocate",
     "bit_shares": "qbert.allocation.allocate",
+    "compress": "qbert.compression",
     "export_onnx": "qbert.onnx",
     "HessianSpectrum": "qbert.hessian",
     "hessian_spectrum": "qbert.hessian",
@@ -45,6 +46,7 @@ __all__ = [
     "__version__",
     "allocate_bits",
     "bit_shares",
+    "compress",
     "export_onnx",
     "hessian_spectrum",
     "load",
@@ -63,6 +65,7 @@ if TYPE_CHECKING:
     from qbert.allocation.front import pareto
     from qbert.allocation.sensitivity import sensitivity
     from qbert.bits import BitsConfig, TensorSpec
+    from qbert.compression import compress
     from qbert.hessian import HessianSpectrum, hessian_spectrum
     from qbert.inference.cpu import optimize_for_inference
     from qbert.onnx import export_onnx
