@@ -39,6 +39,7 @@ _HOME = {
     "quantize_model": "qbert.quantize",
     "save_trainable": "qbert.saving.trainable",
     "sensitivity": "qbert.allocation.sensitivity",
+    "shrink": "qbert.shrinking",
     "unpack": "qbert.packing",
 }
 _ROOMS = ("allocation", "distill", "hessian", "kernels", "pipeline", "students", "tasks")
@@ -65,6 +66,7 @@ __all__ = [
     "quantize_model",
     "save_trainable",
     "sensitivity",
+    "shrink",
     "unpack",
 ]
 
@@ -73,6 +75,7 @@ if TYPE_CHECKING:
     from qbert.allocation.front import pareto
     from qbert.allocation.sensitivity import sensitivity
     from qbert.bits import BitsConfig, TensorSpec
+    from qbert.shrinking import shrink
     from qbert.hessian import HessianSpectrum, hessian_spectrum
     from qbert.inference.cpu import optimize_for_inference
     from qbert.onnx import export_onnx

@@ -37,7 +37,8 @@ class Call:
     Attributes:
         module: the module.
         input: what it read: [..., I], or ids [...] of a table.
-        gradient: of z^T y in what it returned, [..., O]; zero at padding that nothing reads.
+        gradient: of z^T y in what it returned, [..., O]; zero at padding that nothing reads. Where one call serves all
+            samples, as that of a table of positions, it is their sum, which serves as well: they have independent z.
     """
 
     module: nn.Module
