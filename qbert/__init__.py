@@ -75,7 +75,6 @@ if TYPE_CHECKING:
     from qbert.allocation.front import pareto
     from qbert.allocation.sensitivity import sensitivity
     from qbert.bits import BitsConfig, TensorSpec
-    from qbert.shrinking import shrink
     from qbert.hessian import HessianSpectrum, hessian_spectrum
     from qbert.inference.cpu import optimize_for_inference
     from qbert.onnx import export_onnx
@@ -85,6 +84,7 @@ if TYPE_CHECKING:
     from qbert.quantize import quantize_model
     from qbert.saving.hf import load
     from qbert.saving.trainable import save_trainable
+    from qbert.shrinking import shrink
     from qbert.sizes import model_size
     from qbert.students.lowrank import factorize
     from qbert.students.pruned import prune

@@ -39,7 +39,7 @@ from qbert.calibration import Batch, check_batches, input_moments
 from qbert.encoders.targets import HEAD_ROLE, Target, base_models, find_targets, targets_found_once
 from qbert.encoders.weights import stored
 from qbert.layers.quantizer import WeightQuantizer
-from qbert.layers.tables import Directions, TableUse, part_specs, row_errors, row_widths, rounded_rows
+from qbert.layers.tables import Directions, TableUse, part_specs, rounded_rows, row_errors, row_widths
 from qbert.outputs import Call, output_gradients
 from qbert.quantizers.groups import group_layout, row_groups
 from qbert.sizes import FILE_FRAME_BYTES, header_bytes, model_size, quantized_header_bytes, tensor_bytes

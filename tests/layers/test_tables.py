@@ -13,7 +13,7 @@ from transformers import AutoModel, AutoModelForSequenceClassification
 
 import qbert
 from qbert.bits import TensorSpec
-from qbert.layers.tables import LowRankTable, MixedTable, TableUse, fill_table, low_rank, row_widths, rounded_rows
+from qbert.layers.tables import LowRankTable, MixedTable, TableUse, fill_table, low_rank, rounded_rows, row_widths
 from qbert.layers.tables import empty_table as empty
 from qbert.quantize import quantize_model
 from qbert.usage import expected_shares, table_uses
