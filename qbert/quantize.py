@@ -30,7 +30,7 @@ from qbert.layers.tables import TableUse, open_tables, part_specs
 from qbert.quantizers.activations import ActivationQuantizer
 from qbert.quantizers.groups import group_layout
 from qbert.quantizers.ranges import GroupRanges
-from qbert.quantizers.rounding import bias_change, centred
+from qbert.quantizers.rounding import bias_change
 from qbert.rounded import RoundedLayers
 from qbert.usage import table_uses
 
@@ -299,7 +299,7 @@ class _Conversions:
         modules = [self.model.get_submodule(path) for path, _, _ in members]
         matrix = weight_matrix(modules[0]).detach()
         bias = getattr(modules[0], "bias", None) if len(modules) == 1 else None
-        metric = moment.value if bias is None else centred(moment.value, moment.mean)
+        metric = moment.value if bias is None else moment.covariance
         quantizer = _quantizer(*members[0][1:], matrix)
         rounded = quantizer.compensate(matrix, metric.to(matrix.device))
         found = {

@@ -208,7 +208,7 @@ def test_weights_are_the_nearest_to_the_given_ones_that_have_the_codes(
 
 def test_a_student_starts_as_far_from_its_teacher_as_the_packed_compensated_model(tmp_path: Any) -> None:
     teacher, data = build("bert").eval(), batches("bert")
-    teacher.classifier.weight.data *= 200  # outputs that differ
+    teacher.classifier.weight.data *= 1000  # outputs that differ
     student = qbert.quantize_model(teacher, qbert.BitsConfig(2, groups=16, **COMPENSATED), calibration_data=data)
     packed = qbert.pack(student.eval())
     trainer = distiller(tmp_path, teacher=teacher, student=student, max_steps=1)
@@ -392,6 +392,17 @@ def test_activations_that_are_not_finite_change_nothing(inplace: bool) -> None:
         )
     assert not linears(model) and not any(m._forward_pre_hooks for m in model.modules())
     assert all(torch.equal(p.nan_to_num(), before[n].nan_to_num()) for n, p in model.named_parameters())
+
+
+def test_the_covariance_of_inputs_that_hardly_vary_is_exact() -> None:
+    generator = torch.Generator().manual_seed(0)
+    layer = nn.Linear(6, 3)
+    x = 100 + 1e-2 * torch.randn(4, 50, 6, generator=generator)
+    (((_,), found),) = input_moments(nn.Sequential(layer), [{"input": part} for part in x], [layer])
+    wide = x.flatten(0, 1).double()
+    torch.testing.assert_close(found.mean, wide.mean(0))
+    torch.testing.assert_close(found.value, wide.T @ wide / len(wide))
+    torch.testing.assert_close(found.covariance, torch.cov(wide.T, correction=0), rtol=1e-4, atol=1e-8)
 
 
 def test_what_cannot_be_used_is_refused_with_its_mend() -> None:
