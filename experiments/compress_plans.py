@@ -15,6 +15,7 @@ A new student is one entry of `PLANS`:
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -23,6 +24,7 @@ from torch import nn
 
 from qbert import students
 from qbert.distill import Recipe, recipes
+from qbert.encoders.sharing import share
 from qbert.encoders.targets import attention_heads, base_model
 
 if TYPE_CHECKING:
@@ -107,6 +109,13 @@ def hard_labels(plan: Plan) -> Plan:
 def shallow(bench: Bench, seed: int) -> nn.Module:
     """The teacher with some of its layers, which are chosen by measurement."""
     return students.depth(bench.teacher, bench.layers())
+
+
+def sandwich(bench: Bench, seed: int) -> nn.Module:
+    """As many stored layers, one in the middle applied several times: the nearest to the teacher untrained."""
+    student = copy.deepcopy(bench.teacher)
+    share(student, bench.choices(bench.depth).best_sandwich.layers)
+    return student
 
 
 def shallow_distilbert(bench: Bench, seed: int) -> nn.Module:
@@ -202,6 +211,24 @@ def tiny(
     return Plan(title, "Jiao et al. 2020", build, phases, shape, rate=3e-4)
 
 
+def sentence_student(
+    title: str,
+    make: Callable[..., nn.Module],
+    source: str = "ablation",
+    rows: Callable[[Bench], Rows] = altered_rows,
+    **settings: Any,
+) -> Plan:
+    """A BiLSTM or CNN that learns the teacher's logits; `settings` are those of the student."""
+
+    def build(bench: Bench, seed: int) -> nn.Module:
+        shape = {"pairs": bench.has_pairs, "tokenizer": bench.tokenizer, "dimensions": bench.word_size, "seed": seed}
+        return make(bench.teacher, **shape, **settings)
+
+    phase = Phase("distillation", lambda bench: recipes.bilstm(), rows, keep_outputs=True)
+    shape = " ".join([title.split(maxsplit=1)[0].rstrip(","), *map(str, settings.values())])
+    return Plan(title, source, build, (phase,), shape, rate=2e-3, patience=10)
+
+
 SHALLOW = "fewer layers"
 PLANS: dict[str, Plan] = {
     "distilbert": Plan(
@@ -246,6 +273,13 @@ PLANS: dict[str, Plan] = {
     ),
     "minilm": Plan("MiniLM", "Wang et al. 2021", shallow, (Phase("distillation", relations),), SHALLOW),
     "pkd": Plan("PKD", "Sun et al. 2019", shallow, (Phase("distillation", lambda bench: recipes.pkd()),), SHALLOW),
+    "sandwich": Plan(
+        "sandwich",
+        "Reid et al. 2021",
+        sandwich,
+        (Phase("distillation", lambda bench: recipes.tinybert(projection=False)),),
+        "sandwich",
+    ),
     "layers": Plan("layers dropped, no training", "this project", shallow, (), SHALLOW),
     "small": Plan(
         "from scratch",
@@ -254,26 +288,16 @@ PLANS: dict[str, Plan] = {
         (Phase("distillation", lambda bench: recipes.logits(), keep_outputs=True),),
         "from scratch",
     ),
-    "bilstm": Plan(
-        "BiLSTM",
-        "Tang et al. 2019",
-        lambda bench, seed: students.bilstm(
-            bench.teacher, pairs=bench.has_pairs, tokenizer=bench.tokenizer, dimensions=bench.word_size, seed=seed
-        ),
-        (Phase("distillation", lambda bench: recipes.bilstm(), altered_rows, keep_outputs=True),),
-        "BiLSTM",
-        rate=2e-3,
-        patience=10,
+    "bilstm": replace(
+        sentence_student("BiLSTM", students.bilstm, "Tang et al. 2019"),
+        ablations={
+            "rows": sentence_student("BiLSTM without copies", students.bilstm, rows=task_rows),
+            "likely": sentence_student("BiLSTM, copies of likely words", students.bilstm, rows=likely_rows),
+            "trained": sentence_student("BiLSTM, word table trained", students.bilstm, table="trained"),
+        },
     ),
-    "cnn": Plan(
-        "CNN",
-        "Wasserblat et al. 2020",
-        lambda bench, seed: students.cnn(
-            bench.teacher, pairs=bench.has_pairs, tokenizer=bench.tokenizer, dimensions=bench.word_size, seed=seed
-        ),
-        (Phase("distillation", lambda bench: recipes.bilstm(), altered_rows, keep_outputs=True),),
-        "CNN",
-        rate=2e-3,
-        patience=10,
+    "cnn": replace(
+        sentence_student("CNN", students.cnn, "Wasserblat et al. 2020"),
+        ablations={"rows": sentence_student("CNN without copies", students.cnn, rows=task_rows)},
     ),
 }

@@ -15,11 +15,11 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from qbert.bits import BitsConfig
 from qbert.calibration import unmasked
 from qbert.encoders.targets import base_model
+from qbert.progress import progress_bar, write
 from qbert.quantize import quantize_model
 from qbert.sizes import model_size
 from qbert.tasks.evaluation import fidelity
@@ -85,7 +85,7 @@ def ptq_report(
     size, wanted = model_size(model), list(states)
     error = standard_error(reference) if standard_error else None
     results = [PTQResult("float", reference.primary, 100.0, error, None, 0.0, None, size.mb, 1.0, 0.0)]
-    for label, config in tqdm(configs.items(), desc="quantized", disable=not progress):
+    for label, config in progress_bar(configs.items(), desc="quantized", disable=not progress):
         parsed = BitsConfig.parse(config)
         compensated = any("compensated" in s.values() for s in (parsed.defaults, *parsed.rules.values()))
         start = time.perf_counter()
@@ -110,7 +110,7 @@ def ptq_report(
         )
         results.append(row)
         if progress:
-            tqdm.write(", ".join(f"{k} {v}" for k, v in zip(*_one_row(row), strict=True) if v))
+            write(", ".join(f"{k} {v}" for k, v in zip(*_one_row(row), strict=True) if v))
     return results
 
 

@@ -20,13 +20,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from qbert.encoders.inputs import to_device
 from qbert.encoders.modes import evaluation_mode
 from qbert.encoders.prefix import LayerCache
 from qbert.encoders.targets import encoder_layers
 from qbert.layers.kind import TrainableLayer
+from qbert.progress import progress_bar
 from qbert.quantizers.activations import ActivationObserver
 
 Batch = Mapping[str, Tensor]
@@ -187,7 +187,10 @@ def input_moments(
     """
     check_lengths(model, batches)
     names = {module: name for name, module in model.named_modules()}
-    with _Passes(model, batches) as passes, tqdm(total=len(linears), desc="rounding", disable=not progress) as bar:
+    with (
+        _Passes(model, batches) as passes,
+        progress_bar(total=len(linears), desc="rounding", disable=not progress) as bar,
+    ):
         stages, missed = passes.stages(linears)
         if weigh:
             passes.weigh(linears, weigh)

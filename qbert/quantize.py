@@ -275,7 +275,7 @@ class _Conversions:
         for module, quantizer in zip(modules, quantizers, strict=True):
             self._place(module, quantizer, quantizer.spec)
         self._weights.append((weight, weight.data))
-        weight.data = stored(modules[0], rounded).contiguous()
+        weight.data = stored(modules[0], first.nearest_with_codes(matrix, rounded)).contiguous()
 
     def convert_tied(self) -> None:
         """Give a float layer that shares its weight with a quantized one (a head with its table) that one's grids."""

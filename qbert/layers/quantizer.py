@@ -20,6 +20,8 @@ from qbert.quantizers.grid import code_range, dequantize, fake_quantize, least_s
 from qbert.quantizers.ranges import SMALLEST_SCALE, GroupRanges, find_ranges, refit_scale
 from qbert.quantizers.rounding import round_compensated
 
+_MARGIN = 0.01  # of a step, from the border of a code
+
 
 def note_grid(state: Any, prefix: str, grid: list[Any]) -> None:
     """Write into the metadata of a state dict on what grid the tensors under `prefix` lie.
@@ -56,9 +58,11 @@ class WeightQuantizer(nn.Module):
     Attributes:
         scale, zero: [G, K] float32 parameters; the scale is trained after `learn(True)`, with LSQ's gradient factor.
         row_group: [O] int64 buffer.
+        uses: how often the weight is applied in one pass; the gradients of its scale then are a mean over those uses.
     """
 
     row_group: Tensor
+    uses: int = 1
 
     def __init__(self, row_group: Tensor, input_groups: int, spec: TensorSpec) -> None:
         super().__init__()
@@ -119,6 +123,19 @@ class WeightQuantizer(nn.Module):
         blocks, scale, zero = self._blocks(found.codes, None, weight.dtype)
         return dequantize(blocks, scale, zero).flatten(-2)
 
+    @torch.no_grad()
+    def nearest_with_codes(self, weight: Tensor, rounded: Tensor) -> Tensor:
+        """The weights nearest to `weight` that round to the codes of `rounded`, both [O, I].
+
+        Training can move such weights over the borders of their codes; in the middle of a code none would ever get
+        there, since an optimizer's steps are small beside a 2-bit grid's. Where the dtype is too coarse for a place
+        near the border, it is the middle.
+        """
+        blocks, scale, _ = self._blocks(rounded, None)
+        half = (0.5 - _MARGIN) * scale
+        wanted = torch.clamp(weight.unflatten(-1, (self.input_groups, -1)), blocks - half, blocks + half).flatten(-2)
+        return torch.where(self.codes(wanted) == self.codes(rounded), wanted, rounded)
+
     def forward(self, weight: Tensor, rows: Tensor | None = None) -> Tensor:
         """Fake-quantized weight, same shape and dtype.
 
@@ -157,9 +174,9 @@ class WeightQuantizer(nn.Module):
         self.find(weight)
 
     def gradient_factor(self, weight: Tensor) -> float:
-        """LSQ's 1 / sqrt(N q_max) for groups of N weights on average (Esser et al. 2020, section 2.2)."""
+        """LSQ's 1 / sqrt(N q_max) for groups of N weights on average (Esser et al. 2020, section 2.2), by the uses."""
         per_group = self.row_group.numel() * weight.shape[-1] / self.scale.numel()
-        return float((per_group * max(self.qmax, 1)) ** -0.5)
+        return float((per_group * max(self.qmax, 1)) ** -0.5) / self.uses
 
     @torch.no_grad()
     def codes(self, weight: Tensor) -> Tensor:
