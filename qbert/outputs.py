@@ -1,5 +1,7 @@
 r"""How much a model's outputs depend on what its modules compute, without labels.
 
+It stands alone because it knows no tables: any module of any model can be asked about.
+
 The damage that small changes do to the outputs of a model is, to second order,
 
 .. math:: \tfrac12\, E\,[\delta^T F \delta], \qquad \delta = \sum_{t} J_t\, dy_t,

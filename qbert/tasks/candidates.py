@@ -1,5 +1,7 @@
 """TinyBERT's altered copies: words exchanged for those that a masked language model, or their neighbours, put there.
 
+It stands alone because it proposes words; `masking` exchanges them.
+
     >>> head = train_masked_words(encoder, tokenizer, texts)        # an encoder without a language-model head gets one
     >>> more = augmented(task, LikelyWords(head, tokenizer), copies=20)
 
