@@ -32,7 +32,7 @@ PACKED_BITS = (8, 4)
 SHAPES = ((1, 16), (32, 64))  # (sequences, tokens)
 _SEARCH_ROWS = 256
 _CALIBRATION_ROWS = 384
-_COPIES = 4  # of each row, altered
+_COPIES, _MOST_COPIES = 4, 12_000  # of each row, altered; of all rows together, since the teacher labels every copy
 _HEAD_STEPS = 300
 # (encoder, tables) of models that are made smaller by bits alone, from the smallest
 BITS_ALONE = ((2, 2), (2, 3), (2, 4), (3, 3), (3, 4), (4, 4), (4, 8), (8, 8))
@@ -187,7 +187,9 @@ class Bench:
         if likely:
             method = LikelyWords(self._word_head(), self.tokenizer, progress=False)
         task = self.task.subset(train=self.arguments.train_limit, seed=self.arguments.seed)
-        longer = augmented(task, method, copies=_COPIES, cache=self.folder / "altered", progress=False)
+        longer = augmented(
+            task, method, copies=_COPIES, limit=_MOST_COPIES, cache=self.folder / "altered", progress=False
+        )
         print(longer)
         data = prepare(longer.task, self.tokenizer, "train")
         return Rows(data.examples, data.collate)

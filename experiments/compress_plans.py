@@ -211,6 +211,24 @@ def tiny(
     return Plan(title, "Jiao et al. 2020", build, phases, shape, rate=3e-4)
 
 
+def sentence_student(
+    title: str,
+    make: Callable[..., nn.Module],
+    source: str = "ablation",
+    rows: Callable[[Bench], Rows] = altered_rows,
+    **settings: Any,
+) -> Plan:
+    """A BiLSTM or CNN that learns the teacher's logits; `settings` are those of the student."""
+
+    def build(bench: Bench, seed: int) -> nn.Module:
+        shape = {"pairs": bench.has_pairs, "tokenizer": bench.tokenizer, "dimensions": bench.word_size, "seed": seed}
+        return make(bench.teacher, **shape, **settings)
+
+    phase = Phase("distillation", lambda bench: recipes.bilstm(), rows, keep_outputs=True)
+    shape = " ".join([title.split(maxsplit=1)[0].rstrip(","), *map(str, settings.values())])
+    return Plan(title, source, build, (phase,), shape, rate=2e-3, patience=10)
+
+
 SHALLOW = "fewer layers"
 PLANS: dict[str, Plan] = {
     "distilbert": Plan(
@@ -270,26 +288,16 @@ PLANS: dict[str, Plan] = {
         (Phase("distillation", lambda bench: recipes.logits(), keep_outputs=True),),
         "from scratch",
     ),
-    "bilstm": Plan(
-        "BiLSTM",
-        "Tang et al. 2019",
-        lambda bench, seed: students.bilstm(
-            bench.teacher, pairs=bench.has_pairs, tokenizer=bench.tokenizer, dimensions=bench.word_size, seed=seed
-        ),
-        (Phase("distillation", lambda bench: recipes.bilstm(), altered_rows, keep_outputs=True),),
-        "BiLSTM",
-        rate=2e-3,
-        patience=10,
+    "bilstm": replace(
+        sentence_student("BiLSTM", students.bilstm, "Tang et al. 2019"),
+        ablations={
+            "rows": sentence_student("BiLSTM without copies", students.bilstm, rows=task_rows),
+            "likely": sentence_student("BiLSTM, copies of likely words", students.bilstm, rows=likely_rows),
+            "trained": sentence_student("BiLSTM, word table trained", students.bilstm, table="trained"),
+        },
     ),
-    "cnn": Plan(
-        "CNN",
-        "Wasserblat et al. 2020",
-        lambda bench, seed: students.cnn(
-            bench.teacher, pairs=bench.has_pairs, tokenizer=bench.tokenizer, dimensions=bench.word_size, seed=seed
-        ),
-        (Phase("distillation", lambda bench: recipes.bilstm(), altered_rows, keep_outputs=True),),
-        "CNN",
-        rate=2e-3,
-        patience=10,
+    "cnn": replace(
+        sentence_student("CNN", students.cnn, "Wasserblat et al. 2020"),
+        ablations={"rows": sentence_student("CNN without copies", students.cnn, rows=task_rows)},
     ),
 }

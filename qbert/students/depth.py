@@ -27,6 +27,7 @@ from qbert.encoders.inputs import accepted_inputs
 from qbert.encoders.modes import evaluation_mode
 from qbert.encoders.structure import changes, of_layers, replace_record
 from qbert.encoders.targets import base_model, main_layers
+from qbert.encoders.zeros import note_zeros, noted_zeros
 
 Model = TypeVar("Model", bound=nn.Module)
 Batch = Mapping[str, Any]
@@ -82,7 +83,10 @@ def student_with_layers(teacher: Model, layers: Sequence[int]) -> Model:
     parent, name = _list_of(student)
     kept = cast(nn.ModuleList, getattr(parent, name))
     setattr(parent, name, nn.ModuleList(copy.deepcopy(kept[i]) for i in layers))
-    replace_record(student, of_layers(changes(teacher), main_layers(teacher)[0], found, layers))
+    stem, _ = main_layers(teacher)
+    replace_record(student, of_layers(changes(teacher), stem, found, layers))
+    (zeros,) = of_layers([{"change": "zeros", "names": noted_zeros(teacher)}], stem, found, layers)
+    note_zeros(student, zeros["names"])
     for holder in (base, student):
         for key in _DEPTH_NAMES:
             if hasattr(getattr(holder, "config", None), key):
