@@ -53,6 +53,8 @@ class MaskedWords(nn.Module):
         encoder: gives ``last_hidden_state`` [B, T, H]; H is the width of its word table.
     """
 
+    encoder: Any
+
     def __init__(self, encoder: Any) -> None:
         super().__init__()
         object.__setattr__(self, "encoder", encoder)  # not a part of the head: it is neither trained nor saved with it
