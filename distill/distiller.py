@@ -85,6 +85,7 @@ from qbert.distill.step_sizes import (
     stage_bits,
     step_groups,
 )
+from qbert.distill.zeros import KeepZeros, Movement
 from qbert.encoders.inputs import forward_arguments
 from qbert.encoders.modes import modes_kept
 from qbert.extras import require
@@ -195,7 +196,8 @@ class Distiller(Trainer):
         self._entered = -1
         self._interrupt = InterruptCallback()
         stages = StageCallback(recipe, self.enter_stage)
-        for callback in (stages, StepSizeCallback(student, recipe), self._interrupt):
+        zeros = [] if recipe.zeros is None else [Movement(student, recipe.zeros)]
+        for callback in (stages, StepSizeCallback(student, recipe), *zeros, KeepZeros(student), self._interrupt):
             self.add_callback(callback)
         if not args.disable_tqdm:
             several = len(recipe.stages) > 1

@@ -22,11 +22,11 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.data import Dataset
-from tqdm.auto import tqdm
 
 from qbert.encoders.inputs import accepted_inputs, forward_arguments, to_device
 from qbert.encoders.modes import evaluation_mode
 from qbert.files import check_tensors, read_json, write_json, write_tensors
+from qbert.progress import progress_bar
 
 TEACHER_LOGITS = "teacher_logits"  # column of a row, and keyword of a batch
 _LABELS = frozenset({"label", "label_ids", "labels", "start_positions", "end_positions"})
@@ -93,7 +93,7 @@ class TeacherOutputs:
             if rank == 0 and not (path / "teacher.json").is_file():
                 write_json(path / "teacher.json", {"format": _FORMAT, "teacher": digest})
             ordered = sorted(missing.items(), key=lambda item: len(rows[item[1]].get("input_ids", ())))
-            with tqdm(total=len(ordered), desc="teacher's outputs", unit="row", disable=not progress) as bar:
+            with progress_bar(total=len(ordered), desc="teacher's outputs", unit="row", disable=not progress) as bar:
                 outputs._compute(teacher, rows, ordered[rank::processes], collate, batch_size, bar)
         if processes > 1:
             torch.distributed.barrier()

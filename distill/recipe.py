@@ -23,6 +23,7 @@ from qbert.bits import BitsConfig, TensorSpec
 from qbert.distill.features import check_feature
 from qbert.distill.losses import LOSSES, Loss
 from qbert.distill.mapping import LAYER_MAPS, LayerMap
+from qbert.quantizers.sparsity import Pattern
 
 StepTraining = Literal["fixed", "refit", "learned"]
 ActivationTraining = Literal["fixed", "average", "learned"]
@@ -145,6 +146,28 @@ class Stage:
 
 
 @dataclass(frozen=True)
+class Zeros:
+    """Movement pruning during a training (`qbert.distill.zeros`).
+
+    Attributes:
+        pattern: "2:4" and the like, or the share of zeros at the end.
+        begin, end: parts of the training between which the share rises; a pattern is whole from `begin` on, and its
+            choice moves until `end`.
+        names: patterns of the matrices, as in `BitsConfig`; all of the encoder layers where "*".
+    """
+
+    pattern: str | float
+    begin: float = 0.1
+    end: float = 0.7
+    names: str | tuple[str, ...] = "*"
+
+    def __post_init__(self) -> None:
+        Pattern.parse(self.pattern)
+        if not 0 <= self.begin < self.end <= 1:
+            raise ValueError(f"begin={self.begin} and end={self.end} are not parts of the training in their order")
+
+
+@dataclass(frozen=True)
 class Recipe:
     """A published (or our own) way of distilling.
 
@@ -159,6 +182,7 @@ class Recipe:
         refit_every: steps between two refits.
         freeze_at: part of the training after which step sizes stay as they are.
         dropout: whether the student trains with its dropout.
+        zeros: movement pruning on the way; None prunes nothing (zeros of a pruned student stay in any case).
         quantization: settings of `BitsConfig` that the recipe was made for, by number of bits ("2"), by bits and
             rounding ("2, nearest"), or for all ("*").
         arguments: `TrainingArguments` the recipe was made with (learning_rate, num_train_epochs, ...).
@@ -173,6 +197,7 @@ class Recipe:
     refit_every: int = 10
     freeze_at: float = 0.9
     dropout: bool = True
+    zeros: Zeros | None = None
     quantization: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     arguments: Mapping[str, Any] = field(default_factory=dict)
 

@@ -20,6 +20,7 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from qbert.distill.recipe import Recipe
+from qbert.encoders.sharing import uses
 from qbert.layers.kind import TrainableLayer
 from qbert.quantizers.activations import ActivationQuantizer
 
@@ -74,6 +75,9 @@ def begin_training(student: nn.Module, recipe: Recipe) -> None:
             f"recipe {recipe.name!r} trains activation ranges, but the student finds them at run time; quantize it "
             "with activation_range='static' and calibration_data, or use activations='fixed'"
         )
+    counts = uses(student)
+    for module in _matrices(student):
+        module.weight_quantizer.uses = counts.get(module, 1)
     for module in trained_matrices(student):
         module.weight_quantizer.learn(False)
     for module in learning_matrices(student, recipe):

@@ -25,6 +25,7 @@ from compress_table import report_text, students_table
 
 from qbert.cli.arguments import add_task_arguments, positive, prepare_run, run_script
 from qbert.results import Record, provenance, text_table
+from qbert.students.depth import DepthTable
 
 # Of the embedded corpus: minutes a student on a laptop, and enough steps for every phase.
 _EPOCHS = 6.0
@@ -183,13 +184,14 @@ def main() -> None:
     results = Record(folder / "results.json", asked_of(bench), resume=arguments.resume)
     about = {} if "teacher" in results.content else heading(bench)
     results.content.update(about)
+    bench.depths = {int(count): DepthTable.from_list(rows) for count, rows in results.content["depths"].items()}
     for name, plan in plans_of(names, arguments.ablations, not arguments.no_controls).items():
         done = {row["seed"] for row in results[plan.title]}
         seeds = arguments.seeds if plan.phases else arguments.seeds[:1]
         for seed in (seed for seed in seeds if seed not in done):
             row, student = bench.train(name, plan, seed)
             shape = {} if results[plan.title] else bench.shape(student)
-            depths = {**results.content["depths"], **{str(k): str(v) for k, v in bench.depths.items()}}
+            depths = {str(count): table.to_list() for count, table in bench.depths.items()}
             results.add(plan.title, {"seed": seed, **row, **shape}, depths=depths)
             bench.drop_checkpoints(name, seed)
             print(f"{plan.title}, seed {seed}: {row['score']:.2f}, {row['retention']:.1f} % of the teacher", flush=True)

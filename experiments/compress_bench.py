@@ -93,12 +93,15 @@ class Bench:
         count = count or self.depth
         if count == self._teacher_depth():
             return list(range(count))
+        return list(self.choices(count).best.layers)
+
+    def choices(self, count: int) -> DepthTable:
+        """Every way of keeping `count` layers; with sandwiches for the depth of shallow students."""
         if count not in self.depths:
-            # Sandwiches are shown, not trained: a shared layer needs a model class of its own.
             table = compare_depths(self.teacher, self.unlabelled(_SEARCH_ROWS), count, sandwiches=count == self.depth)
             self.depths[count] = table
             print(f"\n{count} of {self._teacher_depth()} layers, before any training\n{table}\n", flush=True)
-        return list(self.depths[count].best.layers)
+        return self.depths[count]
 
     @property
     def most_layers(self) -> int:

@@ -15,6 +15,7 @@ A new student is one entry of `PLANS`:
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -23,6 +24,7 @@ from torch import nn
 
 from qbert import students
 from qbert.distill import Recipe, recipes
+from qbert.encoders.sharing import share
 from qbert.encoders.targets import attention_heads, base_model
 
 if TYPE_CHECKING:
@@ -107,6 +109,13 @@ def hard_labels(plan: Plan) -> Plan:
 def shallow(bench: Bench, seed: int) -> nn.Module:
     """The teacher with some of its layers, which are chosen by measurement."""
     return students.depth(bench.teacher, bench.layers())
+
+
+def sandwich(bench: Bench, seed: int) -> nn.Module:
+    """As many stored layers, one in the middle applied several times: the nearest to the teacher untrained."""
+    student = copy.deepcopy(bench.teacher)
+    share(student, bench.choices(bench.depth).best_sandwich.layers)
+    return student
 
 
 def shallow_distilbert(bench: Bench, seed: int) -> nn.Module:
@@ -264,6 +273,13 @@ PLANS: dict[str, Plan] = {
     ),
     "minilm": Plan("MiniLM", "Wang et al. 2021", shallow, (Phase("distillation", relations),), SHALLOW),
     "pkd": Plan("PKD", "Sun et al. 2019", shallow, (Phase("distillation", lambda bench: recipes.pkd()),), SHALLOW),
+    "sandwich": Plan(
+        "sandwich",
+        "Reid et al. 2021",
+        sandwich,
+        (Phase("distillation", lambda bench: recipes.tinybert(projection=False)),),
+        "sandwich",
+    ),
     "layers": Plan("layers dropped, no training", "this project", shallow, (), SHALLOW),
     "small": Plan(
         "from scratch",

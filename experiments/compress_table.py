@@ -16,6 +16,7 @@ from compress_bench import PACKED_BITS, SHAPES
 from qat_table import spread
 
 from qbert.cli.arguments import run_script
+from qbert.students.depth import DepthTable
 
 # What a row says of its quality: (key, what the header says, digits, unit).
 _QUALITY = (
@@ -67,7 +68,7 @@ def report_text(content: dict[str, Any]) -> str:
 
     header, lines = students_table(content)
     search = "".join(
-        f"\nKeeping {count} layers, before any training:\n\n```\n{table}\n```\n"
+        f"\nKeeping {count} layers, before any training:\n\n```\n{DepthTable.from_list(table)}\n```\n"
         for count, table in content["depths"].items()
     )
     return (

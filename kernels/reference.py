@@ -20,7 +20,7 @@ of 1/512 near 0; arXiv 2209.05433, section 3): ``x[t, i] ~ x_scale[t] * xq[t, i]
 sums are counted in 512ths, of which every e4m3 number is a whole number, and so stay exact integers.
 
 Sums run in int64 and epilogues in float64 unless a function says otherwise. Nothing here is meant to be fast. Most
-functions take scale and zero as they are stored; `quantize`, `requantize` and `product` take them as the kernels do.
+functions take scale and zero [O, K]; `quantize` and `product` take the operands that kernels take.
 
     xq, x_scale, row_sum = quantize_rows(x)
     y = matmul_a8(xq, x_scale, codes, scale, zero, bias)
@@ -33,8 +33,10 @@ import math
 import torch
 from torch import Tensor
 
+from qbert.kernels import formats
+from qbert.kernels.operands import E4M3_MAX, PER_TOKEN, InputGrid, ProductWeight
+
 A8_MAX = 127  # symmetric int8: -128 is not used, so that negation is exact
-E4M3_MAX = 448
 E4M3_UNITS = 512  # every e4m3 number is a whole number of 1 / 512
 A8_STEPS = 255  # asymmetric int8: from code -128, the smallest value, to 127, the largest
 
@@ -141,24 +143,24 @@ def requantize(
     return codes
 
 
-def quantize(
-    x: Tensor, static_scale: float, static_zero: int, asymmetric: bool, codes_dtype: torch.dtype = torch.int8
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Codes, float32 scales and row sums of x [T, I], on the arguments of `operators.quantize_rows`."""
-    if not static_scale:
-        e4m3 = codes_dtype != torch.int8
-        return quantize_rows_e4m3(x.float()) if e4m3 else quantize_rows(x.float(), asymmetric)
-    codes = requantize(x.float(), static_scale, static_zero, dtype=codes_dtype)
-    return codes, torch.full(x.shape[:1], static_scale, dtype=torch.float32, device=x.device), code_sum(codes)
+def quantize(x: Tensor, grid: InputGrid) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes, float32 scale and row sums of x [T, I] on any grid of 8 bits: the twin of the row kernels."""
+    if not grid.scale:
+        e4m3 = grid.codes_dtype != torch.int8
+        return quantize_rows_e4m3(x.float()) if e4m3 else quantize_rows(x.float(), grid.asymmetric)
+    codes = requantize(x.float(), grid.scale, grid.zero, dtype=grid.codes_dtype)
+    return codes, torch.full(x.shape[:1], grid.scale, dtype=torch.float32, device=x.device), code_sum(codes)
 
 
-def fake_quantize(x: Tensor, static_scale: float = 0.0, static_zero: int = 0, asymmetric: bool = False) -> Tensor:
-    """x [T, I] rounded to its int8 codes and back, with a static scale or (`static_scale` 0) per token."""
-    if static_scale > 0:
-        codes = requantize(x.float(), static_scale, static_zero).float()
-        return ((codes - static_zero) * static_scale).to(x.dtype)
-    codes, scale, _ = quantize_rows(x.float(), asymmetric)
-    if asymmetric:
+def fake_quantize(x: Tensor, grid: InputGrid = PER_TOKEN) -> Tensor:
+    """x [T, I] rounded to its int8 codes and back; x itself where the grid has 0 bits."""
+    if not grid.bits:
+        return x
+    if grid.scale > 0:
+        codes = requantize(x.float(), grid.scale, grid.zero).float()
+        return ((codes - grid.zero) * grid.scale).to(x.dtype)
+    codes, scale, _ = quantize_rows(x.float(), grid.asymmetric)
+    if grid.asymmetric:
         return (codes * scale[0, :, None] + scale[1, :, None]).to(x.dtype)
     return (codes * scale[:, None]).to(x.dtype)
 
@@ -212,27 +214,27 @@ def matmul_a8(
     return y if residual is None else y + residual.double()
 
 
-def product(
-    xq: Tensor,
-    x_scale: Tensor,
-    row_sum: Tensor | None,
-    codes: Tensor,
-    scale: Tensor,
-    zero: Tensor | None,
-    bias: Tensor | None,
-    weight_sum: Tensor | None,
-) -> Tensor:
-    """Product and bias, float64 [T, O], on the arguments of `operators.matmul_a8`, sums included."""
+def product_codes(weight: ProductWeight, columns: int) -> Tensor:
+    """int8 codes [all rows, columns] of the weights of a product."""
+    return torch.cat([formats.unpack(c, b, columns) for c, b in zip(weight.codes, weight.bits, strict=True)])
+
+
+def product(xq: Tensor, x_scale: Tensor, row_sum: Tensor | None, weight: ProductWeight) -> Tensor:
+    """Product and bias, float64 [T, all rows], from the row sums and weight sums given: the twin of the kernels."""
+    codes = product_codes(weight, xq.shape[1])
     # float64 sums of these codes are exact, and faster than int64 ones.
     acc = xq.to(torch.float64) @ codes.to(torch.float64).T
-    if zero is not None and row_sum is not None:
-        unit = 1 if xq.dtype == torch.int8 else E4M3_UNITS
-        acc -= row_sum.to(torch.float64)[:, None] / unit * zero.to(torch.float64)
+    if weight.zero is not None and row_sum is not None:
+        zero, unit = weight.zero.to(torch.float64), 1 if xq.dtype == torch.int8 else E4M3_UNITS
+        if weight.zero.dtype == torch.int32:
+            units = torch.tensor([1 << (8 - b) for b in weight.bits], device=zero.device)
+            zero = zero / units.repeat_interleave(weight.codes[0].shape[0])
+        acc -= row_sum.to(torch.float64)[:, None] / unit * zero
     grid = x_scale.to(torch.float64)
-    y = acc * scale.to(torch.float64) * (grid if weight_sum is None else grid[0])[:, None]
-    if weight_sum is not None:
-        y += grid[1][:, None] * weight_sum.to(torch.float64)
-    return y if bias is None else y + bias
+    y = acc * weight.scale.to(torch.float64) * (grid if weight.weight_sum is None else grid[0])[:, None]
+    if weight.weight_sum is not None:
+        y += grid[1][:, None] * weight.weight_sum.to(torch.float64)
+    return y if weight.bias is None else y + weight.bias
 
 
 def matmul_a16(x: Tensor, codes: Tensor, scale: Tensor, zero: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -34,10 +34,12 @@ _HOME = {
     "optimize_for_inference": "qbert.inference.cpu",
     "pack": "qbert.packing",
     "pareto": "qbert.allocation.front",
+    "plan": "qbert.pipeline.plan",
     "prune": "qbert.students.pruned",
     "quantize_model": "qbert.quantize",
     "save_trainable": "qbert.saving.trainable",
     "sensitivity": "qbert.allocation.sensitivity",
+    "shrink": "qbert.shrinking",
     "unpack": "qbert.packing",
 }
 _ROOMS = ("allocation", "distill", "hessian", "kernels", "pipeline", "students", "tasks")
@@ -59,10 +61,12 @@ __all__ = [
     "optimize_for_inference",
     "pack",
     "pareto",
+    "plan",
     "prune",
     "quantize_model",
     "save_trainable",
     "sensitivity",
+    "shrink",
     "unpack",
 ]
 
@@ -76,9 +80,11 @@ if TYPE_CHECKING:
     from qbert.onnx import export_onnx
     from qbert.packing import pack, unpack
     from qbert.pipeline import Pipeline, compress
+    from qbert.pipeline.plan import plan
     from qbert.quantize import quantize_model
     from qbert.saving.hf import load
     from qbert.saving.trainable import save_trainable
+    from qbert.shrinking import shrink
     from qbert.sizes import model_size
     from qbert.students.lowrank import factorize
     from qbert.students.pruned import prune

@@ -24,10 +24,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from qbert.calibration import Batch, run_batch, to_device
 from qbert.encoders.modes import evaluation_mode
+from qbert.progress import progress_bar
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,8 @@ class Call:
     Attributes:
         module: the module.
         input: what it read: [..., I], or ids [...] of a table.
-        gradient: of z^T y in what it returned, [..., O]; zero at padding that nothing reads.
+        gradient: of z^T y in what it returned, [..., O]; zero at padding that nothing reads. Where one call serves all
+            samples, as that of a table of positions, it is their sum, which serves as well: they have independent z.
     """
 
     module: nn.Module
@@ -63,7 +64,7 @@ def output_gradients(
     generator = torch.Generator().manual_seed(seed)
     frozen = [m.weight for m in modules if not m.weight.requires_grad]
     with evaluation_mode(model):
-        for batch in tqdm(batches, desc="gradients", disable=not progress):
+        for batch in progress_bar(batches, desc="gradients", disable=not progress):
             seen: list[tuple[nn.Module, Tensor, Tensor]] = []
 
             def hook(module: nn.Module, args: Any, output: Tensor, seen: list[Any] = seen) -> None:

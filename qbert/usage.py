@@ -43,8 +43,7 @@ class UseCounter:
                 continue
             gradients = call.gradient.detach().flatten(0, -2).double().cpu()
             read = gradients.square().sum(1) > 0
-            # A table of positions is called with [1, T] ids for all samples.
-            ids = call.input.cpu().expand(call.gradient.shape[:-1])
+            ids = call.input.cpu()
             size = len(self.counts[call.module])
             self.counts[call.module] += torch.bincount(ids.reshape(-1)[read], minlength=size)
             for row, own in zip(ids.flatten(0, -2), read.view(ids.shape).flatten(0, -2), strict=True):

@@ -14,6 +14,7 @@ from qbert.distill.recipes.distilbert import distilbert
 from qbert.distill.recipes.logits import logits
 from qbert.distill.recipes.low_resource import low_resource
 from qbert.distill.recipes.minilm import minilm
+from qbert.distill.recipes.movement import movement
 from qbert.distill.recipes.pkd import pkd
 from qbert.distill.recipes.qat import qat
 from qbert.distill.recipes.qbert_kd import qbert_kd
@@ -24,8 +25,9 @@ RECIPES: dict[str, Callable[[], Recipe]] = {
     "bilstm": bilstm,
     "distilbert": distilbert,
     "logits": logits,
-    "minilm": minilm,
     "low_resource": low_resource,
+    "minilm": minilm,
+    "movement": movement,
     "pkd": pkd,
     "qat": qat,
     "qbert_kd": qbert_kd,
@@ -40,6 +42,7 @@ __all__ = [
     "logits",
     "low_resource",
     "minilm",
+    "movement",
     "pkd",
     "qat",
     "qbert_kd",

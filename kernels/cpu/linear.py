@@ -16,7 +16,7 @@ The integer product knows codes, not the zero of their grid. Three ways, the fir
 
     layer = CpuLinear.prepare(codes, scale, zero, row_group, bias, bits=4)
     y = layer.forward(x)                           # [..., I] -> [..., O]
-    h = embedding(ids, packed, scale, zero, row_group, bits=8, features=384)
+    h = embedding(ids, PackedWeight(packed, scale, zero, row_group, bits=8, columns=384))
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from qbert.kernels import formats, reference
 from qbert.kernels.cpu.chains import AsymmetricChain, FloatChain, Rounding, StaticChain, SymmetricChain, compiled
 from qbert.kernels.cpu.gemm import Int8Gemm, available_engine, fit_pairs, saturates, takes_zero
+from qbert.kernels.operands import PER_TOKEN, InputGrid, PackedWeight
 
 logger = logging.getLogger(__name__)
 
@@ -118,19 +119,10 @@ class CpuLinear:
 
     @classmethod
     def from_packed(
-        cls,
-        packed: Tensor,
-        in_features: int,
-        scale: Tensor,
-        zero: Tensor,
-        row_group: Tensor | None = None,
-        bias: Tensor | None = None,
-        bits: int = 8,
-        **options: Any,
+        cls, weight: PackedWeight, bias: Tensor | None = None, grid: InputGrid = PER_TOKEN, exact: bool = True
     ) -> CpuLinear:
-        """`prepare` from packed bytes (`formats.pack`), with its options."""
-        codes = formats.unpack(packed, bits, in_features)
-        return cls.prepare(codes, scale, zero, row_group, bias, bits, **options)
+        """`prepare` from a packed weight, for an input on `grid`."""
+        return cls.prepare(weight.unpacked(), *weight[1:4], bias, weight.bits, exact=exact, **grid.options)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CpuLinear:
         return self  # immutable, and torch's packed operands cannot be copied
@@ -177,21 +169,13 @@ class CpuLinear:
             raise ValueError("x requires a gradient, which a packed layer cannot give: train before packing.")
 
 
-def embedding(
-    ids: Tensor,
-    packed: Tensor,
-    scale: Tensor,
-    zero: Tensor,
-    row_group: Tensor | None = None,
-    *,
-    bits: int,
-    features: int,
-) -> Tensor:
-    """Rows `ids` [...] of a packed embedding table, dequantized: [..., features] in the dtype of `scale`.
+def embedding(ids: Tensor, weight: PackedWeight) -> Tensor:
+    """Rows `ids` [...] of a packed embedding table, dequantized: [..., I] in the dtype of its scale.
 
-    packed uint8 [V, row_bytes]; scale, zero [G, K]; row_group [V]. Only the gathered rows are unpacked.
+    Only the gathered rows are unpacked.
     Raises TypeError for ids that are not int32 or int64, IndexError for an id outside the table.
     """
+    packed, scale, zero, row_group, bits, features = weight
     formats.check_packed(packed, bits, features)
     if ids.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"ids must be int32 or int64, got {ids.dtype}.")

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from qbert.kernels.gpu.quantize_rows import count, to_codes
 from qbert.kernels.gpu.tiles import Tile
+from qbert.kernels.operands import FLOAT, InputGrid
 
 MAX_HEAD_DIM = 128
 
@@ -110,24 +111,21 @@ def attention(
     cu_seqlens: Tensor,
     longest: int,
     scale: float,
-    out_scale: float = 0.0,
-    out_zero: int = 0,
+    out: InputGrid = FLOAT,
     out_row_sum: Tensor | None = None,
-    codes_dtype: torch.dtype = torch.int8,
     tile: Tile | None = None,
 ) -> Tensor:
     """Launches `attention_kernel`: query, key, value [T, H, D], unit stride over D -> [T, H, D].
 
     cu_seqlens int32 [S + 1]: sequence s is the tokens cu_seqlens[s] to cu_seqlens[s + 1]. `longest` bounds the
-    sequence lengths. A positive `out_scale` makes the result `codes_dtype`, int8 or e4m3, requantized with `out_scale`
-    and `out_zero`; every token's sum over heads is then added to `out_row_sum` (int32 [T], zeroed) where given. D up to
-    128.
+    sequence lengths. A static grid `out` makes the result its codes; every token's sum over heads is then added to
+    `out_row_sum` (int32 [T], zeroed) where given. D up to 128.
     """
     tokens, heads, head_dim = query.shape
     if head_dim > MAX_HEAD_DIM:
         raise ValueError(f"attention takes head dimensions up to {MAX_HEAD_DIM}, got {head_dim}.")
-    dtype = codes_dtype if out_scale > 0 else query.dtype
-    out = torch.empty((tokens, heads, head_dim), dtype=dtype, device=query.device)
+    dtype = out.codes_dtype if out.bits else query.dtype
+    y = torch.empty((tokens, heads, head_dim), dtype=dtype, device=query.device)
     sequences = cu_seqlens.numel() - 1
     if tokens and sequences > 0:
         tile = default_tile(longest, head_dim) if tile is None else tile
@@ -135,26 +133,26 @@ def attention(
             query,
             key,
             value,
-            out,
+            y,
             out_row_sum,
             cu_seqlens,
             scale,
-            1.0 / out_scale if out_scale > 0 else 0.0,
-            float(out_zero),
+            1.0 / out.scale if out.bits else 0.0,
+            float(out.zero),
             query.stride(0),
             key.stride(0),
             value.stride(0),
             query.stride(1),
             key.stride(1),
             value.stride(1),
-            out.stride(0),
+            y.stride(0),
             head_dim,
             BLOCK_Q=tile.bm,
             BLOCK_K=tile.bn,
             BLOCK_D=max(16, triton.next_power_of_2(head_dim)),
-            QUANTIZE=out_scale > 0,
+            QUANTIZE=bool(out.bits),
             OUT_SUM=out_row_sum is not None,
             num_warps=tile.warps,
             num_stages=tile.stages,
         )
-    return out
+    return y

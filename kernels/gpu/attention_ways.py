@@ -24,6 +24,7 @@ from triton.testing import do_bench_cudagraph
 from qbert.kernels.gpu.attention import attention, default_tile
 from qbert.kernels.gpu.quantize_rows import quantize_rows
 from qbert.kernels.gpu.tiles import Tile, device_name, known_tile, measure, token_bucket
+from qbert.kernels.operands import FLOAT, InputGrid
 
 FLASH = Tile(0, 0, 0, warps=0, stages=0)  # stands for torch's in the table of measured tiles
 WAYS = [
@@ -43,10 +44,8 @@ def attend(
     cu_seqlens: Tensor,
     longest: int,
     scale: float,
-    out_scale: float = 0.0,
-    out_zero: int = 0,
+    out: InputGrid = FLOAT,
     out_row_sum: Tensor | None = None,
-    codes_dtype: torch.dtype = torch.int8,
 ) -> Tensor:
     """As `attention`, in the way that is forced, measured or the default.
 
@@ -60,10 +59,9 @@ def attend(
     tile = FLASH if forced == "flash" else None
     if not forced:
         tile = known_tile(*_shape(query, longest), device_name(query))
-    output = (out_scale, out_zero, out_row_sum, codes_dtype)
     if tile == FLASH:
-        return _flash(query, key, value, cu_seqlens, longest, scale, *output)
-    return attention(query, key, value, cu_seqlens, longest, scale, *output, tile=tile)
+        return _flash(query, key, value, cu_seqlens, longest, scale, out, out_row_sum)
+    return attention(query, key, value, cu_seqlens, longest, scale, out, out_row_sum, tile=tile)
 
 
 def has_flash() -> bool:
@@ -84,21 +82,19 @@ def _flash(
     cu_seqlens: Tensor,
     longest: int,
     scale: float,
-    out_scale: float,
-    out_zero: int,
+    out: InputGrid,
     out_row_sum: Tensor | None,
-    codes_dtype: torch.dtype,
 ) -> Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
-    out = varlen_attn(query, key, value, cu_seqlens, cu_seqlens, longest, longest, scale=scale)
-    assert isinstance(out, Tensor)
-    if out_scale <= 0:
-        return out
-    codes, _, sums = quantize_rows(out.flatten(1), out_scale, out_zero, codes_dtype=codes_dtype)
+    y = varlen_attn(query, key, value, cu_seqlens, cu_seqlens, longest, longest, scale=scale)
+    assert isinstance(y, Tensor)
+    if not out.bits:
+        return y
+    codes, _, sums = quantize_rows(y.flatten(1), out)
     if out_row_sum is not None:
         out_row_sum += sums
-    return codes.view_as(out)
+    return codes.view_as(y)
 
 
 def measure_attention(*, sequences: int, longest: int, heads: int, head_dim: int) -> Tile:
@@ -113,7 +109,7 @@ def measure_attention(*, sequences: int, longest: int, heads: int, head_dim: int
     query, key, value = fused.unbind(1)
     starts = torch.arange(0, tokens + 1, longest, device="cuda", dtype=torch.int32)
     sums = torch.zeros(tokens, device="cuda", dtype=torch.int32)
-    given = (query, key, value, starts, longest, head_dim**-0.5, 0.02, 0, sums, torch.int8)
+    given = (query, key, value, starts, longest, head_dim**-0.5, InputGrid(0.02), sums)
 
     def milliseconds(tile: Tile) -> float:
         try:

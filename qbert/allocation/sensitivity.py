@@ -17,7 +17,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from qbert.allocation.blocks import check_widths
 from qbert.allocation.damage import quantized_weight, target_specs
@@ -32,6 +31,7 @@ from qbert.hessian.batches import Batch, batch_size
 from qbert.hessian.blocks import vector_options
 from qbert.hessian.gauss_newton.loss_factor import MixedSamplesError, NoModelOutputError
 from qbert.hessian.losses import LossFunction, MeasuredLoss, in_full_precision
+from qbert.progress import progress_bar
 
 
 @in_full_precision
@@ -155,7 +155,7 @@ def _measure(
     weights = {name: [_parameter(targets[m]) for m in members] for name, members in blocks.items()}
     operator = HessianOperator.of(measured, weights)
     total = len(blocks) * (probes + len(specs))
-    with tqdm(total=total, desc="sensitivity", unit="product", disable=not progress, smoothing=0) as bar:
+    with progress_bar(total=total, desc="sensitivity", unit="product", disable=not progress, smoothing=0) as bar:
         for i, (name, members) in enumerate(blocks.items()):
 
             def product(vector: Tensor, name: str = name) -> Tensor:
@@ -175,7 +175,7 @@ def _measure(
     operator.release()
     found["kronecker"] = _kronecker(measured, blocks, targets, specs)
     changes = LossChanges(measured.model, measured.batches, loss_fn=measured.loss_fn)
-    with tqdm(
+    with progress_bar(
         total=len(blocks) * len(specs), desc="loss change", unit="pass", disable=not progress, smoothing=0
     ) as bar:
         for i, members in enumerate(blocks.values()):

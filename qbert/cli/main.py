@@ -16,9 +16,11 @@ import click
 
 from qbert.cli.allocate import allocate
 from qbert.cli.arguments import run_script
+from qbert.cli.compress import compress
 from qbert.cli.evaluate import evaluate
 from qbert.cli.export import export
 from qbert.cli.inspect import inspect
+from qbert.cli.plan import plan
 from qbert.cli.quantize import quantize
 from qbert.cli.report import report
 from qbert.cli.spectrum import spectrum
@@ -49,10 +51,15 @@ def app() -> None:
       qbert spectrum my-model --task sst2 --save spectrum.json
       qbert allocate spectrum.json --bits 2,3 --save bits.json
       qbert quantize my-model out --config bits.json
+
+    \b
+    As small or as fast as it has to be:
+      qbert plan my-model --size-mb 10 --task sst2 --save plan.json
+      qbert compress my-model out --task sst2 --plan plan.json
     """
 
 
-for _command in (spectrum, allocate, quantize, evaluate, inspect, export, report):
+for _command in (spectrum, allocate, quantize, plan, compress, evaluate, inspect, export, report):
     app.add_command(_command)
 
 

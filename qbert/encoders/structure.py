@@ -26,6 +26,7 @@ STRUCTURE = "qbert_structure"
 _BUILDERS = {
     "factors": "qbert.encoders.factors",
     "sharing": "qbert.encoders.sharing",
+    "tables": "qbert.encoders.tables",
     "widths": "qbert.encoders.widths",
 }
 

@@ -88,7 +88,7 @@ class Pipeline:
         return cls.from_dict(read_json(path))
 
     def __str__(self) -> str:
-        return " -> ".join(_short(step) for step in self.steps)
+        return " -> ".join(short(step) for step in self.steps)
 
 
 @dataclass(frozen=True)
@@ -254,7 +254,7 @@ class _Run:
         self.tokenizer.save_pretrained(aside)
         shutil.rmtree(self._place(index), ignore_errors=True)
         aside.rename(self._place(index))
-        self._keep(index, _short(step), made, self._evaluate(made), seconds)
+        self._keep(index, short(step), made, self._evaluate(made), seconds)
         shutil.rmtree(work, ignore_errors=True)
         if index > 1:
             shutil.rmtree(self._place(index - 1), ignore_errors=True)
@@ -300,7 +300,7 @@ def _digest(model: nn.Module) -> str:
     return content_sha256({name: [shape, f"{total:.6g}"] for name, (shape, total) in sums.items()})
 
 
-def _short(step: Step) -> str:
+def short(step: Step) -> str:
     """A step in few words."""
     if isinstance(step, Distill):
         return f"distill ({step.recipe}, {step.steps} steps)"

@@ -27,6 +27,7 @@ from qbert.encoders.inputs import accepted_inputs
 from qbert.encoders.modes import evaluation_mode
 from qbert.encoders.structure import changes, of_layers, replace_record
 from qbert.encoders.targets import base_model, main_layers
+from qbert.encoders.zeros import note_zeros, noted_zeros
 
 Model = TypeVar("Model", bound=nn.Module)
 Batch = Mapping[str, Any]
@@ -82,7 +83,10 @@ def student_with_layers(teacher: Model, layers: Sequence[int]) -> Model:
     parent, name = _list_of(student)
     kept = cast(nn.ModuleList, getattr(parent, name))
     setattr(parent, name, nn.ModuleList(copy.deepcopy(kept[i]) for i in layers))
-    replace_record(student, of_layers(changes(teacher), main_layers(teacher)[0], found, layers))
+    stem, _ = main_layers(teacher)
+    replace_record(student, of_layers(changes(teacher), stem, found, layers))
+    (zeros,) = of_layers([{"change": "zeros", "names": noted_zeros(teacher)}], stem, found, layers)
+    note_zeros(student, zeros["names"])
     for holder in (base, student):
         for key in _DEPTH_NAMES:
             if hasattr(getattr(holder, "config", None), key):
@@ -121,6 +125,20 @@ class DepthTable:
     def best(self) -> Choice:
         """The nearest one that applies no layer twice."""
         return next(choice for choice in self.choices if choice.sets == len(choice.layers))
+
+    @property
+    def best_sandwich(self) -> Choice:
+        """The nearest one that applies a layer several times (`qbert.encoders.sharing.share` makes it)."""
+        return next(choice for choice in self.choices if choice.sets < len(choice.layers))
+
+    def to_list(self) -> list[tuple[list[int], float, float | None]]:
+        """Plain JSON values: (layers, divergence, agreement) of every choice."""
+        return [(list(choice.layers), choice.divergence, choice.agreement) for choice in self.choices]
+
+    @classmethod
+    def from_list(cls, rows: Iterable[Sequence[Any]]) -> DepthTable:
+        """What `to_list` gave."""
+        return cls(tuple(Choice(tuple(layers), divergence, agreement) for layers, divergence, agreement in rows))
 
     def __str__(self) -> str:
         width = max(len("layers applied"), *(2 * len(choice.layers) for choice in self.choices))

@@ -30,6 +30,7 @@ from qbert.encoders.parts import LayerParts
 from qbert.encoders.sharing import SharedLayers
 from qbert.encoders.targets import encoder_layers, main_layers
 from qbert.encoders.widths import head_width, keep, layer_widths, takes_fewer_heads
+from qbert.encoders.zeros import note_zeros, noted_zeros
 from qbert.quantizers.rounding import damped
 from qbert.quantizers.sparsity import Pattern, sparsify
 from qbert.students.curvature import has_head, layer_matrices, observe_layers, second_moments
@@ -83,6 +84,7 @@ def prune(
         _take_out(student, kept, data, compensate, damping)
     if zeros is not None:
         _set_zeros(student, set(matrices), zeros, data, compensate, damping)
+        note_zeros(student, noted_zeros(student) | dict.fromkeys(matrices, cast("str | float", pattern)))
     return student
 
 

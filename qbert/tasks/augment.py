@@ -24,9 +24,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
-from tqdm.auto import tqdm
-
 from qbert.files import read_json, write_json
+from qbert.progress import progress_bar
 from qbert.tasks.task import Row, Task
 
 # A word with its inner apostrophes and hyphens; what stands between words is never touched.
@@ -132,7 +131,7 @@ def _copies(task: Task, method: Method, copies: int, limit: int | None, seed: in
     method.begin(list(dict.fromkeys(row[name] for row in rows for name in fields)))
     found: list[Row] = []
     seen = {tuple(row[name] for name in fields) for row in rows}
-    with tqdm(total=copies * len(rows), desc="altering rows", unit="copy", disable=not progress) as bar:
+    with progress_bar(total=copies * len(rows), desc="altering rows", unit="copy", disable=not progress) as bar:
         for copy in range(copies):
             for index, row in enumerate(rows):
                 bar.update()

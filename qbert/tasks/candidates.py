@@ -26,10 +26,10 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from qbert.encoders.inputs import accepted_inputs
 from qbert.files import check_tensors, write_tensors
+from qbert.progress import progress_bar
 from qbert.tasks.augment import WORD, drawn_words, with_words
 
 _MASKED = 0.15
@@ -125,7 +125,7 @@ def train_masked_words(
     optimizer = torch.optim.AdamW(head.parameters(), lr=learning_rate, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min((step + 1) / 50, 1 - step / steps))
     special = torch.tensor(tokenizer.all_special_ids)
-    with tqdm(total=steps, desc="training a language-model head", unit="step", disable=not progress) as bar:
+    with progress_bar(total=steps, desc="training a language-model head", unit="step", disable=not progress) as bar:
         for _ in range(steps):
             chosen = torch.randint(len(texts), (batch_size,), generator=generator).tolist()
             batch = _encoded(tokenizer, [texts[i] for i in chosen], max_length)
@@ -248,7 +248,7 @@ class LikelyWords:
 
     def _ask_model(self, texts: Sequence[str], sentences: list[_Sentence]) -> None:
         whole = _whole_words(self.tokenizer, _vocabulary_size(self.model))
-        bar = tqdm(desc="asking for likely words", unit="word", disable=not self.progress)
+        bar = progress_bar(desc="asking for likely words", unit="word", disable=not self.progress)
         with bar:
             batches = _masked_batches(self.tokenizer, sentences, self.apart, keep_stops=False, with_owners=True)
             for inputs, places, truth, owners in batches:

@@ -32,7 +32,6 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
-from tqdm.auto import tqdm
 
 from qbert.files import (
     damaged_file,
@@ -46,6 +45,7 @@ from qbert.files import (
     write_json,
     writing,
 )
+from qbert.progress import progress_bar, write
 from qbert.tasks.checkpoint import load_checkpoint, save_checkpoint
 from qbert.tasks.embedded import embedded_encoder
 from qbert.tasks.encoding import Prepared, prepare, resolve_max_length, training_order
@@ -273,7 +273,7 @@ def _train(
     started = saved = time.monotonic()
     device = next(model.parameters()).device
     half = settings.bf16 or (device.type == "cuda" and torch.cuda.is_bf16_supported())
-    bar = tqdm(total=total, initial=done, desc=f"fine-tuning {task.name}", unit="step", disable=not progress)
+    bar = progress_bar(total=total, initial=done, desc=f"fine-tuning {task.name}", unit="step", disable=not progress)
     smooth: float | None = None
     whole = True  # False only while the optimizer is changing the weights
     model.train()
@@ -353,7 +353,7 @@ def _report_epoch(model: nn.Module, task: Task, tokenizer: Any, settings: Traini
         progress=False,
     )
     text = ", ".join(f"{name} {scores[name]:.1f}" for name in task.metric_names)
-    tqdm.write(f"epoch {epoch + 1}/{settings.epochs}: {text} on {int(scores['examples'])} held-out rows")
+    write(f"epoch {epoch + 1}/{settings.epochs}: {text} on {int(scores['examples'])} held-out rows")
 
 
 def _save_entry(entry: Path, model: Any, tokenizer: Any, record: dict[str, Any]) -> None:

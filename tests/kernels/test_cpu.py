@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from qbert.kernels import formats, reference
 from qbert.kernels.cpu import CpuLinear, embedding, gemm
 from qbert.kernels.cpu.chains import compiled
+from qbert.kernels.operands import PackedWeight
 
 ENGINES = [e for e in ("fbgemm", "onednn") if e in torch.backends.quantized.supported_engines]
 
@@ -391,9 +392,9 @@ def test_embedding_gathers_and_dequantizes(vocabulary, columns, bits, input_grou
     spread = [reference.expand_groups(t, row_group, vocabulary) for t in (scale, zero)]
     expected = reference.embedding(ids, codes, *spread)
     packed = formats.pack(codes, bits)
-    assert torch.equal(embedding(ids, packed, scale, zero, row_group, bits=bits, features=columns), expected)
-    assert torch.equal(embedding(ids.int(), packed, *spread, bits=bits, features=columns), expected)
-    empty = embedding(ids[:0], packed, scale, zero, row_group, bits=bits, features=columns)
+    assert torch.equal(embedding(ids, PackedWeight(packed, scale, zero, row_group, bits, columns)), expected)
+    assert torch.equal(embedding(ids.int(), PackedWeight(packed, *spread, None, bits, columns)), expected)
+    empty = embedding(ids[:0], PackedWeight(packed, scale, zero, row_group, bits, columns))
     assert empty.shape == (0, 4, columns)
 
 
@@ -401,11 +402,11 @@ def test_embedding_refuses_bad_ids():
     codes, scale, zero, row_group, _ = layer(10, 16, 4)
     packed = formats.pack(codes, 4)
     with pytest.raises(IndexError, match=r"0\.\.9"):
-        embedding(torch.tensor([10]), packed, scale, zero, row_group, bits=4, features=16)
+        embedding(torch.tensor([10]), PackedWeight(packed, scale, zero, row_group, 4, 16))
     with pytest.raises(IndexError, match="-1"):
-        embedding(torch.tensor([-1]), packed, scale, zero, row_group, bits=4, features=16)
+        embedding(torch.tensor([-1]), PackedWeight(packed, scale, zero, row_group, 4, 16))
     with pytest.raises(TypeError, match="int32 or int64"):
-        embedding(torch.tensor([1.0]), packed, scale, zero, row_group, bits=4, features=16)
+        embedding(torch.tensor([1.0]), PackedWeight(packed, scale, zero, row_group, 4, 16))
 
 
 @pytest.mark.parametrize("zero", ["integer", "real"])

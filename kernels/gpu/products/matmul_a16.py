@@ -7,7 +7,7 @@ once and calling the vendor's product (Marlin, arXiv 2408.11743, figure 9, and e
 `qbert.kernels.dispatch`. Columns are split over SPLIT programs a tile as in `matmul_a8`; the last to arrive adds the
 parts in their order, so that results do not depend on timing.
 
-    y = matmul_a16(x, packed, scale, bits=4, zero=zero, bias=bias)        # [T, I] -> [T, O], dtype of x
+    y = matmul_a16(x, ProductWeight([packed], [4], scale, zero, bias))        # [T, I] -> [T, O], dtype of x
 """
 
 # mypy: allow-untyped-defs
@@ -21,6 +21,7 @@ from torch import Tensor
 
 from qbert.kernels.gpu.products.unpack import finish, load_weight_tile, load_weight_tile_fp16, tile_columns
 from qbert.kernels.gpu.tiles import Tile, asm_kind, choose_tile, device_name, split_workspace, tail_of
+from qbert.kernels.operands import ProductWeight
 
 
 @triton.jit
@@ -126,21 +127,12 @@ def matmul_a16_kernel(
         tl.store(y_ptrs, y.to(y_ptr.dtype.element_ty), mask=(rn[:, None] < N) & (rm[None, :] < M))
 
 
-def matmul_a16(
-    x: Tensor,
-    packed: Tensor,
-    scale: Tensor,
-    *,
-    bits: int,
-    zero: Tensor | None = None,
-    bias: Tensor | None = None,
-    tile: Tile | None = None,
-    asm: bool = True,
-) -> Tensor:
-    """Launches `matmul_a16_kernel`: x [T, I] fp16 or bf16, packed uint8 [O, row bytes] -> y [T, O] in the dtype of x.
+def matmul_a16(x: Tensor, weight: ProductWeight, *, tile: Tile | None = None, asm: bool = True) -> Tensor:
+    """Launches `matmul_a16_kernel`: x [T, I] fp16 or bf16, one weight [O, I] -> y [T, O] in the dtype of x.
 
-    scale, zero (None = 0) and bias float32 [O]. The caller has checked shapes and devices (`qbert.kernels.dispatch`).
+    The zero is float32. The caller has checked shapes and devices (`qbert.kernels.checks`).
     """
+    packed, bits = weight.codes[0], weight.bits[0]
     tokens, columns = x.shape
     rows = packed.shape[0]
     y = torch.empty((tokens, rows), dtype=x.dtype, device=x.device)
@@ -156,9 +148,9 @@ def matmul_a16(
         x,
         packed.view(torch.int8),
         y,
-        scale,
-        zero,
-        bias,
+        weight.scale,
+        weight.zero,
+        weight.bias,
         parts,
         sums,
         arrived,
@@ -176,8 +168,8 @@ def matmul_a16(
         TAIL=tail,
         TAIL_PAD=tail_pad,
         ASM=asm_kind(asm and x.dtype == torch.float16, x),
-        HAS_ZERO=zero is not None,
-        HAS_BIAS=bias is not None,
+        HAS_ZERO=weight.zero is not None,
+        HAS_BIAS=weight.bias is not None,
         num_warps=tile.warps,
         num_stages=tile.stages,
     )

@@ -16,7 +16,7 @@ Epilogues: bias; GELU; static requantization to int8, with row sums for the next
 With few tokens the columns are split over SPLIT programs a tile; each writes its part, and the one that arrives last
 adds the parts, always in the same order, and runs the epilogue.
 
-    y = matmul_a8(xq, x_scale, packed, scale, bits=4, zero=zero, row_sum=row_sum, bias=bias, out_dtype=torch.float16)
+    y = matmul_a8(xq, x_scale, ProductWeight([packed], [4], scale, zero, bias), row_sum=row_sum)
 """
 
 # mypy: allow-untyped-defs
@@ -43,6 +43,7 @@ from qbert.kernels.gpu.tiles import (
     tail_of,
     zero_kind,
 )
+from qbert.kernels.operands import FLOAT, InputGrid, ProductWeight
 
 
 @triton.jit
@@ -248,34 +249,29 @@ def matmul_a8_kernel(
 def matmul_a8(
     xq: Tensor,
     x_scale: Tensor,
-    packed: Tensor,
-    scale: Tensor,
+    weight: ProductWeight,
     *,
-    bits: int,
-    zero: Tensor | None = None,
     row_sum: Tensor | None = None,
-    weight_sum: Tensor | None = None,
-    bias: Tensor | None = None,
     gelu: bool = False,
     residual: Tensor | None = None,
     out_dtype: torch.dtype = torch.float16,
-    out_scale: float = 0.0,
-    out_zero: int = 0,
+    out: InputGrid = FLOAT,
     out_row_sum: Tensor | None = None,
     tile: Tile | None = None,
     asm: bool = True,
 ) -> Tensor:
-    """Launches `matmul_a8_kernel`: xq int8 or float8_e4m3fn [T, I], packed uint8 [O, row bytes] -> y [T, O].
+    """Launches `matmul_a8_kernel`: xq int8 or float8_e4m3fn [T, I], one weight [O, I] -> y [T, O].
 
-    x_scale float32 [T], [1], or [2, T] with offsets, which need weight_sum; scale, bias, weight_sum float32 [O];
-    residual [T, O]. zero [O] (None = 0) is either int32, holding zero * 2^(8 - bits) where that is an integer (exact,
-    and faster), or float32; it needs row_sum int32 [T].
-    out_dtype int8 requantizes with the static `out_scale` and `out_zero` and, where `out_row_sum` (int32 [T], zeroed)
-    is given, adds every row's sum to it; int32 returns the bare integer product, zero term included. float8_e4m3fn
-    requantizes with `out_scale`, its sums counting 1/512 (`quantize_rows`). With e4m3 xq zero is float32, bits is at
-    most 4.
-    The caller has checked shapes and devices (`qbert.kernels.dispatch`).
+    x_scale float32 [T], [1], or [2, T] with offsets, which need weight_sum; residual [T, O]. The zero (None = 0) is
+    either int32, holding zero * 2^(8 - bits) where that is an integer (exact, and faster), or float32; it needs row_sum
+    int32 [T]. With e4m3 xq it is float32, and bits at most 4.
+    A static grid `out` makes y its codes and, where `out_row_sum` (int32 [T], zeroed) is given, adds every row's sum to
+    it, e4m3 ones counting 1/512 (`quantize_rows`). out_dtype int32 returns the bare integer product, zero term
+    included.
+    The caller has checked shapes and devices (`qbert.kernels.checks`).
     """
+    packed, bits, zero = weight.codes[0], weight.bits[0], weight.zero
+    out_dtype = out.codes_dtype if out.bits else out_dtype
     tokens, columns = xq.shape
     rows = packed.shape[0]
     y = torch.empty((tokens, rows), dtype=out_dtype, device=xq.device)
@@ -292,17 +288,17 @@ def matmul_a8(
         packed.view(torch.int8),
         y,
         x_scale,
-        scale,
+        weight.scale,
         zero,
         row_sum,
-        weight_sum,
-        bias,
+        weight.weight_sum,
+        weight.bias,
         residual,
         out_row_sum,
         parts,
         arrived,
-        1.0 / out_scale if out_scale > 0 else 0.0,
-        float(out_zero),
+        1.0 / out.scale if out.bits else 0.0,
+        float(out.zero),
         tokens,
         rows,
         columns,
@@ -320,7 +316,7 @@ def matmul_a8(
         ASM=asm_kind(asm, xq),
         X_SCALE=scale_kind(x_scale),
         ZERO=zero_kind(zero, xq),
-        HAS_BIAS=bias is not None,
+        HAS_BIAS=weight.bias is not None,
         GELU=gelu,
         HAS_RESIDUAL=residual is not None,
         OUT=output_kind(out_dtype),

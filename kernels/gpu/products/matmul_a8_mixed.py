@@ -6,12 +6,15 @@ branch over up to three inlined loops) and writes its slice of the fused output 
     y[t, s O + o] = (acc_s[o, t] - zero[s, o] row_sum[t]) scale[s, o] x_scale[t] + x_offset[t] weight_sum[s, o]
                     + bias[s, o],   s = query, key, value
 
-    y = matmul_a8_mixed(xq, x_scale, (query, key, value), (2, 3, 2), scale, zero=zero, row_sum=row_sum, bias=bias)
+    weight = ProductWeight([query, key, value], [2, 3, 2], scale, zero, bias)
+    y = matmul_a8_mixed(xq, x_scale, weight, row_sum=row_sum)
 """
 
 # mypy: allow-untyped-defs
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 import triton
@@ -31,6 +34,7 @@ from qbert.kernels.gpu.tiles import (
     tail_of,
     zero_kind,
 )
+from qbert.kernels.operands import ProductWeight
 
 
 @triton.jit
@@ -99,7 +103,7 @@ def matmul_a8_mixed_kernel(
     )  # fmt: skip
 
 
-def loops_of(bits: tuple[int, int, int], columns: int) -> tuple[list[int], tuple[int, int]]:
+def loops_of(bits: Sequence[int], columns: int) -> tuple[list[int], tuple[int, int]]:
     """Bits, tail and padded tail of the kernel's three loops, and which of them the key and the value take."""
     different = list(dict.fromkeys(bits))
     constants: list[int] = []
@@ -111,23 +115,18 @@ def loops_of(bits: tuple[int, int, int], columns: int) -> tuple[list[int], tuple
 def matmul_a8_mixed(
     xq: Tensor,
     x_scale: Tensor,
-    packed: tuple[Tensor, Tensor, Tensor],
-    bits: tuple[int, int, int],
-    scale: Tensor,
+    weight: ProductWeight,
     *,
-    zero: Tensor | None = None,
     row_sum: Tensor | None = None,
-    weight_sum: Tensor | None = None,
-    bias: Tensor | None = None,
     out_dtype: torch.dtype = torch.float16,
     tile: Tile | None = None,
     asm: bool = True,
 ) -> Tensor:
-    """Launches `matmul_a8_mixed_kernel`: xq int8 or e4m3 [T, I], three packed weights [O, row bytes] -> y [T, 3 O].
+    """Launches `matmul_a8_mixed_kernel`: xq int8 or e4m3 [T, I], three weights [O, I] -> y [T, 3 O].
 
-    scale, bias float32 [3 O]; zero [3 O] float32 or, times each weight's 2^(8 - bits), int32; row_sum int32 [T], needed
-    with zero; x_scale float32 [T], [1], or [2, T] with offsets, which need weight_sum float32 [3 O].
+    row_sum int32 [T], needed with a zero; x_scale float32 [T], [1], or [2, T] with offsets, which need weight_sum.
     """
+    packed, bits, zero = weight.codes, weight.bits, weight.zero
     tokens, columns = xq.shape
     rows = packed[0].shape[0]
     y = torch.empty((tokens, 3 * rows), dtype=out_dtype, device=xq.device)
@@ -142,11 +141,11 @@ def matmul_a8_mixed(
         *(p.view(torch.int8) for p in packed),
         y,
         x_scale,
-        scale,
+        weight.scale,
         zero,
         row_sum,
-        weight_sum,
-        bias,
+        weight.weight_sum,
+        weight.bias,
         tokens,
         rows,
         columns,
@@ -161,7 +160,7 @@ def matmul_a8_mixed(
         ASM=asm_kind(asm, xq),
         X_SCALE=scale_kind(x_scale),
         ZERO=zero_kind(zero, xq),
-        HAS_BIAS=bias is not None,
+        HAS_BIAS=weight.bias is not None,
         num_warps=tile.warps,
         num_stages=tile.stages,
         **registers_option(tile, xq),
