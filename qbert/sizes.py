@@ -352,9 +352,7 @@ def _packed_size(
     metadata = sum(t.numel() * t.element_size() for t in (module.scale, module.zero) if t is not None)
     part, name = _part(path, module, module.codes, layers), join_path(path, "weight")
     float_bytes = known.get(name, elements * module.dtype.itemsize)
-    return TensorSize(
-        name, part, elements, module.layout.bits, module.codes.numel(), metadata, float_bytes, True
-    )
+    return TensorSize(name, part, elements, module.layout.bits, module.codes.numel(), metadata, float_bytes, True)
 
 
 def _stored(module: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -24,8 +24,8 @@ from qbert.inference.forward import reason_not_to_replace
 from qbert.kernels.cpu import CpuLinear
 from qbert.kernels.cpu_chains import FloatChain
 from qbert.layers.embedding import PackedEmbedding
-from qbert.layers.tables import grids_of, is_packed_table
 from qbert.layers.linear import PackedLinear
+from qbert.layers.tables import grids_of, is_packed_table
 
 _COUNT_FROM_0 = ("BertEmbeddings", "ElectraEmbeddings", "Embeddings")  # the last are DistilBERT's
 _SKIP_PADDING = ("RobertaEmbeddings", "XLMRobertaEmbeddings", "CamembertEmbeddings", "MPNetEmbeddings")
