@@ -273,7 +273,7 @@ class _Conversions:
         self._weights: list[tuple[nn.Parameter, Tensor]] = []
 
     def compose(self, specs: Mapping[str, TensorSpec], uses: Mapping[str, TableUse]) -> dict[str, TensorSpec]:
-        """Put float tables of several parts in the places that `specs` names: path of each part -> its specification."""
+        """Put float tables of several parts in the places of `specs`: path of each part -> its specification."""
         tables = {path: self.model.get_submodule(path) for path in specs}
         self._replaced += open_tables(self.model, specs, {tables[path]: use for path, use in uses.items()})
         return {
