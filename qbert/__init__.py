@@ -23,6 +23,7 @@ _HOME = {
     "TensorSpec": "qbert.bits",
     "allocate_bits": "qbert.allocation.allocate",
     "bit_shares": "qbert.allocation.allocate",
+    "choose_grid": "qbert.allocation.grids",
     "export_onnx": "qbert.onnx",
     "HessianSpectrum": "qbert.hessian",
     "hessian_spectrum": "qbert.hessian",
@@ -45,6 +46,7 @@ __all__ = [
     "__version__",
     "allocate_bits",
     "bit_shares",
+    "choose_grid",
     "export_onnx",
     "hessian_spectrum",
     "load",
@@ -61,6 +63,7 @@ __all__ = [
 if TYPE_CHECKING:
     from qbert.allocation.allocate import allocate_bits, bit_shares
     from qbert.allocation.front import pareto
+    from qbert.allocation.grids import choose_grid
     from qbert.allocation.sensitivity import sensitivity
     from qbert.bits import BitsConfig, TensorSpec
     from qbert.hessian import HessianSpectrum, hessian_spectrum

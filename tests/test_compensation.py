@@ -346,6 +346,13 @@ def test_activations_that_are_not_finite_change_nothing(inplace: bool) -> None:
     assert all(torch.equal(p.nan_to_num(), before[n].nan_to_num()) for n, p in model.named_parameters())
 
 
+def test_a_head_that_is_not_finite_is_named() -> None:
+    model = build("bert").eval()
+    model.classifier.weight.data[0, 0] = float("inf")
+    with pytest.raises(ValueError, match=r"the output of classifier holds NaN or infinity"):
+        qbert.quantize_model(model, qbert.BitsConfig(2, **COMPENSATED), calibration_data=batches("bert"))
+
+
 def test_what_cannot_be_used_is_refused_with_its_mend() -> None:
     model = build("bert", max_position_embeddings=16).eval()
     with pytest.raises(ValueError, match=r"17 tokens a row, but the model reads at most 16; .*max_length=16"):
