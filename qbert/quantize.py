@@ -19,7 +19,15 @@ import torch
 from torch import Tensor, nn
 
 from qbert.bits import BitsConfig, TensorSpec
-from qbert.calibration import Batch, Moment, calibrate_activations, check_batches, input_moments, mean_logits
+from qbert.calibration import (
+    Batch,
+    Moment,
+    calibrate_activations,
+    check_batches,
+    check_lengths,
+    input_moments,
+    mean_logits,
+)
 from qbert.encoders.replace import replace_everywhere
 from qbert.encoders.targets import Target, encoder_weights, find_targets, join_path
 from qbert.encoders.weights import is_table, stored, weight_matrix
@@ -113,7 +121,10 @@ def quantize_model(
     if batches is None:
         specs, compensated = _without_data(specs, compensated), {}
     open_recurrent(model, specs.keys())
-    wanted = mean_logits(model, batches) if compensated and batches is not None else None
+    wanted = None
+    if compensated and batches is not None:
+        check_lengths(model, batches)
+        wanted = mean_logits(model, batches)
     done = _Conversions(model)
     if uses:
         specs |= done.compose({path: specs.pop(path) for path in uses}, uses)
@@ -334,9 +345,17 @@ class _Conversions:
     def keep_mean_logits(self, wanted: Tensor, batches: list[Batch]) -> None:
         """Move the bias of the layer that gives the logits, so that their mean over the batches is this [C]."""
         found = mean_logits(self.model, batches)
-        if found is not None:
-            bias = cast(nn.Parameter, self.model.get_submodule(found[0]).bias)
-            self._change(bias, bias.detach() + (wanted - found[1]).to(bias))
+        if found is None:
+            return
+        name, logits = found
+        change = wanted - logits
+        if not bool(torch.isfinite(change).all()):
+            raise ValueError(
+                f"calibration_data: the output of {name} holds NaN or infinity; pass batches on which the model "
+                "computes finite numbers"
+            )
+        bias = cast(nn.Parameter, self.model.get_submodule(name).bias)
+        self._change(bias, bias.detach() + change.to(bias))
 
     def _change(self, parameter: nn.Parameter, value: Tensor) -> None:
         self._weights.append((parameter, parameter.data))

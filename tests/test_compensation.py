@@ -405,6 +405,13 @@ def test_the_covariance_of_inputs_that_hardly_vary_is_exact() -> None:
     torch.testing.assert_close(found.covariance, torch.cov(wide.T, correction=0), rtol=1e-4, atol=1e-8)
 
 
+def test_a_head_that_is_not_finite_is_named() -> None:
+    model = build("bert").eval()
+    model.classifier.weight.data[0, 0] = float("inf")
+    with pytest.raises(ValueError, match=r"the output of classifier holds NaN or infinity"):
+        qbert.quantize_model(model, qbert.BitsConfig(2, **COMPENSATED), calibration_data=batches("bert"))
+
+
 def test_what_cannot_be_used_is_refused_with_its_mend() -> None:
     model = build("bert", max_position_embeddings=16).eval()
     with pytest.raises(ValueError, match=r"17 tokens a row, but the model reads at most 16; .*max_length=16"):
