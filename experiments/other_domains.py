@@ -21,7 +21,6 @@ from typing import Any
 from qbert.tasks import Evaluation, Task, load_task
 from qbert.tasks.encoding import Prepared, prepare, resolve_max_length
 from qbert.tasks.evaluation import evaluate_prepared
-from qbert.tasks.task import subset
 
 # Task -> (other task, split, class of the other task by class of the model; None where they are the same).
 _ELSEWHERE: dict[str, tuple[tuple[str, str, tuple[int, ...] | None], ...]] = {
@@ -107,7 +106,7 @@ def unlabelled_rows(
             raise ValueError(
                 f"{name} has {len(texts)} rows, fewer than the {share} that are asked for; name more sources"
             )
-        columns = [list(column) for column in zip(*subset(texts, share, seed), strict=True)]
+        columns = [list(column) for column in zip(*random.Random(seed).sample(texts, share), strict=True)]
         encoded = tokenizer(*columns, truncation=True, max_length=length) if share else {"input_ids": []}
         rows += [{key: values[i] for key, values in encoded.items()} for i in range(len(encoded["input_ids"]))]
     random.Random(seed).shuffle(rows)

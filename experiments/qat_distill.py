@@ -6,10 +6,10 @@
 
 The teacher is fine-tuned on the task (or loaded from the cache, or given: --no-fine-tune --model FOLDER) and scored
 first. Plain QAT learns from the labels, KD-aware QAT from the teacher alone. Both start from the same codes
-(compensated on training rows without labels, unless --start nearest) and get the same rows in the same order, the same
-steps and the same learning rate; the weights of the last step count. Where rows of another domain are at hand,
-students are scored there too. The first KD student is packed, saved, loaded again and scored again. qat_table.py puts
-several results together.
+(compensated on training rows without labels, unless --start nearest) and get the same rows in the same order and the
+same steps, each at its recipe's learning rate; the weights of the last step count. Where rows of another domain are
+at hand, students are scored there too. The first KD student is packed, saved, loaded again and scored again.
+qat_table.py puts several results together.
 Reference: Shen et al. 2020 (Q-BERT, the bits); Zhang et al. 2020 (TernaryBERT, distillation for QAT).
 """
 
@@ -52,7 +52,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, nargs="+", help="seeds of data order and dropout; default: that of --seed")
     parser.add_argument("--epochs", type=float, default=2.0, help="passes over the rows for QAT and KD-QAT; default: 2")
     parser.add_argument("--batch-size", type=positive, default=16, help="rows a step; default: 16")
-    parser.add_argument("--learning-rate", type=float, help="peak rate of QAT and KD-QAT; default: the recipe's")
+    parser.add_argument("--learning-rate", type=float, help="peak rate of KD-QAT; default: the recipe's")
     parser.add_argument("--no-fine-tune", action="store_true", help="--model is a tuned teacher; use it as it is")
     parser.add_argument("--teacher-epochs", type=positive, help="passes for the teacher; default: by task")
     parser.add_argument("--train-limit", type=positive, help="train students, and the teacher, on this many rows")
@@ -113,6 +113,14 @@ def print_cost(comparison: Comparison, left: list[tuple[str, int]]) -> None:
     print(f"training will take about {total / 60:.1f} min for all seeds; --epochs and --train-limit shorten it")
 
 
+def learning_rates(comparison: Comparison) -> dict[str, float]:
+    """The peak rate of each method: its recipe's, or for KD-QAT the one that was asked for."""
+    from qbert.distill import recipes
+
+    given = comparison.arguments.learning_rate or comparison.recipe.arguments["learning_rate"]
+    return {METHODS["kd"]: given, METHODS["qat"]: recipes.qat().arguments["learning_rate"]}
+
+
 def asked_of(comparison: Comparison) -> dict[str, Any]:
     """All that the numbers of a comparison depend on, seeds apart."""
     arguments = comparison.arguments
@@ -125,7 +133,7 @@ def asked_of(comparison: Comparison) -> dict[str, Any]:
         "shortest row": arguments.min_tokens,
         "batch size": arguments.batch_size,
         "bfloat16": arguments.bf16,
-        "learning rate": arguments.learning_rate or comparison.recipe.arguments["learning_rate"],
+        "learning rate": learning_rates(comparison),
         "recipe": arguments.recipe,
         "start": arguments.start,
         "calibration rows": arguments.calibration_rows,
@@ -184,13 +192,13 @@ def heading(comparison: Comparison) -> dict[str, Any]:
     if arguments.unlabelled:
         rows += f" ({arguments.unlabelled_share:.0%} of those of KD-QAT from {' and '.join(arguments.unlabelled)})"
     steps = f"{rows}, {arguments.epochs:g} epochs of batches of {arguments.batch_size}"
-    rate = arguments.learning_rate or comparison.recipe.arguments["learning_rate"]
+    rates = " and ".join(f"{rate:g} ({name})" for name, rate in learning_rates(comparison).items())
     return {
         "task": comparison.task.name,
         "data": comparison.task.describe(),
         "metric": comparison.task.primary_metric,
         "widths": comparison.widths(),
-        "budget": f"{steps}, rate {rate:g}, recipe {arguments.recipe}, {comparison.bits[arguments.start]}",
+        "budget": f"{steps}, rate {rates}, recipe {arguments.recipe}, {comparison.bits[arguments.start]}",
         "teacher": comparison.reference.primary,
         "elsewhere": {domain.name: result.primary for domain, result in comparison.elsewhere},
         "float MB": sum(p.numel() * p.element_size() for p in comparison.teacher.parameters()) / 1e6,

@@ -239,6 +239,8 @@ class _Conversions:
         for module, quantizer in zip(modules, quantizers, strict=True):
             self._place(module, quantizer, quantizer.spec)
         self._weights.append((weight, weight.data))
+        # The middle of every code. Where training starts from the places in the codes nearest to the given weights,
+        # those at a border go back to the code of nearest rounding within a few steps, and the gain is lost.
         weight.data = stored(modules[0], rounded).contiguous()
 
     def convert_tied(self) -> None:

@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from distilling import distiller
+import torch.nn.functional as F
+from distilling import distiller, rows
 from encoders import FAMILIES, build, inputs_for
 from torch import Tensor, nn
 from transformers import BertConfig, BertForMaskedLM, BertForSequenceClassification
@@ -177,6 +178,23 @@ def test_distillation_starts_from_the_compensated_codes(tmp_path: Any) -> None:
         assert torch.allclose(layer.quantized_weight(), before[name], rtol=1e-4, atol=1e-7), name
     layer.weight_quantizer.change_bits(4, layer.weight)
     assert layer.weight_quantizer.spec.rounding == "nearest"
+
+
+def test_a_student_starts_as_far_from_its_teacher_as_the_packed_compensated_model(tmp_path: Any) -> None:
+    teacher, data = build("bert").eval(), batches("bert")
+    teacher.classifier.weight.data *= 200  # outputs that differ
+    student = qbert.quantize_model(teacher, qbert.BitsConfig(2, groups=16, **COMPENSATED), calibration_data=data)
+    packed = qbert.pack(student.eval())
+    trainer = distiller(tmp_path, teacher=teacher, student=student, max_steps=1)
+    batch = trainer.data_collator(rows(6))
+    inputs = {k: v for k, v in batch.items() if k != "labels"}
+    with torch.no_grad():
+        wanted, deployed = (F.log_softmax(m(**inputs).logits, -1) for m in (teacher, packed))
+        trainer.distillation.train()  # what the first step sees
+        loss = trainer.distillation.losses(dict(batch))["terms"][0]
+    entropy = -(wanted.exp() * wanted).sum(-1).mean()
+    divergence = F.kl_div(deployed, wanted, log_target=True, reduction="batchmean")
+    assert divergence > 1e-4 and float(loss - entropy) == pytest.approx(float(divergence), rel=1e-2)
 
 
 def test_static_ranges_are_calibrated_on_the_rounded_model() -> None:
