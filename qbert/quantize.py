@@ -313,11 +313,9 @@ class _Conversions:
         metric = moment.value if bias is None else moment.covariance
         quantizer = _quantizer(*members[0][1:], matrix)
         rounded = quantizer.compensate(matrix, metric.to(matrix.device))
-        found = {
-            "weight": stored(modules[0], quantizer.nearest_with_codes(matrix, rounded)).contiguous(),
-            "scale": quantizer.scale,
-            "zero": quantizer.zero,
-        }
+        # The middle of every code. Where training starts from the places in the codes nearest to the given weights,
+        # those at a border go back to the code of nearest rounding within a few steps, and the gain is lost.
+        found = {"weight": stored(modules[0], rounded).contiguous(), "scale": quantizer.scale, "zero": quantizer.zero}
         if bias is not None:
             found["bias"] = (bias.detach().double() + bias_change(matrix - rounded, moment.mean)).to(bias)
         self.place(members, **found)
