@@ -69,9 +69,7 @@ class ComposedTable(nn.Module):
 
     def float_table(self) -> nn.Embedding:
         """An ordinary table with the values of this one."""
-        return nn.Embedding.from_pretrained(
-            self.quantized_weight().clone(), freeze=False, padding_idx=self.padding_idx
-        )
+        return nn.Embedding.from_pretrained(self.quantized_weight().clone(), freeze=False, padding_idx=self.padding_idx)
 
     def _device(self) -> torch.device:
         return next(t.device for t in (*self.parameters(), *self.buffers()))
