@@ -329,7 +329,9 @@ class Bench:
         ).primary
 
     def quantized(self, model: nn.Module, bits: int, embedding_bits: int) -> nn.Module:
-        """`model` at these bits, rounded for its own inputs on training rows; no training follows."""
+        """`model` at these bits, below 8 rounded for its own inputs on training rows; no training follows."""
+        if bits == 8:
+            return quantize_model(model, BitsConfig(8, embedding_bits=embedding_bits))
         matrices = {"bits": bits, "rounding": "compensated", "scheme": "midrise" if bits == 2 else "asymmetric"}
         config = BitsConfig({"*": matrices}, embedding_bits=embedding_bits)
         return quantize_model(model, config, calibration_data=self.unlabelled(), progress=False)

@@ -15,7 +15,6 @@ A new student is one entry of `PLANS`:
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -24,8 +23,8 @@ from torch import nn
 
 from qbert import students
 from qbert.distill import Recipe, recipes
-from qbert.encoders.sharing import share
 from qbert.encoders.targets import attention_heads, base_model, main_layers
+from qbert.students.shared import share_layers
 
 if TYPE_CHECKING:
     from compress_bench import Bench, Rows
@@ -113,9 +112,7 @@ def shallow(bench: Bench, seed: int) -> nn.Module:
 
 def sandwich(bench: Bench, seed: int) -> nn.Module:
     """As many stored layers, one in the middle applied several times: the nearest to the teacher untrained."""
-    student = copy.deepcopy(bench.teacher)
-    share(student, bench.choices(bench.depth).best_sandwich.layers)
-    return student
+    return share_layers(bench.teacher, bench.choices(bench.depth).best_sandwich.layers)
 
 
 def shallow_distilbert(bench: Bench, seed: int) -> nn.Module:

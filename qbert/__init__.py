@@ -25,6 +25,7 @@ _HOME = {
     "allocate_bits": "qbert.allocation.allocate",
     "bit_shares": "qbert.allocation.allocate",
     "compress": "qbert.pipeline",
+    "choose_grid": "qbert.allocation.grids",
     "export_onnx": "qbert.onnx",
     "factorize": "qbert.students.lowrank",
     "HessianSpectrum": "qbert.hessian",
@@ -39,6 +40,7 @@ _HOME = {
     "quantize_model": "qbert.quantize",
     "save_trainable": "qbert.saving.trainable",
     "sensitivity": "qbert.allocation.sensitivity",
+    "shrink": "qbert.shrinking",
     "unpack": "qbert.packing",
 }
 _ROOMS = ("allocation", "distill", "hessian", "kernels", "pipeline", "students", "tasks")
@@ -51,6 +53,7 @@ __all__ = [
     "__version__",
     "allocate_bits",
     "bit_shares",
+    "choose_grid",
     "compress",
     "export_onnx",
     "factorize",
@@ -65,12 +68,14 @@ __all__ = [
     "quantize_model",
     "save_trainable",
     "sensitivity",
+    "shrink",
     "unpack",
 ]
 
 if TYPE_CHECKING:
     from qbert.allocation.allocate import allocate_bits, bit_shares
     from qbert.allocation.front import pareto
+    from qbert.allocation.grids import choose_grid
     from qbert.allocation.sensitivity import sensitivity
     from qbert.bits import BitsConfig, TensorSpec
     from qbert.hessian import HessianSpectrum, hessian_spectrum
@@ -82,6 +87,7 @@ if TYPE_CHECKING:
     from qbert.quantize import quantize_model
     from qbert.saving.hf import load
     from qbert.saving.trainable import save_trainable
+    from qbert.shrinking import shrink
     from qbert.sizes import model_size
     from qbert.students.lowrank import factorize
     from qbert.students.pruned import prune

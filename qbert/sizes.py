@@ -14,7 +14,7 @@ which call themselves MB, are MiB = 2^20 bytes and leave scales and zero points 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -189,6 +189,38 @@ def model_size(
         raise ValueError("bits_config: the model is quantized already; leave the argument out to measure it as it is")
     specs = BitsConfig.parse(bits_config).resolve(model)
     return _measure(model, specs, {t.path: t for t in find_targets(model)})
+
+
+# What safetensors writes beside the tensors: the length of its header, the header's own frame, padding to 8 bytes.
+FILE_FRAME_BYTES = 8 + len('{"__metadata__":{"format":"pt"}}') + 7
+_OFFSET_DIGITS = 9
+
+
+def header_bytes(name: str, shape: Sequence[int]) -> int:
+    """Bytes that one tensor takes in the header of a safetensors file, at most: a few too many, for its offsets."""
+    digits = "9" * _OFFSET_DIGITS
+    sizes = ",".join(map(str, shape))
+    return len(f'"{name}":{{"dtype":"BF16","shape":[{sizes}],"data_offsets":[{digits},{digits}]}},')
+
+
+def quantized_header_bytes(target: Target, spec: TensorSpec) -> int:
+    """`header_bytes` of the tensors that hold one quantized weight: codes, scales, zero points, static ranges."""
+    if not spec.is_composed:
+        row_group, input_groups = group_layout(target, spec)
+        return _grid_header_bytes(target.path, spec, target.shape, (int(row_group[-1]) + 1, input_groups))
+    total = header_bytes(join_path(target.path, "row_class"), (1, target.shape[0])) if spec.row_bits else 0
+    for name, part, shape in _parts_of(target, spec):
+        total += _grid_header_bytes(join_path(target.path, name), part, shape, (shape[0], 1))
+    return total
+
+
+def _grid_header_bytes(path: str, spec: TensorSpec, shape: tuple[int, int], grid: tuple[int, int]) -> int:
+    total = header_bytes(f"{path}.codes", shape) + header_bytes(f"{path}.scale", grid)
+    if _grid_bytes(spec) > 4:
+        total += header_bytes(f"{path}.zero", grid)
+    if spec.activation_range == "static":
+        total += header_bytes(f"{path}.input_scale", ()) + header_bytes(f"{path}.input_zero", ())
+    return total
 
 
 def tensor_bytes(target: Target, spec: TensorSpec) -> tuple[int, int]:

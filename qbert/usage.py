@@ -1,5 +1,7 @@
 """What lookup tables are used for on unlabelled data: how often each row is read, and how much that matters.
 
+It stands alone because it reads texts and tables only: `quantize_model` asks it how rows weigh, and quantizes them.
+
     >>> table_uses(model, batches, [model.embeddings.word_embeddings])
 
 Few sentences hold few of the rows. All rows that they do not hold together are expected to be read as often as rows
@@ -43,8 +45,7 @@ class UseCounter:
                 continue
             gradients = call.gradient.detach().flatten(0, -2).double().cpu()
             read = gradients.square().sum(1) > 0
-            # A table of positions is called with [1, T] ids for all samples.
-            ids = call.input.cpu().expand(call.gradient.shape[:-1])
+            ids = call.input.cpu()
             size = len(self.counts[call.module])
             self.counts[call.module] += torch.bincount(ids.reshape(-1)[read], minlength=size)
             for row, own in zip(ids.flatten(0, -2), read.view(ids.shape).flatten(0, -2), strict=True):

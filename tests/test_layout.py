@@ -57,10 +57,12 @@ FLOORS = (
     ("quantizers",),
     ("layers", "hessian"),
     ("calibration", "sizes", "inference"),
+    ("outputs",),
+    ("usage",),
     ("quantize", "distill"),
     ("allocation", "saving", "onnx"),
     ("packing", "report", "students"),
-    ("pipeline",),
+    ("pipeline", "shrinking"),
     ("cli",),
 )
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}

@@ -16,7 +16,6 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 START = time.time()
 # Finding out whether there is a GPU must not start CUDA in the process that the others are forked from.

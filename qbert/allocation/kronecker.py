@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qbert.calibration import unmasked
+from qbert.encoders.inputs import unmasked
 from qbert.hessian.batches import Batch
 from qbert.hessian.gauss_newton.loss_factor import loss_factor
 from qbert.hessian.losses import LossFunction, MeasuredLoss

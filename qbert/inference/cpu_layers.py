@@ -26,6 +26,7 @@ from qbert.kernels.cpu import CpuLinear
 from qbert.kernels.cpu.chains import FloatChain
 from qbert.layers.embedding import PackedEmbedding
 from qbert.layers.linear import PackedLinear
+from qbert.layers.tables import grids_of, is_packed_table
 
 _COUNT_FROM_0 = ("BertEmbeddings", "ElectraEmbeddings", "Embeddings")  # the last are DistilBERT's
 _SKIP_PADDING = ("RobertaEmbeddings", "XLMRobertaEmbeddings", "CamembertEmbeddings", "MPNetEmbeddings")
@@ -112,9 +113,8 @@ class FusedEmbeddings(nn.Module):
 
     def __init__(self, embeddings: Any) -> None:
         super().__init__()
-        words = embeddings.word_embeddings
-        self.codes = words.owner.codes.view(torch.int8)
-        self.scale, self.zero = (grid.contiguous() for grid in words.row_grids())  # [V, 1]
+        # Codes in fewer than 8 bits, or in several tables, take longer to find than to read from one int8 table.
+        self.codes, self.scale, self.zero, self.up = grids_of(embeddings.word_embeddings)  # [V, r], [V, 1], [V, 1]
         self.padding = int(embeddings.padding_idx) if type(embeddings).__name__ in _SKIP_PADDING else -1
         self.positions = _table(embeddings.position_embeddings)
         types = getattr(embeddings, "token_type_embeddings", None)
@@ -128,6 +128,8 @@ class FusedEmbeddings(nn.Module):
         flat = ids.reshape(-1)
         rows = F.embedding(flat, self.codes).float()
         rows.sub_(F.embedding(flat, self.zero)).mul_(F.embedding(flat, self.scale))
+        if self.up is not None:
+            rows = F.linear(rows, self.up)
         x = rows.view(ids.shape[0], ids.shape[1], rows.shape[1])
         places = self.plain
         if self.types is not None:  # noqa: SIM102  a condition that TorchScript decides when it compiles
@@ -147,13 +149,13 @@ def reason_not_to_fuse_embeddings(embeddings: Any) -> str:
     kind = type(embeddings).__name__
     if kind not in _COUNT_FROM_0 + _SKIP_PADDING or type(getattr(embeddings, "LayerNorm", None)) is not nn.LayerNorm:
         return f"{kind} are not embeddings of the BERT kind"
-    altered = reason_not_to_replace(m for m in embeddings.modules() if not isinstance(m, PackedEmbedding))
-    if altered:
-        return altered
     words = embeddings.word_embeddings
-    if not isinstance(words, PackedEmbedding) or words.layout.bits != 8 or words.layout.input_groups > 1:
-        return "the word embeddings are not packed in 8 bits with one scale a row"
-    return ""
+    if not is_packed_table(words):
+        return "the word embeddings are not packed with one scale a row"
+    inner = {id(m) for m in words.modules()}
+    return reason_not_to_replace(
+        m for m in embeddings.modules() if not isinstance(m, PackedEmbedding) and id(m) not in inner
+    )
 
 
 def _table(table: Any) -> Tensor:

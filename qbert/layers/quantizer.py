@@ -18,9 +18,8 @@ from torch import Tensor, nn
 from qbert.bits import TensorSpec
 from qbert.quantizers.grid import code_range, dequantize, fake_quantize, least_scale, quantize, scale_gradient
 from qbert.quantizers.ranges import SMALLEST_SCALE, GroupRanges, find_ranges, refit_scale
-from qbert.quantizers.rounding import round_compensated
+from qbert.quantizers.rounding import Rounded, round_compensated
 
-_MARGIN = 0.01  # of a step, from the border of a code
 
 
 def note_grid(state: Any, prefix: str, grid: list[Any]) -> None:
@@ -102,40 +101,50 @@ class WeightQuantizer(nn.Module):
     def compensate(self, weight: Tensor, moment: Tensor) -> Tensor:
         """Set the grids by compensated rounding of the weights [O, I] for inputs with a second moment [I, I].
 
+        Args:
+            moment: [I, I], or [g, I, I] where each of g equal runs of rows has inputs of its own.
+
         Returns:
             The rounded weights in the dtype of `weight`, which lie on the grids: rounded to nearest they stay the same.
 
         Raises:
             ValueError: as `round_compensated`.
         """
-        found = round_compensated(
+        ranges = self.ranges_of(weight)
+        if moment.dim() == 2:
+            parts = [self._compensated(weight, moment, self.row_group, ranges, self.spec.refits)]
+        else:
+            runs = self.row_group.view(len(moment), -1)
+            whole = bool((runs[1:, 0] > runs[:-1, -1]).all())  # else a range in two runs, for whose codes it must stay
+            parts = []
+            for own, rows, index in zip(moment, weight.view(len(moment), -1, weight.shape[1]), runs, strict=True):
+                first, last = int(index[0]), int(index[-1]) + 1
+                given = GroupRanges(ranges.scale[first:last], ranges.zero[first:last])
+                parts.append(self._compensated(rows, own, index - first, given, self.spec.refits if whole else 0))
+            if not whole:
+                parts = [p._replace(scale=ranges.scale[:0], zero=ranges.zero[:0]) for p in parts]
+                parts.append(parts[0]._replace(codes=parts[0].codes[:0], scale=ranges.scale, zero=ranges.zero))
+        codes, scale, zero = (torch.cat([p[i] for p in parts]) for i in range(3))
+        self.take(GroupRanges(scale, zero), weight.dtype)
+        blocks, scale, zero = self._blocks(codes, None, weight.dtype)
+        return dequantize(blocks, scale, zero).flatten(-2)
+
+    def _compensated(
+        self, weight: Tensor, moment: Tensor, row_group: Tensor, ranges: GroupRanges, refits: int
+    ) -> Rounded:
+        return round_compensated(
             weight,
             moment,
-            self.row_group,
-            self.ranges_of(weight),
+            row_group,
+            ranges,
             bits=self.bits,
             scheme=self.spec.scheme,
             damping=self.spec.damping,
             by_activity=self.spec.column_order == "activity",
-            refits=self.spec.refits,
+            refits=refits,
         )
-        self.take(GroupRanges(found.scale, found.zero), weight.dtype)
-        blocks, scale, zero = self._blocks(found.codes, None, weight.dtype)
-        return dequantize(blocks, scale, zero).flatten(-2)
 
     @torch.no_grad()
-    def nearest_with_codes(self, weight: Tensor, rounded: Tensor) -> Tensor:
-        """The weights nearest to `weight` that round to the codes of `rounded`, both [O, I].
-
-        Training can move such weights over the borders of their codes; in the middle of a code none would ever get
-        there, since an optimizer's steps are small beside a 2-bit grid's. Where the dtype is too coarse for a place
-        near the border, it is the middle.
-        """
-        blocks, scale, _ = self._blocks(rounded, None)
-        half = (0.5 - _MARGIN) * scale
-        wanted = torch.clamp(weight.unflatten(-1, (self.input_groups, -1)), blocks - half, blocks + half).flatten(-2)
-        return torch.where(self.codes(wanted) == self.codes(rounded), wanted, rounded)
-
     def forward(self, weight: Tensor, rows: Tensor | None = None) -> Tensor:
         """Fake-quantized weight, same shape and dtype.
 

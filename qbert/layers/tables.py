@@ -6,11 +6,12 @@ and ``word_embeddings.up``.
 
     >>> open_tables(model, {"embeddings.word_embeddings": TensorSpec(bits=2, row_bits={8: 500})}, uses)
 
-Which rows get more bits, and which subspace a low rank keeps, follows from what the table is used for (`TableUse`): the
-damage of a row's error d is its share of the tokens times d^T G d, G the mean metric of the model's outputs in what the
-table returns. A rank r then keeps the top r right singular vectors of diag(f)^1/2 E G^1/2, rotated at random, so that no
-column of the factor has a larger range than another (Hsu et al. 2022, FWSVD, weigh rows so; Chen et al. 2021, DRONE,
-whiten so; Ashkboos et al. 2024, QuaRot, rotate so).
+Which rows get more bits, and which subspace a low rank keeps, follows from what the table is used for (`TableUse`).
+Rows are ordered by their share f of the tokens times the squared error that the fewest bits make. The damage of an
+error d is f d^T G d, G the mean metric of the model's outputs in what the table returns: a rank r keeps the top r right
+singular vectors of diag(f)^1/2 E G^1/2, rotated at random, so that no column of the factor has a larger range than
+another (Hsu et al. 2022, FWSVD, weigh rows so; Chen et al. 2021, DRONE, whiten so; Ashkboos et al. 2024, QuaRot, rotate
+so).
 """
 
 from __future__ import annotations
@@ -213,6 +214,9 @@ def open_tables(
             continue
         if not is_table(table):
             raise ValueError(f"{path} is a {type(table).__name__}, no lookup table that could be composed of parts")
+        named = sum(count for _, count in spec.row_bits)
+        if named > len(table.weight):  # type: ignore[arg-type]
+            raise ValueError(f"{path} has {len(table.weight)} rows, but row_bits names {named}")  # type: ignore[arg-type]
         embedding = cast(nn.Embedding, table)
         weight = embedding.weight
         made = empty_table(spec, (len(weight), weight.shape[1]), embedding.padding_idx, weight.device, weight.dtype)
@@ -270,7 +274,7 @@ def fill_table(made: ComposedTable, weight: Tensor, spec: TensorSpec, use: Table
 def row_widths(weight: Tensor, spec: TensorSpec, use: TableUse) -> Tensor:
     """Bits of every row [V] of a table: the more, the more its rounding to the fewest bits is expected to harm."""
     counts = _counts(spec, len(weight))
-    harm = use.share.to(weight.device) * row_errors(weight, replace(spec, bits=min(counts)), use)
+    harm = use.share.to(weight.device) * row_errors(weight, replace(spec, bits=min(counts)))
     order = harm.argsort(descending=True, stable=True)
     widths = torch.empty(len(weight), dtype=torch.int64, device=weight.device)
     widths[order] = torch.tensor([b for b in sorted(counts, reverse=True) for _ in range(counts[b])]).to(order.device)
@@ -285,26 +289,35 @@ def rounded_rows(weight: Tensor, spec: TensorSpec) -> Tensor:
     return quantizer(weight)  # type: ignore[no-any-return]
 
 
-def row_errors(weight: Tensor, spec: TensorSpec, use: TableUse) -> Tensor:
-    """d^T G d [V] float64 of every row's rounding error d."""
-    error = (rounded_rows(weight, spec) - weight).double()
-    return (error @ use.metric.to(error.device)).mul_(error).sum(1)
+def row_errors(weight: Tensor, spec: TensorSpec) -> Tensor:
+    """Squared rounding error of every row [V]."""
+    return (rounded_rows(weight, spec) - weight).square().sum(1)
 
 
 def low_rank(weight: Tensor, rank: int, use: TableUse) -> tuple[Tensor, Tensor]:
     """(rows [V, r], up [D, r]) with rows up^T as near to the table [V, D] as `use` asks, in the dtype of `weight`."""
-    table, share = weight.double(), use.share.to(weight.device).double()
-    metric = use.metric.to(weight.device).double()
-    mean = float(metric.diagonal().mean()) or 1.0
-    values, vectors = torch.linalg.eigh(metric / mean + _DAMPING * torch.eye(len(metric)).to(metric))
-    root = (vectors * values.clamp_min(_DAMPING / 2).sqrt()) @ vectors.T  # G^1/2
-    second = root @ (table * share.unsqueeze(1)).T @ table @ root
-    kept = torch.linalg.eigh(second)[1][:, -rank:]
-    generator = torch.Generator().manual_seed(rank)
-    rotation = torch.linalg.qr(torch.randn(rank, rank, dtype=torch.float64, generator=generator))[0].to(kept)
-    rows = table @ root @ kept @ rotation
-    up = torch.linalg.solve(root, kept) @ rotation
-    return rows.to(weight.dtype), up.to(weight.dtype)
+    down, up = Directions(weight, use).factors(rank)
+    return (weight.double() @ down).to(weight.dtype), up.to(weight.dtype)
+
+
+class Directions:
+    """The directions of a table [V, D] that matter, most important first; any number of them gives its two factors."""
+
+    def __init__(self, weight: Tensor, use: TableUse) -> None:
+        table, share = weight.double(), use.share.to(weight.device)
+        metric = use.metric.to(weight.device)
+        mean = float(metric.diagonal().mean()) or 1.0
+        values, vectors = torch.linalg.eigh(metric / mean + _DAMPING * torch.eye(len(metric)).to(metric))
+        self.root = (vectors * values.clamp_min(_DAMPING / 2).sqrt()) @ vectors.T  # G^1/2
+        second = self.root @ ((table * share.unsqueeze(1)).T @ table) @ self.root
+        self.vectors = torch.linalg.eigh(second)[1].flip(1)
+
+    def factors(self, rank: int) -> tuple[Tensor, Tensor]:
+        """(down [D, r], up [D, r]), float64: the rows of the factor are table @ down."""
+        kept = self.vectors[:, :rank]
+        generator = torch.Generator().manual_seed(rank)
+        rotation = torch.linalg.qr(torch.randn(rank, rank, dtype=torch.float64, generator=generator))[0].to(kept)
+        return self.root @ kept @ rotation, torch.linalg.solve(self.root, kept) @ rotation
 
 
 def grids_of(table: Any) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
@@ -328,7 +341,9 @@ def grids_of(table: Any) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     if table.layout.input_groups > 1:
         raise ValueError("the table has several scales a row")
     scale, zero = table.row_grids()
-    return table.int_codes(), scale.contiguous(), zero.contiguous(), None
+    eight = table.layout.bits == 8 and table.owner.codes is not None  # stored as they are
+    codes = table.owner.codes.view(torch.int8) if eight else table.int_codes()
+    return codes, scale.contiguous(), zero.contiguous(), None
 
 
 def is_packed_table(table: Any) -> bool:

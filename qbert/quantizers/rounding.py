@@ -4,7 +4,8 @@ With inputs x of second moment :math:`C = E[x x^T]` a changed weight matrix move
 
 .. math:: E \| (W - \hat W) x \|^2 = \mathrm{tr}\,(W - \hat W)\, C\, (W - \hat W)^T ,
 
-which is what is made small here, on the grids of `qbert.quantizers.grid` and for all rows at once:
+which is what is made small here, on the grids of `qbert.quantizers.grid` and for all rows at once. Where the matrix has
+a bias, that takes over the mean of the error, so that no layer's outputs are shifted, and C is the covariance.
 
 1. *compensation* (OBS; GPTQ): columns are rounded one after the other, and the error of each is spread over those
    still to come. With :math:`H = C + \lambda I = (U + I) D (U + I)^T`, U strictly upper triangular, column j is
@@ -74,6 +75,21 @@ def damped(moment: Tensor, damping: float) -> Tensor:
     level = float(wide.diagonal().mean())
     eye = torch.eye(len(wide), dtype=wide.dtype, device=wide.device)
     return wide + damping * level * eye if level > 0 else eye
+
+
+def bias_change(difference: Tensor, mean: Tensor) -> Tensor:
+    """What the bias must gain, [O] float64, for outputs of the same mean, where a matrix has lost `difference` [O, I].
+
+    Args:
+        mean: E[x], [I], or [g, I] where each of g equal runs of rows has inputs of its own.
+
+    Source: Nagel et al. 2019, data-free quantization, section 4.2 (bias correction), on the inputs that are there.
+    """
+    wide = difference.double()
+    mean = mean.to(wide.device)
+    if mean.dim() == 1:
+        return wide @ mean
+    return torch.linalg.vecdot(wide.view(len(mean), -1, wide.shape[1]), mean.unsqueeze(1)).flatten()
 
 
 def compensate(

@@ -128,7 +128,7 @@ class DepthTable:
 
     @property
     def best_sandwich(self) -> Choice:
-        """The nearest one that applies a layer several times (`qbert.encoders.sharing.share` makes it)."""
+        """The nearest one that applies a layer several times (`qbert.students.shared.share_layers` makes it)."""
         return next(choice for choice in self.choices if choice.sets < len(choice.layers))
 
     def to_list(self) -> list[tuple[list[int], float, float | None]]:

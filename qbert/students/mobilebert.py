@@ -10,7 +10,7 @@ layer, which is what `recipes.mobilebert` does. Instead of LayerNorm it has NoNo
 
 Source: Sun et al. 2020, "MobileBERT: a Compact Task-Agnostic BERT for Resource-Limited Devices", section 3;
 google-research/mobilebert. Differences: the word table is the teacher's, at its width, instead of a small one read
-three tokens at a time, and so is the head; the attention has as many heads as the teacher's, whose scores it is to meet.
+three tokens at a time, and so is the head; the attention has as many heads as the teacher's, whose scores it meets.
 """
 
 from __future__ import annotations

@@ -68,7 +68,7 @@ def test_a_student_from_end_to_end(tmp_path: Path) -> None:
     done = run("--student", "pkd")
     assert done.returncode == 0, done.stderr[-2000:]
     results = json.loads((tmp_path / "out" / "results.json").read_text())
-    assert list(results["rows"])[:2] == ["PKD", "fewer layers, hard labels"] and len(results["rows"]) == 3
+    assert {"PKD", "fewer layers, hard labels"} < set(results["rows"]) and len(results["rows"]) == 3
     row = results["rows"]["PKD"][0]
     assert {"score", "agreement", "divergence", "parameters", "4 bits bytes", "ms 1x16", "fused ms 32x64"} <= set(row)
     assert row["4 bits bytes"] < row["8 bits bytes"] < row["float bytes"]

@@ -123,12 +123,39 @@ def test_fused_embeddings_are_the_models_own(family: str) -> None:
             fast(input_ids=torch.full((1, 513), 7))
 
 
-def test_word_embeddings_of_other_bits_are_read_by_the_model(caplog: pytest.LogCaptureFixture) -> None:
-    packed = encoder("bert", embedding_bits=4, **EXACT)
+def test_word_embeddings_of_several_scales_a_row_are_read_by_the_model(caplog: pytest.LogCaptureFixture) -> None:
+    model = AutoModel.from_config(build("bert").config).eval()
+    bits = {"*": 4, "embeddings": {"bits": 4, "input_group_size": 24}}
+    packed = pack(qbert.quantize_model(model, qbert.BitsConfig(bits, **EXACT)))
     with caplog.at_level(logging.INFO, logger="qbert.inference.cpu_model"):
         fast = optimize_for_inference(packed)
-    assert fast.forward._embed is None and "not packed in 8 bits" in caplog.text
+    assert fast.forward._embed is None and "not packed with one scale a row" in caplog.text
     batch = {"input_ids": torch.randint(5, 100, (2, 9))}
+    assert torch.allclose(hidden(fast, batch), hidden(packed, batch), rtol=1e-4, atol=1e-5)
+
+
+TABLES: dict[str, Any] = {
+    "4 bits": {"bits": 4},
+    "3 bits": {"bits": 3},
+    "2 bits without zero points": {"bits": 2, "scheme": "midrise"},
+    "bits by rows": {"bits": 2, "row_bits": {8: 7, 4: 20}},
+    "low rank": {"bits": 4, "rank": 12},
+}
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_word_embeddings_of_every_kind_are_fused(name: str) -> None:
+    model = AutoModel.from_config(build("bert").config).eval()
+    bits = {"*": 4, "embeddings": 8, "embeddings.word_embeddings": TABLES[name]}
+    config = qbert.BitsConfig(bits, **EXACT)
+    packed = pack(qbert.quantize_model(model, config, calibration_data=[inputs_for("bert")]))
+    fast = optimize_for_inference(packed)
+    assert fast.forward._embed is not None
+    ids = torch.arange(100).view(4, 25)
+    with torch.no_grad():
+        got, expected = fast.forward._embedded(ids), packed.embeddings(input_ids=ids)
+    assert torch.allclose(got, expected, rtol=1e-5, atol=1e-5)
+    batch = {"input_ids": ids}
     assert torch.allclose(hidden(fast, batch), hidden(packed, batch), rtol=1e-4, atol=1e-5)
 
 
