@@ -73,6 +73,7 @@ from qbert.distill.progress import (
     save_curves,
     time_steps,
 )
+from qbert.distill.rates import factors_of, has_rates, schedules, split_groups
 from qbert.distill.recipe import Recipe, Timetable
 from qbert.distill.step_sizes import (
     StepSizeCallback,
@@ -361,6 +362,8 @@ class Distiller(Trainer):
         for group in groups:
             group["params"][0].requires_grad_(False)  # so that the Trainer's own groups leave them out
         optimizer = super().create_optimizer(model)
+        if has_rates(self.recipe):
+            split_groups(optimizer, factors_of(self.student, self.recipe))
         for group in groups:
             group["params"][0].requires_grad_(True)
             optimizer.add_param_group(group)
@@ -379,9 +382,10 @@ class Distiller(Trainer):
                 "left out; train for longer",
                 stacklevel=2,
             )
-        if schedule_of(self.args) != "linear":
+        if schedule_of(self.args) != "linear" and not has_rates(self.recipe):
             return super().create_scheduler(num_training_steps, optimizer)
-        self.lr_scheduler = LambdaLR(optimizer, table.rate_at)
+        factors = factors_of(self.student, self.recipe) if has_rates(self.recipe) else {}
+        self.lr_scheduler = LambdaLR(optimizer, schedules(optimizer, table, factors))
         self._created_lr_scheduler = True
         return self.lr_scheduler
 

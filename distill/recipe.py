@@ -105,6 +105,8 @@ class Stage:
         schedule: ``linear`` (warm-up, then down to 0 at the end of the stage) or ``constant`` (after the warm-up).
         bits: quantize the student's matrices to this many bits when the stage begins (2, 3, 4 or 8); None leaves them.
         teacher: ``given``, or ``previous``: the student as it was at the end of the stage before.
+        rates: factor of the learning rate by pattern of module names, as in `BitsConfig` (the longest match counts);
+            1 for what none matches. Parts with a factor of 0 stand still.
     """
 
     name: str
@@ -114,6 +116,7 @@ class Stage:
     schedule: Literal["linear", "constant"] = "linear"
     bits: int | None = None
     teacher: Literal["given", "previous"] = "given"
+    rates: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not self.matches:
@@ -126,6 +129,9 @@ class Stage:
             raise ValueError(f"stage {self.name!r} has relations of several numbers of heads; give all the same")
         if not self.share > 0 or not self.rate > 0:
             raise ValueError(f"stage {self.name!r}: share={self.share} and rate={self.rate} must be positive")
+        slow = next((name for name, rate in self.rates.items() if rate < 0), None)
+        if slow is not None:
+            raise ValueError(f"stage {self.name!r}: rates[{slow!r}]={self.rates[slow]} must not be negative")
         if self.bits not in (None, 2, 3, 4, 8):
             raise ValueError(f"stage {self.name!r}: bits={self.bits!r} is not possible; use 2, 3, 4 or 8")
 

@@ -23,7 +23,7 @@ from torch import nn
 
 from qbert import students
 from qbert.distill import Recipe, recipes
-from qbert.encoders.targets import attention_heads, base_model
+from qbert.encoders.targets import attention_heads, base_model, main_layers
 from qbert.students.shared import share_layers
 
 if TYPE_CHECKING:
@@ -349,6 +349,29 @@ PLANS: dict[str, Plan] = {
     ),
     "albert": Plan("ALBERT", "Lan et al. 2019", one_layer, (Phase("distillation", all_depths),), "ALBERT"),
     "subformer": Plan("Subformer", "Reid et al. 2021", subformer, (Phase("distillation", all_depths),), "Subformer"),
+    "mobilebert": Plan(
+        "MobileBERT",
+        "Sun et al. 2020",
+        lambda bench, seed: students.mobilebert(bench.teacher, inner=bench.table_width, seed=seed),
+        (Phase("transfer", lambda bench: recipes.mobilebert(len(main_layers(bench.teacher)[1]))),),
+        "MobileBERT",
+        rate=1e-3,
+        ablations={
+            "at once": Plan(
+                "MobileBERT, all layers at once",
+                "Sun et al. 2020",
+                lambda bench, seed: students.mobilebert(bench.teacher, inner=bench.table_width, seed=seed),
+                (
+                    Phase(
+                        "transfer",
+                        lambda bench: recipes.mobilebert(len(main_layers(bench.teacher)[1]), at_once=True),
+                    ),
+                ),
+                "MobileBERT",
+                rate=1e-3,
+            )
+        },
+    ),
     "layers": Plan("layers dropped, no training", "this project", shallow, (), SHALLOW),
     "small": Plan(
         "from scratch",

@@ -14,6 +14,7 @@ from qbert.distill.recipes.distilbert import distilbert
 from qbert.distill.recipes.logits import logits
 from qbert.distill.recipes.low_resource import low_resource
 from qbert.distill.recipes.minilm import minilm
+from qbert.distill.recipes.mobilebert import mobilebert
 from qbert.distill.recipes.movement import movement
 from qbert.distill.recipes.pkd import pkd
 from qbert.distill.recipes.qat import qat
@@ -27,6 +28,7 @@ RECIPES: dict[str, Callable[[], Recipe]] = {
     "logits": logits,
     "low_resource": low_resource,
     "minilm": minilm,
+    "mobilebert": mobilebert,
     "movement": movement,
     "pkd": pkd,
     "qat": qat,
@@ -42,6 +44,7 @@ __all__ = [
     "logits",
     "low_resource",
     "minilm",
+    "mobilebert",
     "movement",
     "pkd",
     "qat",
