@@ -1,5 +1,7 @@
 """Student, teacher and the loss between them as one module, whose forward pass gives the loss and each of its terms.
 
+It stands alone because it is a module like any other: it computes a loss without a trainer around it.
+
 `Distillation` is what the optimizer, the data-parallel wrapper and the checkpoints see: the student and, beside it,
 `DistillationHeads` with all that is trained or counted only for the sake of the loss (projections, automatic
 weights). The teacher is *not* a submodule, so it is never switched to training mode, optimized or saved.

@@ -202,7 +202,7 @@ def teacher_digest(teacher: nn.Module) -> str:
     for name, tensor in sorted(teacher.state_dict().items()):
         if isinstance(tensor, Tensor):
             total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            total.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+            total.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return total.hexdigest()
 
 

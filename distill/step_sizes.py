@@ -1,5 +1,7 @@
 """Quantizers that train: which step sizes move during a distillation, how, and until when.
 
+They stand alone because they know quantizers and optimizers, but no teacher and no loss.
+
 Steps of matrices below 8 bits are learned (LSQ, Esser et al. 2020), refitted to the weights by least squares, or left
 as they were found; static activation ranges are learned, follow the batches (Jacob et al. 2018), or stay. The recipe
 says which. 8-bit tables and dynamic activation ranges have nothing to train.

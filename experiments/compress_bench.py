@@ -116,6 +116,11 @@ class Bench:
         return max(round(config.hidden_size * 312 / 384 / heads), 1) * heads
 
     @property
+    def table_width(self) -> int:
+        """Width of a narrower word table: a quarter of the model's, as 96 for 384."""
+        return max(round(self.teacher.config.hidden_size / 16), 1) * 4
+
+    @property
     def has_pairs(self) -> bool:
         """Whether rows are pairs of texts."""
         return len(self.task.text_fields) > 1

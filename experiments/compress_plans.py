@@ -143,7 +143,39 @@ def from_scratch(bench: Bench, seed: int) -> nn.Module:
     return students.small(bench.teacher, layers=bench.depth, seed=seed)
 
 
+def pruned(**what: Any) -> Callable[[Bench, int], nn.Module]:
+    """The teacher without some of its parts, what stays making good for them."""
+    return lambda bench, seed: students.prune(bench.teacher, data=bench.unlabelled(), **what)
+
+
+def low_rank(bench: Bench, seed: int) -> nn.Module:
+    """The teacher with half of its matrices' values, in factors that suit inputs and loss."""
+    return students.factorize(bench.teacher, 0.5, data=bench.unlabelled())
+
+
+def one_layer(bench: Bench, seed: int) -> nn.Module:
+    """ALBERT's shape: the layer that does best at every depth, and a word table of a quarter of the width."""
+    return students.narrow_table(
+        students.share_layers(bench.teacher, "all", data=bench.unlabelled()), bench.table_width
+    )
+
+
+def subformer(bench: Bench, seed: int) -> nn.Module:
+    """The sandwich with a word table of a quarter of the width that attends to itself."""
+    return students.narrow_table(sandwich(bench, seed), bench.table_width, heads=4)
+
+
 # ---- what they learn from ----
+
+
+def all_depths(bench: Bench) -> Recipe:
+    """Hidden states and scores of every layer, and logits, at once: students as deep as their teacher."""
+    return recipes.qbert_kd()
+
+
+def states_and_logits(bench: Bench) -> Recipe:
+    """The same without scores, which fewer heads do not have in common."""
+    return recipes.tinybert(projection=False, without=("scores",))
 
 
 def relations(bench: Bench) -> Recipe:
@@ -277,6 +309,46 @@ PLANS: dict[str, Plan] = {
         (Phase("distillation", lambda bench: recipes.tinybert(projection=False)),),
         "sandwich",
     ),
+    "pruned": Plan(
+        "half of the FFN pruned",
+        "Kurtic et al. 2023",
+        pruned(ffn=0.5),
+        (Phase("distillation", all_depths),),
+        "pruned",
+        rate=1e-4,
+        ablations={
+            "heads": Plan(
+                "a quarter of the heads and half of the FFN pruned",
+                "Kurtic et al. 2023",
+                pruned(heads=0.25, ffn=0.5),
+                (Phase("distillation", states_and_logits),),
+                "pruned, fewer heads",
+                rate=1e-4,
+            ),
+            "2:4": Plan(
+                "2:4",
+                "Frantar and Alistarh 2023",
+                pruned(pattern="2:4"),
+                (Phase("distillation", all_depths),),
+                "2:4",
+                rate=1e-4,
+            ),
+            "movement": Plan(
+                "half of the weights by movement",
+                "Sanh et al. 2020",
+                lambda bench, seed: copy.deepcopy(bench.teacher),
+                (Phase("distillation", lambda bench: recipes.movement()),),
+                "movement",
+                rate=1e-4,
+            ),
+            "untrained": Plan("half of the FFN pruned, no training", "this project", pruned(ffn=0.5), (), "pruned"),
+        },
+    ),
+    "lowrank": Plan(
+        "low rank", "Chen et al. 2021", low_rank, (Phase("distillation", all_depths),), "low rank", rate=1e-4
+    ),
+    "albert": Plan("ALBERT", "Lan et al. 2019", one_layer, (Phase("distillation", all_depths),), "ALBERT"),
+    "subformer": Plan("Subformer", "Reid et al. 2021", subformer, (Phase("distillation", all_depths),), "Subformer"),
     "layers": Plan("layers dropped, no training", "this project", shallow, (), SHALLOW),
     "small": Plan(
         "from scratch",

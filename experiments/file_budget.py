@@ -2,10 +2,10 @@
 
     python experiments/file_budget.py --data-dir DATA --tasks sst2 stsb --report experiments/results/file_budget.md
 
-First, with everything else in float, the word table in 8 to 2 bits, in different bits by rows, of low rank, and with the
-vocabulary of the training sentences only. Then the whole model for several sizes of its file: `allocate_bits` chooses
+First, with everything else in float, the word table in 8 to 2 bits, in different bits by rows, of low rank, and with
+the vocabulary of the training sentences only. Then the whole model for several sizes of its file: `FilePlan` chooses
 the bits of every matrix and the form of every table from unlabelled training rows, `quantize_model` rounds by the same
-rows, and the packed file is written and measured; beside it the same number of bits for all matrices. Nothing is trained.
+rows, and the packed file is written and measured; beside it the same bits for all matrices. Nothing is trained.
 STS-B is scored with the published sentence encoder as it is, every other task with a fine-tuned one (cached). Held-out
 rows are used for the figures only. A run that was interrupted goes on with --resume.
 """
@@ -37,10 +37,15 @@ _TABLES: dict[str, dict[str, Any]] = {
     "rank 128 x 4 bits": {"bits": 4, "rank": 128},
 }
 _SPLITS = (2.05, 2.1, 2.25, 2.5, 3.0, 4.0)
-_UNIFORM = {"2 bits, tables 8": (2, 8), "2 bits, tables 4": (2, 4), "3 bits, tables 4": (3, 4), "4 bits, tables 4": (4, 4)}
+_UNIFORM = {
+    "2 bits, tables 8": (2, 8),
+    "2 bits, tables 4": (2, 4),
+    "3 bits, tables 4": (3, 4),
+    "4 bits, tables 4": (4, 4),
+}
 _SIZES = (16.0, 12.0, 10.2, 8.0, 7.0, 6.1)
 _TRIMMED_SIZES = (8.0, 6.1, 5.4, 4.7)
-_CORPUS = 20_000
+_CORPUS = 20_000  # training rows whose pieces make a vocabulary
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -50,7 +55,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--tasks", nargs="+", help="several tasks, one after the other; default: that of --task")
     add_tuning_arguments(parser)
     parser.add_argument("--calibration-rows", type=positive, default=400, help="unlabelled training rows; default: 400")
-    parser.add_argument("--parts", nargs="+", choices=("tables", "files"), default=["tables", "files"], help="what to do")
+    parser.add_argument(
+        "--parts", nargs="+", choices=("tables", "files"), default=["tables", "files"], help="what to do"
+    )
     parser.add_argument("--resume", action="store_true", help="go on with what an interrupted run has found")
     parser.add_argument("--report", help="Markdown file to write; default: <output-dir>/file_budget.md")
     return parser.parse_args()
@@ -117,7 +124,9 @@ class Comparison:
         self.arguments = arguments
         asked = {"task": name, "rows": arguments.calibration_rows, "limit": arguments.eval_limit}
         self.record = Record(folder / f"{name}.json", asked, resume=arguments.resume)
-        self.error = bootstrap(self.task, subset(self.task.rows(self.task.evaluation_splits[0]), arguments.eval_limit, 0))
+        self.error = bootstrap(
+            self.task, subset(self.task.rows(self.task.evaluation_splits[0]), arguments.eval_limit, 0)
+        )
         self.reference = self._scored(self.model, self.tokenizer)
 
     def batches(self, model: Any, tokenizer: Any) -> list[Any]:
@@ -162,16 +171,14 @@ def compare_tables(comparison: Comparison) -> None:
         forms = list(table_configurations(model, batches)) if kept else [
             (f"vocabulary of {model.config.vocab_size:,} pieces, float", None),
             ("the same, 4 bits", BitsConfig({_TABLE: 4}, embedding_bits=32)),
-            ("the same, 3 bits by rows, midrise", BitsConfig({_TABLE: split_of(model, batches, 3.0)}, embedding_bits=32)),
+            ("the same, 3 bits by rows", BitsConfig({_TABLE: split_of(model, batches, 3.0)}, embedding_bits=32)),
             ("the same, rank 192 x 4 bits", BitsConfig({_TABLE: {"bits": 4, "rank": 192}}, embedding_bits=32)),
         ]  # fmt: skip
         for label, config in forms:
             if f"table: {label}" in comparison.record:
                 continue
             student = model if config is None else quantize_model(model, config, calibration_data=batches)
-            comparison.add(
-                f"table: {label}", student, tokenizer, megabytes=(model_size(student).total - rest) / 1e6
-            )
+            comparison.add(f"table: {label}", student, tokenizer, megabytes=(model_size(student).total - rest) / 1e6)
 
 
 def _table_path(model: Any) -> str:

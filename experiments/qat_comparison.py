@@ -5,7 +5,7 @@
     megabytes = save_packed(comparison, student)
 
 Plain QAT learns from the labels, KD-aware QAT from the teacher alone. Both start from the same codes; rows, their
-order and steps are the same, and the rate is each recipe's own unless one is given. Where unlabelled rows of other
+order and steps are the same, and the rate is each recipe's own. Where unlabelled rows of other
 domains are asked for, KD-aware QAT has them in the place of a share of the task's rows.
 """
 
@@ -199,7 +199,7 @@ class Comparison:
         from qbert.distill import Distiller, recipes
 
         recipe = self.recipe if method == "kd" else recipes.qat()
-        rate = self.arguments.learning_rate or recipe.arguments["learning_rate"]
+        rate = (self.arguments.learning_rate if method == "kd" else None) or recipe.arguments["learning_rate"]
         on_cpu = self.arguments.device == "cpu"
         settings = TrainingArguments(
             str(self.trained_in(method, seed)),

@@ -52,7 +52,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, nargs="+", help="seeds of data order and dropout; default: that of --seed")
     parser.add_argument("--epochs", type=float, default=2.0, help="passes over the rows for QAT and KD-QAT; default: 2")
     parser.add_argument("--batch-size", type=positive, default=16, help="rows a step; default: 16")
-    parser.add_argument("--learning-rate", type=float, help="peak rate of QAT and KD-QAT; default: each recipe's")
+    parser.add_argument("--learning-rate", type=float, help="peak rate of KD-QAT; default: the recipe's")
     parser.add_argument("--no-fine-tune", action="store_true", help="--model is a tuned teacher; use it as it is")
     parser.add_argument("--teacher-epochs", type=positive, help="passes for the teacher; default: by task")
     parser.add_argument("--train-limit", type=positive, help="train students, and the teacher, on this many rows")
@@ -114,12 +114,11 @@ def print_cost(comparison: Comparison, left: list[tuple[str, int]]) -> None:
 
 
 def learning_rates(comparison: Comparison) -> dict[str, float]:
-    """The peak rate of each method's recipe, or the one that was asked for."""
+    """The peak rate of each method: its recipe's, or for KD-QAT the one that was asked for."""
     from qbert.distill import recipes
 
-    by_name = {METHODS["kd"]: comparison.recipe, METHODS["qat"]: recipes.qat()}
-    given = comparison.arguments.learning_rate
-    return {name: given or recipe.arguments["learning_rate"] for name, recipe in by_name.items()}
+    given = comparison.arguments.learning_rate or comparison.recipe.arguments["learning_rate"]
+    return {METHODS["kd"]: given, METHODS["qat"]: recipes.qat().arguments["learning_rate"]}
 
 
 def asked_of(comparison: Comparison) -> dict[str, Any]:

@@ -1,5 +1,7 @@
 """The single kernels of a fused int8 encoder layer as torch operators `torch.ops.qbert.*`.
 
+They stand alone because `dispatch` has whole layers, for any model; these are the pieces of a fused one.
+
     quantize_rows        activations to int8 codes, a scale and a sum per token
     matmul_a8            int8 activations x packed weights, with bias, GELU, residual or requantization
     matmul_a8_mixed      the same for query, key and value of different bits

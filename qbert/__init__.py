@@ -25,6 +25,7 @@ _HOME = {
     "allocate_bits": "qbert.allocation.allocate",
     "bit_shares": "qbert.allocation.allocate",
     "compress": "qbert.pipeline",
+    "choose_grid": "qbert.allocation.grids",
     "export_onnx": "qbert.onnx",
     "factorize": "qbert.students.lowrank",
     "HessianSpectrum": "qbert.hessian",
@@ -52,6 +53,7 @@ __all__ = [
     "__version__",
     "allocate_bits",
     "bit_shares",
+    "choose_grid",
     "compress",
     "export_onnx",
     "factorize",
@@ -73,6 +75,7 @@ __all__ = [
 if TYPE_CHECKING:
     from qbert.allocation.allocate import allocate_bits, bit_shares
     from qbert.allocation.front import pareto
+    from qbert.allocation.grids import choose_grid
     from qbert.allocation.sensitivity import sensitivity
     from qbert.bits import BitsConfig, TensorSpec
     from qbert.hessian import HessianSpectrum, hessian_spectrum

@@ -256,7 +256,9 @@ def check_composition(target: Target, spec: TensorSpec, tied: bool) -> None:
     if more >= rows:
         raise ValueError(f"{where} are {more} rows, but the table has {rows}; name fewer, or give all of them bits")
     if spec.row_bits and spec.row_bits[-1][0] <= spec.bits:
-        raise ValueError(f"{where}: {spec.row_bits[-1][0]} bits are no more than the other rows' {spec.bits}; raise them")
+        raise ValueError(
+            f"{where}: {spec.row_bits[-1][0]} bits are no more than the other rows' {spec.bits}; raise them"
+        )
 
 
 def _suits_heads(groups: int, heads: int | None) -> bool:
@@ -368,7 +370,9 @@ class BitsConfig:
             if pattern is None and not target.is_embedding:
                 continue
             base = (
-                replace(self._default_spec, groups=None, input_group_size=None, rounding="nearest", rank=None, row_bits=())
+                replace(
+                    self._default_spec, groups=None, input_group_size=None, rounding="nearest", rank=None, row_bits=()
+                )
                 if target.is_embedding
                 else self._default_spec
             )

@@ -145,12 +145,15 @@ class Moment:
             where each of g runs of rows has inputs of its own (convolutions of several channel groups).
         inputs: how many those were.
         mean: [I] or [g, I] float64, E[w x].
+        covariance: as `value`, of w x about its mean: the moment in which the error of a matrix counts whose bias is
+            free to move. Summed about a point near the mean, since inputs may vary by far less than they are long.
         depth: number of the encoder layer; the moments of one layer are collected before any of its matrices changes.
     """
 
     value: Tensor
     inputs: int
     mean: Tensor
+    covariance: Tensor
     depth: int = 0
 
 
@@ -214,7 +217,7 @@ def input_moments(
         for shared in missed:
             width = weight_matrix(shared[0]).shape[1]
             zeros = torch.zeros(width, width, dtype=torch.float64)
-            yield shared, Moment(zeros, 0, zeros[0])
+            yield shared, Moment(zeros, 0, zeros[0], zeros)
             bar.update(len(shared))
 
 
@@ -513,23 +516,38 @@ class _Totals:
     """Weighted sums over inputs, in float64."""
 
     def __init__(self) -> None:
-        self.count = 0
-        self.value: Tensor | float = 0.0
-        self.mean: Tensor | float = 0.0
+        self.count, self.weight = 0, 0.0
+        self.pivot: Tensor | None = None
+        self.products: Tensor | float = 0.0
+        self.sums: Tensor | float = 0.0
 
     def add(self, x: Tensor, weights: Tensor | None) -> None:
         """Add inputs [N, I] or [N, g, I] of these weights [N]."""
         root: Any = 1.0 if weights is None else weights.sqrt().view(-1, *[1] * (x.dim() - 1))
-        rows = x.float() * root
+        x = x.float()
+        if self.pivot is None:
+            self.pivot = x.mean(0) if len(x) else torch.zeros_like(x.sum(0))
+        rows = (x - self.pivot) * root
         products = rows.T @ rows if rows.dim() == 2 else torch.einsum("ngi,ngj->gij", rows, rows)
-        self.value = self.value + products.double()
-        self.mean = self.mean + (rows * root).double().sum(0)
-        self.count += len(rows)
+        self.products = self.products + products.double()
+        self.sums = self.sums + (rows * root).double().sum(0)
+        self.weight += len(x) if weights is None else float(weights.double().sum())
+        self.count += len(x)
 
     def moment(self, depth: int) -> Moment:
         """The means, of matrices of one encoder layer."""
         count = max(self.count, 1)
-        return Moment(torch.as_tensor(self.value) / count, self.count, torch.as_tensor(self.mean) / count, depth)
+        assert self.pivot is not None
+        pivot, weight = self.pivot.double(), self.weight / count
+        products, sums = torch.as_tensor(self.products) / count, torch.as_tensor(self.sums) / count
+        mixed = _outer(pivot, sums)
+        value = products + mixed + mixed.transpose(-1, -2) + weight * _outer(pivot, pivot)
+        covariance = products - (_outer(sums, sums) / weight if weight else 0.0)
+        return Moment(value, self.count, sums + weight * pivot, covariance, depth)
+
+
+def _outer(a: Tensor, b: Tensor) -> Tensor:
+    return a.unsqueeze(-1) * b.unsqueeze(-2)
 
 
 def _twins(model: nn.Module, reference: nn.Module) -> dict[nn.Module, nn.Module]:

@@ -1,5 +1,7 @@
 r"""How much a model's outputs depend on what its modules compute, without labels.
 
+It stands alone because it knows no tables: any module of any model can be asked about.
+
 The damage that small changes do to the outputs of a model is, to second order,
 
 .. math:: \tfrac12\, E\,[\delta^T F \delta], \qquad \delta = \sum_{t} J_t\, dy_t,
@@ -101,7 +103,7 @@ def _probe(output: Any, mask: Tensor | None, generator: torch.Generator) -> tupl
     logits = values.get("logits")
     if isinstance(logits, Tensor):
         if logits.dim() < 2 or logits.shape[-1] == 1:
-            return (logits * _normal(logits, generator)).sum(), len(logits)
+            return (logits * _signs(logits, generator)).sum(), len(logits)
         probed = _classes(logits, generator)  # [N] or [N, T]
         if probed.dim() == 2:
             keep = torch.ones_like(probed) if mask is None or mask.shape != probed.shape else mask.to(probed)
@@ -118,15 +120,18 @@ def _probe(output: Any, mask: Tensor | None, generator: torch.Generator) -> tupl
             keep = vectors.new_ones(vectors.shape[:2]) if mask is None else mask.to(vectors)
             vectors = (vectors * keep.unsqueeze(-1)).sum(1) / keep.sum(1, keepdim=True).clamp_min(1)
     unit = F.normalize(vectors.flatten(1) if vectors.dim() > 1 else vectors.unsqueeze(1), dim=-1)
-    return (unit * _normal(unit, generator)).sum(), len(unit)
+    return (unit * _signs(unit, generator)).sum(), len(unit)
 
 
 def _classes(logits: Tensor, generator: torch.Generator) -> Tensor:
-    """z^T y [...] for logits [..., C], with z of covariance diag(p) - p p^T."""
+    """z^T y [...] for logits [..., C], with z of covariance diag(p) - p p^T; of two classes its length is no chance."""
     p = logits.detach().softmax(-1)
-    noise = p.sqrt() * _normal(p, generator)
+    if logits.shape[-1] == 2:
+        return p.prod(-1).sqrt() * _signs(p[..., 0], generator) * (logits[..., 0] - logits[..., 1])
+    noise = p.sqrt() * _signs(p, generator)
     return (logits * (noise - p * noise.sum(-1, keepdim=True))).nan_to_num(0.0).sum(-1)
 
 
-def _normal(y: Tensor, generator: torch.Generator) -> Tensor:
-    return torch.randn(y.shape, generator=generator).to(y)
+def _signs(y: Tensor, generator: torch.Generator) -> Tensor:
+    """Random signs in the shape of `y`: of all vectors of covariance 1 those whose length varies least."""
+    return torch.randint(0, 2, y.shape, generator=generator).mul_(2).sub_(1).to(y)

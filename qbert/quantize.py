@@ -19,7 +19,15 @@ import torch
 from torch import Tensor, nn
 
 from qbert.bits import BitsConfig, TensorSpec
-from qbert.calibration import Batch, Moment, calibrate_activations, check_batches, input_moments, mean_logits
+from qbert.calibration import (
+    Batch,
+    Moment,
+    calibrate_activations,
+    check_batches,
+    check_lengths,
+    input_moments,
+    mean_logits,
+)
 from qbert.encoders.replace import replace_everywhere
 from qbert.encoders.targets import Target, encoder_weights, find_targets, join_path
 from qbert.encoders.weights import is_table, stored, weight_matrix
@@ -30,7 +38,7 @@ from qbert.layers.tables import TableUse, open_tables, part_specs
 from qbert.quantizers.activations import ActivationQuantizer
 from qbert.quantizers.groups import group_layout
 from qbert.quantizers.ranges import GroupRanges
-from qbert.quantizers.rounding import bias_change, centred
+from qbert.quantizers.rounding import bias_change
 from qbert.rounded import RoundedLayers
 from qbert.usage import table_uses
 
@@ -113,7 +121,10 @@ def quantize_model(
     if batches is None:
         specs, compensated = _without_data(specs, compensated), {}
     open_recurrent(model, specs.keys())
-    wanted = mean_logits(model, batches) if compensated and batches is not None else None
+    wanted = None
+    if compensated and batches is not None:
+        check_lengths(model, batches)
+        wanted = mean_logits(model, batches)
     done = _Conversions(model)
     if uses:
         specs |= done.compose({path: specs.pop(path) for path in uses}, uses)
@@ -273,7 +284,7 @@ class _Conversions:
         self._weights: list[tuple[nn.Parameter, Tensor]] = []
 
     def compose(self, specs: Mapping[str, TensorSpec], uses: Mapping[str, TableUse]) -> dict[str, TensorSpec]:
-        """Put float tables of several parts in the places that `specs` names: path of each part -> its specification."""
+        """Put float tables of several parts in the places of `specs`: path of each part -> its specification."""
         tables = {path: self.model.get_submodule(path) for path in specs}
         self._replaced += open_tables(self.model, specs, {tables[path]: use for path, use in uses.items()})
         return {
@@ -299,14 +310,12 @@ class _Conversions:
         modules = [self.model.get_submodule(path) for path, _, _ in members]
         matrix = weight_matrix(modules[0]).detach()
         bias = getattr(modules[0], "bias", None) if len(modules) == 1 else None
-        metric = moment.value if bias is None else centred(moment.value, moment.mean)
+        metric = moment.value if bias is None else moment.covariance
         quantizer = _quantizer(*members[0][1:], matrix)
         rounded = quantizer.compensate(matrix, metric.to(matrix.device))
-        found = {
-            "weight": stored(modules[0], quantizer.nearest_with_codes(matrix, rounded)).contiguous(),
-            "scale": quantizer.scale,
-            "zero": quantizer.zero,
-        }
+        # The middle of every code. Where training starts from the places in the codes nearest to the given weights,
+        # those at a border go back to the code of nearest rounding within a few steps, and the gain is lost.
+        found = {"weight": stored(modules[0], rounded).contiguous(), "scale": quantizer.scale, "zero": quantizer.zero}
         if bias is not None:
             found["bias"] = (bias.detach().double() + bias_change(matrix - rounded, moment.mean)).to(bias)
         self.place(members, **found)
@@ -334,9 +343,17 @@ class _Conversions:
     def keep_mean_logits(self, wanted: Tensor, batches: list[Batch]) -> None:
         """Move the bias of the layer that gives the logits, so that their mean over the batches is this [C]."""
         found = mean_logits(self.model, batches)
-        if found is not None:
-            bias = cast(nn.Parameter, self.model.get_submodule(found[0]).bias)
-            self._change(bias, bias.detach() + (wanted - found[1]).to(bias))
+        if found is None:
+            return
+        name, logits = found
+        change = wanted - logits
+        if not bool(torch.isfinite(change).all()):
+            raise ValueError(
+                f"calibration_data: the output of {name} holds NaN or infinity; pass batches on which the model "
+                "computes finite numbers"
+            )
+        bias = cast(nn.Parameter, self.model.get_submodule(name).bias)
+        self._change(bias, bias.detach() + change.to(bias))
 
     def _change(self, parameter: nn.Parameter, value: Tensor) -> None:
         self._weights.append((parameter, parameter.data))

@@ -1,5 +1,7 @@
 """One self-contained HTML page of a folder of results: pictures to hover over, tables to sort, commands that made them.
 
+It stands alone because it reads files only: `qbert report` is one way to call it.
+
     >>> write_report("outputs/hessian_spectrum-reviews", "report.html")
 
 What is found below the folder is shown: spectra, allocation fronts, post-training comparisons, trainings and their

@@ -1,5 +1,7 @@
 """What lookup tables are used for on unlabelled data: how often each row is read, and how much that matters.
 
+It stands alone because it reads texts and tables only: `quantize_model` asks it how rows weigh, and quantizes them.
+
     >>> table_uses(model, batches, [model.embeddings.word_embeddings])
 
 Few sentences hold few of the rows. All rows that they do not hold together are expected to be read as often as rows

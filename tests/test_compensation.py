@@ -185,27 +185,6 @@ def test_distillation_starts_from_the_compensated_codes(tmp_path: Any) -> None:
     assert layer.weight_quantizer.spec.rounding == "nearest"
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("bits", "scheme"), [(2, "asymmetric"), (3, "offset"), (4, "midrise"), (8, "symmetric")])
-def test_weights_are_the_nearest_to_the_given_ones_that_have_the_codes(
-    bits: int, scheme: Any, dtype: torch.dtype
-) -> None:
-    weight = torch.randn(12, 16, generator=torch.Generator().manual_seed(0)).to(dtype)
-    x = torch.randn(200, 16, generator=torch.Generator().manual_seed(1)) @ torch.randn(16, 16)
-    spec = qbert.TensorSpec(bits, scheme=scheme, rounding="compensated")
-    quantizer = WeightQuantizer(torch.arange(12) // 3, 2, spec)
-    rounded = quantizer.compensate(weight, (x.T @ x / 200).double())
-    found = quantizer.nearest_with_codes(weight, rounded)
-    assert torch.equal(quantizer.codes(found), quantizer.codes(rounded)) and found.dtype == dtype
-    step = quantizer.scale[quantizer.row_group].repeat_interleave(8, 1)
-    apart = (found.float() - weight.float()).abs()
-    inside = (weight.float() - rounded.float()).abs() < 0.48 * step  # those that had their code before
-    if dtype == torch.float32:
-        assert inside.any() and bool((apart[inside] == 0).all())
-        assert bool(((found - rounded).abs()[~inside] > 0.48 * step[~inside]).all())  # at the border
-    assert bool(((apart - (weight.float() - rounded.float()).abs()) <= 1e-6).all())  # never farther than the codes
-
-
 def test_a_student_starts_as_far_from_its_teacher_as_the_packed_compensated_model(tmp_path: Any) -> None:
     teacher, data = build("bert").eval(), batches("bert")
     teacher.classifier.weight.data *= 200  # outputs that differ
@@ -221,16 +200,6 @@ def test_a_student_starts_as_far_from_its_teacher_as_the_packed_compensated_mode
     entropy = -(wanted.exp() * wanted).sum(-1).mean()
     divergence = F.kl_div(deployed, wanted, log_target=True, reduction="batchmean")
     assert divergence > 1e-4 and float(loss - entropy) == pytest.approx(float(divergence), rel=1e-2)
-
-
-def test_training_moves_codes_of_a_compensated_student(tmp_path: Any) -> None:
-    config = qbert.BitsConfig(2, groups=16, **COMPENSATED)
-    student = qbert.quantize_model(build("bert").eval(), config, calibration_data=batches("bert"))
-    before = {n: m.weight_quantizer.codes(m.weight) for n, m in linears(student).items()}
-    trainer = distiller(tmp_path, student=student, max_steps=3, learning_rate=1e-4)
-    trainer.train()
-    moved = [bool((m.weight_quantizer.codes(m.weight) != before[n]).any()) for n, m in linears(trainer.student).items()]
-    assert all(moved)
 
 
 def test_static_ranges_are_calibrated_on_the_rounded_model() -> None:
@@ -392,6 +361,24 @@ def test_activations_that_are_not_finite_change_nothing(inplace: bool) -> None:
         )
     assert not linears(model) and not any(m._forward_pre_hooks for m in model.modules())
     assert all(torch.equal(p.nan_to_num(), before[n].nan_to_num()) for n, p in model.named_parameters())
+
+
+def test_the_covariance_of_inputs_that_hardly_vary_is_exact() -> None:
+    generator = torch.Generator().manual_seed(0)
+    layer = nn.Linear(6, 3)
+    x = 100 + 1e-2 * torch.randn(4, 50, 6, generator=generator)
+    (((_,), found),) = input_moments(nn.Sequential(layer), [{"input": part} for part in x], [layer])
+    wide = x.flatten(0, 1).double()
+    torch.testing.assert_close(found.mean, wide.mean(0))
+    torch.testing.assert_close(found.value, wide.T @ wide / len(wide))
+    torch.testing.assert_close(found.covariance, torch.cov(wide.T, correction=0), rtol=1e-4, atol=1e-8)
+
+
+def test_a_head_that_is_not_finite_is_named() -> None:
+    model = build("bert").eval()
+    model.classifier.weight.data[0, 0] = float("inf")
+    with pytest.raises(ValueError, match=r"the output of classifier holds NaN or infinity"):
+        qbert.quantize_model(model, qbert.BitsConfig(2, **COMPENSATED), calibration_data=batches("bert"))
 
 
 def test_what_cannot_be_used_is_refused_with_its_mend() -> None:

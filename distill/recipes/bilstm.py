@@ -5,7 +5,7 @@ the squared error of the logits alone was best, and beside it the labels have a 
 Differences: AdamW, since their Adadelta is none of the Trainer's; a mean over the classes where the paper has the sum.
 
     >>> student = students.bilstm(teacher, tokenizer=tokenizer)
-    >>> rows = lexical(task, copies=20, mask_token=tokenizer.mask_token)
+    >>> more = augmented(task, Lexical(tokenizer.mask_token), copies=20)
 """
 
 from __future__ import annotations

@@ -24,9 +24,10 @@ from qbert.results import Record, markdown_table, provenance
 # Peak learning rate of each student.
 RATES = {"bilstm": 2e-3, "cnn": 1e-3, "layers": 2e-4}
 TITLES = {"bilstm": "BiLSTM", "cnn": "CNN", "layers": "3 layers"}
-WAYS = {"labels": "its labels alone", "teacher": "the teacher on all rows"}
+WAYS = {"labels": "its labels alone", "teacher": "the teacher on all rows", "copies": "the teacher, altered copies too"}
 _KEPT_LAYERS = 3
 _MOST_EPOCHS = 20
+_COPIES = 4  # of a row, at most
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -37,6 +38,9 @@ def parse_arguments() -> argparse.Namespace:
         "--labels", type=positive, nargs="+", default=[100, 400], help="numbers of labels; default: 100 400"
     )
     parser.add_argument("--rows", type=positive, default=4000, help="rows that students see, at most; default: 4000")
+    parser.add_argument(
+        "--copies", type=positive, help="with the most labels, also learn from this many altered copies of all rows"
+    )
     parser.add_argument(
         "--students", nargs="+", default=list(RATES), choices=list(RATES), help="which; default: all of them"
     )
@@ -91,21 +95,35 @@ class Study:
 
     def rows(self, tokenizer: Any, labels: int, way: str) -> Any:
         """Tokenized rows: the labelled ones, or those and the others of the pool without their label."""
-        from dataclasses import replace
-
         from qbert.tasks import prepare, subset
 
-        labelled = list(subset(self.task.rows("train"), labels, self.arguments.seed))
-        task = replace(self.task, splits={**self.task.splits, "train": labelled})
-        data = prepare(task, tokenizer, "train")
+        labelled = list(subset(self.task.rows("train"), min(labels, self.arguments.rows), self.arguments.seed))
+        data = prepare(self._task_of(labelled), tokenizer, "train")
         if way == "labels":
             return data
         known = {id(row) for row in labelled}
-        others = [row for row in self.pool if id(row) not in known][: max(self.arguments.rows - len(labelled), 0)]
+        others = [row for row in self.pool if id(row) not in known][: self.arguments.rows - len(labelled)]
+        if way == "copies":
+            others += self.altered(tokenizer, [*labelled, *others])
         if others:
-            more = prepare(replace(self.task, splits={**self.task.splits, "train": others}), tokenizer, "train")
+            more = prepare(self._task_of(others), tokenizer, "train")
             data.examples += [{**example, "labels": -100} for example in more.examples]
         return data
+
+    def altered(self, tokenizer: Any, rows: list[Any]) -> list[Any]:
+        """Altered copies of rows, without the rows themselves."""
+        from qbert.tasks.augment import Lexical, augmented
+
+        method = Lexical(tokenizer.mask_token)
+        more = augmented(
+            self._task_of(rows), method, copies=_COPIES, limit=self.arguments.copies, cache=self.folder, progress=False
+        )
+        return list(more.task.rows("train")[len(rows) :])
+
+    def _task_of(self, rows: list[Any]) -> Any:
+        from dataclasses import replace
+
+        return replace(self.task, splits={**self.task.splits, "train": rows})
 
     def student(self, name: str, tuned: Any, seed: int) -> Any:
         """A fresh student of a teacher."""
@@ -134,7 +152,7 @@ class Study:
         start = time.process_time()
         data, student = self.rows(tuned.tokenizer, labels, way), self.student(name, tuned, seed)
         outputs = None
-        if way == "teacher":
+        if way != "labels":
             kept = self.folder / f"outputs-{self.task.name}-{labels}"
             outputs = TeacherOutputs.of(tuned.model, data, kept, collate=data.collate)
         settings = TrainingArguments(
@@ -153,7 +171,7 @@ class Study:
         distiller = Distiller(
             teacher=tuned.model,
             student=student,
-            recipe=recipes.low_resource() if way == "teacher" else recipes.qat(learned_steps=False),
+            recipe=recipes.qat(learned_steps=False) if way == "labels" else recipes.low_resource(),
             args=settings,
             train_dataset=data,
             data_collator=data.collate,
@@ -181,11 +199,14 @@ def key_of(name: str, labels: int, way: str) -> str:
     return f"{name} {labels} {way}"
 
 
-def mean_and_spread(rows: Sequence[dict[str, Any]]) -> str:
-    """Mean score, and its standard deviation over seeds."""
+def mean_and_spread(rows: Sequence[dict[str, Any]], teacher: float | None = None) -> str:
+    """Mean score, its standard deviation over seeds, and percent of the teacher's score."""
+    if not rows:
+        return "-"
     scores = [row["score"] for row in rows]
     spread = f" ± {statistics.stdev(scores):.1f}" if len(scores) > 1 else ""
-    return f"{statistics.fmean(scores):.1f}{spread}" if scores else "-"
+    share = f" ({100 * statistics.fmean(scores) / teacher:.1f} %)" if teacher else ""
+    return f"{statistics.fmean(scores):.1f}{spread}{share}"
 
 
 def report(results: Record) -> str:
@@ -195,10 +216,12 @@ def report(results: Record) -> str:
     body = []
     for count in labels:
         teacher = results[f"teacher {count}"]
-        cells = [f"{count:,}", mean_and_spread(teacher)]
-        cells += [mean_and_spread(results[key_of(name, count, way)]) for name in names for way in WAYS]
-        body.append(cells)
-    header = ["labels", "teacher", *(f"{TITLES[name]}, {WAYS[way]}" for name in names for way in WAYS)]
+        score = teacher[0]["score"] if teacher else None
+        for name in names:
+            found = [results[key_of(name, count, way)] for way in WAYS]
+            scores = [mean_and_spread(rows, score) for rows in found]
+            body.append([f"{count:,}", mean_and_spread(teacher), TITLES[name], *scores])
+    header = ["labels", "teacher", "student", *WAYS.values()]
     found = [results[key_of(name, labels[0], "labels")] for name in names]
     sizes = "; ".join(
         f"{TITLES[name]} {rows[0]['bytes at 8 bits'] / 1e6:.2f}"
@@ -209,7 +232,7 @@ def report(results: Record) -> str:
         "# Students of few labels\n\n"
         f"{content['data']}. Held-out {content['metric']}, mean and standard deviation over students' seeds "
         f"{', '.join(map(str, asked['seeds']))}; one teacher for each number of labels, tuned on those "
-        f"rows alone. Every student: {asked['steps']} steps of {asked['batch size']}; with the teacher, its "
+        f"rows alone; in brackets the percent of its score. Every student: {asked['steps']} steps of {asked['batch size']}; with the teacher, its "
         f"probabilities on {asked['rows seen']:,} rows, of which only the labelled ones bring a label.\n\n"
         f"{markdown_table(header, body)}\n\n"
         f"MB with 8-bit weights and tables: {sizes}.\n\n{content['made by']}\n"
@@ -231,6 +254,7 @@ def main() -> None:
         "labels": arguments.labels,
         "students": arguments.students,
         "rows seen": arguments.rows,
+        "copies": arguments.copies,
         "steps": arguments.steps,
         "batch size": arguments.batch_size,
         "seeds": arguments.seeds,
@@ -243,8 +267,9 @@ def main() -> None:
     about = {"data": study.task.describe(), "metric": study.task.primary_metric, "made by": provenance()}
     for labels in arguments.labels:
         run = _Runs(study, results, labels, about)
+        ways = list(WAYS) if arguments.copies and labels == arguments.labels[-1] else list(WAYS)[:2]
         for name in arguments.students:
-            for way in WAYS:
+            for way in ways:
                 for seed in arguments.seeds:
                     run.once(name, way, seed)
         write_whole(target, lambda aside: aside.write_text(report(results), encoding="utf-8"))

@@ -1,5 +1,7 @@
 """Self-attention over a packed batch of sequences of different lengths: no padding, one pass, eight bits out.
 
+It stands alone because it is one kernel and its launch; `attention_ways` chooses between it and torch's.
+
     out[t, h] = sum_u softmax_u(query[t, h] . key[u, h] * scale) value[u, h],   u in the sequence of t
 
 One program a (block of queries, head, sequence); keys and values are walked in blocks with a running maximum and

@@ -1,5 +1,7 @@
 """Which attention runs on a GPU: this package's kernel in one of its tiles, or torch's and a pass of quantization.
 
+It stands alone because `attention` is one of the ways, and knows no other.
+
 Ours writes 8-bit codes and their sums itself; torch's is faster where long sequences pay for a second pass over the
 output. The environment variable QBERT_ATTENTION decides: "triton" or "flash" force one; without it the way that
 `measure_attention` found fastest for a shape is taken, and ours, in its default tile, for shapes that were not

@@ -1,5 +1,7 @@
 """A whole packed linear layer on a GPU: what is prepared once, and which kernel runs for how many tokens.
 
+It stands alone because it chooses between kernels, of which none knows another.
+
 int8 activations    `quantize_rows`, then `matmul_a8`
 float activations   `matmul_a16` up to 64 tokens; beyond, the weight is dequantized and torch's product used,
                     which is faster there

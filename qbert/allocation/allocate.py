@@ -62,13 +62,13 @@ def allocate_bits(
 ) -> BitsConfig:
     """Bits for every measured block; or, of a model, for every matrix and table in a file of `size_mb`.
 
-    For a spectrum: matrices in no measured block (such as ALBERT's embedding projection) get the largest of `bits`; embedding tables
-    get `embedding_bits`; pooler and heads stay in float unless `fixed` names them.
+    For a spectrum: matrices in no measured block (such as ALBERT's embedding projection) get the largest of `bits`;
+    embedding tables get `embedding_bits`; pooler and heads stay in float unless `fixed` names them.
 
-    For a float model and unlabelled `calibration_data`: the bits of every matrix, pooler included, and the form of every
-    table (bits, different bits by rows, rank times bits), chosen together so that they do the least measured damage to
-    the outputs in a safetensors file of at most `size_mb`, its header included (`qbert.allocation.whole_file`). Give the
-    result to `quantize_model` with the same data.
+    For a float model and unlabelled `calibration_data`: the bits of every matrix, pooler included, and the form of
+    every table (bits, different bits by rows, rank times bits), chosen together so that they do the least measured
+    damage to the outputs in a safetensors file of at most `size_mb`, its header included
+    (`qbert.allocation.whole_file`). Give the result to `quantize_model` with the same data.
 
     Args:
         spectrum: a `HessianSpectrum` of any granularity, the result of `qbert.sensitivity`, or a mapping from module

@@ -4,11 +4,11 @@ r"""One exact choice for a whole file: the bits of every matrix and the form of 
     >>> plan.config(size_mb=6.0)
 
 Every matrix and table has a list of options with their bytes in the file and the damage that they do to the model's
-outputs (`qbert.outputs`); the sum of the damages is minimised exactly under the bytes (`qbert.allocation.knapsack`). The
-options of a word table are numbers of bits, splits of its rows by how much they matter, and ranks times bits.
+outputs (`qbert.outputs`); the sum of the damages is minimised exactly under the bytes (`qbert.allocation.knapsack`).
+The options of a word table are numbers of bits, splits of its rows by how much they matter, and ranks times bits.
 
-What is fitted to data (compensated codes, the order of rows, the subspace of a rank) is fitted to every other batch, and
-its damage
+What is fitted to data (compensated codes, the order of rows, the subspace of a rank) is fitted to every other batch,
+and its damage
 
 .. math:: \tfrac{1}{2N} \sum_{n=1}^{N} \Bigl( \sum_t g_{nt}^T\, d_{nt} \Bigr)^2
 
@@ -158,8 +158,8 @@ class FilePlan:
         picked = choose(damage, [sizes], [math.floor(bound * 1e6) - self.constant])
         if picked is None:
             raise ValueError(
-                f"size_mb={size_mb:g} is too small with bits={self.widths!r}: {self.constant / 1e6:.4f} MB is not chosen "
-                f"here (biases, norms, heads), and the smallest file has {rounded_up(self.smallest_mb)} MB"
+                f"size_mb={size_mb:g} is too small with bits={self.widths!r}: {self.constant / 1e6:.4f} MB is not "
+                f"chosen here (biases, norms, heads), and the smallest file has {rounded_up(self.smallest_mb)} MB"
             )
         return picked
 
@@ -181,9 +181,7 @@ class FilePlan:
 
     def _config(self, picked: Sequence[int]) -> BitsConfig:
         rules = {
-            name: dict(item.options[p].rule)
-            for item, p in zip(self.items, picked, strict=True)
-            for name in item.names
+            name: dict(item.options[p].rule) for item, p in zip(self.items, picked, strict=True) for name in item.names
         }
         return BitsConfig(rules, embedding_bits=8, **self.settings)
 
@@ -309,7 +307,9 @@ def _matrix_changes(
     found: dict[nn.Module, list[Tensor | None]] = {}
     linear = {m: r for r in rules for m in r.modules if type(m) is nn.Linear}
     pending = {r.first.module: r for r in rules}
-    if linear and any(s is not None and s.rounding == "compensated" for r in rules for s in map(r.spec, r.matrix_rules)):
+    if linear and any(
+        s is not None and s.rounding == "compensated" for r in rules for s in map(r.spec, r.matrix_rules)
+    ):
         for modules, moment in input_moments(model, batches, list(linear), weigh=_GRADIENT_SHARE, progress=progress):
             rule = linear[modules[0]]
             pending.pop(rule.first.module)

@@ -1,5 +1,7 @@
 """Encoder layers that are applied at several depths: a list of layers that is longer than what it holds.
 
+It stands alone because a saved model that shares layers needs it to load, whoever made it.
+
 Sharing by assignment (``layers[2] = layers[1]``) trains, but transformers refuses to save it ("shared tensors"), and
 ALBERT's `num_hidden_groups` knows contiguous runs only. `SharedLayers` holds every layer once, so that it is saved,
 quantized and counted once, and gives it out at all of its depths.

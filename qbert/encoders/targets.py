@@ -137,12 +137,7 @@ def encoder_layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
     Raises:
         ValueError: if the model has no list of layers with linear maps inside.
     """
-    bases = base_models(model)
-    layers = []
-    for prefix, base in bases:
-        for name, members in _layer_lists(base):
-            stem = join_path(prefix, name) if len(bases) > 1 else name
-            layers += [(join_path(stem, i), layer) for i, layer in members.named_children()]
+    layers = _named_layers([(prefix, _layer_lists(base)) for prefix, base in base_models(model)])
     if not layers:
         raise ValueError(
             f"model: {type(model).__name__} has no nn.ModuleList of layers with nn.Linear inside; "
@@ -190,11 +185,9 @@ def targets_found_once() -> Iterator[None]:
 def _find_targets(model: nn.Module) -> list[Target]:
     bases = base_models(model)
     several = len(bases) > 1
-    try:
-        layer_names = [name for name, _ in encoder_layers(model)]
-    except ValueError:
-        layer_names = []
-    trunks = {prefix: _trunk_names(base) for prefix, base in bases}
+    lists = [(prefix, _layer_lists(base)) for prefix, base in bases]
+    layer_names = [name for name, _ in _named_layers(lists)]
+    trunks = {prefix: _trunk_names(base, found) for (prefix, base), (_, found) in zip(bases, lists, strict=True)}
     heads = {prefix: attention_heads(base) for prefix, base in bases}
     targets = []
     for path, module in _quantizable(model):
@@ -247,7 +240,7 @@ def encoder_weights(model: nn.Module) -> list[EncoderWeight]:
     found: dict[int, EncoderWeight] = {}
     for prefix, base in base_models(model):
         lists = tuple(name + "." for name, m in base.named_modules() if isinstance(m, nn.ModuleList))
-        trunk = _trunk_names(base)
+        trunk = _trunk_names(base, _layer_lists(base))
         for name, module in base.named_modules():
             if name and name.split(".")[0] not in trunk:
                 continue
@@ -300,9 +293,19 @@ def _is_whole_layer(layer: nn.Module) -> bool:
     return bool(roles & _HEAD_SPLIT_ROLES) and bool(roles & {"ffn_in", "ffn_out"})
 
 
-def _trunk_names(base: nn.Module) -> set[str]:
-    """Top-level children of the base model on the way to and through its layers (not pooler or heads)."""
-    holders = {name.split(".")[0] for name, _ in _layer_lists(base)}
+def _named_layers(lists: list[tuple[str, list[tuple[str, nn.ModuleList]]]]) -> list[tuple[str, nn.Module]]:
+    """Layers with their names, from (path, `_layer_lists`) of every base model."""
+    layers = []
+    for prefix, found in lists:
+        for name, members in found:
+            stem = join_path(prefix, name) if len(lists) > 1 else name
+            layers += [(join_path(stem, i), layer) for i, layer in members.named_children()]
+    return layers
+
+
+def _trunk_names(base: nn.Module, lists: list[tuple[str, nn.ModuleList]]) -> set[str]:
+    """Top-level children of the base model on the way to and through its lists of layers (not pooler or heads)."""
+    holders = {name.split(".")[0] for name, _ in lists}
     children = [name for name, _ in base.named_children()]
     last = max((i for i, name in enumerate(children) if name in holders), default=len(children) - 1)
     return set(children[: last + 1])

@@ -1,5 +1,7 @@
 """Encoder layers with fewer attention heads and feed-forward columns than their config says.
 
+It stands alone because a saved model with other widths needs it to load, whoever made it.
+
 The maps around what is taken out become smaller, so that every product is dense. transformers 5 builds all layers of
 one width and has no `prune_heads`; the widths of each layer are kept by `qbert.encoders.structure`, or in the config
 itself where one number says them all.

@@ -20,7 +20,6 @@ from qbert.quantizers.grid import code_range, dequantize, fake_quantize, least_s
 from qbert.quantizers.ranges import SMALLEST_SCALE, GroupRanges, find_ranges, refit_scale
 from qbert.quantizers.rounding import Rounded, round_compensated
 
-_MARGIN = 0.01  # of a step, from the border of a code
 
 
 def note_grid(state: Any, prefix: str, grid: list[Any]) -> None:
@@ -146,18 +145,6 @@ class WeightQuantizer(nn.Module):
         )
 
     @torch.no_grad()
-    def nearest_with_codes(self, weight: Tensor, rounded: Tensor) -> Tensor:
-        """The weights nearest to `weight` that round to the codes of `rounded`, both [O, I].
-
-        Training can move such weights over the borders of their codes; in the middle of a code none would ever get
-        there, since an optimizer's steps are small beside a 2-bit grid's. Where the dtype is too coarse for a place
-        near the border, it is the middle.
-        """
-        blocks, scale, _ = self._blocks(rounded, None)
-        half = (0.5 - _MARGIN) * scale
-        wanted = torch.clamp(weight.unflatten(-1, (self.input_groups, -1)), blocks - half, blocks + half).flatten(-2)
-        return torch.where(self.codes(wanted) == self.codes(rounded), wanted, rounded)
-
     def forward(self, weight: Tensor, rows: Tensor | None = None) -> Tensor:
         """Fake-quantized weight, same shape and dtype.
 

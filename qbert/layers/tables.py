@@ -6,11 +6,12 @@ and ``word_embeddings.up``.
 
     >>> open_tables(model, {"embeddings.word_embeddings": TensorSpec(bits=2, row_bits={8: 500})}, uses)
 
-Which rows get more bits, and which subspace a low rank keeps, follows from what the table is used for (`TableUse`). Rows
-are ordered by their share of the tokens times the squared error that the fewest bits make. The damage of an error d is
-the share times d^T G d, G the mean metric of the model's outputs in what the table returns: a rank r keeps the top r right singular vectors of diag(f)^1/2 E G^1/2, rotated at random, so that no
-column of the factor has a larger range than another (Hsu et al. 2022, FWSVD, weigh rows so; Chen et al. 2021, DRONE,
-whiten so; Ashkboos et al. 2024, QuaRot, rotate so).
+Which rows get more bits, and which subspace a low rank keeps, follows from what the table is used for (`TableUse`).
+Rows are ordered by their share f of the tokens times the squared error that the fewest bits make. The damage of an
+error d is f d^T G d, G the mean metric of the model's outputs in what the table returns: a rank r keeps the top r right
+singular vectors of diag(f)^1/2 E G^1/2, rotated at random, so that no column of the factor has a larger range than
+another (Hsu et al. 2022, FWSVD, weigh rows so; Chen et al. 2021, DRONE, whiten so; Ashkboos et al. 2024, QuaRot, rotate
+so).
 """
 
 from __future__ import annotations
@@ -69,9 +70,7 @@ class ComposedTable(nn.Module):
 
     def float_table(self) -> nn.Embedding:
         """An ordinary table with the values of this one."""
-        return nn.Embedding.from_pretrained(
-            self.quantized_weight().clone(), freeze=False, padding_idx=self.padding_idx
-        )
+        return nn.Embedding.from_pretrained(self.quantized_weight().clone(), freeze=False, padding_idx=self.padding_idx)
 
     def _device(self) -> torch.device:
         return next(t.device for t in (*self.parameters(), *self.buffers()))

@@ -77,15 +77,6 @@ def damped(moment: Tensor, damping: float) -> Tensor:
     return wide + damping * level * eye if level > 0 else eye
 
 
-def centred(moment: Tensor, mean: Tensor) -> Tensor:
-    """The covariance of inputs: the moment in which the error of a matrix counts whose bias is free to move.
-
-    Args:
-        moment, mean: E[x x^T] and E[x], [I, I] and [I], or [g, I, I] and [g, I].
-    """
-    return moment - mean.unsqueeze(-1) * mean.unsqueeze(-2)
-
-
 def bias_change(difference: Tensor, mean: Tensor) -> Tensor:
     """What the bias must gain, [O] float64, for outputs of the same mean, where a matrix has lost `difference` [O, I].
 

@@ -1,5 +1,7 @@
 r"""Zeros in a matrix, chosen and made good by what the layer is given (OBS, SparseGPT), in patterns a chip can use.
 
+It stands alone because it takes tensors only: which matrices of a model lose what is for `students.pruned` to say.
+
 With inputs x of second moment :math:`C`, :math:`H = C + \lambda I = (U + I) D (U + I)^T` with U strictly upper
 triangular, setting column j of a row to zero costs :math:`D_j \tilde w_j^2`, where :math:`\tilde w_j` is the weight
 after it has taken over what the zeros before it left undone. Columns are gone through in order, each run of columns

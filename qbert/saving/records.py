@@ -215,7 +215,7 @@ def load_complete(path: str | os.PathLike[str], values: Mapping[str, Any], **kwa
 
     names = values.get("architectures") or ["AutoModel"]
     name = names[0] if isinstance(names, list) else names
-    model_class = OWN_CLASSES.get(name, getattr(transformers, name, None)) if isinstance(name, str) else None
+    model_class: Any = OWN_CLASSES.get(name, getattr(transformers, name, None)) if isinstance(name, str) else None
     known = isinstance(model_class, type) and issubclass(model_class, transformers.PreTrainedModel)
     if not known and name != "AutoModel":
         raise ValueError(
@@ -225,7 +225,7 @@ def load_complete(path: str | os.PathLike[str], values: Mapping[str, Any], **kwa
     # Foreign code that config.json may name is never run, and nobody is asked to.
     kwargs = {"trust_remote_code": False, **kwargs} if name == "AutoModel" else kwargs
     try:
-        model, report = model_class.from_pretrained(path, output_loading_info=True, **kwargs)  # type: ignore[union-attr]
+        model, report = model_class.from_pretrained(path, output_loading_info=True, **kwargs)
     except (AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
         text = str(error).strip() or type(error).__name__
         if isinstance(error, ValueError) and "\n" not in text:

@@ -16,7 +16,7 @@ OWN_CLASSES: dict[str, type[transformers.PreTrainedModel]] = {
     "BiLSTMForSequenceClassification": BiLSTMForSequenceClassification,
     "CnnForSequenceClassification": CnnForSequenceClassification,
 }
-_CONFIGS = (BiLSTMConfig, CnnConfig)
+_CONFIGS: tuple[type[transformers.PreTrainedConfig], ...] = (BiLSTMConfig, CnnConfig)
 
 
 def install(theirs: ModuleType) -> None:

@@ -73,6 +73,7 @@ class SentenceStudent(PreTrainedModel):  # type: ignore[misc]
     base_model_prefix = ""
     main_input_name = "input_ids"
     config: Any
+    words: Any
     vector_size: ClassVar[Any]  # of a config: width of the vector of one sentence
 
     def __init__(self, config: Any) -> None:

@@ -29,7 +29,7 @@ from qbert.progress import progress_bar
 from qbert.tasks.task import Row, Task
 
 # A word with its inner apostrophes and hyphens; what stands between words is never touched.
-_WORD = re.compile(r"[^\W_]+(?:['’\-][^\W_]+)*")
+WORD = re.compile(r"[^\W_]+(?:['’\-][^\W_]+)*")
 _FORMAT = "qbert augmented rows 1"
 _MASK, _SAME_CLASS, _NGRAM, _LONGEST_NGRAM = 0.1, 0.1, 0.25, 5
 Tagger = Callable[[Sequence[str]], Sequence[str]]
@@ -157,18 +157,18 @@ def _altered_sides(texts: int, copy: int) -> tuple[int, ...]:
 
 def words_of(text: str) -> list[str]:
     """The words of a text, in order."""
-    return _WORD.findall(text)
+    return WORD.findall(text)
 
 
 def with_words(text: str, words: Sequence[str]) -> str:
     """`text` with other words in the places of its own, all that stands between them as it was."""
     left = iter(words)
-    return _WORD.sub(lambda _: next(left), text)
+    return WORD.sub(lambda _: next(left), text)
 
 
 def cut_to_words(text: str, first: int, count: int) -> str:
     """The part of `text` that holds `count` words from number `first` on."""
-    places = list(_WORD.finditer(text))
+    places = list(WORD.finditer(text))
     return text[places[first].start() : places[first + count - 1].end()]
 
 

@@ -1,5 +1,7 @@
 """TinyBERT's altered copies: words exchanged for those that a masked language model, or their neighbours, put there.
 
+It stands alone because it proposes words; `masking` exchanges them.
+
     >>> head = train_masked_words(encoder, tokenizer, texts)        # an encoder without a language-model head gets one
     >>> more = augmented(task, LikelyWords(head, tokenizer), copies=20)
 
@@ -30,7 +32,7 @@ from torch import Tensor, nn
 from qbert.encoders.inputs import accepted_inputs
 from qbert.files import check_tensors, write_tensors
 from qbert.progress import progress_bar
-from qbert.tasks.augment import _WORD, drawn_words, with_words
+from qbert.tasks.augment import WORD, drawn_words, with_words
 
 _MASKED = 0.15
 _BATCH = 32
@@ -52,6 +54,8 @@ class MaskedWords(nn.Module):
     Args:
         encoder: gives ``last_hidden_state`` [B, T, H]; H is the width of its word table.
     """
+
+    encoder: Any
 
     def __init__(self, encoder: Any) -> None:
         super().__init__()
@@ -241,7 +245,7 @@ class LikelyWords:
 
     def alter(self, text: str, generator: random.Random) -> str:
         """One altered copy of a text that `begin` has seen."""
-        words = _WORD.findall(text)
+        words = WORD.findall(text)
         return with_words(text, drawn_words(words, self._found[text], self.chance, generator))
 
     def _ask_model(self, texts: Sequence[str], sentences: list[_Sentence]) -> None:
@@ -341,7 +345,7 @@ def _spans(tokenizer: Any, texts: Sequence[str], max_length: int) -> list[_Sente
     for text, ids, offsets in zip(texts, encoded["input_ids"], encoded["offset_mapping"], strict=True):
         starts = {begin: i for i, (begin, end) in enumerate(offsets) if end > begin and ids[i] not in special}
         words, pieces = [], []
-        for match in _WORD.finditer(text):
+        for match in WORD.finditer(text):
             words.append(match[0])
             first, at = starts.get(match.start()), match.start()
             count = 0

@@ -39,15 +39,16 @@ def run(world: Path, *more: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_every_student_learns_both_ways_and_a_second_run_finds_all_done(world: Path) -> None:
-    done = run(world, "--labels", "16", "32", "--seeds", "0", "1")
+    more = ("--labels", "16", "32", "--seeds", "0", "1", "--copies", "20")
+    done = run(world, *more)
     assert done.returncode == 0, done.stderr
     record = json.loads((world / "out" / "low_resource.json").read_text())
     assert {len(rows) for key, rows in record["rows"].items() if "teacher " not in key[:8]} == {2}
-    assert len(record["rows"]) == 2 + 2 * 3 * 2
+    assert len(record["rows"]) == 2 + 2 * 3 * 2 + 3
     page = (world / "out" / "low_resource.md").read_text()
-    assert "| labels | teacher | BiLSTM, its labels alone | BiLSTM, the teacher on all rows |" in page
-    assert page.count("±") == 12
-    again = run(world, "--labels", "16", "32", "--seeds", "0", "1", "--resume")
+    assert "| labels | teacher | student | its labels alone | the teacher on all rows |" in page
+    assert page.count("±") == 15 and "MB with 8-bit weights and tables: BiLSTM" in page
+    again = run(world, *more, "--resume")
     assert again.returncode == 0, again.stderr
     assert json.loads((world / "out" / "low_resource.json").read_text()) == record
     assert "seed" not in again.stdout.split("#")[0]

@@ -238,7 +238,9 @@ def test_a_failure_puts_the_float_table_back() -> None:
     table = model.bert.embeddings.word_embeddings
     bad = [{"input_ids": torch.full((2, 600), 7)}]  # more tokens than the model has positions
     with pytest.raises((IndexError, RuntimeError, ValueError)):
-        quantize_model(model, {"*": {"bits": 4, "groups": 4}, WORDS: RULES["low rank"]}, calibration_data=bad, inplace=True)
+        quantize_model(
+            model, {"*": {"bits": 4, "groups": 4}, WORDS: RULES["low rank"]}, calibration_data=bad, inplace=True
+        )
     assert model.bert.embeddings.word_embeddings is table
 
 
