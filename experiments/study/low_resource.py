@@ -228,12 +228,14 @@ def report(results: Record) -> str:
         for name, rows in zip(names, found, strict=True)
         if rows
     )
+    copies = f", or on these and {asked['copies']:,} altered copies of them" if asked["copies"] else ""
     return (
         "# Students of few labels\n\n"
         f"{content['data']}. Held-out {content['metric']}, mean and standard deviation over students' seeds "
-        f"{', '.join(map(str, asked['seeds']))}; one teacher for each number of labels, tuned on those "
-        f"rows alone; in brackets the percent of its score. Every student: {asked['steps']} steps of {asked['batch size']}; with the teacher, its "
-        f"probabilities on {asked['rows seen']:,} rows, of which only the labelled ones bring a label.\n\n"
+        f"{', '.join(map(str, asked['seeds']))}; in brackets the percent of the teacher's score. One teacher for each "
+        f"number of labels, tuned on those rows alone. Every student: {asked['steps']} steps of {asked['batch size']}; "
+        f"with the teacher, its probabilities on {asked['rows seen']:,} rows, of which only the labelled ones bring a "
+        f"label{copies}.\n\n"
         f"{markdown_table(header, body)}\n\n"
         f"MB with 8-bit weights and tables: {sizes}.\n\n{content['made by']}\n"
     )
@@ -265,7 +267,7 @@ def main() -> None:
     results = Record(folder / "low_resource.json", asked, resume=arguments.resume)
     target = Path(arguments.report or folder / "low_resource.md")
     about = {"data": study.task.describe(), "metric": study.task.primary_metric, "made by": provenance()}
-    for labels in arguments.labels:
+    for labels in reversed(arguments.labels):
         run = _Runs(study, results, labels, about)
         ways = list(WAYS) if arguments.copies and labels == arguments.labels[-1] else list(WAYS)[:2]
         for name in arguments.students:
