@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -40,6 +40,7 @@ class PTQResult:
         megabytes: exact size of the packed tensors, 10^6 bytes.
         ratio: how many times smaller than the float model, everything counted.
         seconds: time to quantize.
+        elsewhere: score by name of another domain.
     """
 
     label: str
@@ -52,6 +53,7 @@ class PTQResult:
     megabytes: float
     ratio: float
     seconds: float
+    elsewhere: Mapping[str, float] = field(default_factory=dict)
 
 
 def ptq_report(
@@ -62,6 +64,7 @@ def ptq_report(
     calibration_data: Any = None,
     standard_error: Callable[[Any], float] | None = None,
     hidden: bool = False,
+    elsewhere: Mapping[str, Callable[[nn.Module], Any]] | None = None,
     progress: bool = False,
 ) -> list[PTQResult]:
     """Score `model` in float and quantized under each configuration.
@@ -74,6 +77,7 @@ def ptq_report(
             the others keep ranges per token.
         standard_error: returns that of an `Evaluation`'s primary metric, such as `bootstrap`.
         hidden: compare the last hidden states too.
+        elsewhere: like `score`, on the rows of other domains by name.
         progress: show a bar over the configurations, and each row when it is there.
 
     Returns:
@@ -84,7 +88,9 @@ def ptq_report(
         reference = score(model)
     size, wanted = model_size(model), list(states)
     error = standard_error(reference) if standard_error else None
-    results = [PTQResult("float", reference.primary, 100.0, error, None, 0.0, None, size.mb, 1.0, 0.0)]
+    domains = elsewhere or {}
+    there = {name: scored(model).primary for name, scored in domains.items()}
+    results = [PTQResult("float", reference.primary, 100.0, error, None, 0.0, None, size.mb, 1.0, 0.0, there)]
     for label, config in tqdm(configs.items(), desc="quantized", disable=not progress):
         parsed = BitsConfig.parse(config)
         compensated = any("compensated" in s.values() for s in (parsed.defaults, *parsed.rules.values()))
@@ -107,6 +113,7 @@ def ptq_report(
             small.mb,
             small.ratio,
             seconds,
+            {name: scored(student).primary for name, scored in domains.items()},
         )
         results.append(row)
         if progress:
@@ -164,7 +171,9 @@ def ptq_table(results: Sequence[PTQResult], metric: str) -> tuple[list[str], lis
     """Header and rows for `text_table` or `markdown_table`."""
     hidden = any(r.hidden_error is not None for r in results)
     header = ["weights", metric, "of float", "same class", "divergence"]
-    header += ["hidden error", "MB", "smaller"] if hidden else ["MB", "smaller"]
+    domains = list(dict.fromkeys(name for r in results for name in r.elsewhere))
+    header += ["hidden error"] if hidden else []
+    header += [*domains, "MB", "smaller"]
     rows = [
         [
             r.label,
@@ -173,6 +182,7 @@ def ptq_table(results: Sequence[PTQResult], metric: str) -> tuple[list[str], lis
             "" if r.agreement is None else f"{r.agreement:.1f} %",
             f"{r.divergence:.4f}" if r.label != "float" else "",
             *([f"{r.hidden_error:.3f}" if r.hidden_error is not None else ""] if hidden else []),
+            *(f"{r.elsewhere[name]:.2f}" if name in r.elsewhere else "" for name in domains),
             f"{r.megabytes:.1f}",
             f"{r.ratio:.1f}x",
         ]
