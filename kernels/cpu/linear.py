@@ -119,10 +119,10 @@ class CpuLinear:
 
     @classmethod
     def from_packed(
-        cls, weight: PackedWeight, bias: Tensor | None = None, grid: InputGrid = PER_TOKEN, exact: bool = True
+        cls, weight: PackedWeight, bias: Tensor | None = None, grid: InputGrid = PER_TOKEN, **options: Any
     ) -> CpuLinear:
-        """`prepare` from a packed weight, for an input on `grid`."""
-        return cls.prepare(weight.unpacked(), *weight[1:4], bias, weight.bits, exact=exact, **grid.options)
+        """`prepare` from a packed weight, for an input on `grid`, with its other options."""
+        return cls.prepare(weight.unpacked(), *weight[1:4], bias, weight.bits, **grid.options, **options)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CpuLinear:
         return self  # immutable, and torch's packed operands cannot be copied

@@ -119,7 +119,7 @@ class PackedLinear(PackedTensor):
 
         `exact` False gives up some exactness of 8-bit weights for speed on CPUs without VNNI.
         """
-        return CpuLinear.from_packed(self.packed_weight(), self.bias, self.input_grid(), exact)
+        return CpuLinear.from_packed(self.packed_weight(), self.bias, self.input_grid(), exact=exact)
 
     def _gpu_linear(self) -> Callable[[Tensor], Tensor]:
         bias = None if self.bias is None else self.bias.detach()
