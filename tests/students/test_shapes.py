@@ -84,6 +84,21 @@ def test_a_sandwich_has_the_teachers_depth_and_its_first_and_last_layer_once() -
     }
 
 
+def test_without_classes_choices_are_scored_by_squares() -> None:
+    config = build("bert", num_hidden_layers=3).config
+    encoder = tf.BertModel(config).eval()
+    for model in (encoder, tf.BertForQuestionAnswering(config).eval()):
+        table = students.compare_depths(model, BATCHES, 2, sandwiches=False)
+        assert all(choice.agreement is None for choice in table.choices)
+    best = students.depth(encoder, students.compare_depths(encoder, BATCHES, 2, sandwiches=False).best.layers)
+    keep = torch.cat([batch["attention_mask"].flatten() for batch in BATCHES]).bool()
+    states = [torch.cat([hidden(m, b).flatten(0, 1) for b in BATCHES])[keep].double() for m in (encoder, best)]
+    expected = float((states[0] - states[1]).square().mean())
+    assert students.compare_depths(encoder, BATCHES, 2, sandwiches=False).best.divergence == pytest.approx(
+        expected, rel=1e-5
+    )
+
+
 def test_the_best_choice_stores_what_it_applies() -> None:
     table = DepthTable((Choice((0, 1, 1, 2), 0.1, 90.0), Choice((0, 2), 0.2, 80.0)))
     assert (
