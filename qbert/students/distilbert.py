@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from qbert.encoders.inputs import accepted_inputs, to_device
 from qbert.encoders.modes import evaluation_mode
+from qbert.encoders.structure import refuse_changed
 from qbert.encoders.targets import base_model
 
 Batch = Mapping[str, Any]
@@ -66,6 +67,7 @@ def distilbert(teacher: nn.Module, batches: Iterable[Batch] | None = None) -> An
     name = type(teacher).__name__
     if name not in classes:
         raise ValueError(f"teacher: a {name} cannot become a DistilBERT; use one of {', '.join(classes)}")
+    refuse_changed(teacher, "distilbert")
     _, base = base_model(teacher)
     student: Any = classes[name](_config(base.config)).eval()
     student.to(next(teacher.parameters()).device)

@@ -14,6 +14,7 @@ from qbert import students
 from qbert.encoders.targets import base_model
 from qbert.inference.cpu import FusedEncoder
 from qbert.students.depth import Choice, DepthTable, applied
+from qbert.students.shared import share_layers
 
 BATCHES = [inputs_for("bert", batch=8) for _ in range(3)]
 
@@ -205,6 +206,10 @@ def re_head(name: str) -> bool:
         (lambda: students.distilbert(build("roberta")), "cannot become a DistilBERT"),
         (lambda: students.distilbert(build("bert", layer_norm_eps=1e-5)), "1e-05; keep its class"),
         (lambda: students.distilbert(teacher(), []), "batches is empty"),
+        (
+            lambda: students.small(share_layers(teacher(), "all")),
+            "changed already .sharing.; call small",
+        ),
         (lambda: students.small(teacher(), layers=0), "layers=0 is not possible"),
         (lambda: students.small(teacher(), width=30), "width=30 is not possible with 4 heads"),
     ],
