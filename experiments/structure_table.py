@@ -18,6 +18,7 @@ import argparse
 import math
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -57,42 +58,46 @@ def students(model: Any, data: Any) -> dict[str, Callable[[], Any]]:
         calibration = data if rounding == "compensated" else None
         return qbert.quantize_model(student, bits(number, rounding), calibration_data=calibration)
 
+    def rounded(number: int, how: str) -> Any:
+        return quantized(model, number, how)
+
+    def factored(weighting: Any) -> Any:
+        return quantized(qbert.factorize(model, _RANKS, weighting=weighting, data=data), 8)
+
+    def corrected(how: str, rank: Any) -> Any:
+        return quantize_with_correction(model, bits(2, how), rank, data=data)
+
+    def sparse(pattern: Any, number: int | None, rounding: str, **options: Any) -> Any:
+        student = qbert.prune(model, pattern=pattern, **options)
+        return student if number is None else quantized(student, number, rounding)
+
     made: dict[str, Callable[[], Any]] = {}
     for number in (4, 3, 2):
         for how in ("nearest", "compensated"):
-            made[f"bits: {number}, {how}"] = lambda n=number, h=how: quantized(model, n, h)
+            made[f"bits: {number}, {how}"] = partial(rounded, number, how)
     for weighting in ("none", "activations", "both"):
-        made[f"rank 96/153 by {weighting}, 8 bits"] = lambda w=weighting: quantized(
-            qbert.factorize(model, _RANKS, weighting=w, data=data), 8
-        )
+        made[f"rank 96/153 by {weighting}, 8 bits"] = partial(factored, weighting)
     made["rank by budget 0.5, both, 8 bits"] = lambda: quantized(qbert.factorize(model, 0.5, data=data), 8)
     for how in ("nearest", "compensated"):
-        made[f"2 bits {how} + rank 15/25 in 8 bits"] = lambda h=how: quantize_with_correction(
-            model, bits(2, h), _CORRECTIONS, data=data
-        )
-    made["2 bits compensated + rank by budget 0.08 in 8 bits"] = lambda: quantize_with_correction(
-        model, bits(2, "compensated"), 0.08, data=data
-    )
+        made[f"2 bits {how} + rank 15/25 in 8 bits"] = partial(corrected, how, _CORRECTIONS)
+    made["2 bits compensated + rank by budget 0.08 in 8 bits"] = partial(corrected, "compensated", 0.08)
     for pattern, name in (("2:4", "2:4"), (0.5, "half zero")):
-        made[f"{name} by magnitude"] = lambda p=pattern: qbert.prune(model, pattern=p)
-        made[f"{name} by magnitude, 4 bits nearest"] = lambda p=pattern: quantized(qbert.prune(model, pattern=p), 4)
-        made[f"{name}, scores alone"] = lambda p=pattern: qbert.prune(model, pattern=p, data=data, compensate=False)
-        made[f"{name}, compensated"] = lambda p=pattern: qbert.prune(model, pattern=p, data=data)
+        made[f"{name} by magnitude"] = partial(sparse, pattern, None, "")
+        made[f"{name} by magnitude, 4 bits nearest"] = partial(sparse, pattern, 4, "nearest")
+        made[f"{name}, scores alone"] = partial(sparse, pattern, None, "", data=data, compensate=False)
+        made[f"{name}, compensated"] = partial(sparse, pattern, None, "", data=data)
         for number in (4, 3):
-            made[f"{name}, compensated, {number} bits compensated"] = lambda p=pattern, n=number: quantized(
-                qbert.prune(model, pattern=p, data=data), n, "compensated"
-            )
+            label = f"{name}, compensated, {number} bits compensated"
+            made[label] = partial(sparse, pattern, number, "compensated", data=data)
+    ways: dict[str, dict[str, Any]] = {
+        "by magnitude": {},
+        "scores alone": {"data": data, "compensate": False},
+        "compensated": {"data": data},
+    }
     for what in ("heads", "ffn"):
         for share in (0.25, 0.5):
-            ways: dict[str, dict[str, Any]] = {
-                "by magnitude": {},
-                "scores alone": {"data": data, "compensate": False},
-                "compensated": {"data": data},
-            }
             for how, options in ways.items():
-                made[f"{what} {share:.0%} out, {how}"] = lambda w=what, s=share, o=options: qbert.prune(
-                    model, **{w: s}, **o
-                )
+                made[f"{what} {share:.0%} out, {how}"] = partial(qbert.prune, model, **{what: share}, **options)
     made["heads 25% and ffn 50% out, compensated"] = lambda: qbert.prune(model, heads=0.25, ffn=0.5, data=data)
     return made
 
@@ -140,7 +145,7 @@ def times(model: Any, student: Any) -> dict[str, float]:
     import qbert
 
     fast = [qbert.optimize_for_inference(qbert.pack(qbert.quantize_model(m, 8))) for m in (model, student)]
-    found = {}
+    found: dict[str, float] = {}
     for batch, length in _SHAPES:
         ids = torch.randint(1000, 2000, (batch, length), generator=torch.Generator().manual_seed(0))
         inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
