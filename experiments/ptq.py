@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -44,6 +44,7 @@ class PTQResult:
         megabytes: exact size of the packed tensors, 10^6 bytes.
         ratio: how many times smaller than the float model, everything counted.
         seconds: time to quantize.
+        elsewhere: score by name of another domain.
     """
 
     label: str
@@ -58,6 +59,7 @@ class PTQResult:
     megabytes: float
     ratio: float
     seconds: float
+    elsewhere: Mapping[str, float] = field(default_factory=dict)
 
 
 def ptq_report(
@@ -69,6 +71,7 @@ def ptq_report(
     standard_error: Callable[[Any], float] | None = None,
     hidden: bool = False,
     record: Record | None = None,
+    elsewhere: Mapping[str, Callable[[nn.Module], Any]] | None = None,
     progress: bool = False,
 ) -> list[PTQResult]:
     """Score `model` in float and quantized under each configuration.
@@ -82,6 +85,7 @@ def ptq_report(
         standard_error: returns that of an `Evaluation`'s primary metric, such as `bootstrap`.
         hidden: compare the last hidden states too.
         record: keeps every row; those that are there already are not computed again.
+        elsewhere: like `score`, on the rows of other domains by name.
         progress: show a bar over the configurations, and each row when it is there.
 
     Returns:
@@ -95,6 +99,7 @@ def ptq_report(
     size, wanted = model_size(model), list(states)
     error = standard_error(reference) if standard_error else None
     pairs = wants_pairs(model)
+    domains = elsewhere or {}
     plain = PTQResult(
         label="float",
         score=reference.primary,
@@ -108,6 +113,7 @@ def ptq_report(
         megabytes=size.mb,
         ratio=1.0,
         seconds=0.0,
+        elsewhere={name: scored(model).primary for name, scored in domains.items()},
     )
     results = [plain]
     if record is not None and "float" not in record:
@@ -138,6 +144,7 @@ def ptq_report(
             megabytes=small.mb,
             ratio=small.ratio,
             seconds=seconds,
+            elsewhere={name: scored(student).primary for name, scored in domains.items()},
         )
         results.append(row)
         if record is not None:
@@ -226,7 +233,8 @@ def ptq_table(results: Sequence[PTQResult], metric: str) -> tuple[list[str], lis
     header += ["hidden error", "1 - cosine"] if hidden else []
     pairs = any(r.cosines is not None for r in results)
     header += ["cosines of pairs"] if pairs else []
-    header += ["MB", "smaller"]
+    domains = list(dict.fromkeys(name for r in results for name in r.elsewhere))
+    header += [*domains, "MB", "smaller"]
     rows = [
         [
             r.label,
@@ -236,6 +244,7 @@ def ptq_table(results: Sequence[PTQResult], metric: str) -> tuple[list[str], lis
             f"{r.divergence:.4f}" if r.label != "float" else "",
             *([_told(r.hidden_error), _told(r.embedding_error)] if hidden else []),
             *(["" if r.cosines is None else "{:.2f} +- {:.2f}".format(*r.cosines)] if pairs else []),
+            *(f"{r.elsewhere[name]:.2f}" if name in r.elsewhere else "" for name in domains),
             f"{r.megabytes:.1f}",
             f"{r.ratio:.1f}x",
         ]

@@ -8,8 +8,10 @@ row groups with least-squares ranges (the library's default), and the same with 
 unlabelled training rows: first with weights, tables and activations quantized, then with weights alone. Divergence is
 the mean KL to the float model's outputs (for numbers the mean squared difference), hidden error the relative error of
 the last hidden states, 1 - cosine that of the rows' mean states to the float ones, MB the bytes of the whole packed
-model. Every row is kept when it is there, and `--resume` goes on from it. With several `--calibration-rows` compensated
-rows are made for each, and with `--calibration-text` on lines of a file instead of the task's own rows:
+model; where rows of another domain are at hand (the embedded reviews for SST-2, mismatched genres and RTE for MNLI, QQP
+for MRPC), the score there has a column of its own. Every row is kept when it is there, and `--resume` goes on from it.
+With several `--calibration-rows` compensated rows are made for each, and with `--calibration-text` on lines of a file
+instead of the task's own rows:
 
     python experiments/ptq_table.py --task sst2 --data-dir DATA --methods "compensated, 128 groups" --bits 2 3 \
         --groups --calibration-rows 32 128 384 1024 --calibration-text DATA/wikitext2/valid.txt.gz
@@ -169,6 +171,7 @@ def text_batches(path: str, model: Any, tokenizer: Any, rows: int, seed: int) ->
 
 def compare(name: str, arguments: argparse.Namespace, folder: Path) -> str:
     """Markdown of one task: every configuration under every number of calibration rows."""
+    from other_domains import other_domains
     from ptq import bootstrap, ptq_report
 
     from qbert.hessian.checkpoint import model_fingerprint
@@ -183,6 +186,7 @@ def compare(name: str, arguments: argparse.Namespace, folder: Path) -> str:
     def score(candidate: Any) -> Any:
         return evaluate(candidate, task, tokenizer, split=split, limit=arguments.eval_limit, progress=False)
 
+    domains = other_domains(task, tokenizer, data_dir=arguments.data_dir, limit=arguments.eval_limit or 1000)
     parts = []
     for count in arguments.calibration_rows:
         if arguments.calibration_text:
@@ -199,6 +203,7 @@ def compare(name: str, arguments: argparse.Namespace, folder: Path) -> str:
             model,
             configurations(arguments),
             score,
+            elsewhere={domain.name: domain.evaluate for domain in domains},
             calibration_data=batches,
             standard_error=bootstrap(task, subset(task.rows(split), arguments.eval_limit, 0)),
             hidden=True,

@@ -57,7 +57,7 @@ FLOORS = (
     ("quantizers",),
     ("layers", "hessian"),
     ("calibration", "sizes", "inference"),
-    ("outputs",),
+    ("outputs", "rounded"),
     ("usage",),
     ("quantize", "distill"),
     ("allocation", "saving", "onnx"),

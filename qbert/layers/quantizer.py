@@ -21,7 +21,6 @@ from qbert.quantizers.ranges import SMALLEST_SCALE, GroupRanges, find_ranges, re
 from qbert.quantizers.rounding import Rounded, round_compensated
 
 
-
 def note_grid(state: Any, prefix: str, grid: list[Any]) -> None:
     """Write into the metadata of a state dict on what grid the tensors under `prefix` lie.
 
@@ -144,7 +143,6 @@ class WeightQuantizer(nn.Module):
             refits=refits,
         )
 
-    @torch.no_grad()
     def forward(self, weight: Tensor, rows: Tensor | None = None) -> Tensor:
         """Fake-quantized weight, same shape and dtype.
 

@@ -210,8 +210,9 @@ def load_complete(path: str | os.PathLike[str], values: Mapping[str, Any], **kwa
         ValueError: if transformers has no such class, or the files hold other tensors than the class has.
     """
     import transformers
+    import transformers.models.auto.modeling_auto  # which has the students of this library registered
 
-    from qbert.students.registration import OWN_CLASSES
+    from qbert.encoders.own_classes import OWN_CLASSES
 
     names = values.get("architectures") or ["AutoModel"]
     name = names[0] if isinstance(names, list) else names

@@ -20,8 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from qbert.allocation.kronecker import kronecker_factors
-from qbert.calibration import Batch, check_batches, run_batch, unmasked
-from qbert.encoders.inputs import to_device
+from qbert.calibration import Batch, check_batches, run_batch
+from qbert.encoders.inputs import to_device, unmasked
 from qbert.encoders.modes import evaluation_mode
 from qbert.encoders.prefix import LayerCache
 from qbert.encoders.targets import Target, encoder_layers, find_targets

@@ -28,12 +28,15 @@ import torch
 from torch import Tensor, nn
 
 from qbert.bits import BitsConfig, TensorSpec, covers, spec_to_dict
+from qbert.calibration import check_batches, mean_logits, run_batch
 from qbert.encoders.factors import CorrectedLinear, corrected, factored, is_factored
+from qbert.encoders.inputs import to_device
 from qbert.encoders.replace import replace_everywhere
 from qbert.encoders.structure import record
 from qbert.encoders.targets import Target, find_targets
 from qbert.quantize import quantize_model
-from qbert.students.curvature import Moments, has_head, layer_matrices, roots, second_moments
+from qbert.quantizers.rounding import bias_change
+from qbert.students.curvature import Moments, has_head, layer_matrices, observe, roots, second_moments
 
 Model = TypeVar("Model", bound=nn.Module)
 Weighting = Literal["none", "activations", "both"]
@@ -145,7 +148,27 @@ def quantize_with_correction(
             down, up = Spectrum.of(error, moments.get(target.module), damping).factors(ranks[target.name])
             for part, values in ((layer.down, down), (layer.up, up)):
                 part.weight = nn.Parameter(values.to(part.weight.dtype))  # its grid is found anew
+    if compensated:
+        _move_biases(model, student, [t for t in targets if t.name in ranks], data)
     return student.eval()
+
+
+@torch.no_grad()
+def _move_biases(model: nn.Module, student: nn.Module, targets: Sequence[Target], data: Any) -> None:
+    """Biases for outputs of the float model's means: compensated rounding has moved them for the error uncorrected."""
+    batches = check_batches(data)
+    assert batches is not None
+    modules = [cast(nn.Linear, t.module) for t in targets]
+    seen = observe(model, modules, lambda: (run_batch(model, to_device(b, model)) for b in batches), batches)
+    for target, module in zip(targets, modules, strict=True):
+        whole = cast(CorrectedLinear, student.get_submodule(target.path)).whole
+        if module.bias is not None:
+            left = target.matrix.detach() - student.get_submodule(target.path).weight
+            whole.bias.copy_(module.bias.double() + bias_change(left, seen[module].mean))
+    wanted, found = mean_logits(model, batches), mean_logits(student, batches)
+    if wanted is not None and found is not None:
+        bias = cast(nn.Parameter, student.get_submodule(found[0]).bias)
+        bias.add_((wanted[1] - found[1]).to(bias))
 
 
 class Spectrum:

@@ -9,10 +9,11 @@ from types import ModuleType
 
 import transformers
 
+from qbert.encoders.own_classes import OWN_CLASSES
 from qbert.students.bilstm import BiLSTMConfig, BiLSTMForSequenceClassification
 from qbert.students.cnn import CnnConfig, CnnForSequenceClassification
 
-OWN_CLASSES: dict[str, type[transformers.PreTrainedModel]] = {
+_CLASSES: dict[str, type[transformers.PreTrainedModel]] = {
     "BiLSTMForSequenceClassification": BiLSTMForSequenceClassification,
     "CnnForSequenceClassification": CnnForSequenceClassification,
 }
@@ -21,7 +22,8 @@ _CONFIGS: tuple[type[transformers.PreTrainedConfig], ...] = (BiLSTMConfig, CnnCo
 
 def install(theirs: ModuleType) -> None:
     """Register configs and models; `theirs` is transformers' module of Auto classes."""
-    for config, model in zip(_CONFIGS, OWN_CLASSES.values(), strict=True):
+    OWN_CLASSES.update(_CLASSES)
+    for config, model in zip(_CONFIGS, _CLASSES.values(), strict=True):
         transformers.AutoConfig.register(config.model_type, config, exist_ok=True)
         for auto in (theirs.AutoModel, theirs.AutoModelForSequenceClassification):
             auto.register(config, model, exist_ok=True)

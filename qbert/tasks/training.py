@@ -21,8 +21,6 @@ import json
 import math
 import os
 import shutil
-import sys
-import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
@@ -34,6 +32,7 @@ import transformers
 from torch import nn
 
 from qbert.files import (
+    cache_folder,
     damaged_file,
     file_sha256,
     files_sha256,
@@ -409,33 +408,6 @@ def _load_entry(entry: Path, task: Task, settings: TrainingSettings, device: tor
 
 _WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
 _TOKENIZERS = ("tokenizer.json", "vocab.txt", "spiece.model", "sentencepiece.bpe.model", "tokenizer_config.json")
-
-
-def cache_folder(folder: str | Path | None = None) -> Path:
-    """The cache folder, made if need be and found writable.
-
-    Raises:
-        PermissionError: the folder cannot be made or written to; names QBERT_CACHE as the mend.
-    """
-    chosen = Path(folder or os.environ.get("QBERT_CACHE") or _platform_cache() / "qbert").expanduser()
-    try:
-        chosen.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=chosen):
-            pass
-    except OSError as error:
-        raise PermissionError(
-            f"the cache folder {str(chosen)!r} cannot be written ({error.strerror}); "
-            "set QBERT_CACHE (or cache_dir=...) to a folder of yours"
-        ) from error
-    return chosen
-
-
-def _platform_cache() -> Path:
-    if sys.platform == "win32":
-        return Path(os.environ.get("LOCALAPPDATA", Path.home() / "AppData" / "Local"))
-    if sys.platform == "darwin":
-        return Path.home() / "Library" / "Caches"
-    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
 
 
 def weights_id(model_name_or_path: str | Path) -> str:
