@@ -138,7 +138,7 @@ class FilePlan:
         ):
             counted.add(samples, calls)
         self.items = [Item(r.names, tuple(counted.options(r, uses))) for r in free]
-        reference = self._config([0] * len(self.items))
+        reference = self.configuration([0] * len(self.items))
         self.constant = whole_file_bytes(model, reference) - sum(item.options[0].size for item in self.items)
         self.model = model
 
@@ -171,7 +171,7 @@ class FilePlan:
         Raises:
             ValueError: as `choose`.
         """
-        return self._config(self.choose(size_mb))
+        return self.configuration(self.choose(size_mb))
 
     def damage(self, picked: Sequence[int]) -> float:
         """Predicted damage of a choice."""
@@ -181,7 +181,8 @@ class FilePlan:
         """Bytes of the file of a choice, at most."""
         return self.constant + sum(item.options[p].size for item, p in zip(self.items, picked, strict=True))
 
-    def _config(self, picked: Sequence[int]) -> BitsConfig:
+    def configuration(self, picked: Sequence[int]) -> BitsConfig:
+        """The `BitsConfig` of a choice, an index for every item."""
         rules = {
             name: dict(item.options[p].rule) for item, p in zip(self.items, picked, strict=True) for name in item.names
         }
