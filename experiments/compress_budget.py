@@ -51,9 +51,7 @@ def budgets_of(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     others = {"latency_ms": arguments.latency_ms, "within": arguments.within}
     others = {name: value for name, value in others.items() if value is not None}
     if arguments.student and (arguments.size_mb or others):
-        raise ValueError(
-            "--student trains a student, --size-mb, --latency-ms and --within plan a model; give one of them"
-        )
+        raise ValueError("--student trains a student; --size-mb, --latency-ms and --within plan a model; give one")
     if arguments.size_mb or not (others or arguments.student):
         return [{"size_mb": size, **others} for size in arguments.size_mb or [_SIZE_MB]]
     return [others] if others else []
