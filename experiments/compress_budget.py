@@ -161,7 +161,8 @@ class Budget:
                 ).model
                 size = max(path.stat().st_size for path in folder.rglob("model.safetensors")) / 1e6
                 self.record.add(title, {"seed": seed, **self.row(model, found.best.predicted, size)})
-        self.rivals(found.bits_alone, budget.get("size_mb", found.best.megabytes))
+        if found.bits_alone is not None:
+            self.rivals(found.bits_alone, budget.get("size_mb", found.best.megabytes))
 
     def rivals(self, files: FilePlan, size_mb: float) -> None:
         """Simpler choices in a file of this size."""
