@@ -1,13 +1,16 @@
-"""Train smaller students of an encoder by published recipes, and compare them with their teacher and their controls.
+"""Make an encoder smaller: under a budget, or into students by published recipes, beside their controls.
 
+    python experiments/compress.py
+    python experiments/compress.py --size-mb 10.2 6.1 --task sst2 --data-dir DATA
     python experiments/compress.py --student distilbert
     python experiments/compress.py --student tinybert minilm pkd --task sst2 --data-dir DATA --seeds 0 1 2
     python experiments/compress.py --student tinybert --ablations
 
-The teacher is fine-tuned on the task (or loaded from the cache). Every student has the same rows, steps and batch size.
-Beside it stand the hard-label control (the same start, steps and rate, taught by the labels alone) and the teacher made
-as small by bits alone, without training. ``compress_table.py`` puts several results together, ``compress_plans.py``
-says how each student is made. Sources: those of the recipes; see ``--help``.
+The teacher is fine-tuned on the task (or loaded from the cache). Without ``--student`` it is planned under a budget
+(``compress_budget.py``). Every student has the same rows, steps and batch size. Beside it stand the hard-label control
+(the same start, steps and rate, taught by the labels alone) and the teacher made as small by bits alone, without
+training. ``compress_table.py`` puts several results together, ``compress_plans.py`` says how each student is made.
+Sources: those of the recipes; see ``--help``.
 """
 
 from __future__ import annotations
@@ -19,7 +22,8 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from compress_bench import Bench
+from compress_bench import Bench, load_teacher
+from compress_budget import add_budget_arguments, budgets_of, run_budgets
 from compress_plans import PLANS, Plan, hard_labels
 from compress_table import report_text, students_table
 
@@ -38,7 +42,7 @@ def parse_arguments() -> argparse.Namespace:
         description=__doc__, epilog=f"students: {known}", formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add_task_arguments(parser)
-    parser.add_argument("--student", nargs="+", default=["distilbert"], help="which; default: distilbert")
+    parser.add_argument("--student", nargs="+", help="which students to train; default: none, a budget")
     parser.add_argument("--layers", type=positive, help="layers of a shallow student; default: half of the teacher's")
     parser.add_argument("--keep", type=int, nargs="+", help="which layers it keeps; default: the best by measurement")
     parser.add_argument("--ablations", action="store_true", help="also train what its plan lists as ablations")
@@ -57,6 +61,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--eval-limit", type=positive, help="score on at most this many rows")
     parser.add_argument("--resume", action="store_true", help="go on where an interrupted run of this command stopped")
     parser.add_argument("--report", help="Markdown file to write; default: OUTPUT_DIR/students.md")
+    add_budget_arguments(parser)
     arguments = parser.parse_args()
     arguments.seeds = arguments.seeds or [arguments.seed]
     return arguments
@@ -68,7 +73,7 @@ def check_request(arguments: argparse.Namespace) -> list[str]:
     Raises:
         ValueError, FileNotFoundError: naming the argument and the choices.
     """
-    for name in arguments.student:
+    for name in arguments.student or ():
         if name not in PLANS:
             raise ValueError(f"--student {name} is not known; use one of {', '.join(sorted(PLANS))}")
     if arguments.no_fine_tune and arguments.model is None:
@@ -77,7 +82,7 @@ def check_request(arguments: argparse.Namespace) -> list[str]:
         raise ValueError(f"--epochs {arguments.epochs:g} is not possible; use a positive number")
     if arguments.learning_rate is not None and not 0 < arguments.learning_rate < 1:
         raise ValueError(f"--learning-rate {arguments.learning_rate:g} is not possible; use a number such as 1e-4")
-    for flag, values in (("--seeds", arguments.seeds), ("--student", arguments.student)):
+    for flag, values in (("--seeds", arguments.seeds), ("--student", arguments.student or [])):
         if len(set(values)) < len(values):
             raise ValueError(f"{flag} {' '.join(map(str, values))} names one twice; name each once")
     if arguments.keep and arguments.layers not in (None, len(arguments.keep)):
@@ -87,7 +92,7 @@ def check_request(arguments: argparse.Namespace) -> list[str]:
     missing = next((file for file in arguments.text or () if not Path(file).is_file()), None)
     if missing is not None:
         raise FileNotFoundError(f"--text {missing} is no file; name a file with one text a line")
-    return list(arguments.student)
+    return list(arguments.student or ())
 
 
 def plans_of(names: list[str], ablations: bool, controls: bool) -> dict[str, Plan]:
@@ -177,9 +182,14 @@ def main() -> None:
     arguments = parse_arguments()
     require("accelerate", "the training")
     names = check_request(arguments)
+    budgets_of(arguments)
     warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
     folder = prepare_run(arguments, "compress")
     check_bf16(arguments.bf16, torch.device(arguments.device))
+    if not names:
+        task, model, tokenizer = load_teacher(arguments)
+        run_budgets(arguments, folder, task, model, tokenizer)
+        return
     bench = Bench(arguments, folder)
     results = Record(folder / "results.json", asked_of(bench), resume=arguments.resume)
     about = {} if "teacher" in results.content else heading(bench)

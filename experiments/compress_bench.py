@@ -61,13 +61,11 @@ class Bench:
     """
 
     def __init__(self, arguments: argparse.Namespace, folder: Path) -> None:
-        from qbert.tasks import load_task, prepare
+        from qbert.tasks import prepare
         from qbert.tasks.task import subset
 
         self.arguments, self.folder = arguments, folder
-        self.task = load_task(arguments.task, data_dir=arguments.data_dir)
-        print(f"task: {self.task.describe()}")
-        self.teacher, self.tokenizer = self._load_teacher()
+        self.task, self.teacher, self.tokenizer = load_teacher(arguments)
         self.depths: dict[int, DepthTable] = {}
         self.depth = arguments.layers or max(self._teacher_depth() // 2, 1)
         data = prepare(self.task, self.tokenizer, "train")
@@ -372,25 +370,27 @@ class Bench:
     def _teacher_depth(self) -> int:
         return len(main_layers(self.teacher)[1])
 
-    def _load_teacher(self) -> tuple[Any, Any]:
-        """(model, tokenizer): fine-tuned here, from the cache, or the given one as it is."""
-        from qbert.tasks import build_model, fine_tune
 
-        arguments = self.arguments
-        if arguments.no_fine_tune:
-            print(f"teacher: {arguments.model}, as it is")
-            model, tokenizer = build_model(self.task, arguments.model, tuned=True)
-            return model.to(arguments.device), tokenizer
-        tuned = fine_tune(
-            self.task,
-            arguments.model,
-            device=arguments.device,
-            epochs=arguments.teacher_epochs,
-            train_limit=arguments.train_limit,
-            seed=arguments.seed,
-        )
-        print(f"teacher: {'from the cache' if tuned.from_cache else f'tuned in {tuned.seconds:.0f} s'}")
-        return tuned.model, tuned.tokenizer
+def load_teacher(arguments: argparse.Namespace) -> tuple[Any, Any, Any]:
+    """(task, model, tokenizer) of the command line: fine-tuned here, from the cache, or the given one as it is."""
+    from qbert.tasks import build_model, fine_tune, load_task
+
+    task = load_task(arguments.task, data_dir=arguments.data_dir)
+    print(f"task: {task.describe()}")
+    if arguments.no_fine_tune:
+        print(f"teacher: {arguments.model}, as it is")
+        model, tokenizer = build_model(task, arguments.model, tuned=True)
+        return task, model.to(arguments.device), tokenizer
+    tuned = fine_tune(
+        task,
+        arguments.model,
+        device=arguments.device,
+        epochs=arguments.teacher_epochs,
+        train_limit=arguments.train_limit,
+        seed=arguments.seed,
+    )
+    print(f"teacher: {'from the cache' if tuned.from_cache else f'tuned in {tuned.seconds:.0f} s'}")
+    return task, tuned.model, tuned.tokenizer
 
 
 def lines_of(file: Path) -> list[str]:

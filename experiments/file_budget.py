@@ -210,7 +210,7 @@ def compare_files(comparison: Comparison) -> None:
                 continue
             picked = plan.choose(size)
             student = quantize_model(model, plan.config(size), calibration_data=batches)
-            more = {"predicted": plan.damage(picked), "matrices": mean_bits(plan, picked)}
+            more: dict[str, Any] = {"predicted": plan.damage(picked), "matrices": mean_bits(plan, picked)}
             more["table"] = told(table_rule(plan, picked))
             comparison.add(key, student, tokenizer, megabytes=file_megabytes(student), **more)
 

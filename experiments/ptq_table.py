@@ -9,9 +9,9 @@ unlabelled training rows: first with weights, tables and activations quantized, 
 the mean KL to the float model's outputs (for numbers the mean squared difference), hidden error the relative error of
 the last hidden states, 1 - cosine that of the rows' mean states to the float ones, MB the bytes of the whole packed
 model; where rows of another domain are at hand (the embedded reviews for SST-2, mismatched genres and RTE for MNLI, QQP
-for MRPC), the score there has a column of its own. Every row is kept when it is there, and `--resume` goes on from it. With
-several `--calibration-rows` compensated
-rows are made for each, and with `--calibration-text` on lines of a file instead of the task's own rows:
+for MRPC), the score there has a column of its own. Every row is kept when it is there, and `--resume` goes on from it.
+With several `--calibration-rows` compensated rows are made for each, and with `--calibration-text` on lines of a file
+instead of the task's own rows:
 
     python experiments/ptq_table.py --task sst2 --data-dir DATA --methods "compensated, 128 groups" --bits 2 3 \
         --groups --calibration-rows 32 128 384 1024 --calibration-text DATA/wikitext2/valid.txt.gz

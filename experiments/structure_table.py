@@ -18,6 +18,7 @@ import argparse
 import math
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,7 @@ def parse_arguments() -> argparse.Namespace:
         "--calibration-rows", type=positive, default=384, help="unlabelled rows to look at; default: 384"
     )
     parser.add_argument("--only", nargs="+", help="leave out rows whose label holds none of these texts")
+    parser.add_argument("--steps", type=positive, help="also train a few of the students for so many steps")
     parser.add_argument("--time", action="store_true", help="also time packed models of other shapes")
     parser.add_argument("--resume", action="store_true", help="go on with the rows that are in the output folder")
     parser.add_argument("--report", help="Markdown file to write; default: <output-dir>/structure.md")
@@ -57,64 +59,115 @@ def students(model: Any, data: Any) -> dict[str, Callable[[], Any]]:
         calibration = data if rounding == "compensated" else None
         return qbert.quantize_model(student, bits(number, rounding), calibration_data=calibration)
 
+    def rounded(number: int, how: str) -> Any:
+        return quantized(model, number, how)
+
+    def factored(weighting: Any) -> Any:
+        return quantized(qbert.factorize(model, _RANKS, weighting=weighting, data=data), 8)
+
+    def corrected(how: str, rank: Any) -> Any:
+        return quantize_with_correction(model, bits(2, how), rank, data=data)
+
+    def sparse(pattern: Any, number: int | None, rounding: str, **options: Any) -> Any:
+        student = qbert.prune(model, pattern=pattern, **options)
+        return student if number is None else quantized(student, number, rounding)
+
     made: dict[str, Callable[[], Any]] = {}
     for number in (4, 3, 2):
         for how in ("nearest", "compensated"):
-            made[f"bits: {number}, {how}"] = lambda n=number, h=how: quantized(model, n, h)
+            made[f"bits: {number}, {how}"] = partial(rounded, number, how)
     for weighting in ("none", "activations", "both"):
-        made[f"rank 96/153 by {weighting}, 8 bits"] = lambda w=weighting: quantized(
-            qbert.factorize(model, _RANKS, weighting=w, data=data), 8
-        )
+        made[f"rank 96/153 by {weighting}, 8 bits"] = partial(factored, weighting)
     made["rank by budget 0.5, both, 8 bits"] = lambda: quantized(qbert.factorize(model, 0.5, data=data), 8)
     for how in ("nearest", "compensated"):
-        made[f"2 bits {how} + rank 15/25 in 8 bits"] = lambda h=how: quantize_with_correction(
-            model, bits(2, h), _CORRECTIONS, data=data
-        )
-    made["2 bits compensated + rank by budget 0.08 in 8 bits"] = lambda: quantize_with_correction(
-        model, bits(2, "compensated"), 0.08, data=data
-    )
+        made[f"2 bits {how} + rank 15/25 in 8 bits"] = partial(corrected, how, _CORRECTIONS)
+    made["2 bits compensated + rank by budget 0.08 in 8 bits"] = partial(corrected, "compensated", 0.08)
     for pattern, name in (("2:4", "2:4"), (0.5, "half zero")):
-        made[f"{name} by magnitude"] = lambda p=pattern: qbert.prune(model, pattern=p)
-        made[f"{name} by magnitude, 4 bits nearest"] = lambda p=pattern: quantized(qbert.prune(model, pattern=p), 4)
-        made[f"{name}, scores alone"] = lambda p=pattern: qbert.prune(model, pattern=p, data=data, compensate=False)
-        made[f"{name}, compensated"] = lambda p=pattern: qbert.prune(model, pattern=p, data=data)
+        made[f"{name} by magnitude"] = partial(sparse, pattern, None, "")
+        made[f"{name} by magnitude, 4 bits nearest"] = partial(sparse, pattern, 4, "nearest")
+        made[f"{name}, scores alone"] = partial(sparse, pattern, None, "", data=data, compensate=False)
+        made[f"{name}, compensated"] = partial(sparse, pattern, None, "", data=data)
         for number in (4, 3):
-            made[f"{name}, compensated, {number} bits compensated"] = lambda p=pattern, n=number: quantized(
-                qbert.prune(model, pattern=p, data=data), n, "compensated"
-            )
+            label = f"{name}, compensated, {number} bits compensated"
+            made[label] = partial(sparse, pattern, number, "compensated", data=data)
+    ways: dict[str, dict[str, Any]] = {
+        "by magnitude": {},
+        "scores alone": {"data": data, "compensate": False},
+        "compensated": {"data": data},
+    }
     for what in ("heads", "ffn"):
         for share in (0.25, 0.5):
-            ways: dict[str, dict[str, Any]] = {
-                "by magnitude": {},
-                "scores alone": {"data": data, "compensate": False},
-                "compensated": {"data": data},
-            }
             for how, options in ways.items():
-                made[f"{what} {share:.0%} out, {how}"] = lambda w=what, s=share, o=options: qbert.prune(
-                    model, **{w: s}, **o
-                )
+                made[f"{what} {share:.0%} out, {how}"] = partial(qbert.prune, model, **{what: share}, **options)
     made["heads 25% and ffn 50% out, compensated"] = lambda: qbert.prune(model, heads=0.25, ffn=0.5, data=data)
     return made
 
 
-def bits_a_weight(student: Any, before: int) -> float:
-    """Bits of all that is stored of the encoder's matrices, over the number of weights they had `before`."""
-    from qbert import model_size
-    from qbert.students.curvature import layer_matrices
+def trained_students(model: Any, data: Any) -> dict[str, Callable[[], Any]]:
+    """Label -> maker of those that are also trained for a few steps."""
+    import qbert
+    from qbert import students
 
-    parts = [t for t in model_size(student).tensors if t.part == "encoder"]
-    total = 8.0 * sum(t.weight_bytes + t.metadata_bytes for t in parts)
-    quantized = {n: m for n, m in student.named_modules() if hasattr(m, "quantized_weight") and hasattr(m, "matrix")}
-    matrices = [m.quantized_weight() for m in quantized.values()] or [t.matrix for t in layer_matrices(student)]
-    wide = [m.weight_quantizer.bits for m in quantized.values()] or [32] * len(matrices)
-    for matrix, bits in zip(matrices, wide, strict=True):
-        zeros = int((matrix == 0).sum())
-        share = zeros / matrix.numel()
-        if share > 0.45 and bits > 2:  # pruned: on a grid of few levels nearest rounding makes zeros too
-            runs = matrix.unflatten(1, (-1, 4)) if matrix.shape[1] % 4 == 0 else None
-            in_runs = runs is not None and bool(((runs == 0).sum(2) >= 2).all())
-            mask = math.log2(6) / 4 if in_runs else 1.0
-            total -= zeros * bits - mask * matrix.numel()
+    depth = model.config.num_hidden_layers
+    kept = [0, *range(depth - depth // 2 + 1, depth)]  # a fine-tuned teacher's first and last layers
+    return {
+        "ffn 50% out, compensated": lambda: qbert.prune(model, ffn=0.5, data=data),
+        "ffn 50% out, by magnitude": lambda: qbert.prune(model, ffn=0.5),
+        "sandwich": lambda: students.share_layers(model, "sandwich", data=data),
+        f"{len(kept)} layers ({', '.join(map(str, kept))})": lambda: students.depth(model, kept),
+    }
+
+
+def train(student: Any, teacher: Any, task: Any, tokenizer: Any, steps: int, folder: Path, seed: int) -> Any:
+    """The student after some steps of logits, hidden states and scores on 16 training rows each, without labels."""
+    from transformers import TrainingArguments
+
+    from qbert.distill import Distiller, recipes
+    from qbert.tasks import prepare
+
+    same_depth = student.config.num_hidden_layers == teacher.config.num_hidden_layers
+    data = prepare(task, tokenizer, "train", limit=16 * steps, seed=seed)
+    Distiller(
+        teacher=teacher,
+        student=student,
+        recipe=recipes.qbert_kd() if same_depth else recipes.tinybert(projection=False),
+        args=TrainingArguments(
+            str(folder / "training"),
+            per_device_train_batch_size=16,
+            max_steps=steps,
+            learning_rate=2e-4,
+            warmup_steps=0.1,
+            seed=seed,
+            save_strategy="no",
+            report_to="none",
+            use_cpu=True,
+            disable_tqdm=True,
+        ),
+        train_dataset=data.examples,
+        data_collator=data.collate,
+        processing_class=tokenizer,
+        check_teacher=False,
+    ).train()
+    return student.eval()
+
+
+def bits_a_weight(student: Any, before: int) -> float:
+    """Bits of all that is stored of the encoder's matrices, over the number of weights they had `before`.
+
+    Of a matrix with zeros in a pattern, those are left out, and the least that tells their places is added.
+    """
+    from qbert import model_size
+    from qbert.encoders.targets import base_model
+    from qbert.encoders.zeros import noted_zeros
+    from qbert.quantizers.sparsity import Pattern
+
+    total = 8.0 * sum(t.weight_bytes + t.metadata_bytes for t in model_size(student).tensors if t.part == "encoder")
+    _, base = base_model(student)
+    for name, noted in noted_zeros(student).items():
+        module, pattern = base.get_submodule(name), Pattern.parse(noted)
+        quantizer = getattr(module, "weight_quantizer", None)
+        places = math.log2(math.comb(pattern.of, pattern.zeros)) / pattern.of if pattern.of else 1.0
+        total -= module.weight.numel() * (pattern.share * (quantizer.bits if quantizer else 32) - places)
     return total / before
 
 
@@ -140,7 +193,7 @@ def times(model: Any, student: Any) -> dict[str, float]:
     import qbert
 
     fast = [qbert.optimize_for_inference(qbert.pack(qbert.quantize_model(m, 8))) for m in (model, student)]
-    found = {}
+    found: dict[str, float] = {}
     for batch, length in _SHAPES:
         ids = torch.randint(1000, 2000, (batch, length), generator=torch.Generator().manual_seed(0))
         inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
@@ -224,6 +277,15 @@ def main() -> None:
         found = row_of(student, score, reference, before)
         record.add(label, {**found, "cpu_seconds": took})
         print(f"{label}: " + ", ".join(f"{k} {v:.4g}" for k, v in found.items()) + f" ({took:.0f} CPU s)", flush=True)
+    for label, make in trained_students(model, data).items() if arguments.steps else ():
+        name = f"{label}, {arguments.steps} steps"
+        if name in record or (arguments.only and not any(text in name for text in arguments.only)):
+            continue
+        start = time.process_time()
+        student = train(make(), model, task, tuned.tokenizer, arguments.steps, folder, arguments.seed)
+        found = row_of(student, score, reference, before)
+        record.add(name, {**found, "cpu_seconds": time.process_time() - start})
+        print(f"{name}: " + ", ".join(f"{k} {v:.4g}" for k, v in found.items()), flush=True)
     if arguments.time:
         import qbert
 

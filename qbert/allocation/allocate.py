@@ -104,7 +104,8 @@ def allocate_bits(
         TypeError: a spectrum, model, `fixed` or `tied` of another type.
     """
     if isinstance(spectrum, nn.Module):
-        foreign = {"average_bits": average_bits, "bit_operations": bit_operations, "max_latency": max_latency}
+        foreign: dict[str, Any] = {"average_bits": average_bits, "bit_operations": bit_operations}
+        foreign |= {"max_latency": max_latency}
         foreign |= {"latency": latency, "model": model, "damage": damage, "share": share, "tied": tuple(tied) or None}
         for name, value in foreign.items():
             if value is not None:

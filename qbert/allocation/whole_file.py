@@ -35,9 +35,9 @@ from qbert.allocation.blocks import Fixed, check_widths, fixed_value
 from qbert.allocation.budgets import check_bounds, rounded_up
 from qbert.allocation.knapsack import choose
 from qbert.bits import DEFAULT_GROUPS, FLOAT_BITS, BitsConfig, TensorSpec, largest_rank
-from qbert.calibration import Batch, check_batches, input_moments
+from qbert.calibration import Batch, check_batches, check_lengths, input_moments
 from qbert.encoders.targets import HEAD_ROLE, Target, base_models, find_targets, targets_found_once
-from qbert.encoders.weights import stored
+from qbert.encoders.weights import is_table, stored
 from qbert.layers.quantizer import WeightQuantizer
 from qbert.layers.tables import Directions, TableUse, part_specs, rounded_rows, row_errors, row_widths
 from qbert.outputs import Call, output_gradients
@@ -85,7 +85,7 @@ class FilePlan:
     """What every way to store every matrix and table costs and does; `config` chooses for a size.
 
     For MiniLM-L6 and 400 sentences it takes about a minute on one CPU core, most of it compensated rounding at every
-    number of bits.
+    number of bits. What the data never reach (the pooler of a model whose tokens are averaged) gets the fewest bits.
 
     Args:
         model: the float model; it is left as it was.
@@ -121,22 +121,24 @@ class FilePlan:
         checked = check_batches(batches)
         if checked is None:
             raise ValueError("calibration_data: a file is planned for data; pass batches of some hundred rows")
+        check_lengths(model, checked)
         fit, score = _halves(checked)
         groups = _sharing(model)
         rules = [_Rules(model, group, self.widths, self.settings, fixed) for group in groups]
         free = [r for r in rules if r.matrix_rules or r.is_table]
+        _refuse_what_is_not_measured(model, free)
         tables = [r.first.module for r in free if r.is_table]
         uses = UseCounter(tables)
         for _, calls in output_gradients(model, fit, tables, progress=progress):
             uses.add(calls)
         changes = _matrix_changes(model, fit, [r for r in free if not r.is_table], progress)
-        counted = _Damages(free, changes)
+        counted, known = _Damages(free, changes), set(model.modules())
         for samples, calls in output_gradients(
-            model, score, [m for r in free for m in r.modules], seed=1, progress=progress
+            model, score, [m for r in free for m in r.modules if m in known], seed=1, progress=progress
         ):
             counted.add(samples, calls)
         self.items = [Item(r.names, tuple(counted.options(r, uses))) for r in free]
-        reference = self._config([0] * len(self.items))
+        reference = self.configuration([0] * len(self.items))
         self.constant = whole_file_bytes(model, reference) - sum(item.options[0].size for item in self.items)
         self.model = model
 
@@ -169,7 +171,7 @@ class FilePlan:
         Raises:
             ValueError: as `choose`.
         """
-        return self._config(self.choose(size_mb))
+        return self.configuration(self.choose(size_mb))
 
     def damage(self, picked: Sequence[int]) -> float:
         """Predicted damage of a choice."""
@@ -179,7 +181,8 @@ class FilePlan:
         """Bytes of the file of a choice, at most."""
         return self.constant + sum(item.options[p].size for item, p in zip(self.items, picked, strict=True))
 
-    def _config(self, picked: Sequence[int]) -> BitsConfig:
+    def configuration(self, picked: Sequence[int]) -> BitsConfig:
+        """The `BitsConfig` of a choice, an index for every item."""
         rules = {
             name: dict(item.options[p].rule) for item, p in zip(self.items, picked, strict=True) for name in item.names
         }
@@ -207,7 +210,10 @@ class _Rules:
     """The ways to store one weight, before they are measured.
 
     Attributes:
-        targets: that share the weight; `first` is asked about it.
+        first: the target that is asked about the weight.
+        names, modules: of all targets that share it.
+        fixed: its only rule, if it has one.
+        tied: whether it is a table that a head computes with.
         matrix_rules: rules of a matrix; empty for a table, and for what stays as it is.
         is_table: whether the weight is a table with options.
     """
@@ -235,7 +241,8 @@ class _Rules:
         if not self.is_table:
             chosen = [{"bits": b} for b in widths] if self.fixed is None else [self.fixed]
             head = self.first.role == HEAD_ROLE
-            if not head or self.fixed is not None or _is_worth_a_choice(model, self.first):
+            chosen_too = not is_table(self.first.module) and _is_worth_a_choice(model, self.first)
+            if not head or self.fixed is not None or chosen_too:
                 self.matrix_rules = chosen
             if head and self.matrix_rules and self.fixed is None:
                 self.matrix_rules = [*chosen, {"bits": 32}]
@@ -255,6 +262,25 @@ class _Rules:
             return weight.numel() * weight.element_size() + header_bytes(f"{target.path}.weight", weight.shape)
         static = 8 if spec.activation_range == "static" and not self.is_table else 0
         return sum(tensor_bytes(target, spec)) + static + quantized_header_bytes(target, spec)
+
+
+def _refuse_what_is_not_measured(model: nn.Module, rules: Sequence[_Rules]) -> None:
+    """Raises ValueError for a model that is quantized, or has nothing to choose, or weights that no module computes
+    with alone (gates of an LSTM) whose bits are not fixed."""
+    done = next((path for path, m in model.named_modules() if hasattr(m, "quantized_weight")), None)
+    if done is not None or not rules:
+        raise ValueError(
+            f"model: {done} is quantized already; give the float model"
+            if done is not None
+            else f"model: {type(model).__name__} has no matrix or table that could be quantized; pass an encoder"
+        )
+    modules = set(model.modules())
+    for rule in rules:
+        if rule.fixed is None and rule.first.module not in modules:
+            raise ValueError(
+                f"fixed: what {rule.first.name} does to the outputs is not measured, because it is part of a recurrent "
+                f"layer; give its bits, such as fixed={{{rule.first.name!r}: 4}}"
+            )
 
 
 def _is_worth_a_choice(model: nn.Module, target: Target) -> bool:
@@ -305,7 +331,8 @@ def _matrix_changes(
 ) -> dict[nn.Module, list[Tensor | None]]:
     """First module of every matrix -> dW [O, I] of each of its rules, bfloat16; None where it stays as it is."""
     found: dict[nn.Module, list[Tensor | None]] = {}
-    linear = {m: r for r in rules for m in r.modules if type(m) is nn.Linear}
+    known = set(model.modules())
+    linear = {m: r for r in rules for m in r.modules if type(m) is nn.Linear and m in known}
     pending = {r.first.module: r for r in rules}
     if linear and any(
         s is not None and s.rounding == "compensated" for r in rules for s in map(r.spec, r.matrix_rules)

@@ -61,6 +61,13 @@ def replace_record(model: nn.Module, entries: list[dict[str, Any]]) -> None:
             config.__dict__.pop(STRUCTURE, None)
 
 
+def refuse_changed(model: nn.Module, maker: str) -> None:
+    """Raise ValueError where layers were pruned, factorised or shared: a model of another shape is made before that."""
+    if changes(model):
+        kinds = ", ".join(sorted({str(entry["change"]) for entry in changes(model)}))
+        raise ValueError(f"teacher: its layers were changed already ({kinds}); call {maker} on the model before that")
+
+
 def of_layers(
     entries: Sequence[Mapping[str, Any]], stem: str, layers: nn.ModuleList, kept: Sequence[int]
 ) -> list[dict[str, Any]]:

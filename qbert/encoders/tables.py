@@ -57,9 +57,10 @@ class NarrowTable(nn.Module):
         return self.up(x)  # type: ignore[no-any-return]
 
     def _attention(self, x: Tensor, seen: Tensor | None) -> Tensor:
-        split = [p(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for p in (self.query, self.key, self.value)]
+        maps = (self.query, self.key, self.value)
+        query, key, value = (p(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for p in maps)
         mask = None if seen is None else (seen | ~seen.any(1, keepdim=True))[:, None, None]
-        mixed = F.scaled_dot_product_attention(*split, attn_mask=mask)
+        mixed = F.scaled_dot_product_attention(query, key, value, mask)
         return self.attended(mixed.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
 
     def extra_repr(self) -> str:

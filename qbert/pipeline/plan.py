@@ -56,6 +56,8 @@ _FRONT_POINTS = 24
 _TIMINGS = 15
 # Where half of the runs take this much longer than the fastest, the clock says more of other work than of the model.
 _NOISY = 0.5
+# A choice of layers needs a forward pass on these; it only starts a comparison on all rows.
+_SEARCH_BATCHES = 4
 _FFN_SHARES = (0.25, 0.5)
 
 
@@ -97,6 +99,8 @@ class Plan:
         left_out: structures that cannot keep a budget or cannot win, and why.
         front: structure -> (MB, predicted divergence) over sizes.
         budget: what was asked for, in words.
+        bits_alone: the options of every matrix and table of the whole model, for other choices among them; None
+            where that is too slow for `latency_ms`.
     """
 
     best: Candidate
@@ -104,6 +108,7 @@ class Plan:
     left_out: tuple[str, ...]
     front: Mapping[str, tuple[tuple[float, float], ...]]
     budget: str
+    bits_alone: FilePlan | None
 
     @property
     def pipeline(self) -> Pipeline:
@@ -217,6 +222,7 @@ class _Planner:
         self.embeds = False
         self.wanted = {"rest": self._outputs(model, self.rest), "check": self._outputs(model, self.check)}
         self.left_out: list[str] = []
+        self.files: dict[tuple[Step, ...], FilePlan] = {}
         self.front: dict[str, tuple[tuple[float, float], ...]] = {}
 
     def usual(self) -> list[tuple[Step, ...]]:
@@ -225,7 +231,7 @@ class _Planner:
         found: list[tuple[Step, ...]] = []
         for keep in dict.fromkeys((count - 1, count - 2, (count + 1) // 2)):
             if 1 <= keep < count:
-                best = compare_depths(self.model, self.rest, keep, sandwiches=False).best
+                best = compare_depths(self.model, self.rest[:_SEARCH_BATCHES], keep, sandwiches=False).best
                 found.append((Depth(best.layers),))
         try:
             prune(self.model, ffn=_FFN_SHARES[0], compensate=False)
@@ -255,7 +261,7 @@ class _Planner:
             ranked = sorted((self._fill(part, size_mb) for part in parts), key=lambda c: c.predicted)
             made = [self._made(c, self._part_of(parts, c)) for c in ranked[:_CHECKED]]
             candidates = [*sorted(made, key=lambda c: c.measured or 0.0), *ranked[_CHECKED:]]
-        return Plan(candidates[0], tuple(candidates), tuple(self.left_out), self.front, budget)
+        return Plan(candidates[0], tuple(candidates), tuple(self.left_out), self.front, budget, self.files.get(()))
 
     def _parts(
         self, structures: Sequence[tuple[Step, ...]], size_mb: float | None, latency_ms: float | None
@@ -275,6 +281,7 @@ class _Planner:
                 self.left_out.append(f"{name}: diverges by {start:.4f} before any bits, more than a whole plan does")
                 continue
             files = FilePlan(model, self.rest, self.bits, progress=self.progress, **self.settings)
+            self.files[steps] = files
             part = _Part(steps, model, files, start, latency)
             self.front[name] = part.front()
             if size_mb is not None and files.smallest_mb > size_mb:

@@ -87,7 +87,7 @@ def sparsify(
     *,
     damping: float = 0.01,
     compensate: bool = True,
-    sweeps: int = 20,
+    sweeps: int = 10,
 ) -> Tensor:
     """The weights with zeros in a pattern, for the least change of the layer's outputs.
 

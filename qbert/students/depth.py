@@ -23,7 +23,7 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
-from qbert.encoders.inputs import accepted_inputs
+from qbert.encoders.inputs import accepted_inputs, to_device
 from qbert.encoders.modes import evaluation_mode
 from qbert.encoders.structure import changes, of_layers, replace_record
 from qbert.encoders.targets import base_model, main_layers
@@ -31,6 +31,7 @@ from qbert.encoders.zeros import note_zeros, noted_zeros
 
 Model = TypeVar("Model", bound=nn.Module)
 Batch = Mapping[str, Any]
+_LABELS = ("labels", "start_positions", "end_positions")
 _DEPTH_NAMES = ("num_hidden_layers", "n_layers")
 
 
@@ -100,8 +101,8 @@ class Choice:
 
     Attributes:
         layers: from 0; one that occurs several times is applied several times.
-        divergence: mean KL(teacher || student) of the outputs in nats; of values (one output, or no head at all), the
-            mean squared difference.
+        divergence: mean KL(teacher || student) of the outputs in nats; of values, of labels that are decided on their
+            own, and of hidden states where there are no logits (an encoder alone, spans), the mean squared difference.
         agreement: percent of the outputs with the teacher's class; ``None`` for values.
     """
 
@@ -174,11 +175,11 @@ def compare_depths(teacher: nn.Module, batches: Iterable[Batch], keep: int, *, s
         raise ValueError("batches is empty; give a few hundred unlabelled rows")
     subsets = list(itertools.combinations(range(count), keep))
     ways = subsets + ([_sandwich(layers, count) for layers in subsets] if sandwiches and keep > 1 else [])
-    target = _outputs(teacher, kept)
+    target, values = _outputs(teacher, kept), _compares_values(teacher)
     choices = []
     for layers in dict.fromkeys(ways):
         with applied(teacher, layers):
-            choices.append(Choice(layers, *_likeness(target, _outputs(teacher, kept))))
+            choices.append(Choice(layers, *_likeness(target, _outputs(teacher, kept), values)))
     return DepthTable(tuple(sorted(choices, key=lambda choice: choice.divergence)))
 
 
@@ -206,14 +207,14 @@ def _sandwich(layers: tuple[int, ...], count: int) -> tuple[int, ...]:
 
 @torch.no_grad()
 def _outputs(model: nn.Module, batches: Sequence[Batch]) -> Tensor:
-    """float64 [N, C]: logits of all rows (of all real tokens), or hidden states of a model without a head."""
-    device = next(model.parameters()).device
+    """float64 [N, C]: logits of all rows (of all real tokens), or the last hidden states where there are none."""
     found = []
     with evaluation_mode(model):
         for batch in batches:
-            inputs = {k: v.to(device) for k, v in batch.items() if isinstance(v, Tensor) and "label" not in k}
-            output = model(**accepted_inputs(model, inputs))
-            values = output.logits if getattr(output, "logits", None) is not None else output[0]
+            inputs = {k: v for k, v in to_device(batch, model).items() if isinstance(v, Tensor) and k not in _LABELS}
+            output = model(**accepted_inputs(model, inputs), output_hidden_states=True)
+            values = getattr(output, "logits", None)
+            values = output.hidden_states[-1] if values is None else values
             mask = inputs.get("attention_mask")
             if values.dim() == 3 and mask is not None:
                 values = values[mask.to(torch.bool)]
@@ -221,11 +222,19 @@ def _outputs(model: nn.Module, batches: Sequence[Batch]) -> Tensor:
     return torch.cat(found)
 
 
-def _likeness(teacher: Tensor, student: Tensor) -> tuple[float, float | None]:
+def _compares_values(model: nn.Module) -> bool:
+    """Whether the outputs are numbers, or none at all, rather than classes that exclude each other."""
+    config = getattr(model, "config", None)
+    kind = getattr(config, "problem_type", None)
+    has_classes = type(model).__name__.endswith(("Classification", "ForMaskedLM", "ForMultipleChoice"))
+    return not has_classes or kind in ("regression", "multi_label_classification") or config.num_labels == 1
+
+
+def _likeness(teacher: Tensor, student: Tensor, values: bool) -> tuple[float, float | None]:
     """(divergence, agreement) of outputs [N, C]; see `Choice`."""
-    if teacher.shape[1] == 1:
+    if values:
         return float((teacher - student).square().mean()), None
-    logs = [values.log_softmax(1) for values in (teacher, student)]
+    logs = [outputs.log_softmax(1) for outputs in (teacher, student)]
     divergence = float((logs[0].exp() * (logs[0] - logs[1])).sum(1).mean())
     return divergence, 100 * float((teacher.argmax(1) == student.argmax(1)).double().mean())
 

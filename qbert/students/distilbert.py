@@ -23,8 +23,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qbert.encoders.inputs import accepted_inputs
+from qbert.encoders.inputs import accepted_inputs, to_device
 from qbert.encoders.modes import evaluation_mode
+from qbert.encoders.structure import refuse_changed
 from qbert.encoders.targets import base_model
 
 Batch = Mapping[str, Any]
@@ -66,6 +67,7 @@ def distilbert(teacher: nn.Module, batches: Iterable[Batch] | None = None) -> An
     name = type(teacher).__name__
     if name not in classes:
         raise ValueError(f"teacher: a {name} cannot become a DistilBERT; use one of {', '.join(classes)}")
+    refuse_changed(teacher, "distilbert")
     _, base = base_model(teacher)
     student: Any = classes[name](_config(base.config)).eval()
     student.to(next(teacher.parameters()).device)
@@ -136,11 +138,10 @@ def _fill_head(teacher: Any, student: Any, batches: Iterable[Batch] | None) -> N
 
 def _first_states_and_outputs(teacher: Any, batches: Iterable[Batch]) -> tuple[Tensor, Tensor]:
     """float64 [N, D] states of the first token, and [N, C] logits."""
-    device = next(teacher.parameters()).device
     states, outputs = [], []
     with evaluation_mode(teacher):
         for batch in batches:
-            inputs = {k: v.to(device) for k, v in batch.items() if isinstance(v, Tensor) and "label" not in k}
+            inputs = {key: value for key, value in to_device(batch, teacher).items() if key != "labels"}
             output = teacher(**accepted_inputs(teacher, inputs), output_hidden_states=True)
             states.append(output.hidden_states[-1][:, 0].double())
             outputs.append(output.logits.double())

@@ -82,15 +82,16 @@ def mobilebert(
         torch.manual_seed(seed)
         student: Any = getattr(transformers, f"MobileBert{name.removeprefix('Bert')}")(config).eval()
     student.to(next(teacher.parameters()).device)
+    ours: Any = base_model(student)[1]
     with torch.no_grad():
-        _take_tables(theirs.embeddings, base_model(student)[1].embeddings)
-        for layer in base_model(student)[1].encoder.layer:
+        _take_tables(theirs.embeddings, ours.embeddings)
+        for layer in ours.encoder.layer:
             layer.output.bottleneck.dense.weight.mul_(0.1)
         for part in ("classifier", "qa_outputs"):
             if hasattr(teacher, part):
                 getattr(student, part).load_state_dict(getattr(teacher, part).state_dict())
-        if getattr(theirs, "pooler", None) is not None and getattr(base_model(student)[1], "pooler", None) is not None:
-            base_model(student)[1].pooler.dense.load_state_dict(theirs.pooler.dense.state_dict())
+        if getattr(theirs, "pooler", None) is not None and getattr(ours, "pooler", None) is not None:
+            ours.pooler.dense.load_state_dict(theirs.pooler.dense.state_dict())
     return student
 
 

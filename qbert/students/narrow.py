@@ -31,6 +31,7 @@ from torch import Tensor, nn
 
 from qbert.encoders.inputs import accepted_inputs
 from qbert.encoders.modes import evaluation_mode
+from qbert.encoders.structure import refuse_changed
 from qbert.encoders.targets import base_model
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -70,9 +71,12 @@ def narrow(teacher: Model, width: int, batches: Iterable[Batch], *, intermediate
     kept_neurons = round(neurons * width / full) if intermediate is None else intermediate
     if not 1 <= kept_neurons <= neurons:
         raise ValueError(f"intermediate={intermediate} is not possible; the teacher has {neurons}, so use 1 to that")
-    if hasattr(teacher, "cls") or any(type(m) is not nn.Linear for m in _linears(teacher)):
-        raise ValueError(f"teacher: {type(teacher).__name__} has a head over the vocabulary or is quantized; give the "
-                         "encoder alone, or a float one with a head for rows or tokens")  # fmt: skip
+    refuse_changed(teacher, "narrow")
+    if hasattr(teacher, "cls") or any(type(m) is not nn.Linear for m in teacher.modules() if isinstance(m, nn.Linear)):
+        raise ValueError(
+            f"teacher: {type(teacher).__name__} has a head over the vocabulary or is quantized; give the encoder, "
+            "in float, alone or with a head for rows or tokens"
+        )
     rows = _one_batch(batches, next(teacher.parameters()).device)
     new = copy.deepcopy(config)
     new.hidden_size, new.intermediate_size = width, kept_neurons
@@ -83,10 +87,6 @@ def narrow(teacher: Model, width: int, batches: Iterable[Batch], *, intermediate
         _project(teacher, student, basis, seen)
         _fit_norms(student, rows, basis, seen)
     return student  # type: ignore[no-any-return]
-
-
-def _linears(model: nn.Module) -> list[nn.Module]:
-    return [m for m in model.modules() if isinstance(m, nn.Linear)]
 
 
 def _norms(model: nn.Module) -> list[nn.LayerNorm]:

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
+from qbert.encoders.structure import refuse_changed
 from qbert.encoders.targets import base_model
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -51,6 +52,7 @@ def small(
     config: Any = copy.deepcopy(getattr(base_model(teacher)[1], "config", None))
     if config is None:
         raise ValueError(f"teacher: {type(teacher).__name__} has no config; give a transformers encoder")
+    refuse_changed(teacher, "small")
     for name, value in (("layers", layers), ("width", width), ("heads", heads), ("intermediate", intermediate)):
         if value is None:
             continue

@@ -220,6 +220,29 @@ def test_what_cannot_be_planned_is_refused(model: Any, arguments: dict[str, Any]
         qbert.allocate_bits(model, **arguments)
 
 
+def test_a_quantized_model_is_refused(model: Any) -> None:
+    student = quantize_model(model, qbert.BitsConfig(4, groups=4))
+    with pytest.raises(ValueError, match="is quantized already; give the float model"):
+        FilePlan(student, batches(count=2))
+
+
+def test_gates_of_recurrent_layers_need_their_bits() -> None:
+    class Tagger(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table, self.lstm = nn.Embedding(100, 16), nn.LSTM(16, 8, batch_first=True)
+
+        def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+            return self.lstm(self.table(input_ids))[0]  # type: ignore[no-any-return]
+
+    with pytest.raises(ValueError, match=r"fixed: what lstm\.weight_ih_l0 does to the outputs is not measured"):
+        FilePlan(Tagger(), batches(count=2), groups=4)
+    fixed = {f"lstm.weight_{kind}_l0": 8 for kind in ("ih", "hh")}
+    plan = FilePlan(Tagger(), batches(count=2), fixed=fixed, groups=4)
+    table = next(item for item in plan.items if item.names == ("table",))
+    assert len(table.options) > 4
+
+
 def test_a_spectrum_takes_no_data() -> None:
     with pytest.raises(ValueError, match="calibration_data: it is for a model"):
         qbert.allocate_bits({"encoder.layer.0": 1.0}, calibration_data=batches(count=1))

@@ -14,6 +14,8 @@ from hypothesis import strategies as st
 import qbert
 from qbert.encoders.targets import encoder_layers
 from qbert.encoders.widths import layer_widths
+from qbert.inference.gpu import GpuEncoder
+from qbert.inference.gpu_layers import reason_not_to_fuse_on_gpu
 from qbert.quantizers.rounding import damped, output_error
 from qbert.quantizers.sparsity import Pattern, sparsify
 from qbert.students.curvature import layer_matrices, observe, observe_layers
@@ -204,3 +206,22 @@ def test_families_that_cannot_lose_heads_are_refused() -> None:
         qbert.prune(build("mpnet"), heads=0.5)
     with pytest.raises(ValueError, match="not a layer of the BERT kind"):
         qbert.prune(build("deberta-v2"), ffn=0.5)
+
+
+def test_the_gpu_encoder_runs_layers_of_other_widths() -> None:
+    """On CPU tensors, where its operators are their slow twins."""
+    teacher = build("bert").eval()
+    packed = qbert.pack(qbert.quantize_model(qbert.prune(teacher.bert, heads=0.25, ffn=0.5), 4))
+    batch = inputs_for("bert", 3, 11)
+    with torch.no_grad():
+        expected = packed(**batch)[0]
+        packed.forward = GpuEncoder(packed)
+        got = packed(**batch)[0]
+    keep = batch["attention_mask"].bool()
+    assert float((got - expected)[keep].norm() / expected[keep].norm()) < 0.02
+
+
+def test_the_gpu_encoder_leaves_layers_in_factors_alone() -> None:
+    model = build("bert").eval()
+    packed = qbert.pack(qbert.quantize_model(qbert.factorize(model, 8), 4))
+    assert "factors" in reason_not_to_fuse_on_gpu(packed.bert.encoder.layer[0])

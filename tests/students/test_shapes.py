@@ -14,6 +14,7 @@ from qbert import students
 from qbert.encoders.targets import base_model
 from qbert.inference.cpu import FusedEncoder
 from qbert.students.depth import Choice, DepthTable, applied
+from qbert.students.shared import share_layers
 
 BATCHES = [inputs_for("bert", batch=8) for _ in range(3)]
 
@@ -82,6 +83,21 @@ def test_a_sandwich_has_the_teachers_depth_and_its_first_and_last_layer_once() -
         (0, 2, 2, 3),
         (1, 2, 2, 3),
     }
+
+
+def test_without_classes_choices_are_scored_by_squares() -> None:
+    config = build("bert", num_hidden_layers=3).config
+    encoder = tf.BertModel(config).eval()
+    for model in (encoder, tf.BertForQuestionAnswering(config).eval()):
+        table = students.compare_depths(model, BATCHES, 2, sandwiches=False)
+        assert all(choice.agreement is None for choice in table.choices)
+    best = students.depth(encoder, students.compare_depths(encoder, BATCHES, 2, sandwiches=False).best.layers)
+    keep = torch.cat([batch["attention_mask"].flatten() for batch in BATCHES]).bool()
+    states = [torch.cat([hidden(m, b).flatten(0, 1) for b in BATCHES])[keep].double() for m in (encoder, best)]
+    expected = float((states[0] - states[1]).square().mean())
+    assert students.compare_depths(encoder, BATCHES, 2, sandwiches=False).best.divergence == pytest.approx(
+        expected, rel=1e-5
+    )
 
 
 def test_the_best_choice_stores_what_it_applies() -> None:
@@ -190,6 +206,10 @@ def re_head(name: str) -> bool:
         (lambda: students.distilbert(build("roberta")), "cannot become a DistilBERT"),
         (lambda: students.distilbert(build("bert", layer_norm_eps=1e-5)), "1e-05; keep its class"),
         (lambda: students.distilbert(teacher(), []), "batches is empty"),
+        (
+            lambda: students.small(share_layers(teacher(), "all")),
+            "changed already .sharing.; call small",
+        ),
         (lambda: students.small(teacher(), layers=0), "layers=0 is not possible"),
         (lambda: students.small(teacher(), width=30), "width=30 is not possible with 4 heads"),
     ],
