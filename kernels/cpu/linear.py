@@ -122,7 +122,8 @@ class CpuLinear:
         cls, weight: PackedWeight, bias: Tensor | None = None, grid: InputGrid = PER_TOKEN, **options: Any
     ) -> CpuLinear:
         """`prepare` from a packed weight, for an input on `grid`, with its other options."""
-        return cls.prepare(weight.unpacked(), *weight[1:4], bias, weight.bits, **grid.options, **options)
+        _, scale, zero, row_group, bits, _ = weight
+        return cls.prepare(weight.unpacked(), scale, zero, row_group, bias, bits, **grid.options, **options)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CpuLinear:
         return self  # immutable, and torch's packed operands cannot be copied
