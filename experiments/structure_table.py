@@ -298,7 +298,8 @@ def main() -> None:
             "heads 25% and ffn 50% out": lambda: qbert.prune(model, heads=0.25, ffn=0.5),
         }
         for label, make in shapes.items():
-            if f"time: {label}" not in record:
+            wanted = not arguments.only or any(text in f"time: {label}" for text in arguments.only)
+            if f"time: {label}" not in record and wanted:
                 found = times(model, make())
                 record.add(f"time: {label}", found)
                 print(label, ", ".join(f"{k} {v:.2f}" for k, v in found.items()), flush=True)
