@@ -113,14 +113,15 @@ class PackedLinear(PackedTensor):
         else:
             self._fast = self._gpu_linear()
 
-    def cpu_linear(self, exact: bool = True) -> CpuLinear:
-        """This layer, bias and activation quantization included, as an int8 product of `qbert.kernels.cpu`.
+    def cpu_linear(self, exact: bool = True, engine: str | None = None) -> CpuLinear:
+        """This layer, bias and activation quantization included, as a product of `qbert.kernels.cpu`.
 
-        `exact` False gives up some exactness of 8-bit weights for speed on CPUs without VNNI.
+        `exact` False gives up some exactness of 8-bit weights for speed on CPUs without VNNI; `engine` as for
+        `CpuLinear.prepare`.
         """
         scale, zero = self.row_grids()
         rows = torch.arange(self.rows, device=scale.device)
-        options = self.activation_arguments() | {"exact": exact}
+        options = self.activation_arguments() | {"exact": exact, "engine": engine}
         return CpuLinear.prepare(self.int_codes(), scale, zero, rows, self.bias, self.layout.bits, **options)
 
     def _gpu_linear(self) -> Callable[[Tensor], Tensor]:
