@@ -52,7 +52,8 @@ def starts_with_any(module: str, prefixes: tuple[str, ...]) -> bool:
 
 # From the bottom: a room imports rooms of lower floors only.
 FLOORS = (
-    ("version", "moved", "files", "progress", "arguments", "extras", "encoders", "kernels"),
+    ("version", "moved", "files", "progress", "arguments", "extras", "encoders"),
+    ("kernels",),
     ("bits", "tasks", "plots", "results"),
     ("quantizers",),
     ("layers", "hessian"),

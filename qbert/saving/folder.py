@@ -19,6 +19,7 @@ import os
 import re
 import secrets
 import shutil
+import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -90,7 +91,9 @@ class Saver:
         kwargs |= dict(zip(positional, args, strict=False))
         push, repo_id = kwargs.pop("push_to_hub", False), kwargs.pop("repo_id", folder.name)
         if not kwargs.get("is_main_process", True):
-            self.plain(self.model, folder, **kwargs)
+            # Processes may have to meet in there, but transformers 5.10 lets every one of them write the weights.
+            with tempfile.TemporaryDirectory() as nowhere:
+                self.plain(self.model, nowhere, **kwargs)
             return
         folder.mkdir(parents=True, exist_ok=True)
         remove_abandoned(folder, "", before="saving-")
