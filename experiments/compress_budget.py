@@ -119,7 +119,8 @@ class Budget:
         import qbert
 
         fused = qbert.optimize_for_inference(model)
-        ids = torch.randint(5, 1000, (1, 128), generator=torch.Generator().manual_seed(0))
+        pieces = min(1000, model.config.vocab_size)
+        ids = torch.randint(5, pieces, (1, 128), generator=torch.Generator().manual_seed(0))
         times = []
         with torch.inference_mode():
             for _ in range(12):
@@ -161,7 +162,8 @@ class Budget:
                 ).model
                 size = max(path.stat().st_size for path in folder.rglob("model.safetensors")) / 1e6
                 self.record.add(title, {"seed": seed, **self.row(model, found.best.predicted, size)})
-        self.rivals(found.bits_alone, budget.get("size_mb", found.best.megabytes))
+        if found.bits_alone is not None:
+            self.rivals(found.bits_alone, budget.get("size_mb", found.best.megabytes))
 
     def rivals(self, files: FilePlan, size_mb: float) -> None:
         """Simpler choices in a file of this size."""

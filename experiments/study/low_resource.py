@@ -239,8 +239,8 @@ def report(results: Record) -> str:
         f"{content['data']}. Held-out {content['metric']}, mean and standard deviation over students' seeds "
         f"{', '.join(map(str, asked['seeds']))}; in brackets the percent of the teacher's score. One teacher for each "
         f"number of labels, tuned on those rows alone. Every student: {asked['steps']} steps of {asked['batch size']} "
-        f"(3 layers, which start as the teacher's: a fifth of them); with the teacher, its probabilities on {asked['rows seen']:,} rows, of which only the labelled ones bring a "
-        f"label{copies}.\n\n"
+        f"(3 layers, which start as the teacher's: a fifth of them); with the teacher, its probabilities on "
+        f"{asked['rows seen']:,} rows, of which only the labelled ones bring a label{copies}.\n\n"
         f"{markdown_table(header, body)}\n\n"
         f"MB with 8-bit weights and tables: {sizes}.\n\n{content['made by']}\n"
     )

@@ -191,7 +191,6 @@ class NativeProduct:
     Attributes:
         matrix: what the library reads; points into `tensors`.
         tensors: the operand and the vectors of the epilogue, padded.
-        wide: whether the operand multiplies in 16 bits, which keeps 8-bit weights exact without VNNI.
     """
 
     matrix: _Matrix
@@ -252,6 +251,7 @@ class NativeProduct:
 
     @property
     def wide(self) -> bool:
+        """Whether the operand multiplies in 16 bits, which keeps 8-bit weights exact without VNNI."""
         return bool(self.matrix.wide)
 
     def __call__(self, x: Tensor) -> Tensor:

@@ -99,7 +99,8 @@ class Plan:
         left_out: structures that cannot keep a budget or cannot win, and why.
         front: structure -> (MB, predicted divergence) over sizes.
         budget: what was asked for, in words.
-        bits_alone: the options of every matrix and table of the whole model, for other choices among them.
+        bits_alone: the options of every matrix and table of the whole model, for other choices among them; None
+            where that is too slow for `latency_ms`.
     """
 
     best: Candidate
@@ -107,7 +108,7 @@ class Plan:
     left_out: tuple[str, ...]
     front: Mapping[str, tuple[tuple[float, float], ...]]
     budget: str
-    bits_alone: FilePlan
+    bits_alone: FilePlan | None
 
     @property
     def pipeline(self) -> Pipeline:
@@ -260,7 +261,7 @@ class _Planner:
             ranked = sorted((self._fill(part, size_mb) for part in parts), key=lambda c: c.predicted)
             made = [self._made(c, self._part_of(parts, c)) for c in ranked[:_CHECKED]]
             candidates = [*sorted(made, key=lambda c: c.measured or 0.0), *ranked[_CHECKED:]]
-        return Plan(candidates[0], tuple(candidates), tuple(self.left_out), self.front, budget, self.files[()])
+        return Plan(candidates[0], tuple(candidates), tuple(self.left_out), self.front, budget, self.files.get(()))
 
     def _parts(
         self, structures: Sequence[tuple[Step, ...]], size_mb: float | None, latency_ms: float | None
