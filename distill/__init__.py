@@ -13,13 +13,15 @@ _HOME = {
     "Match": "qbert.distill.recipe",
     "Recipe": "qbert.distill.recipe",
     "Stage": "qbert.distill.recipe",
+    "TeacherOutputs": "qbert.distill.outputs",
 }
 
-__all__ = ["Distiller", "Match", "Recipe", "Stage", "recipes"]
+__all__ = ["Distiller", "Match", "Recipe", "Stage", "TeacherOutputs", "recipes"]
 
 if TYPE_CHECKING:
     from qbert.distill import recipes
     from qbert.distill.distiller import Distiller
+    from qbert.distill.outputs import TeacherOutputs
     from qbert.distill.recipe import Match, Recipe, Stage
 
 

@@ -64,6 +64,7 @@ from qbert.distill.checks import (
 )
 from qbert.distill.losses import ITEMS
 from qbert.distill.objective import EXPECTED_ITEMS, Distillation
+from qbert.distill.outputs import TEACHER_LOGITS, CollateWithOutputs, TeacherOutputs
 from qbert.distill.progress import (
     InterruptCallback,
     StageCallback,
@@ -72,6 +73,7 @@ from qbert.distill.progress import (
     save_curves,
     time_steps,
 )
+from qbert.distill.rates import factors_of, has_rates, schedules, split_groups
 from qbert.distill.recipe import Recipe, Timetable
 from qbert.distill.step_sizes import (
     StepSizeCallback,
@@ -84,6 +86,7 @@ from qbert.distill.step_sizes import (
     stage_bits,
     step_groups,
 )
+from qbert.distill.zeros import KeepZeros, Movement
 from qbert.encoders.inputs import forward_arguments
 from qbert.encoders.modes import modes_kept
 from qbert.extras import require
@@ -100,12 +103,15 @@ class Distiller(Trainer):
         train_dataset: rows that the collator understands; labels are only needed by recipes that use them.
         processing_class: the tokenizer.
         teacher_processing_class: the teacher's tokenizer, to compare vocabularies; optional.
+        teacher_outputs: the teacher's logits for the rows, computed before (`TeacherOutputs.of`), which stand for it in
+            all stages that match nothing else; in others it runs.
         check_teacher: warn before the training if the teacher is at chance on the training labels.
         **kwargs: further arguments of `Trainer` (eval_dataset, data_collator, compute_metrics, callbacks, ...).
 
     Raises:
         ValueError: models that do not fit each other or share what is trained, a match that does not fit the models, a
-            packed student, reentrant checkpointing, an argument of Trainer's that a distillation cannot heed.
+            packed student, reentrant checkpointing, an argument of Trainer's that a distillation cannot heed,
+            outputs of another teacher or of other rows.
         TypeError: a recipe of another type.
         MissingPackageError: accelerate is not installed.
     """
@@ -125,6 +131,7 @@ class Distiller(Trainer):
         *,
         processing_class: Any = None,
         teacher_processing_class: Any = None,
+        teacher_outputs: TeacherOutputs | None = None,
         check_teacher: bool = True,
         **kwargs: Any,
     ) -> None:
@@ -142,6 +149,14 @@ class Distiller(Trainer):
         if args.n_gpu > 1:
             warnings.warn(f"one of {args.n_gpu} GPUs is used; start with `accelerate launch` to use all", stacklevel=2)
             args._n_gpu = 1
+        if teacher_outputs is not None:
+            teacher_outputs.check(teacher)
+            if not any(stage.takes_kept_outputs and stage.uses_teacher for stage in recipe.stages):
+                raise ValueError(
+                    f"teacher_outputs: no stage of recipe {recipe.name!r} matches logits alone, so the teacher "
+                    "must run; leave them out"
+                )
+            train_dataset = teacher_outputs.beside(train_dataset)
         self.recipe = recipe
         self.folder = Path(args.output_dir or "distilled")
         self.rows: Any = train_dataset
@@ -152,6 +167,9 @@ class Distiller(Trainer):
         if collator is None:
             padding = processing_class is not None
             collator = DataCollatorWithPadding(processing_class) if padding else default_data_collator
+        if teacher_outputs is not None:
+            collator = CollateWithOutputs(collator)
+            self._columns.add(TEACHER_LOGITS)
         with random_state_kept():
             set_seed(args.seed)  # projections are drawn at random
             example = collator(first_rows(train_dataset, 2, self._columns if args.remove_unused_columns else None))
@@ -179,7 +197,8 @@ class Distiller(Trainer):
         self._entered = -1
         self._interrupt = InterruptCallback()
         stages = StageCallback(recipe, self.enter_stage)
-        for callback in (stages, StepSizeCallback(student, recipe), self._interrupt):
+        zeros = [] if recipe.zeros is None else [Movement(student, recipe.zeros)]
+        for callback in (stages, StepSizeCallback(student, recipe), *zeros, KeepZeros(student), self._interrupt):
             self.add_callback(callback)
         if not args.disable_tqdm:
             several = len(recipe.stages) > 1
@@ -343,6 +362,8 @@ class Distiller(Trainer):
         for group in groups:
             group["params"][0].requires_grad_(False)  # so that the Trainer's own groups leave them out
         optimizer = super().create_optimizer(model)
+        if has_rates(self.recipe):
+            split_groups(optimizer, factors_of(self.student, self.recipe))
         for group in groups:
             group["params"][0].requires_grad_(True)
             optimizer.add_param_group(group)
@@ -361,9 +382,10 @@ class Distiller(Trainer):
                 "left out; train for longer",
                 stacklevel=2,
             )
-        if schedule_of(self.args) != "linear":
+        if schedule_of(self.args) != "linear" and not has_rates(self.recipe):
             return super().create_scheduler(num_training_steps, optimizer)
-        self.lr_scheduler = LambdaLR(optimizer, table.rate_at)
+        factors = factors_of(self.student, self.recipe) if has_rates(self.recipe) else {}
+        self.lr_scheduler = LambdaLR(optimizer, schedules(optimizer, table, factors))
         self._created_lr_scheduler = True
         return self.lr_scheduler
 

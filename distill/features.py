@@ -32,6 +32,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from qbert.encoders.factors import is_factored
 from qbert.encoders.targets import attention_heads, base_model, join_path, linear_role
 
 _RELATIONS = {"relations.query": "query", "relations.key": "key", "relations.value": "value"}
@@ -143,7 +144,9 @@ class Recorder:
 
     def _projections(self, role: str) -> list[nn.Module]:
         _, base = base_model(self.model)
-        named = [(n, m) for n, m in base.named_modules() if isinstance(m, nn.Linear)]
+        named = [(n, m) for n, m in base.named_modules() if isinstance(m, nn.Linear) or is_factored(m)]
+        parts = {id(part) for _, m in named if is_factored(m) for part in m.children()}
+        named = [(n, m) for n, m in named if id(m) not in parts]
         # DeBERTa's pos_query_proj has the query role too, but projects positions.
         found: list[nn.Module] = [m for n, m in named if linear_role(n) == role and not re.search(r"\bpos_", n)]
         config = getattr(base, "config", None)

@@ -32,6 +32,7 @@ from torch import Tensor
 Loss = Callable[..., Tensor]
 
 _SMALLEST = 1e-12
+_CERTAIN = 1e4  # a logit whose probability is exactly 1 in float32
 
 # Rows; real tokens; pairs of two real tokens; tokens whose outputs are compared; labels that the task's loss counts.
 ITEMS = ("rows", "tokens", "pairs", "outputs", "labels")
@@ -108,6 +109,25 @@ def sigmoid_kl_divergence(
     """`sigmoid_cross_entropy` less the teacher's entropy: the same gradient, and 0 where the two agree."""
     entropy = sigmoid_cross_entropy(teacher, teacher, mask, temperature=temperature)
     return sigmoid_cross_entropy(student, teacher, mask, temperature=temperature) - entropy
+
+
+def hard_cross_entropy(student: Tensor, teacher: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Cross-entropy to the teacher's decision, a pseudo-label; shapes as of `soft_cross_entropy`.
+
+    Reference: Lee 2013, "Pseudo-Label", eq. 14.
+    """
+    return soft_cross_entropy(student, _decision(teacher), mask)
+
+
+def sigmoid_hard_cross_entropy(student: Tensor, teacher: Tensor, mask: Tensor | None = None) -> Tensor:
+    """`hard_cross_entropy` where every label is decided on its own: yes for a logit above 0."""
+    return sigmoid_cross_entropy(student, torch.where(teacher > 0, _CERTAIN, -_CERTAIN), mask)
+
+
+def _decision(teacher: Tensor) -> Tensor:
+    """Logits whose softmax is 1 at the largest of `teacher` [..., C] and 0 elsewhere."""
+    best = teacher.argmax(-1, keepdim=True)
+    return torch.full_like(teacher, -_CERTAIN, dtype=torch.float32).scatter(-1, best, 0.0)
 
 
 def hidden_mse(
@@ -206,6 +226,12 @@ def span_kl_divergence(student: Tensor, teacher: Tensor, mask: Tensor, *, temper
     return span_cross_entropy(student, teacher, mask, temperature=temperature) - entropy
 
 
+def span_hard_cross_entropy(student: Tensor, teacher: Tensor, mask: Tensor) -> Tensor:
+    """`span_cross_entropy` to the teacher's most likely start and end."""
+    real = teacher.float().masked_fill(~mask.to(torch.bool), torch.finfo(torch.float32).min)
+    return span_cross_entropy(student, _decision(real), mask)
+
+
 def _centre_rows(scores: Tensor, pairs: Tensor) -> Tensor:
     keep = pairs.unsqueeze(1)
     kept = scores.masked_fill(~keep, 0.0)
@@ -216,8 +242,10 @@ def _centre_rows(scores: Tensor, pairs: Tensor) -> Tensor:
 LOSSES: dict[str, Loss] = {
     "soft_ce": soft_cross_entropy,
     "kl": kl_divergence,
+    "hard_ce": hard_cross_entropy,
     "sigmoid_ce": sigmoid_cross_entropy,
     "sigmoid_kl": sigmoid_kl_divergence,
+    "sigmoid_hard_ce": sigmoid_hard_cross_entropy,
     "mse": mse,
     "hidden_mse": hidden_mse,
     "score_mse": score_mse,
@@ -226,10 +254,16 @@ LOSSES: dict[str, Loss] = {
     "normalized_mse": normalized_mse,
     "span_ce": span_cross_entropy,
     "span_kl": span_kl_divergence,
+    "span_hard_ce": span_hard_cross_entropy,
 }
 
 
-_ITEMS: dict[Loss, str] = {score_mse: "pairs", span_cross_entropy: "rows", span_kl_divergence: "rows"}
+_ITEMS: dict[Loss, str] = {
+    score_mse: "pairs",
+    span_cross_entropy: "rows",
+    span_kl_divergence: "rows",
+    span_hard_cross_entropy: "rows",
+}
 
 
 def loss_items(loss: Loss, *, rows_only: bool) -> str:

@@ -1,5 +1,7 @@
 """Student, teacher and the loss between them as one module, whose forward pass gives the loss and each of its terms.
 
+It stands alone because it is a module like any other: it computes a loss without a trainer around it.
+
 `Distillation` is what the optimizer, the data-parallel wrapper and the checkpoints see: the student and, beside it,
 `DistillationHeads` with all that is trained or counted only for the sake of the loss (projections, automatic
 weights). The teacher is *not* a submodule, so it is never switched to training mode, optimized or saved.
@@ -24,20 +26,24 @@ from qbert.distill.losses import (
     Loss,
     count_items,
     count_labels,
+    hard_cross_entropy,
     kl_divergence,
     loss_items,
     mse,
     output_mask,
     sigmoid_cross_entropy,
+    sigmoid_hard_cross_entropy,
     sigmoid_kl_divergence,
     soft_cross_entropy,
     span_cross_entropy,
+    span_hard_cross_entropy,
     span_kl_divergence,
     span_labels,
     teacher_scale,
     token_mask,
 )
 from qbert.distill.mapping import Pairs, layer_pairs, state_pairs
+from qbert.distill.outputs import TEACHER_LOGITS
 from qbert.distill.recipe import Match, Recipe, Stage
 from qbert.encoders.inputs import accepted_inputs, to_device
 from qbert.encoders.modes import evaluation_mode
@@ -50,8 +56,16 @@ SPAN = "span"
 
 # Losses over classes that exclude each other, and what they become where every label is decided on its own, or where
 # the classes are the positions of each text.
-_OF_LABELS: dict[Loss, Loss] = {soft_cross_entropy: sigmoid_cross_entropy, kl_divergence: sigmoid_kl_divergence}
-_OF_POSITIONS: dict[Loss, Loss] = {soft_cross_entropy: span_cross_entropy, kl_divergence: span_kl_divergence}
+_OF_LABELS: dict[Loss, Loss] = {
+    soft_cross_entropy: sigmoid_cross_entropy,
+    kl_divergence: sigmoid_kl_divergence,
+    hard_cross_entropy: sigmoid_hard_cross_entropy,
+}
+_OF_POSITIONS: dict[Loss, Loss] = {
+    soft_cross_entropy: span_cross_entropy,
+    kl_divergence: span_kl_divergence,
+    hard_cross_entropy: span_hard_cross_entropy,
+}
 
 
 class DistillationHeads(nn.Module):
@@ -144,7 +158,10 @@ class Distillation(nn.Module):
         """In training mode {"loss": scalar, "terms": [number of terms]}; in evaluation mode the student's output."""
         inputs.pop("num_items_in_batch", None)
         expected = inputs.pop(EXPECTED_ITEMS, None)
-        return self.losses(inputs, expected) if self.training else self.student(**inputs)
+        if self.training:
+            return self.losses(inputs, expected)
+        inputs.pop(TEACHER_LOGITS, None)
+        return self.student(**inputs)
 
     def losses(self, inputs: dict[str, Any], expected: Tensor | None = None) -> dict[str, Tensor]:
         """The weighted sum and the unweighted terms of the present stage for one batch.
@@ -233,7 +250,10 @@ class Distillation(nn.Module):
         with self._recorders[key] as recorder:
             return recorder, model(**accepted_inputs(model, inputs), **recorder.arguments)
 
-    def _run_teacher(self, inputs: dict[str, Any], stage: Stage) -> tuple[Recorder, Any]:
+    def _run_teacher(self, inputs: dict[str, Any], stage: Stage) -> tuple[Any, Any]:
+        kept = inputs.get(TEACHER_LOGITS)
+        if kept is not None and stage.takes_kept_outputs:
+            return _KeptOutputs(), kept
         with torch.no_grad(), evaluation_mode(self.teacher):
             return self._run(self.teacher, _without_labels(inputs), stage)
 
@@ -245,7 +265,8 @@ class Distillation(nn.Module):
         student = recorder.features(match.feature, output)
         teacher = [x.to(student[0].dtype) for x in target[0].features(match.feature, target[1])]
         if match.feature == "logits":
-            return self._logits_term(match, output, student[0], teacher[0], inputs)
+            given = teacher[0].reshape(student[0].shape) if isinstance(target[0], _KeptOutputs) else teacher[0]
+            return self._logits_term(match, output, student[0], given, inputs)
         pairs = self._pairs.get((self.stage_index, match.term))
         if pairs is None:
             pairs = self._pair(match, student, teacher)
@@ -376,6 +397,18 @@ class Distillation(nn.Module):
                 nn.init.orthogonal_(linear.weight)
                 nn.init.zeros_(linear.bias)
                 self.heads.projections[key] = linear.to(device)
+
+
+class _KeptOutputs:
+    """Stands for the `Recorder` of a teacher that need not run, since its logits came with the batch."""
+
+    def features(self, name: str, output: Tensor) -> list[Tensor]:
+        """The logits, which are all that was kept."""
+        assert name == "logits"
+        return [output]
+
+    def forget(self) -> None:
+        """Nothing is recorded."""
 
 
 def _misfit(match: Match, ours: list[int], theirs: list[int]) -> str:

@@ -1,5 +1,7 @@
 """What happens between the steps of a distillation: stages, progress, interruption.
 
+They stand alone because they see a training from outside: what a step computes is for `objective`.
+
 Each is a `TrainerCallback`, so that further ones of the user's run beside them.
 """
 

@@ -23,6 +23,7 @@ from qbert.bits import BitsConfig, TensorSpec
 from qbert.distill.features import check_feature
 from qbert.distill.losses import LOSSES, Loss
 from qbert.distill.mapping import LAYER_MAPS, LayerMap
+from qbert.quantizers.sparsity import Pattern
 
 StepTraining = Literal["fixed", "refit", "learned"]
 ActivationTraining = Literal["fixed", "average", "learned"]
@@ -104,6 +105,8 @@ class Stage:
         schedule: ``linear`` (warm-up, then down to 0 at the end of the stage) or ``constant`` (after the warm-up).
         bits: quantize the student's matrices to this many bits when the stage begins (2, 3, 4 or 8); None leaves them.
         teacher: ``given``, or ``previous``: the student as it was at the end of the stage before.
+        rates: factor of the learning rate by pattern of module names, as in `BitsConfig` (the longest match counts);
+            1 for what none matches. Parts with a factor of 0 stand still.
     """
 
     name: str
@@ -113,6 +116,7 @@ class Stage:
     schedule: Literal["linear", "constant"] = "linear"
     bits: int | None = None
     teacher: Literal["given", "previous"] = "given"
+    rates: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not self.matches:
@@ -125,6 +129,9 @@ class Stage:
             raise ValueError(f"stage {self.name!r} has relations of several numbers of heads; give all the same")
         if not self.share > 0 or not self.rate > 0:
             raise ValueError(f"stage {self.name!r}: share={self.share} and rate={self.rate} must be positive")
+        slow = next((name for name, rate in self.rates.items() if rate < 0), None)
+        if slow is not None:
+            raise ValueError(f"stage {self.name!r}: rates[{slow!r}]={self.rates[slow]} must not be negative")
         if self.bits not in (None, 2, 3, 4, 8):
             raise ValueError(f"stage {self.name!r}: bits={self.bits!r} is not possible; use 2, 3, 4 or 8")
 
@@ -137,6 +144,33 @@ class Stage:
     def uses_teacher(self) -> bool:
         """Whether a term needs the teacher's outputs."""
         return any(match.feature != "labels" for match in self.matches)
+
+    @property
+    def takes_kept_outputs(self) -> bool:
+        """Whether logits that were kept (`qbert.distill.outputs`) can stand for the teacher."""
+        return self.teacher == "given" and {match.feature for match in self.matches} <= {"logits", "labels"}
+
+
+@dataclass(frozen=True)
+class Zeros:
+    """Movement pruning during a training (`qbert.distill.zeros`).
+
+    Attributes:
+        pattern: "2:4" and the like, or the share of zeros at the end.
+        begin, end: parts of the training between which the share rises; a pattern is whole from `begin` on, and its
+            choice moves until `end`.
+        names: patterns of the matrices, as in `BitsConfig`; all of the encoder layers where "*".
+    """
+
+    pattern: str | float
+    begin: float = 0.1
+    end: float = 0.7
+    names: str | tuple[str, ...] = "*"
+
+    def __post_init__(self) -> None:
+        Pattern.parse(self.pattern)
+        if not 0 <= self.begin < self.end <= 1:
+            raise ValueError(f"begin={self.begin} and end={self.end} are not parts of the training in their order")
 
 
 @dataclass(frozen=True)
@@ -154,6 +188,7 @@ class Recipe:
         refit_every: steps between two refits.
         freeze_at: part of the training after which step sizes stay as they are.
         dropout: whether the student trains with its dropout.
+        zeros: movement pruning on the way; None prunes nothing (zeros of a pruned student stay in any case).
         quantization: settings of `BitsConfig` that the recipe was made for, by number of bits ("2"), by bits and
             rounding ("2, nearest"), or for all ("*").
         arguments: `TrainingArguments` the recipe was made with (learning_rate, num_train_epochs, ...).
@@ -168,6 +203,7 @@ class Recipe:
     refit_every: int = 10
     freeze_at: float = 0.9
     dropout: bool = True
+    zeros: Zeros | None = None
     quantization: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     arguments: Mapping[str, Any] = field(default_factory=dict)
 

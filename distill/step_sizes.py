@@ -1,5 +1,7 @@
 """Quantizers that train: which step sizes move during a distillation, how, and until when.
 
+They stand alone because they know quantizers and optimizers, but no teacher and no loss.
+
 Steps of matrices below 8 bits are learned (LSQ, Esser et al. 2020), refitted to the weights by least squares, or left
 as they were found; static activation ranges are learned, follow the batches (Jacob et al. 2018), or stay. The recipe
 says which. 8-bit tables and dynamic activation ranges have nothing to train.
@@ -20,6 +22,7 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from qbert.distill.recipe import Recipe
+from qbert.encoders.sharing import uses
 from qbert.layers.kind import TrainableLayer
 from qbert.quantizers.activations import ActivationQuantizer
 
@@ -74,6 +77,9 @@ def begin_training(student: nn.Module, recipe: Recipe) -> None:
             f"recipe {recipe.name!r} trains activation ranges, but the student finds them at run time; quantize it "
             "with activation_range='static' and calibration_data, or use activations='fixed'"
         )
+    counts = uses(student)
+    for module in _matrices(student):
+        module.weight_quantizer.uses = counts.get(module, 1)
     for module in trained_matrices(student):
         module.weight_quantizer.learn(False)
     for module in learning_matrices(student, recipe):

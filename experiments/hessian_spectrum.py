@@ -179,7 +179,7 @@ def main() -> None:
 
     import qbert
     from qbert.files import write_json
-    from qbert.results import text_table
+    from qbert.results import provenance, text_table
     from qbert.tasks import evaluate
 
     spectrum.save(folder / "spectrum.json")
@@ -205,7 +205,12 @@ def main() -> None:
     print(text_table(*ptq_table(results, task.primary_metric)))
     write_json(
         folder / "ptq.json",
-        {"task": task.describe(), "metric": task.primary_metric, "rows": [asdict(r) for r in results]},
+        {
+            "task": task.describe(),
+            "metric": task.primary_metric,
+            "made by": provenance(),
+            "rows": [asdict(r) for r in results],
+        },
     )
     print(
         f"\nwritten to {folder}: " + ", ".join(sorted(p.name for p in folder.iterdir() if not p.name.startswith(".")))

@@ -1,4 +1,4 @@
-"""Post-training quantization on real tasks: bits, rounding, ranges, and the paper's ablation over group counts.
+r"""Post-training quantization on real tasks: bits, rounding, ranges, and the paper's ablation over group counts.
 
     python experiments/ptq_table.py --data-dir DATA --tasks stsb sst2 --report experiments/results/ptq.md
 
@@ -7,8 +7,15 @@ fine-tuned one (cached). Rows compare one min-max range a tensor, min-max ranges
 row groups with least-squares ranges (the library's default), and the same with error-compensated rounding on
 unlabelled training rows: first with weights, tables and activations quantized, then with weights alone. Divergence is
 the mean KL to the float model's outputs (for numbers the mean squared difference), hidden error the relative error of
-the last hidden states, MB the bytes of the whole packed model; where rows of another domain are at hand (the embedded
-reviews for SST-2, mismatched genres and RTE for MNLI, QQP for MRPC), the score there has a column of its own.
+the last hidden states, 1 - cosine that of the rows' mean states to the float ones, MB the bytes of the whole packed
+model; where rows of another domain are at hand (the embedded reviews for SST-2, mismatched genres and RTE for MNLI, QQP
+for MRPC), the score there has a column of its own. Every row is kept when it is there, and `--resume` goes on from it.
+With several `--calibration-rows` compensated rows are made for each, and with `--calibration-text` on lines of a file
+instead of the task's own rows:
+
+    python experiments/ptq_table.py --task sst2 --data-dir DATA --methods "compensated, 128 groups" --bits 2 3 \
+        --groups --calibration-rows 32 128 384 1024 --calibration-text DATA/wikitext2/valid.txt.gz
+
 Reference: Shen et al. 2020, tables 1 and 3.
 """
 
@@ -28,7 +35,10 @@ _METHODS: dict[str, dict[str, Any]] = {
     "min-max, 128 groups": {"range_method": "minmax"},
     "least squares, 128 groups": {"range_method": "mse"},
     "compensated, 128 groups": {"rounding": "compensated"},
+    "compensated, real offset": {"rounding": "compensated", "scheme": "offset"},
+    "compensated, midrise": {"rounding": "compensated", "scheme": "midrise"},
 }
+_DEFAULT_METHODS = list(_METHODS)[:4]
 _GROUPS = (1, 12, 128, 768)
 # What is quantized -> end of the label, configuration, title.
 _PARTS: dict[str, tuple[str, dict[str, Any], str]] = {
@@ -52,14 +62,22 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--bits", type=int, nargs="+", choices=_BITS, default=list(_BITS), help="bits to compare")
     parser.add_argument(
-        "--methods", nargs="+", choices=list(_METHODS), default=list(_METHODS), help="methods to compare; default: all"
+        "--methods", nargs="+", choices=list(_METHODS), default=_DEFAULT_METHODS, help="methods to compare"
     )
     parser.add_argument(
         "--parts", nargs="+", choices=list(_PARTS), default=list(_PARTS), help="what is quantized; default: both"
     )
     parser.add_argument(
-        "--calibration-rows", type=positive, default=384, help="training rows for compensated rounding; default: 384"
+        "--calibration-rows",
+        type=positive,
+        nargs="+",
+        default=[384],
+        help="training rows for compensated rounding; several are compared; default: 384",
     )
+    parser.add_argument(
+        "--calibration-text", help="calibrate on lines of this text file (.gz) instead of training rows"
+    )
+    parser.add_argument("--resume", action="store_true", help="go on from the rows that an interrupted run has kept")
     parser.add_argument("--report", help="Markdown file to write; default: <output-dir>/ptq.md")
     return parser.parse_args()
 
@@ -133,49 +151,90 @@ def calibration_batches(task: Any, model: Any, tokenizer: Any, rows: int, seed: 
     return [{k: v for k, v in batch.items() if k != "labels"} for _, batch in data.by_length(64)]
 
 
-def main() -> None:
-    """Score every configuration on every task and write the page."""
-    arguments = parse_arguments()
-    folder = prepare_run(arguments, "ptq_table")
+def text_batches(path: str, model: Any, tokenizer: Any, rows: int, seed: int) -> list[Any]:
+    """Batches of random lines of a text file, headings and empty ones left out; in pairs for a sentence encoder."""
+    import gzip
+
+    from qbert.tasks.evaluation import wants_pairs
+    from qbert.tasks.task import subset
+
+    with (gzip.open if path.endswith(".gz") else open)(path, "rt", encoding="utf-8") as file:
+        lines = [line.strip() for line in file if len(line.split()) > 4 and not line.lstrip().startswith("=")]
+    chosen = sorted((row["text"] for row in subset([{"text": line} for line in lines], rows, seed)), key=len)
+    batches = []
+    for at in range(0, len(chosen), 64):
+        batch = tokenizer(chosen[at : at + 64], padding=True, truncation=True, max_length=128, return_tensors="pt")
+        whole = {k: v[: len(v) // 2 * 2] for k, v in batch.items()} if wants_pairs(model) else dict(batch)
+        batches.append({k: v.unflatten(0, (-1, 2)) for k, v in whole.items()} if wants_pairs(model) else whole)
+    return batches
+
+
+def compare(name: str, arguments: argparse.Namespace, folder: Path) -> str:
+    """Markdown of one task: every configuration under every number of calibration rows."""
     from other_domains import other_domains
     from ptq import bootstrap, ptq_report
 
-    from qbert.files import write_whole
+    from qbert.hessian.checkpoint import model_fingerprint
+    from qbert.results import Record
     from qbert.tasks import evaluate
     from qbert.tasks.task import subset
 
-    page = ["# Post-training quantization", "", provenance(), ""]
-    page += [
-        "Weights as stated; where tables and activations are quantized, both have 8 bits (a range per row; a range per "
-        f"token). Compensated rounding saw {arguments.calibration_rows} training rows without labels."
-    ]
-    for name in arguments.tasks or [arguments.task]:
-        task, model, tokenizer = load(name, arguments)
-        print(task.describe())
+    task, model, tokenizer = load(name, arguments)
+    print(task.describe())
+    split = task.evaluation_splits[0]
 
-        def score(candidate: Any, task: Any = task, tokenizer: Any = tokenizer) -> Any:
-            split = task.evaluation_splits[0]
-            return evaluate(candidate, task, tokenizer, split=split, limit=arguments.eval_limit, progress=False)
+    def score(candidate: Any) -> Any:
+        return evaluate(candidate, task, tokenizer, split=split, limit=arguments.eval_limit, progress=False)
 
-        rows = subset(task.rows(task.evaluation_splits[0]), arguments.eval_limit, 0)
-        domains = other_domains(task, tokenizer, data_dir=arguments.data_dir, limit=arguments.eval_limit or 1000)
+    domains = other_domains(task, tokenizer, data_dir=arguments.data_dir, limit=arguments.eval_limit or 1000)
+    parts = []
+    for count in arguments.calibration_rows:
+        if arguments.calibration_text:
+            batches = text_batches(arguments.calibration_text, model, tokenizer, count, arguments.seed)
+        else:
+            batches = calibration_batches(task, model, tokenizer, count, arguments.seed)
+        asked = {
+            "task": task.fingerprint(split),
+            "weights": model_fingerprint(model),
+            "rows": arguments.eval_limit,
+            "calibration": [count, arguments.calibration_text, arguments.seed],
+        }
         results = ptq_report(
             model,
             configurations(arguments),
             score,
             elsewhere={domain.name: domain.evaluate for domain in domains},
-            calibration_data=calibration_batches(task, model, tokenizer, arguments.calibration_rows, arguments.seed),
-            standard_error=bootstrap(task, rows),
+            calibration_data=batches,
+            standard_error=bootstrap(task, subset(task.rows(split), arguments.eval_limit, 0)),
             hidden=True,
+            record=Record(folder / f"ptq-{name}-{count}.json", asked, resume=arguments.resume),
             progress=True,
         )
-        text = sections(results, task.primary_metric, arguments)
-        print(text)
-        page += ["", f"## {task.name}", "", task.describe(), "", text]
+        source = Path(arguments.calibration_text).name if arguments.calibration_text else "training rows"
+        heading = f"Compensated rounding on {count} of {source}, without labels."
+        parts += [heading, "", sections(results, task.primary_metric, arguments), ""]
+    text = "\n".join(parts).rstrip()
+    print(text)
+    return "\n".join([f"## {task.name}", "", task.describe(), "", text])
+
+
+def main() -> None:
+    """Score every configuration on every task and write the page."""
+    arguments = parse_arguments()
+    folder = prepare_run(arguments, "ptq_table")
+    from qbert.files import write_whole
+
+    page = ["# Post-training quantization", "", provenance(), ""]
+    page += [
+        "Weights as stated; where tables and activations are quantized, both have 8 bits (a range per row; a range per "
+        "token, symmetric for nearest rounding and asymmetric for compensated)."
+    ]
+    for name in arguments.tasks or [arguments.task]:
+        page += ["", compare(name, arguments, folder)]
     target = Path(arguments.report) if arguments.report else folder / "ptq.md"
     write_whole(target, lambda aside: aside.write_text("\n".join(page) + "\n", encoding="utf-8"))
     print(f"\nwritten to {target}")
 
 
 if __name__ == "__main__":
-    run_script(main)
+    run_script(main, "add --resume to go on from the rows that are there")

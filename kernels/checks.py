@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from qbert.kernels import formats
+from qbert.kernels.operands import Heads, InputGrid, PackedWeight, ProductWeight
 
 ACTIVATIONS = (torch.float32, torch.float16, torch.bfloat16)
 CODES = (torch.int8, torch.float8_e4m3fn)
@@ -42,71 +43,95 @@ def check_same_device(**tensors: Tensor | None) -> None:
         )
 
 
-def check_grid(packed: Tensor, scale: Tensor, zero: Tensor, row_group: Tensor | None, bits: int, columns: int) -> None:
-    """A packed weight [O, columns] and its scale, zero [G, K] and row_group [O]."""
-    formats.check_packed(packed, bits, columns)
-    rows = packed.shape[0]
+def check_weight(weight: PackedWeight) -> None:
+    """A packed weight: its bytes, and a grid that fits them."""
+    formats.check_packed(weight.codes, weight.bits, weight.columns)
+    scale, zero = weight.scale, weight.zero
     if scale.dim() != 2 or scale.shape != zero.shape:
         raise ValueError(
             f"scale and zero must both be [groups, input groups], got {list(scale.shape)} and {list(zero.shape)}."
         )
-    if scale.shape[1] < 1 or columns % scale.shape[1]:
-        raise ValueError(f"scale has {scale.shape[1]} input groups, which do not divide {columns} columns.")
-    check_shape("row_group", row_group, rows)
-    check_dtype("row_group", row_group, torch.int32, torch.int64)
-    if row_group is None and scale.shape[0] not in (1, rows):
-        raise ValueError(f"row_group is needed to spread {scale.shape[0]} groups over {rows} rows.")
+    if scale.shape[1] < 1 or weight.columns % scale.shape[1]:
+        raise ValueError(f"scale has {scale.shape[1]} input groups, which do not divide {weight.columns} columns.")
+    check_shape("row_group", weight.row_group, weight.rows)
+    check_dtype("row_group", weight.row_group, torch.int32, torch.int64)
+    if weight.row_group is None and scale.shape[0] not in (1, weight.rows):
+        raise ValueError(f"row_group is needed to spread {scale.shape[0]} groups over {weight.rows} rows.")
 
 
-def check_linear(
-    x: Tensor,
-    packed: Tensor,
-    scale: Tensor,
-    zero: Tensor,
-    row_group: Tensor | None,
-    bias: Tensor | None,
-    bits: int,
-    activation_bits: int,
-) -> None:
-    """The arguments of `dispatch.linear`."""
-    check_dtype("x", x, *ACTIVATIONS)
-    if x.dim() < 1:
-        raise ValueError("x must have at least one dimension, the input features.")
-    if activation_bits not in (0, 8):
-        raise ValueError(f"activation_bits must be 8 or None, got {activation_bits}.")
-    check_same_device(x=x, packed=packed, scale=scale, zero=zero, row_group=row_group, bias=bias)
-    check_grid(packed, scale, zero, row_group, bits, x.shape[-1])
-    check_shape("bias", bias, packed.shape[0])
+def check_grid(grid: InputGrid) -> None:
+    """A grid of 8 bits, static (a positive scale, a zero in the range of int8) or per token, or one of 0 bits."""
+    if grid.bits not in (0, 8):
+        raise ValueError(f"an input has 8 bits, or 0 where it is left in float, got {grid.bits}.")
+    if not grid.scale >= 0:
+        raise ValueError(f"a static scale must be positive, or 0 for one scale a token, got {grid.scale}.")
+    if not -128 <= grid.zero <= 127:
+        raise ValueError(f"a static zero must lie in -128..127, got {grid.zero}.")
+    if grid.asymmetric and grid.scale:
+        raise ValueError(f"asymmetric ranges are found per token; leave out the static scale, got {grid.scale}.")
+    if grid.asymmetric and not grid.bits:
+        raise ValueError("asymmetric ranges are those of 8-bit inputs; got asymmetric=True with 0 bits.")
 
 
-def check_embedding(
-    ids: Tensor, packed: Tensor, scale: Tensor, zero: Tensor, row_group: Tensor | None, bits: int, features: int
-) -> None:
-    """The arguments of `dispatch.embedding`."""
-    check_dtype("ids", ids, torch.int32, torch.int64)
-    check_same_device(ids=ids, packed=packed, scale=scale, zero=zero, row_group=row_group)
-    check_grid(packed, scale, zero, row_group, bits, features)
-
-
-def check_codes(dtype: torch.dtype, columns: int, zero: int = 0, asymmetric: bool = False) -> None:
-    """The dtype of a quantized output, and that e4m3 codes have neither a zero nor offsets nor too many columns."""
-    if dtype not in CODES:
-        raise TypeError(f"codes_dtype must be int8 or float8_e4m3fn, got {dtype}.")
-    if dtype != torch.int8 and (zero or asymmetric):
+def check_codes(grid: InputGrid, columns: int) -> None:
+    """The grid of codes that are written: 8 bits; e4m3 ones have neither a zero nor offsets nor too many columns."""
+    check_grid(grid)
+    if not grid.bits:
+        raise ValueError("codes are written with 8 bits, got a grid of 0 bits, which leaves its input in float.")
+    if grid.codes_dtype not in CODES:
+        raise TypeError(f"codes_dtype must be int8 or float8_e4m3fn, got {grid.codes_dtype}.")
+    if grid.codes_dtype == torch.int8:
+        return
+    if grid.zero or grid.asymmetric:
         raise ValueError("e4m3 codes are symmetric; leave out the zero and asymmetric, or ask for int8 codes.")
-    if dtype != torch.int8 and columns > E4M3_COLUMNS:
+    if columns > E4M3_COLUMNS:
         raise ValueError(f"e4m3 codes are for at most {E4M3_COLUMNS} columns, got {columns}; ask for int8 codes.")
 
 
-def check_e4m3_product(xq: Tensor, x_scale: Tensor, zero: Tensor | None, bits: list[int]) -> None:
-    """What a product takes beside e4m3 activations: weights of 2 to 4 bits, no int32 zero, no offsets."""
-    if xq.dtype == torch.int8:
+def check_output(out: InputGrid, row_sum: Tensor | None, like: Tensor, columns: int) -> None:
+    """A static 8-bit output of `columns` columns (or none, 0 bits) and its row sums [T].
+
+    `like` has T rows and is on the device they should be on.
+    """
+    if not out.bits:
+        if row_sum is not None:
+            raise ValueError("out_row_sum is given for an output in float; give the grid of its codes too, or neither.")
         return
-    if max(bits) > 4:
-        raise ValueError(f"e4m3 activations go with weights of 2 to 4 bits, got {max(bits)}; quantize them to int8.")
-    check_dtype("zero, with e4m3 activations,", zero, torch.float32)
-    if x_scale.dim() == 2:
-        raise ValueError("e4m3 activations have no offsets; x_scale must have shape [1] or [tokens].")
+    check_codes(out, columns)
+    if not out.scale:
+        raise ValueError("an output is quantized with a static scale only: that of out must be positive, got 0.")
+    if row_sum is not None:
+        check_dtype("out_row_sum", row_sum, torch.int32)
+        check_shape("out_row_sum", row_sum, like.shape[0])
+        if not row_sum.is_contiguous():
+            raise ValueError("out_row_sum must be contiguous, since it is written to.")
+        check_same_device(out_row_sum=row_sum, input=like)
+
+
+def check_float_dtype(out_dtype: torch.dtype) -> None:
+    """The dtype of an output in float."""
+    if out_dtype not in ACTIVATIONS:
+        raise TypeError(f"out_dtype must be float32, float16 or bfloat16, got {out_dtype}.")
+
+
+def check_linear(x: Tensor, weight: PackedWeight, bias: Tensor | None, grid: InputGrid) -> None:
+    """The arguments of `dispatch.linear`."""
+    check_dtype("x", x, *ACTIVATIONS)
+    if x.dim() < 1 or x.shape[-1] != weight.columns:
+        raise ValueError(f"x must have shape [..., {weight.columns}], the weight's columns, got {list(x.shape)}.")
+    codes, scale, zero, row_group = weight[:4]
+    check_same_device(x=x, codes=codes, scale=scale, zero=zero, row_group=row_group, bias=bias)
+    check_weight(weight)
+    check_shape("bias", bias, weight.rows)
+    check_grid(grid)
+
+
+def check_embedding(ids: Tensor, weight: PackedWeight, dtype: torch.dtype = torch.float32) -> None:
+    """The arguments of `dispatch.embedding`."""
+    check_dtype("ids", ids, torch.int32, torch.int64)
+    codes, scale, zero, row_group = weight[:4]
+    check_same_device(ids=ids, codes=codes, scale=scale, zero=zero, row_group=row_group)
+    check_weight(weight)
 
 
 def check_activations(xq: Tensor, x_scale: Tensor, row_sum: Tensor | None) -> None:
@@ -121,31 +146,47 @@ def check_activations(xq: Tensor, x_scale: Tensor, row_sum: Tensor | None) -> No
     check_dtype("row_sum", row_sum, torch.int32)
 
 
-def check_terms(rows: int, scale: Tensor, zero: Tensor | None, bias: Tensor | None, *zero_dtypes: torch.dtype) -> None:
-    """scale and bias float32 [rows], zero [rows] in one of its dtypes: what an epilogue takes."""
+def check_product_weight(weight: ProductWeight, count: int, columns: int, *zero_dtypes: torch.dtype) -> None:
+    """`count` packed weights of `columns` columns and of one height, and what an epilogue takes of them."""
+    if len(weight.codes) != count or len(weight.bits) != count:
+        wanted = {1: "one weight", 3: "three weights"}[count]
+        raise ValueError(f"codes and bits must hold {wanted}, got {len(weight.codes)} and {len(weight.bits)}.")
+    first = weight.codes[0]
+    for index, (codes, bits) in enumerate(zip(weight.codes, weight.bits, strict=True)):
+        formats.check_packed(codes, bits, columns)
+        if codes.shape[0] != first.shape[0]:
+            raise ValueError(f"codes[{index}] has {codes.shape[0]} rows, codes[0] has {first.shape[0]}.")
+        check_same_device(codes=first, others=codes)
     for name, tensor, dtypes in (
-        ("scale", scale, (torch.float32,)),
-        ("zero", zero, zero_dtypes),
-        ("bias", bias, (torch.float32,)),
+        ("scale", weight.scale, (torch.float32,)),
+        ("zero", weight.zero, zero_dtypes),
+        ("bias", weight.bias, (torch.float32,)),
+        ("weight_sum", weight.weight_sum, (torch.float32,)),
     ):
-        check_shape(name, tensor, rows)
+        check_shape(name, tensor, weight.rows)
         check_dtype(name, tensor, *dtypes)
+    zero, bias, sums = weight[3:]
+    check_same_device(codes=first, scale=weight.scale, zero=zero, bias=bias, weight_sum=sums)
 
 
-def check_row_sum(zero: Tensor | None, row_sum: Tensor | None) -> None:
-    """Row sums are given wherever a zero is."""
-    if zero is not None and row_sum is None:
+def check_product(xq: Tensor, x_scale: Tensor, row_sum: Tensor | None, weight: ProductWeight, count: int) -> None:
+    """8-bit activations and `count` weights that go with them."""
+    check_activations(xq, x_scale, row_sum)
+    check_product_weight(weight, count, xq.shape[1], torch.float32, torch.int32)
+    check_same_device(xq=xq, x_scale=x_scale, row_sum=row_sum, codes=weight.codes[0])
+    if weight.zero is not None and row_sum is None:
         raise ValueError("row_sum must be given with zero: quantize_rows returns it.")
-
-
-def check_weight_sum(x_scale: Tensor, weight_sum: Tensor | None, scale: Tensor) -> None:
-    """Weight sums float32 [O], given with offsets (x_scale [2, T]) and only with them; `scale` is [O]."""
-    if (weight_sum is not None) != (x_scale.dim() == 2):
-        given = "no weight_sum" if weight_sum is None else "weight_sum"
+    if (weight.weight_sum is not None) != (x_scale.dim() == 2):
+        given = "no weight_sum" if weight.weight_sum is None else "weight_sum"
         raise ValueError(f"x_scale [2, tokens] and weight_sum go together, got {list(x_scale.shape)} and {given}.")
-    check_shape("weight_sum", weight_sum, scale.shape[0])
-    check_dtype("weight_sum", weight_sum, torch.float32)
-    check_same_device(scale=scale, weight_sum=weight_sum)
+    if xq.dtype == torch.int8:
+        return
+    if max(weight.bits) > 4:
+        bits = max(weight.bits)
+        raise ValueError(f"e4m3 activations go with weights of 2 to 4 bits, got {bits}; quantize them to int8.")
+    check_dtype("zero, with e4m3 activations,", weight.zero, torch.float32)
+    if x_scale.dim() == 2:
+        raise ValueError("e4m3 activations have no offsets; x_scale must have shape [1] or [tokens].")
 
 
 def check_rows(name: str, x: Tensor) -> None:
@@ -154,109 +195,45 @@ def check_rows(name: str, x: Tensor) -> None:
     check_shape(name, x, "tokens", "in")
 
 
-def check_static(scale: float, zero: int, asymmetric: bool = False) -> None:
-    """A static quantization: scale 0 (none) or positive, zero in the range of int8; none where asymmetric."""
-    if not scale >= 0:
-        raise ValueError(f"a static scale must be positive, or 0 for one scale a token, got {scale}.")
-    if not -128 <= zero <= 127:
-        raise ValueError(f"a static zero must lie in -128..127, got {zero}.")
-    if asymmetric and scale:
-        raise ValueError(f"asymmetric ranges are found per token; leave out the static scale, got {scale}.")
-
-
-def check_range(activation_bits: int, scale: float, zero: int, asymmetric: bool) -> None:
-    """The range of a layer's input: `check_static`, and nothing to be asymmetric in float."""
-    check_static(scale, zero, asymmetric)
-    if asymmetric and not activation_bits:
-        raise ValueError(
-            "asymmetric ranges are those of 8-bit activations; got asymmetric=True without activation_bits."
-        )
-
-
-def check_requantized(scale: float, zero: int, row_sum: Tensor | None, like: Tensor) -> None:
-    """A static int8 output and its row sums [T]; `like` has T rows and is on the device they should be on."""
-    check_static(scale, zero)
-    if row_sum is not None:
-        if not scale:
-            raise ValueError("out_row_sum is given for an output that is not int8; set out_scale, or leave it out.")
-        check_dtype("out_row_sum", row_sum, torch.int32)
-        check_shape("out_row_sum", row_sum, like.shape[0])
-        if not row_sum.is_contiguous():
-            raise ValueError("out_row_sum must be contiguous, since it is written to.")
-        check_same_device(out_row_sum=row_sum, input=like)
+def check_quantize_rows(x: Tensor, grid: InputGrid) -> None:
+    """The arguments of `operators.quantize_rows`."""
+    check_rows("x", x)
+    check_codes(grid, x.shape[1])
 
 
 def check_matmul_a8(
     xq: Tensor,
     x_scale: Tensor,
     row_sum: Tensor | None,
-    packed: Tensor,
-    scale: Tensor,
-    zero: Tensor | None,
-    bias: Tensor | None,
+    weight: ProductWeight,
     residual: Tensor | None,
-    bits: int,
+    out_row_sum: Tensor | None,
+    out: InputGrid,
+    gelu: bool,
     out_dtype: torch.dtype,
-    out_scale: float,
-    weight_sum: Tensor | None,
 ) -> None:
     """The arguments of `operators.matmul_a8`."""
-    check_activations(xq, x_scale, row_sum)
-    formats.check_packed(packed, bits, xq.shape[1])
-    check_terms(packed.shape[0], scale, zero, bias, torch.float32, torch.int32)
-    check_row_sum(zero, row_sum)
-    check_weight_sum(x_scale, weight_sum, scale)
-    check_shape("residual", residual, xq.shape[0], packed.shape[0])
+    check_product(xq, x_scale, row_sum, weight, 1)
+    check_shape("residual", residual, xq.shape[0], weight.rows)
     check_dtype("residual", residual, *ACTIVATIONS)
-    check_same_device(xq=xq, x_scale=x_scale, row_sum=row_sum, packed=packed, scale=scale, zero=zero, bias=bias)
     check_same_device(xq=xq, residual=residual)
-    check_e4m3_product(xq, x_scale, zero, [bits])
-    if out_dtype not in (*ACTIVATIONS, *CODES):
-        raise TypeError(f"out_dtype must be float32, float16, bfloat16, int8 or float8_e4m3fn, got {out_dtype}.")
-    if (out_dtype in CODES) != (out_scale > 0):
-        raise ValueError(
-            f"out_scale must be positive for int8 and e4m3 output and left out for others, got {out_scale}."
-        )
+    check_float_dtype(out_dtype)
+    check_output(out, out_row_sum, xq, weight.rows)
 
 
 def check_matmul_a8_mixed(
-    xq: Tensor,
-    x_scale: Tensor,
-    row_sum: Tensor | None,
-    packed: list[Tensor],
-    bits: list[int],
-    scale: Tensor,
-    zero: Tensor | None,
-    bias: Tensor | None,
-    out_dtype: torch.dtype,
-    weight_sum: Tensor | None,
+    xq: Tensor, x_scale: Tensor, row_sum: Tensor | None, weight: ProductWeight, out_dtype: torch.dtype
 ) -> None:
     """The arguments of `operators.matmul_a8_mixed`."""
-    if len(packed) != 3 or len(bits) != 3:
-        raise ValueError(f"packed and bits must hold three weights, got {len(packed)} and {len(bits)}.")
-    check_activations(xq, x_scale, row_sum)
-    for index, (weight, width) in enumerate(zip(packed, bits, strict=True)):
-        formats.check_packed(weight, width, xq.shape[1])
-        if weight.shape[0] != packed[0].shape[0]:
-            raise ValueError(f"packed[{index}] has {weight.shape[0]} rows, packed[0] has {packed[0].shape[0]}.")
-    check_terms(3 * packed[0].shape[0], scale, zero, bias, torch.float32, torch.int32)
-    check_row_sum(zero, row_sum)
-    check_weight_sum(x_scale, weight_sum, scale)
-    check_e4m3_product(xq, x_scale, zero, bits)
-    if out_dtype not in ACTIVATIONS:
-        raise TypeError(f"out_dtype must be float32, float16 or bfloat16, got {out_dtype}.")
-    check_same_device(xq=xq, x_scale=x_scale, row_sum=row_sum, query=packed[0], key=packed[1], value=packed[2])
-    check_same_device(xq=xq, scale=scale, zero=zero, bias=bias)
+    check_product(xq, x_scale, row_sum, weight, 3)
+    check_float_dtype(out_dtype)
 
 
-def check_matmul_a16(
-    x: Tensor, packed: Tensor, scale: Tensor, zero: Tensor | None, bias: Tensor | None, bits: int
-) -> None:
+def check_matmul_a16(x: Tensor, weight: ProductWeight) -> None:
     """The arguments of `operators.matmul_a16`."""
     check_rows("x", x)
-    formats.check_packed(packed, bits, x.shape[1])
-    check_terms(packed.shape[0], scale, zero, bias, torch.float32)
-    check_same_device(x=x, packed=packed, scale=scale, zero=zero, bias=bias)
+    check_product_weight(weight, 1, x.shape[1], torch.float32)
+    check_same_device(x=x, codes=weight.codes[0])
 
 
 def check_norm(width: int, weight: Tensor, bias: Tensor) -> None:
@@ -266,45 +243,48 @@ def check_norm(width: int, weight: Tensor, bias: Tensor) -> None:
         check_dtype(name, tensor, *ACTIVATIONS)
 
 
-def check_layernorm(x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor) -> None:
+def check_layernorm_quantize(
+    x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, eps: float, grid: InputGrid
+) -> None:
     """The arguments of `operators.layernorm_quantize`."""
     check_rows("x", x)
     check_shape("residual", residual, *x.shape)
     check_dtype("residual", residual, *ACTIVATIONS)
     check_norm(x.shape[1], weight, bias)
     check_same_device(x=x, residual=residual, weight=weight, bias=bias)
+    check_codes(grid, x.shape[1])
 
 
 def check_embed_layernorm(
     ids: list[Tensor],
-    packed: list[Tensor],
-    scale: list[Tensor],
-    zero: list[Tensor],
-    row_group: list[Tensor],
-    bits: list[int],
+    tables: list[PackedWeight],
     weight: Tensor,
     bias: Tensor,
+    eps: float,
+    grid: InputGrid,
     out_dtype: torch.dtype,
 ) -> None:
     """The arguments of `operators.embed_layernorm`."""
-    counts = {len(part) for part in (ids, packed, scale, zero, row_group, bits)}
-    if len(counts) != 1 or not 1 <= len(ids) <= 3:
-        raise ValueError(f"ids, packed and the other lists must all hold one to three tables, got {sorted(counts)}.")
-    if out_dtype not in ACTIVATIONS:
-        raise TypeError(f"out_dtype must be float32, float16 or bfloat16, got {out_dtype}.")
+    if len(ids) != len(tables) or not 1 <= len(ids) <= 3:
+        raise ValueError(f"ids and tables must both hold one to three, got {len(ids)} and {len(tables)}.")
+    check_float_dtype(out_dtype)
     check_shape("weight", weight, "features")
     check_norm(weight.shape[0], weight, bias)
     check_same_device(weight=weight, bias=bias, ids=ids[0])
-    for i, p, s, z, g, b in zip(ids, packed, scale, zero, row_group, bits, strict=True):
-        check_shape("ids", i, ids[0].shape[0])
-        check_embedding(i, p, s, z, g if g.numel() else None, b, weight.shape[0])
-        check_dtype("scale", s, torch.float32)
-        check_dtype("zero", z, torch.float32)
-        check_same_device(weight=weight, ids=i)
+    for some, table in zip(ids, tables, strict=True):
+        check_shape("ids", some, ids[0].shape[0])
+        check_embedding(some, table)
+        if table.columns != weight.shape[0]:
+            raise ValueError(f"a table has {table.columns} features, its LayerNorm {weight.shape[0]}.")
+        check_dtype("scale", table.scale, torch.float32)
+        check_dtype("zero", table.zero, torch.float32)
+        check_same_device(weight=weight, ids=some)
+    check_codes(grid, weight.shape[0])
 
 
-def check_attention(query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor) -> None:
+def check_attention(heads: Heads, out: InputGrid, out_row_sum: Tensor | None) -> None:
     """The arguments of `operators.attention`."""
+    query, key, value, cu_seqlens, *_ = heads
     check_dtype("query", query, *ACTIVATIONS)
     check_shape("query", query, "tokens", "heads", "head_dim")
     for name, tensor in (("key", key), ("value", value)):
@@ -317,3 +297,4 @@ def check_attention(query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tenso
     check_same_device(query=query, key=key, value=value, cu_seqlens=cu_seqlens)
     if any(t.stride(2) != 1 for t in (query, key, value)):
         raise ValueError("query, key and value must have unit stride over head_dim; call .contiguous().")
+    check_output(out, out_row_sum, query, query.shape[1] * query.shape[2])

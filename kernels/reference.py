@@ -19,7 +19,8 @@ Activations may be eight-bit floats instead, e4m3 (sign, four bits of exponent, 
 of 1/512 near 0; arXiv 2209.05433, section 3): ``x[t, i] ~ x_scale[t] * xq[t, i]``, x_scale = max |x| / 448. Their row
 sums are counted in 512ths, of which every e4m3 number is a whole number, and so stay exact integers.
 
-Sums run in int64 and epilogues in float64 unless a function says otherwise. Nothing here is meant to be fast.
+Sums run in int64 and epilogues in float64 unless a function says otherwise. Nothing here is meant to be fast. Most
+functions take scale and zero [O, K]; `quantize` and `product` take the operands that kernels take.
 
     xq, x_scale, row_sum = quantize_rows(x)
     y = matmul_a8(xq, x_scale, codes, scale, zero, bias)
@@ -32,8 +33,10 @@ import math
 import torch
 from torch import Tensor
 
+from qbert.kernels import formats
+from qbert.kernels.operands import E4M3_MAX, PER_TOKEN, InputGrid, ProductWeight
+
 A8_MAX = 127  # symmetric int8: -128 is not used, so that negation is exact
-E4M3_MAX = 448
 E4M3_UNITS = 512  # every e4m3 number is a whole number of 1 / 512
 A8_STEPS = 255  # asymmetric int8: from code -128, the smallest value, to 127, the largest
 
@@ -83,7 +86,7 @@ def quantize_rows(x: Tensor, asymmetric: bool = False) -> tuple[Tensor, Tensor, 
     scale = divided(x.abs().amax(dim=1), A8_MAX) if x.shape[1] else x.new_zeros(x.shape[0])
     safe = torch.where(scale > 0, scale, torch.ones_like(scale))
     codes = torch.round(x / safe[:, None]).clamp(-A8_MAX, A8_MAX).to(torch.int8)
-    return codes, scale, codes.sum(dim=1, dtype=torch.int32)
+    return codes, scale, code_sum(codes)
 
 
 def divided(x: Tensor, steps: float) -> Tensor:
@@ -96,7 +99,7 @@ def _quantize_asymmetric(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     step = divided(high - low, A8_STEPS)
     safe = torch.where(step > 0, step, torch.ones_like(step))
     codes = (torch.round((x - low[:, None]) / safe[:, None]).clamp(0, A8_STEPS) - 128).to(torch.int8)
-    return codes, torch.stack([step, low + 128 * step]), codes.sum(dim=1, dtype=torch.int32)
+    return codes, torch.stack([step, low + 128 * step]), code_sum(codes)
 
 
 def e4m3(x: Tensor) -> Tensor:
@@ -109,6 +112,11 @@ def e4m3_sum(codes: Tensor) -> Tensor:
     return (codes.flatten(1).double().sum(dim=1) * E4M3_UNITS).to(torch.int32)
 
 
+def code_sum(codes: Tensor) -> Tensor:
+    """Row sums of int8 or, in 512ths, e4m3 codes [T, ...], int32 [T]."""
+    return codes.flatten(1).sum(dim=1, dtype=torch.int32) if codes.dtype == torch.int8 else e4m3_sum(codes)
+
+
 def quantize_rows_e4m3(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """e4m3 per token: x [T, I] to codes [T, I], scale [T] (dtype of x) and row sums int32 [T] of the codes, in 512ths.
 
@@ -116,21 +124,43 @@ def quantize_rows_e4m3(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """
     scale = divided(x.abs().amax(dim=1), E4M3_MAX) if x.shape[1] else x.new_zeros(x.shape[0])
     codes = e4m3(x / torch.where(scale > 0, scale, torch.ones_like(scale))[:, None])
-    return codes, scale, e4m3_sum(codes)
+    return codes, scale, code_sum(codes)
 
 
-def requantize(y: Tensor, scale: float, zero: int = 0) -> Tensor:
-    """Static int8 codes of real values: clamp(round-half-even(y / scale) + zero, -128, 127)."""
-    return (torch.round(divided(y, scale)) + zero).clamp(-128, 127).to(torch.int8)
+def requantize(
+    y: Tensor, scale: float, zero: int = 0, row_sum: Tensor | None = None, dtype: torch.dtype = torch.int8
+) -> Tensor:
+    """Static codes of real values y [T, ...]: clamp(round-half-even(y / scale) + zero, -128, 127), or e4m3(y / scale).
+
+    The sums of every token's codes (e4m3 ones in 512ths) are added to `row_sum` (int32 [T]) where it is given.
+    """
+    if dtype == torch.int8:
+        codes = (torch.round(divided(y, scale)) + zero).clamp(-128, 127).to(torch.int8)
+    else:
+        codes = e4m3(divided(y, scale))
+    if row_sum is not None:
+        row_sum += code_sum(codes)
+    return codes
 
 
-def fake_quantize(x: Tensor, static_scale: float = 0.0, static_zero: int = 0, asymmetric: bool = False) -> Tensor:
-    """x [T, I] rounded to its int8 codes and back, with a static scale or (`static_scale` 0) per token."""
-    if static_scale > 0:
-        codes = requantize(x.float(), static_scale, static_zero).float()
-        return ((codes - static_zero) * static_scale).to(x.dtype)
-    codes, scale, _ = quantize_rows(x.float(), asymmetric)
-    if asymmetric:
+def quantize(x: Tensor, grid: InputGrid) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes, float32 scale and row sums of x [T, I] on any grid of 8 bits: the twin of the row kernels."""
+    if not grid.scale:
+        e4m3 = grid.codes_dtype != torch.int8
+        return quantize_rows_e4m3(x.float()) if e4m3 else quantize_rows(x.float(), grid.asymmetric)
+    codes = requantize(x.float(), grid.scale, grid.zero, dtype=grid.codes_dtype)
+    return codes, torch.full(x.shape[:1], grid.scale, dtype=torch.float32, device=x.device), code_sum(codes)
+
+
+def fake_quantize(x: Tensor, grid: InputGrid = PER_TOKEN) -> Tensor:
+    """x [T, I] rounded to its int8 codes and back; x itself where the grid has 0 bits."""
+    if not grid.bits:
+        return x
+    if grid.scale > 0:
+        codes = requantize(x.float(), grid.scale, grid.zero).float()
+        return ((codes - grid.zero) * grid.scale).to(x.dtype)
+    codes, scale, _ = quantize_rows(x.float(), grid.asymmetric)
+    if grid.asymmetric:
         return (codes * scale[0, :, None] + scale[1, :, None]).to(x.dtype)
     return (codes * scale[:, None]).to(x.dtype)
 
@@ -182,6 +212,29 @@ def matmul_a8(
     elif activation != "none":
         raise ValueError(f"activation must be 'none' or 'gelu', got {activation!r}.")
     return y if residual is None else y + residual.double()
+
+
+def product_codes(weight: ProductWeight, columns: int) -> Tensor:
+    """int8 codes [all rows, columns] of the weights of a product."""
+    return torch.cat([formats.unpack(c, b, columns) for c, b in zip(weight.codes, weight.bits, strict=True)])
+
+
+def product(xq: Tensor, x_scale: Tensor, row_sum: Tensor | None, weight: ProductWeight) -> Tensor:
+    """Product and bias, float64 [T, all rows], from the row sums and weight sums given: the twin of the kernels."""
+    codes = product_codes(weight, xq.shape[1])
+    # float64 sums of these codes are exact, and faster than int64 ones.
+    acc = xq.to(torch.float64) @ codes.to(torch.float64).T
+    if weight.zero is not None and row_sum is not None:
+        zero, unit = weight.zero.to(torch.float64), 1 if xq.dtype == torch.int8 else E4M3_UNITS
+        if weight.zero.dtype == torch.int32:
+            units = torch.tensor([1 << (8 - b) for b in weight.bits], device=zero.device)
+            zero = zero / units.repeat_interleave(weight.codes[0].shape[0])
+        acc -= row_sum.to(torch.float64)[:, None] / unit * zero
+    grid = x_scale.to(torch.float64)
+    y = acc * weight.scale.to(torch.float64) * (grid if weight.weight_sum is None else grid[0])[:, None]
+    if weight.weight_sum is not None:
+        y += grid[1][:, None] * weight.weight_sum.to(torch.float64)
+    return y if weight.bias is None else y + weight.bias
 
 
 def matmul_a16(x: Tensor, codes: Tensor, scale: Tensor, zero: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -10,8 +10,8 @@ goes into the bias:
 Asymmetric activations have an offset a token, x ~ x_scale xq + x_offset: the term x_offset[t] weight_sum[o] is added,
 with weight_sum = scale (sum_i q - I zero), the sums of the real weights.
 
-    terms = Terms.prepare(packed, 768, scale, zero, row_group, bias, bits=4)
-    y = operators.matmul_a8(xq, x_scale, row_sum, packed, terms.scale, terms.zero, terms.bias, bits=4)
+    terms = Terms.prepare(weight, bias)
+    y = operators.matmul_a8(xq, x_scale, row_sum, terms.of([weight.codes], [weight.bits]))
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from qbert.kernels import formats, reference
+from qbert.kernels import reference
+from qbert.kernels.operands import PER_TOKEN, InputGrid, PackedWeight, ProductWeight
 
 
 def fixed_point_zero(zero: Tensor, bits: int, columns: int) -> Tensor | None:
@@ -52,36 +53,22 @@ class Terms(NamedTuple):
     weight_sum: Tensor | None
 
     @classmethod
-    def prepare(
-        cls,
-        packed: Tensor,
-        columns: int,
-        scale: Tensor,
-        zero: Tensor,
-        row_group: Tensor | None,
-        bias: Tensor | None,
-        bits: int,
-        static_scale: float = 0.0,
-        static_zero: int = 0,
-        asymmetric: bool = False,
-    ) -> Terms:
-        """From packed uint8 [O, row bytes], scale and zero [G, 1], row_group [O] or None, bias [O] or None.
+    def prepare(cls, weight: PackedWeight, bias: Tensor | None = None, grid: InputGrid = PER_TOKEN) -> Terms:
+        """From a weight with one input group, bias [O] or None, and the grid of the input.
 
-        `static_scale` and `static_zero` describe the input where it is quantized statically, `asymmetric` says that its
-        tokens have offsets. Nothing returned shares memory with an argument.
+        Nothing returned shares memory with an argument.
         """
-        rows = packed.shape[0]
-        row_scale = reference.expand_groups(scale, row_group, rows)[:, 0].float().contiguous().clone()
-        row_zero = reference.expand_groups(zero, row_group, rows)[:, 0].float().contiguous().clone()
+        spread = (reference.expand_groups(t, weight.row_group, weight.rows)[:, 0] for t in (weight.scale, weight.zero))
+        row_scale, row_zero = (t.float().contiguous().clone() for t in spread)
         whole = None if bias is None else bias.detach().float().clone()
         weight_sum = None
-        if asymmetric or (static_scale > 0 and static_zero):
-            sums = formats.unpack(packed, bits, columns).sum(dim=1, dtype=torch.int64).double()
-            weight_sum = (row_scale.double() * (sums - columns * row_zero.double())).float()
-        if weight_sum is not None and not asymmetric:
-            shift = static_scale * static_zero * weight_sum
+        if grid.asymmetric or (grid.scale > 0 and grid.zero):
+            sums = weight.unpacked().sum(dim=1, dtype=torch.int64).double()
+            weight_sum = (row_scale.double() * (sums - weight.columns * row_zero.double())).float()
+        if weight_sum is not None and not grid.asymmetric:
+            shift = grid.scale * grid.zero * weight_sum
             whole, weight_sum = -shift if whole is None else whole - shift, None
-        return cls(row_scale, fixed_point_zero(row_zero, bits, columns), row_zero, whole, weight_sum)
+        return cls(row_scale, fixed_point_zero(row_zero, weight.bits, weight.columns), row_zero, whole, weight_sum)
 
     @classmethod
     def join(cls, parts: list[Terms]) -> Terms:
@@ -99,3 +86,7 @@ class Terms(NamedTuple):
             torch.cat(biases) if some else None,
             torch.cat(sums) if sums else None,
         )
+
+    def of(self, codes: list[Tensor], bits: list[int]) -> ProductWeight:
+        """What a product takes: these terms with the packed codes that they belong to."""
+        return ProductWeight(codes, bits, self.scale, self.zero, self.bias, self.weight_sum)

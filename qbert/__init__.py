@@ -21,9 +21,13 @@ from qbert.version import __version__
 _HOME = {
     "BitsConfig": "qbert.bits",
     "TensorSpec": "qbert.bits",
+    "Pipeline": "qbert.pipeline",
     "allocate_bits": "qbert.allocation.allocate",
     "bit_shares": "qbert.allocation.allocate",
+    "compress": "qbert.pipeline",
+    "choose_grid": "qbert.allocation.grids",
     "export_onnx": "qbert.onnx",
+    "factorize": "qbert.students.lowrank",
     "HessianSpectrum": "qbert.hessian",
     "hessian_spectrum": "qbert.hessian",
     "load": "qbert.saving.hf",
@@ -31,46 +35,62 @@ _HOME = {
     "optimize_for_inference": "qbert.inference.cpu",
     "pack": "qbert.packing",
     "pareto": "qbert.allocation.front",
+    "plan": "qbert.pipeline.plan",
+    "prune": "qbert.students.pruned",
     "quantize_model": "qbert.quantize",
     "save_trainable": "qbert.saving.trainable",
     "sensitivity": "qbert.allocation.sensitivity",
+    "shrink": "qbert.shrinking",
     "unpack": "qbert.packing",
 }
-_ROOMS = ("allocation", "distill", "hessian", "kernels", "students", "tasks")
+_ROOMS = ("allocation", "distill", "hessian", "kernels", "pipeline", "students", "tasks")
 
 __all__ = [
     "BitsConfig",
     "HessianSpectrum",
+    "Pipeline",
     "TensorSpec",
     "__version__",
     "allocate_bits",
     "bit_shares",
+    "choose_grid",
+    "compress",
     "export_onnx",
+    "factorize",
     "hessian_spectrum",
     "load",
     "model_size",
     "optimize_for_inference",
     "pack",
     "pareto",
+    "plan",
+    "prune",
     "quantize_model",
     "save_trainable",
     "sensitivity",
+    "shrink",
     "unpack",
 ]
 
 if TYPE_CHECKING:
     from qbert.allocation.allocate import allocate_bits, bit_shares
     from qbert.allocation.front import pareto
+    from qbert.allocation.grids import choose_grid
     from qbert.allocation.sensitivity import sensitivity
     from qbert.bits import BitsConfig, TensorSpec
     from qbert.hessian import HessianSpectrum, hessian_spectrum
     from qbert.inference.cpu import optimize_for_inference
     from qbert.onnx import export_onnx
     from qbert.packing import pack, unpack
+    from qbert.pipeline import Pipeline, compress
+    from qbert.pipeline.plan import plan
     from qbert.quantize import quantize_model
     from qbert.saving.hf import load
     from qbert.saving.trainable import save_trainable
+    from qbert.shrinking import shrink
     from qbert.sizes import model_size
+    from qbert.students.lowrank import factorize
+    from qbert.students.pruned import prune
 
 # The code of two rooms lies in top-level folders, reached through links. Where they are missing (an unpacked source
 # archive) or are small files (a clone without symbolic links), it is found beside this folder.

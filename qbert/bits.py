@@ -40,7 +40,7 @@ ColumnOrder: TypeAlias = Literal["activity", "given"]
 QUANTIZED_BITS = (2, 3, 4, 8)
 FLOAT_BITS = (16, 32)
 DEFAULT_GROUPS = 128
-_WHOLE_NUMBERS = ("bits", "groups", "input_group_size", "activation_bits", "refits")
+_WHOLE_NUMBERS = ("bits", "groups", "input_group_size", "activation_bits", "refits", "rank")
 
 
 @dataclass(frozen=True)
@@ -73,6 +73,10 @@ class TensorSpec:
             stand (``given``).
         refits: how often compensated rounding fits its ranges anew to the codes found; 0 keeps those of
             `range_method`.
+        rank: of a word table [V, D] alone: store V rows of this length, in `bits` bits, and a matrix that makes rows
+            of length D of them, in 8 bits, fitted to the rows that calibration data looks up.
+        row_bits: of a word table alone: pairs (bits, number of rows), most bits first. The rows that matter most on
+            calibration data get the first ones, and so on; all others get `bits`.
     """
 
     bits: int = 4
@@ -87,11 +91,14 @@ class TensorSpec:
     damping: float = 0.01
     column_order: ColumnOrder = "activity"
     refits: int = 4
+    rank: int | None = None
+    row_bits: tuple[tuple[int, int], ...] = ()
 
     def __post_init__(self) -> None:
         for name in _WHOLE_NUMBERS:
             if is_whole(getattr(self, name)):  # numpy's become Python's, for JSON
                 object.__setattr__(self, name, int(getattr(self, name)))
+        object.__setattr__(self, "row_bits", _row_bits(self.row_bits))
         _check_spec(self)
 
     @property
@@ -99,9 +106,14 @@ class TensorSpec:
         """Whether the tensor is left as it is."""
         return self.bits in FLOAT_BITS
 
+    @property
+    def is_composed(self) -> bool:
+        """Whether the tensor is a table that is stored as several tensors."""
+        return self.rank is not None or bool(self.row_bits)
+
 
 SPEC_FIELDS = tuple(f.name for f in fields(TensorSpec))
-_ROUNDING_FIELDS = ("rounding", "damping", "column_order", "refits")
+_LATER_FIELDS = ("rounding", "damping", "column_order", "refits", "rank", "row_bits")
 
 
 def make_spec(where: str, base: TensorSpec, settings: Mapping[str, Any]) -> TensorSpec:
@@ -122,10 +134,11 @@ def make_spec(where: str, base: TensorSpec, settings: Mapping[str, Any]) -> Tens
 def spec_to_dict(spec: TensorSpec) -> dict[str, Any]:
     """Plain JSON values of one specification; ``TensorSpec(**values)`` reads them back.
 
-    How the codes were rounded is left out where it is the default, so that versions that know no other read the rest.
+    What versions before knew nothing of is left out where it is the default, so that they read the rest.
     """
     plain = {f.name: f.default for f in fields(TensorSpec)}
-    return {n: v for n, v in asdict(spec).items() if n not in _ROUNDING_FIELDS or v != plain[n]}
+    values = {n: v for n, v in asdict(spec).items() if n not in _LATER_FIELDS or v != plain[n]}
+    return values | {"row_bits": [list(pair) for pair in spec.row_bits]} if spec.row_bits else values
 
 
 def check_bits(name: str, bits: Any) -> int:
@@ -140,9 +153,30 @@ def check_bits(name: str, bits: Any) -> int:
     return int(bits)
 
 
+def _row_bits(value: Any) -> tuple[tuple[int, int], ...]:
+    """`value` as pairs of ints, most bits first.
+
+    Raises:
+        ValueError: if it is no mapping from bits to numbers of rows and no sequence of such pairs.
+    """
+    try:
+        pairs = [(bits, rows) for bits, rows in (value.items() if isinstance(value, Mapping) else value)]
+    except (TypeError, ValueError):
+        pairs = [(None, None)]
+    # JSON knows keys of one kind only.
+    pairs = [(int(b) if isinstance(b, str) and b.isdigit() else b, rows) for b, rows in pairs]
+    known = all(is_whole(b) and b in QUANTIZED_BITS and is_whole(n) and n >= 1 for b, n in pairs)
+    if not known or len({b for b, _ in pairs}) < len(pairs):
+        raise ValueError(
+            f"row_bits={value!r} is not possible; give bits (2, 3, 4 or 8) and how many rows get them, such as "
+            "{8: 500, 4: 3000}"
+        )
+    return tuple(sorted(((int(b), int(n)) for b, n in pairs), reverse=True))
+
+
 def _check_spec(spec: TensorSpec) -> None:
     check_bits("bits", spec.bits)
-    for name in ("groups", "input_group_size"):
+    for name in ("groups", "input_group_size", "rank"):
         value = getattr(spec, name)
         if value is not None and not (is_whole(value) and value >= 1):
             raise ValueError(f"{name}={value!r} is not possible; use a whole number of at least 1")
@@ -164,6 +198,8 @@ def _check_spec(spec: TensorSpec) -> None:
         raise ValueError(f"damping={spec.damping!r} is not possible; use a share in (0, 1], such as 0.01")
     if not (is_whole(spec.refits) and spec.refits >= 0):
         raise ValueError(f"refits={spec.refits!r} is not possible; use a whole number of at least 0")
+    if spec.rank is not None and spec.row_bits:
+        raise ValueError(f"rank={spec.rank} and row_bits={spec.row_bits} exclude each other; give one of them")
 
 
 def check_groups(target: Target, spec: TensorSpec) -> None:
@@ -187,6 +223,41 @@ def check_groups(target: Target, spec: TensorSpec) -> None:
         raise ValueError(
             f"{target.name}: input_group_size={spec.input_group_size} does not divide its {columns} inputs; "
             f"nearest valid: {nearest}"
+        )
+
+
+def largest_rank(rows: int, columns: int) -> int:
+    """The largest rank at which two factors of a table [rows, columns] have fewer values than the table itself."""
+    return (rows * columns - 1) // (rows + columns)
+
+
+def check_composition(target: Target, spec: TensorSpec, tied: bool) -> None:
+    """Refuse a rank or bits by rows that a tensor cannot have.
+
+    Raises:
+        ValueError: for a matrix, a table that shares its weight (`tied`), groups, more rows than there are, rows with
+            no more bits than the rest, or a rank at which nothing is saved, naming the tensor and what is possible.
+    """
+    name = "rank" if spec.rank is not None else "row_bits"
+    where = f"{target.name}: {name}={getattr(spec, name)!r}"
+    rows, columns = target.shape
+    if not target.is_embedding:
+        raise ValueError(f"{where} is for lookup tables, and this is a matrix; leave it out")
+    if tied:
+        raise ValueError(f"{where} is not possible, because another layer computes with the same weight; give it bits")
+    if spec.groups is not None or spec.input_group_size is not None:
+        raise ValueError(f"{where} has a range a row; leave groups and input_group_size out")
+    if spec.rank is not None and spec.rank > largest_rank(rows, columns):
+        raise ValueError(
+            f"{where} saves nothing over its {rows} rows of {columns}; the largest rank that does is "
+            f"{largest_rank(rows, columns)}"
+        )
+    more = sum(count for _, count in spec.row_bits)
+    if more >= rows:
+        raise ValueError(f"{where} are {more} rows, but the table has {rows}; name fewer, or give all of them bits")
+    if spec.row_bits and spec.row_bits[-1][0] <= spec.bits:
+        raise ValueError(
+            f"{where}: {spec.row_bits[-1][0]} bits are no more than the other rows' {spec.bits}; raise them"
         )
 
 
@@ -299,7 +370,9 @@ class BitsConfig:
             if pattern is None and not target.is_embedding:
                 continue
             base = (
-                replace(self._default_spec, groups=None, input_group_size=None, rounding="nearest")
+                replace(
+                    self._default_spec, groups=None, input_group_size=None, rounding="nearest", rank=None, row_bits=()
+                )
                 if target.is_embedding
                 else self._default_spec
             )
@@ -312,6 +385,8 @@ class BitsConfig:
                 )
             if not spec.is_float:
                 check_groups(target, spec)
+                if spec.is_composed:
+                    check_composition(target, spec, sum(t.weight is target.weight for t in targets) > 1)
                 resolved[target.path] = spec
         self._refuse_unused(targets, used)
         if not resolved:
@@ -346,9 +421,9 @@ class BitsConfig:
         """Plain JSON values, read back by `from_dict`."""
         return {
             "format": JSON_FORMAT,
-            "bits": {p: s["bits"] if list(s) == ["bits"] else s for p, s in self.rules.items()},
+            "bits": {p: s["bits"] if list(s) == ["bits"] else _plain(s) for p, s in self.rules.items()},
             "embedding_bits": self.embedding_bits,
-            **self.defaults,
+            **_plain(self.defaults),
         }
 
     @classmethod
@@ -392,6 +467,11 @@ class BitsConfig:
     def __repr__(self) -> str:
         extra = "".join(f", {k}={v!r}" for k, v in self.defaults.items())
         return f"BitsConfig({self.to_dict()['bits']}, embedding_bits={self.embedding_bits}{extra})"
+
+
+def _plain(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings as values that come back from JSON as they are."""
+    return {n: [list(pair) for pair in v] if n == "row_bits" else v for n, v in settings.items()}
 
 
 def _matches(pattern: str, target: Target) -> bool:

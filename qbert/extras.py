@@ -13,6 +13,7 @@ import importlib.util
 _OPTIONAL = {
     "accelerate": ("accelerate", "train"),
     "matplotlib": ("matplotlib", "plots"),
+    "plotly": ("plotly", "report"),
     "seqeval": ("seqeval", "tasks"),
     "sklearn": ("scikit-learn", "tasks"),
 }

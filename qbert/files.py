@@ -22,6 +22,7 @@ import re
 import secrets
 import shutil
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -157,6 +158,33 @@ def _place() -> str:
     except OSError:
         start = ""
     return hashlib.sha256(f"{platform.node()} {start}".encode()).hexdigest()[:8]
+
+
+def cache_folder(folder: str | Path | None = None) -> Path:
+    """The cache folder, made if need be and found writable.
+
+    Raises:
+        PermissionError: the folder cannot be made or written to; names QBERT_CACHE as the mend.
+    """
+    chosen = Path(folder or os.environ.get("QBERT_CACHE") or _platform_cache() / "qbert").expanduser()
+    try:
+        chosen.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=chosen):
+            pass
+    except OSError as error:
+        raise PermissionError(
+            f"the cache folder {str(chosen)!r} cannot be written ({error.strerror}); "
+            "set QBERT_CACHE (or cache_dir=...) to a folder of yours"
+        ) from error
+    return chosen
+
+
+def _platform_cache() -> Path:
+    if sys.platform == "win32":
+        return Path(os.environ.get("LOCALAPPDATA", Path.home() / "AppData" / "Local"))
+    if sys.platform == "darwin":
+        return Path.home() / "Library" / "Caches"
+    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
 
 
 def write_json(path: str | os.PathLike[str], content: Mapping[str, Any] | list[Any]) -> None:

@@ -71,11 +71,27 @@ _NOW_IN: dict[str, tuple[str, ...]] = {
     "tasks.settings": ("tasks.training",),
     "tasks.similarity": ("tasks.heads",),
     "tasks.spans": ("tasks.encoding",),
+    "kernels.cpu_chains": ("kernels.cpu.chains",),
+    "kernels.cpu_gemm": ("kernels.cpu.gemm",),
+    "kernels.prepared": ("kernels.dispatch",),
+    "kernels.products": ("kernels.operators",),
+    "kernels.twins": ("kernels.reference", "kernels.operators"),
+    "kernels.gpu.epilogue": ("kernels.gpu.products.epilogue",),
+    "kernels.gpu.launch": ("kernels.gpu.tiles",),
+    "kernels.gpu.matmul_a16": ("kernels.gpu.products.matmul_a16",),
+    "kernels.gpu.matmul_a8": ("kernels.gpu.products.matmul_a8",),
+    "kernels.gpu.matmul_a8_mixed": ("kernels.gpu.products.matmul_a8_mixed",),
+    "kernels.gpu.unpack": ("kernels.gpu.products.unpack",),
+    "kernels.gpu.unpack_f8": ("kernels.gpu.products.unpack",),
+    "kernels.gpu.unpack_fp16": ("kernels.gpu.products.unpack",),
     "distill.dropout": ("distill.aside",),
     "distill.fidelity": ("tasks.evaluation",),
     "distill.items": ("distill.losses",),
     "distill.students": ("students.depth",),
 }
+
+# Names that two old modules had for different things.
+_NOW_CALLED = {"kernels.gpu.unpack_f8": {f"planes{bits}": f"planes{bits}_e4m3" for bits in (2, 3, 4)}}
 
 
 class _MovedModule(ModuleType):
@@ -84,10 +100,12 @@ class _MovedModule(ModuleType):
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
-        for place in _NOW_IN[self.__name__.removeprefix("qbert.")]:
+        old = self.__name__.removeprefix("qbert.")
+        new = _NOW_CALLED.get(old, {}).get(name, name)
+        for place in _NOW_IN[old]:
             module = importlib.import_module(f"qbert.{place}")
-            if hasattr(module, name):
-                return getattr(module, name)
+            if hasattr(module, new):
+                return getattr(module, new)
         raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}")
 
 

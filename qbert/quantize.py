@@ -19,16 +19,28 @@ import torch
 from torch import Tensor, nn
 
 from qbert.bits import BitsConfig, TensorSpec
-from qbert.calibration import Batch, Moment, calibrate_activations, check_batches, input_moments
+from qbert.calibration import (
+    Batch,
+    Moment,
+    calibrate_activations,
+    check_batches,
+    check_lengths,
+    input_moments,
+    mean_logits,
+)
 from qbert.encoders.replace import replace_everywhere
-from qbert.encoders.targets import Target, encoder_weights, find_targets
+from qbert.encoders.targets import Target, encoder_weights, find_targets, join_path
 from qbert.encoders.weights import is_table, stored, weight_matrix
 from qbert.layers.kind import TrainableLayer, kind_of
 from qbert.layers.quantizer import WeightQuantizer
 from qbert.layers.recurrent import open_recurrent
+from qbert.layers.tables import TableUse, open_tables, part_specs
 from qbert.quantizers.activations import ActivationQuantizer
 from qbert.quantizers.groups import group_layout
 from qbert.quantizers.ranges import GroupRanges
+from qbert.quantizers.rounding import bias_change
+from qbert.rounded import RoundedLayers
+from qbert.usage import table_uses
 
 _GRADIENT_SHARE = 0.9
 Model = TypeVar("Model", bound=nn.Module)
@@ -51,6 +63,7 @@ def quantize_model(
     *,
     calibration_data: Any = None,
     inplace: bool = False,
+    checkpoint: str | os.PathLike[str] | None = None,
     progress: bool = False,
 ) -> Model:
     """The fake-quantized twin of an encoder, ready to be evaluated, trained or packed.
@@ -62,9 +75,12 @@ def quantize_model(
         bits_config: bits for all encoder matrices (2, 3, 4 or 8), a mapping from name patterns, a `BitsConfig`, or
             the path of its JSON file.
         calibration_data: batches (a DataLoader, or a list of dicts of tensors; a few hundred unlabelled rows) that
-            are run through the model to fix static activation ranges and for compensated rounding; ``None`` gives
-            activations a range per token at run time, and rounds to nearest.
+            are run through the model to fix static activation ranges, for compensated rounding, and for tables of low
+            rank or of different bits by rows; ``None`` gives activations a range per token at run time, and rounds to
+            nearest.
         inplace: convert `model` itself instead of a copy.
+        checkpoint: folder in which compensated rounding keeps every finished encoder layer; those that are there
+            already, of the same model, data and configuration, are not rounded again.
         progress: show a bar over the matrices of compensated rounding.
 
     Warns:
@@ -76,8 +92,9 @@ def quantize_model(
 
     Raises:
         ValueError: if the configuration does not fit the model (see `BitsConfig.resolve`), the model is quantized
-            already, nothing in its layers can be quantized, a weight is not finite, or static activation ranges are
-            asked for without `calibration_data`.
+            already, nothing in its layers can be quantized, a weight is not finite, static activation ranges, a
+            ``rank`` or ``row_bits`` are asked for without `calibration_data`, or `checkpoint` is of another model, data
+            or configuration.
         TypeError: for a `model`, `bits_config` or `calibration_data` of another type.
 
     Warns:
@@ -96,6 +113,7 @@ def quantize_model(
     static = [p for p, s in specs.items() if s.activation_range == "static" and not targets[p].is_embedding]
     if static and batches is None:
         raise ValueError(f"activation_range='static' of {static[0]} needs calibration_data; pass a few batches")
+    uses = _uses_of_composed(model, specs, batches)
     if not inplace:
         model = copy.deepcopy(model)
     specs = {path: _settled(spec, batches is not None) for path, spec in specs.items()}
@@ -103,7 +121,14 @@ def quantize_model(
     if batches is None:
         specs, compensated = _without_data(specs, compensated), {}
     open_recurrent(model, specs.keys())
+    wanted = None
+    if compensated and batches is not None:
+        check_lengths(model, batches)
+        wanted = mean_logits(model, batches)
     done = _Conversions(model)
+    if uses:
+        specs |= done.compose({path: specs.pop(path) for path in uses}, uses)
+        targets = {t.path: t for t in find_targets(model)}
     try:
         for path, spec in specs.items():
             if path not in compensated:
@@ -111,12 +136,33 @@ def quantize_model(
         done.convert_tied()
         if batches is not None:
             if compensated:
-                _round_compensated(done, targets, compensated, batches, progress)
+                _round_compensated(done, targets, compensated, batches, checkpoint, progress)
             calibrate_activations(model, batches)
+            if wanted is not None:
+                done.keep_mean_logits(wanted[1], batches)
     except BaseException:
         done.undo()
         raise
     return model
+
+
+def _uses_of_composed(
+    model: nn.Module, specs: Mapping[str, TensorSpec], batches: list[Batch] | None
+) -> dict[str, TableUse]:
+    """Path -> what a table that is to be stored as several tensors is used for.
+
+    Raises:
+        ValueError: if there is such a table and no data.
+    """
+    composed = {path: model.get_submodule(path) for path, spec in specs.items() if spec.is_composed}
+    if not composed:
+        return {}
+    if batches is None:
+        path = next(iter(composed))
+        name = "row_bits" if specs[path].row_bits else "rank"
+        raise ValueError(f"{name} of {path} needs calibration_data, which tells its rows apart; pass a few batches")
+    uses = table_uses(model, batches, list(composed.values()))
+    return {path: uses[module] for path, module in composed.items()}
 
 
 def _tell_what_is_not_covered(model: nn.Module, targets: Iterable[Target]) -> None:
@@ -170,30 +216,48 @@ def _round_compensated(
     targets: Mapping[str, Target],
     specs: Mapping[str, TensorSpec],
     batches: list[Batch],
+    checkpoint: str | os.PathLike[str] | None,
     progress: bool,
 ) -> None:
     """Convert matrices one after the other, each with codes for the inputs that those before it leave to it."""
-    modules_at = {path: done.model.get_submodule(path) for path in specs}
-    others = [path for path, module in modules_at.items() if not isinstance(module, nn.Linear)]
-    for path in others:
-        done.convert(path, targets[path], replace(specs[path], rounding="nearest"))
-    if others:
-        warnings.warn(
-            f"rounding='compensated' is for linear maps; {', '.join(others)} are of other kinds and rounded to nearest",
-            stacklevel=3,
-        )
-    paths = {module: path for path, module in modules_at.items() if isinstance(module, nn.Linear)}
+    kept = reference = None
+    if checkpoint is not None:
+        reference = copy.deepcopy(done.model)  # gradients must come from what stood here before any layer was rounded
+        kept = RoundedLayers(checkpoint, reference, batches, specs)
+    by_weight: dict[int, list[str]] = {}
+    for path in specs:
+        by_weight.setdefault(id(done.model.get_submodule(path).weight), []).append(path)
+
+    def members(paths: Iterable[str]) -> list[tuple[str, Target, TensorSpec]]:
+        return [(path, targets[path], specs[path]) for path in paths]
+
+    finished = [found for found in by_weight.values() if kept is not None and found[0] in kept]
+    for found in finished:
+        assert kept is not None
+        done.place(members(found), **kept[found[0]])
+    left = [path for found in by_weight.values() if found not in finished for path in found]
+    paths = {done.model.get_submodule(path): path for path in left}
+    depth = 0
     missed: list[str] = []
     few: dict[str, Moment] = {}
-    for modules, moment in input_moments(done.model, batches, list(paths), weigh=_GRADIENT_SHARE, progress=progress):
+    for modules, moment in input_moments(
+        done.model, batches, list(paths), weigh=_GRADIENT_SHARE, reference=reference, progress=progress
+    ):
         if moment.inputs == 0:
             missed += [paths[m] for m in modules]
             for module in modules:
                 done.convert(paths[module], targets[paths[module]], replace(specs[paths[module]], rounding="nearest"))
             continue
-        if moment.inputs < len(moment.value):
+        if moment.inputs < moment.value.shape[-1]:
             few[paths[modules[0]]] = moment
-        done.compensate([(paths[m], targets[paths[m]], specs[paths[m]]) for m in modules], moment.value)
+        if kept is not None and moment.depth != depth:
+            kept.finish_layer()
+        depth = moment.depth
+        rounded = done.compensate(members(paths[m] for m in modules), moment)
+        if kept is not None:
+            kept.add(paths[modules[0]], rounded)
+    if kept is not None:
+        kept.finish_layer()
     done.restore_modes()
     if missed:
         warnings.warn(
@@ -202,10 +266,11 @@ def _round_compensated(
             stacklevel=3,
         )
     if few:
-        path, moment = max(few.items(), key=lambda item: len(item[1].value))
+        path, moment = max(few.items(), key=lambda item: item[1].value.shape[-1])
+        columns = moment.value.shape[-1]
         warnings.warn(
-            f"calibration_data has {moment.inputs} tokens without padding, fewer than the {len(moment.value)} inputs "
-            f"of {path}, whose codes will suit these tokens more than others; pass a few hundred rows",
+            f"calibration_data has {moment.inputs} tokens without padding, fewer than the {columns} inputs of "
+            f"{path}, whose codes will suit these tokens more than others; pass a few hundred rows",
             stacklevel=3,
         )
 
@@ -218,6 +283,16 @@ class _Conversions:
         self._replaced: list[tuple[nn.Module, nn.Module]] = []
         self._weights: list[tuple[nn.Parameter, Tensor]] = []
 
+    def compose(self, specs: Mapping[str, TensorSpec], uses: Mapping[str, TableUse]) -> dict[str, TensorSpec]:
+        """Put float tables of several parts in the places of `specs`: path of each part -> its specification."""
+        tables = {path: self.model.get_submodule(path) for path in specs}
+        self._replaced += open_tables(self.model, specs, {tables[path]: use for path, use in uses.items()})
+        return {
+            join_path(path, name): part
+            for path, spec in specs.items()
+            for name, part in part_specs(spec, tables[path].num_embeddings).items()  # type: ignore[arg-type]
+        }
+
     def convert(self, path: str, target: Target, spec: TensorSpec) -> None:
         """Put the quantized twin in the place of a target, rounded to nearest."""
         module = self.model.get_submodule(path)
@@ -226,22 +301,63 @@ class _Conversions:
         quantizer.find(weight)
         self._place(module, quantizer, spec)
 
-    def compensate(self, members: list[tuple[str, Target, TensorSpec]], moment: Tensor) -> None:
-        """Put quantized twins in the place of matrices with one weight, which is rounded for inputs of this moment."""
+    def compensate(self, members: list[tuple[str, Target, TensorSpec]], moment: Moment) -> dict[str, Tensor]:
+        """Put quantized twins in the place of matrices with one weight, which is rounded for inputs of this moment.
+
+        Returns:
+            What `place` takes to do the same again.
+        """
         modules = [self.model.get_submodule(path) for path, _, _ in members]
-        weight = cast(nn.Parameter, modules[0].weight)
         matrix = weight_matrix(modules[0]).detach()
-        quantizers = [_quantizer(target, spec, matrix) for _, target, spec in members]
-        first, *others = quantizers
-        rounded = first.compensate(matrix, moment.to(weight.device))
-        for other in others:
-            other.take(GroupRanges(first.scale, first.zero), weight.dtype)
-        for module, quantizer in zip(modules, quantizers, strict=True):
-            self._place(module, quantizer, quantizer.spec)
-        self._weights.append((weight, weight.data))
+        bias = getattr(modules[0], "bias", None) if len(modules) == 1 else None
+        metric = moment.value if bias is None else moment.covariance
+        quantizer = _quantizer(*members[0][1:], matrix)
+        rounded = quantizer.compensate(matrix, metric.to(matrix.device))
         # The middle of every code. Where training starts from the places in the codes nearest to the given weights,
         # those at a border go back to the code of nearest rounding within a few steps, and the gain is lost.
-        weight.data = stored(modules[0], rounded).contiguous()
+        found = {"weight": stored(modules[0], rounded).contiguous(), "scale": quantizer.scale, "zero": quantizer.zero}
+        if bias is not None:
+            found["bias"] = (bias.detach().double() + bias_change(matrix - rounded, moment.mean)).to(bias)
+        self.place(members, **found)
+        return found
+
+    def place(
+        self,
+        members: list[tuple[str, Target, TensorSpec]],
+        weight: Tensor,
+        scale: Tensor,
+        zero: Tensor,
+        bias: Tensor | None = None,
+    ) -> None:
+        """Put quantized twins in the place of matrices with one weight, which gets this value, on these grids."""
+        modules = [self.model.get_submodule(path) for path, _, _ in members]
+        parameter = cast(nn.Parameter, modules[0].weight)
+        for module, (_, target, spec) in zip(modules, members, strict=True):
+            quantizer = _quantizer(target, spec, weight_matrix(module).detach())
+            quantizer.take(GroupRanges(scale.to(parameter.device), zero.to(parameter.device)), parameter.dtype)
+            self._place(module, quantizer, spec)
+        self._change(parameter, weight)
+        if bias is not None:
+            self._change(cast(nn.Parameter, modules[0].bias), bias)
+
+    def keep_mean_logits(self, wanted: Tensor, batches: list[Batch]) -> None:
+        """Move the bias of the layer that gives the logits, so that their mean over the batches is this [C]."""
+        found = mean_logits(self.model, batches)
+        if found is None:
+            return
+        name, logits = found
+        change = wanted - logits
+        if not bool(torch.isfinite(change).all()):
+            raise ValueError(
+                f"calibration_data: the output of {name} holds NaN or infinity; pass batches on which the model "
+                "computes finite numbers"
+            )
+        bias = cast(nn.Parameter, self.model.get_submodule(name).bias)
+        self._change(bias, bias.detach() + change.to(bias))
+
+    def _change(self, parameter: nn.Parameter, value: Tensor) -> None:
+        self._weights.append((parameter, parameter.data))
+        parameter.data = value.to(parameter)
 
     def convert_tied(self) -> None:
         """Give a float layer that shares its weight with a quantized one (a head with its table) that one's grids."""
@@ -261,7 +377,7 @@ class _Conversions:
         """Put everything back."""
         for old, new in self._replaced:
             replace_everywhere(self.model, new, old)
-        for weight, original in self._weights:
+        for weight, original in reversed(self._weights):
             weight.data = original
 
     def _place(self, module: nn.Module, quantizer: WeightQuantizer, spec: TensorSpec) -> None:

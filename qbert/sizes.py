@@ -14,14 +14,14 @@ which call themselves MB, are MiB = 2^20 bytes and leave scales and zero points 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from qbert.bits import BitsConfig, TensorSpec
+from qbert.bits import DEFAULT_GROUPS, BitsConfig, TensorSpec
 from qbert.encoders.targets import Target, base_models, encoder_layers, find_targets, join_path
 from qbert.encoders.weights import matrix_size
 from qbert.kernels.formats import packed_nbytes
@@ -29,6 +29,7 @@ from qbert.layers.kind import TrainableLayer
 from qbert.layers.layout import stored_zero
 from qbert.layers.packed import PackedTensor
 from qbert.layers.quantizer import WeightQuantizer
+from qbert.layers.tables import LowRankTable, MixedTable, other_bytes, part_shapes, part_specs
 from qbert.quantizers.activations import ActivationQuantizer
 from qbert.quantizers.groups import group_layout
 
@@ -190,31 +191,114 @@ def model_size(
     return _measure(model, specs, {t.path: t for t in find_targets(model)})
 
 
+# What safetensors writes beside the tensors: the length of its header, the header's own frame, padding to 8 bytes.
+FILE_FRAME_BYTES = 8 + len('{"__metadata__":{"format":"pt"}}') + 7
+_OFFSET_DIGITS = 9
+
+
+def header_bytes(name: str, shape: Sequence[int]) -> int:
+    """Bytes that one tensor takes in the header of a safetensors file, at most: a few too many, for its offsets."""
+    digits = "9" * _OFFSET_DIGITS
+    sizes = ",".join(map(str, shape))
+    return len(f'"{name}":{{"dtype":"BF16","shape":[{sizes}],"data_offsets":[{digits},{digits}]}},')
+
+
+def quantized_header_bytes(target: Target, spec: TensorSpec) -> int:
+    """`header_bytes` of the tensors that hold one quantized weight: codes, scales, zero points, static ranges."""
+    if not spec.is_composed:
+        row_group, input_groups = group_layout(target, spec)
+        return _grid_header_bytes(target.path, spec, target.shape, (int(row_group[-1]) + 1, input_groups))
+    total = header_bytes(join_path(target.path, "row_class"), (1, target.shape[0])) if spec.row_bits else 0
+    for name, part, shape in _parts_of(target, spec):
+        total += _grid_header_bytes(join_path(target.path, name), part, shape, (shape[0], 1))
+    return total
+
+
+def _grid_header_bytes(path: str, spec: TensorSpec, shape: tuple[int, int], grid: tuple[int, int]) -> int:
+    total = header_bytes(f"{path}.codes", shape) + header_bytes(f"{path}.scale", grid)
+    if _grid_bytes(spec) > 4:
+        total += header_bytes(f"{path}.zero", grid)
+    if spec.activation_range == "static":
+        total += header_bytes(f"{path}.input_scale", ()) + header_bytes(f"{path}.input_zero", ())
+    return total
+
+
 def tensor_bytes(target: Target, spec: TensorSpec) -> tuple[int, int]:
-    """(bytes of the codes, bytes of the metadata) of one tensor under a quantized specification."""
+    """(bytes of the codes, bytes of the metadata) of one tensor under a quantized specification.
+
+    Of a table that is stored as several tensors the sums, its map from rows to bits counted with the codes.
+    """
+    if spec.is_composed:
+        parts = [_part_size("", *part, 0) for part in _parts_of(target, spec)]
+        codes = sum(part.weight_bytes for part in parts) + other_bytes(spec, target.shape[0])
+        return codes, sum(part.metadata_bytes for part in parts)
     row_group, input_groups = group_layout(target, spec)
     groups = int(row_group[-1]) + 1
-    zero_bytes = {"asymmetric": 1, "offset": 4}.get(spec.scheme, 0)
-    return packed_nbytes(*target.shape, spec.bits), groups * input_groups * (4 + zero_bytes)
+    return packed_nbytes(*target.shape, spec.bits), groups * input_groups * _grid_bytes(spec)
+
+
+def _grid_bytes(spec: TensorSpec) -> int:
+    return 4 + {"asymmetric": 1, "offset": 4}.get(spec.scheme, 0)
+
+
+def _parts_of(target: Target, spec: TensorSpec) -> Iterator[tuple[str, TensorSpec, tuple[int, int]]]:
+    """(name, specification, shape) of the tensors that a composed table is stored as."""
+    shapes = part_shapes(spec, target.shape)
+    yield from ((name, part, shapes[name]) for name, part in part_specs(spec, target.shape[0]).items())
+
+
+def _part_size(path: str, name: str, spec: TensorSpec, shape: tuple[int, int], float_bytes: int) -> TensorSize:
+    rows, columns = shape
+    groups = rows if name != "up" else min(rows, DEFAULT_GROUPS)
+    part, elements = "other" if name == "up" else "embeddings", rows * columns
+    return TensorSize(
+        join_path(path, name, "weight"),
+        part,
+        elements,
+        spec.bits,
+        packed_nbytes(rows, columns, spec.bits),
+        groups * _grid_bytes(spec),
+        float_bytes,
+        True,
+    )
+
+
+def _composed_sizes(target: Target, spec: TensorSpec) -> Iterator[TensorSize]:
+    """The tensors that a composed table is stored as; float bytes are those of the whole table, once."""
+    width = target.weight.element_size()
+    left = target.weight.numel() * width
+    for name, part, shape in _parts_of(target, spec):
+        given = left if spec.rank is not None else shape[0] * shape[1] * width
+        yield _part_size(target.path, name, part, shape, given)
+        left -= given
+    more = other_bytes(spec, target.shape[0])
+    if more:
+        yield TensorSize(join_path(target.path, "row_class"), "other", more, 8, more, 0, 0)
 
 
 def _measure(model: nn.Module, specs: Mapping[str, TensorSpec], targets: Mapping[str, Target]) -> ModelSize:
     quantized = _quantized_weights(model, specs, targets)
     layers = _layer_paths(model)
     static = [p for p, spec in specs.items() if spec.activation_range == "static" and not targets[p].is_embedding]
+    composed = {id(targets[p].weight): (targets[p], spec) for p, spec in specs.items() if spec.is_composed}
+    known = _float_bytes_in_tables(model)
     tensors: list[TensorSize] = []
     seen: set[int] = set()
     for path, module in model.named_modules():
         if isinstance(module, (WeightQuantizer, ActivationQuantizer)):
             continue
         if isinstance(module, PackedTensor) and module.codes is not None:
-            tensors.append(_packed_size(path, module, layers))
+            tensors.append(_packed_size(path, module, layers, known))
         for name, tensor in _stored(module):
             if id(tensor) in seen:
                 continue
             seen.add(id(tensor))
+            if id(tensor) in composed:
+                tensors += _composed_sizes(*composed[id(tensor)])
+                continue
             bits, metadata = 8 * tensor.element_size(), 0
-            stored = float_bytes = tensor.numel() * tensor.element_size()
+            stored = tensor.numel() * tensor.element_size()
+            float_bytes = known.get(join_path(path, name), stored)
             if id(tensor) in quantized:
                 bits, stored, metadata = quantized[id(tensor)]
             part = _part(path, module, tensor, layers)
@@ -247,14 +331,28 @@ def _quantized_weights(
     return found
 
 
-def _packed_size(path: str, module: PackedTensor, layers: tuple[str, ...] | None) -> TensorSize:
+def _float_bytes_in_tables(model: nn.Module) -> dict[str, int]:
+    """Name of a tensor of a composed table -> its share of the bytes of the float table."""
+    found: dict[str, int] = {}
+    for path, module in model.named_modules():
+        if isinstance(module, MixedTable):
+            found[join_path(path, "row_class")] = 0
+        elif isinstance(module, LowRankTable):
+            width = module.rows.weight.element_size()
+            found[join_path(path, "rows.weight")] = module.num_embeddings * module.embedding_dim * width
+            found[join_path(path, "up.weight")] = 0
+    return found
+
+
+def _packed_size(
+    path: str, module: PackedTensor, layers: tuple[str, ...] | None, known: Mapping[str, int]
+) -> TensorSize:
     assert module.codes is not None and module.scale is not None
     elements = module.rows * module.columns
     metadata = sum(t.numel() * t.element_size() for t in (module.scale, module.zero) if t is not None)
-    part, float_bytes = _part(path, module, module.codes, layers), elements * module.dtype.itemsize
-    return TensorSize(
-        join_path(path, "weight"), part, elements, module.layout.bits, module.codes.numel(), metadata, float_bytes, True
-    )
+    part, name = _part(path, module, module.codes, layers), join_path(path, "weight")
+    float_bytes = known.get(name, elements * module.dtype.itemsize)
+    return TensorSize(name, part, elements, module.layout.bits, module.codes.numel(), metadata, float_bytes, True)
 
 
 def _stored(module: nn.Module) -> Iterator[tuple[str, Tensor]]:

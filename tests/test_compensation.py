@@ -10,11 +10,17 @@ import torch.nn.functional as F
 from distilling import distiller, rows
 from encoders import FAMILIES, build, inputs_for
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pack_padded_sequence
 from transformers import BertConfig, BertForMaskedLM, BertForSequenceClassification
+from transformers.pytorch_utils import Conv1D
 
 import qbert
-from qbert.calibration import input_moments, unmasked
+from qbert.calibration import input_moments
+from qbert.encoders.inputs import unmasked
+from qbert.layers.kind import TrainableLayer
 from qbert.layers.linear import QuantLinear
+from qbert.layers.quantizer import WeightQuantizer
+from qbert.layers.recurrent import GateRecurrence
 
 COMPENSATED = {"rounding": "compensated"}
 
@@ -44,7 +50,6 @@ def test_every_family_is_rounded_and_the_original_left_alone(family: str) -> Non
     assert list(linears(student)) == list(linears(plain))
     changed = 0
     for name, layer in linears(student).items():
-        assert torch.equal(layer.weight, layer.quantized_weight()), name  # trains from the very codes
         changed += int(not torch.equal(layer.quantized_weight(), linears(plain)[name].quantized_weight()))
     assert changed == len(linears(student))
 
@@ -169,13 +174,13 @@ def test_a_head_tied_to_a_table_is_rounded_as_the_table_is() -> None:
 def test_distillation_starts_from_the_compensated_codes(tmp_path: Any) -> None:
     config = qbert.BitsConfig(2, groups=16, **COMPENSATED)
     student = qbert.quantize_model(build("bert").eval(), config, calibration_data=batches("bert"))
-    before = {n: m.quantized_weight().clone() for n, m in linears(student).items()}
+    before = {n: m.weight_quantizer.codes(m.weight) for n, m in linears(student).items()}
     for layer in linears(student).values():
         layer.weight_quantizer.change_bits(2, layer.weight)  # as a stage with the same bits does
     trainer = distiller(tmp_path, student=student, max_steps=2, learning_rate=1e-12)
     trainer.train()
     for name, layer in linears(trainer.student).items():
-        assert torch.allclose(layer.quantized_weight(), before[name], rtol=1e-4, atol=1e-7), name
+        assert torch.equal(layer.weight_quantizer.codes(layer.weight), before[name]), name
     layer.weight_quantizer.change_bits(4, layer.weight)
     assert layer.weight_quantizer.spec.rounding == "nearest"
 
@@ -228,17 +233,116 @@ def test_a_matrix_that_calibration_never_reaches_is_named() -> None:
     assert student.bert.encoder.layer[1].spare.weight_quantizer.spec.rounding == "nearest"
 
 
-def test_layers_of_other_kinds_are_named_and_rounded_to_nearest() -> None:
-    class Convolutional(nn.Sequential):
-        def forward(self, x: Tensor) -> Tensor:
-            return super().forward(x)  # type: ignore[no-any-return]
+class Alone(nn.Sequential):
+    """One layer that takes its input by keyword and gives its first output."""
 
-    model = Convolutional(nn.Conv1d(12, 8, 3), nn.Flatten(), nn.Linear(64, 16)).eval()
-    config = qbert.BitsConfig(4, groups=4, **COMPENSATED)
-    with pytest.warns(UserWarning, match="is for linear maps; 0 are of other kinds"):
-        student = qbert.quantize_model(model, config, calibration_data={"x": torch.randn(80, 12, 10)})
-    assert student[0].weight_quantizer.spec.rounding == "nearest"
-    assert student[2].weight_quantizer.spec.rounding == "compensated"
+    def forward(self, x: Any, attention_mask: Tensor | None = None) -> Tensor:
+        output = super().forward(x)
+        return output[0] if isinstance(output, tuple) else output
+
+
+def correlated(*shape: int, axis: int = -1) -> Tensor:
+    """Numbers whose `axis` has strongly correlated entries."""
+    generator = torch.Generator().manual_seed(0)
+    mixing = torch.randn(shape[axis], shape[axis], generator=generator)
+    return (torch.randn(*shape, generator=generator).transpose(axis, -1) @ mixing).transpose(axis, -1)
+
+
+KINDS: dict[str, tuple[Any, Tensor]] = {
+    "convolution": (lambda: nn.Conv1d(8, 12, 3, padding=1), correlated(60, 8, 9, axis=1)),
+    "strided convolution": (lambda: nn.Conv1d(8, 12, 3, stride=2, dilation=2), correlated(60, 8, 11, axis=1)),
+    "convolution of 2 channel groups": (lambda: nn.Conv1d(8, 12, 3, groups=2), correlated(60, 8, 9, axis=1)),
+    "groups of rows over channel groups": (lambda: nn.Conv1d(9, 12, 3, groups=3), correlated(60, 9, 9, axis=1)),
+    "transposed": (lambda: Conv1D(12, 8), correlated(60, 9, 8)),
+    "lstm": (lambda: nn.LSTM(8, 6, batch_first=True, bidirectional=True), correlated(60, 9, 8)),
+    "gru": (lambda: nn.GRU(8, 4, num_layers=2), correlated(9, 60, 8)),
+}
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_every_kind_of_layer_is_compensated_for_its_own_inputs(name: str) -> None:
+    torch.manual_seed(0)
+    build_layer, x = KINDS[name]
+    model = Alone(build_layer()).eval()
+    errors = {}
+    for rounding in ("nearest", "compensated"):
+        config = qbert.BitsConfig(2, groups=4, activation_bits=None, rounding=rounding)
+        student = qbert.quantize_model(model, config, calibration_data={"x": x}).eval()
+        errors[rounding] = float((student(x) - model(x)).detach().square().mean())
+        layers = [m for m in student.modules() if isinstance(m, TrainableLayer)]
+        assert layers and all(m.weight_quantizer.spec.rounding == rounding for m in layers)
+    assert errors["compensated"] < (0.97 if "over" in name else 0.9) * errors["nearest"]  # there, ranges must stay
+
+
+def test_moments_of_a_convolution_are_those_of_its_windows_without_padding() -> None:
+    x, mask = torch.randn(5, 4, 7), torch.ones(5, 7).long()
+    mask[1:, 5:] = 0
+    model = Alone(nn.Conv1d(4, 6, 3, padding=1, groups=2)).eval()
+    ((_, found),) = input_moments(model, [{"x": x, "attention_mask": mask}], [model[0]])
+    padded = nn.functional.pad(x, (1, 1))
+    for group in range(2):
+        channels = padded[:, 2 * group : 2 * group + 2]
+        # A window counts if it holds a token.
+        real = [(b, t) for b in range(5) for t in range(7) if mask[b, max(t - 1, 0) : t + 2].any()]
+        rows = torch.stack([channels[b, :, t : t + 3].flatten() for b, t in real]).double()
+        torch.testing.assert_close(found.value[group], rows.T @ rows / len(rows), rtol=1e-5, atol=1e-6)
+    assert found.inputs == len(real)
+
+
+@pytest.mark.parametrize("how", ["packed", "masked"])
+@pytest.mark.parametrize("reverse", [False, True])
+def test_moments_of_gates_leave_out_the_steps_of_padding(how: str, reverse: bool) -> None:
+    x, lengths = torch.randn(4, 6, 3), torch.tensor([6, 2, 5, 6])
+    mask = (torch.arange(6) < lengths.unsqueeze(1)).long()
+    model = Alone(GateRecurrence(nn.GRU(3, 5, batch_first=True, bidirectional=True))).eval()
+    given: Any = pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False) if how == "packed" else x
+    suffix = "l0_reverse" if reverse else "l0"
+    gates = [getattr(model[0], f"weight_{kind}_{suffix}") for kind in ("ih", "hh")]
+    batch = {"x": given, "attention_mask": mask}
+    found = moments_of(model, [batch], gates)
+    inputs = x[mask.bool()].double()
+    torch.testing.assert_close(found[gates[0]], inputs.T @ inputs / len(inputs), rtol=1e-5, atol=1e-6)
+    if how == "packed":  # of every row the states before each of its own steps
+        total = torch.zeros(5, 5, dtype=torch.float64)
+        for row, length in zip(x, lengths.tolist(), strict=True):
+            with torch.no_grad():
+                states = model[0](row[:length])[0][:, 5:].flip(0) if reverse else model[0](row[:length])[0][:, :5]
+            total += states[:-1].double().T @ states[:-1].double()  # the first state is zero
+        torch.testing.assert_close(found[gates[1]], total / int(lengths.sum()), rtol=1e-5, atol=1e-6)
+
+
+def test_convolutions_that_read_one_tensor_have_windows_of_their_own() -> None:
+    class Parallel(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.parts = nn.ModuleList(nn.Conv1d(4, 6, width) for width in (1, 3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.cat([part(x).amax(-1) for part in self.parts], -1)
+
+    model = Parallel().eval()
+    found = input_moments(model, [{"x": torch.randn(5, 4, 7)}], list(model.parts))
+    assert [(list(m.value.shape), m.inputs) for _, m in found] == [([4, 4], 35), ([12, 12], 25)]
+
+
+@pytest.mark.filterwarnings("ignore:calibration_data")
+@pytest.mark.parametrize(("bits", "scheme", "range_"), [(2, "asymmetric", None), (3, "midrise", "static")])
+def test_no_shift_of_the_logits_is_left(bits: int, scheme: Any, range_: Any) -> None:
+    model, data = build("bert").eval(), batches("bert")
+    config = qbert.BitsConfig(bits, groups=16, scheme=scheme, activation_range=range_)
+    compensated = replace_defaults(config, rounding="compensated")
+    shifts = []
+    for wanted in (config, compensated):
+        student = qbert.quantize_model(model, wanted, calibration_data=data).eval()
+        with torch.no_grad():
+            off = torch.cat([student(**b).logits - model(**b).logits for b in data]).mean(0)
+        shifts.append(float((off[1] - off[0]).abs()))
+    assert shifts[1] < 1e-5 and shifts[0] > 10 * shifts[1]
+    assert torch.equal(qbert.pack(student).classifier.bias, student.classifier.bias)
+
+
+def replace_defaults(config: qbert.BitsConfig, **changed: Any) -> qbert.BitsConfig:
+    return qbert.BitsConfig.from_dict(config.to_dict() | changed)
 
 
 def test_a_handful_of_rows_is_said_to_be_one() -> None:
@@ -257,6 +361,24 @@ def test_activations_that_are_not_finite_change_nothing(inplace: bool) -> None:
         )
     assert not linears(model) and not any(m._forward_pre_hooks for m in model.modules())
     assert all(torch.equal(p.nan_to_num(), before[n].nan_to_num()) for n, p in model.named_parameters())
+
+
+def test_the_covariance_of_inputs_that_hardly_vary_is_exact() -> None:
+    generator = torch.Generator().manual_seed(0)
+    layer = nn.Linear(6, 3)
+    x = 100 + 1e-2 * torch.randn(4, 50, 6, generator=generator)
+    (((_,), found),) = input_moments(nn.Sequential(layer), [{"input": part} for part in x], [layer])
+    wide = x.flatten(0, 1).double()
+    torch.testing.assert_close(found.mean, wide.mean(0))
+    torch.testing.assert_close(found.value, wide.T @ wide / len(wide))
+    torch.testing.assert_close(found.covariance, torch.cov(wide.T, correction=0), rtol=1e-4, atol=1e-8)
+
+
+def test_a_head_that_is_not_finite_is_named() -> None:
+    model = build("bert").eval()
+    model.classifier.weight.data[0, 0] = float("inf")
+    with pytest.raises(ValueError, match=r"the output of classifier holds NaN or infinity"):
+        qbert.quantize_model(model, qbert.BitsConfig(2, **COMPENSATED), calibration_data=batches("bert"))
 
 
 def test_what_cannot_be_used_is_refused_with_its_mend() -> None:
@@ -321,3 +443,36 @@ def test_directions_of_inputs_count_alike_whatever_their_size(family: str) -> No
             expected = (x * (weights / weights.mean()).unsqueeze(1)).T @ x / len(x)
             assert torch.allclose(found.value, expected, rtol=1e-3, atol=1e-7)
     assert not any(p.requires_grad for p in model.parameters())
+
+
+def test_an_interrupted_rounding_goes_on_after_the_layers_that_are_finished(
+    tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, data, config = build("bert").eval(), batches("bert", 4), qbert.BitsConfig(2, groups=16, **COMPENSATED)
+    whole = qbert.quantize_model(model, config, calibration_data=data)
+    original, calls = WeightQuantizer.compensate, [0]
+    per_layer = len(linears(whole)) // 2
+
+    def counted(*arguments: Any) -> Any:
+        calls[0] += 1
+        if calls[0] == per_layer + 3:  # in the middle of the second layer
+            raise KeyboardInterrupt
+        return original(*arguments)
+
+    monkeypatch.setattr(WeightQuantizer, "compensate", counted)
+    with pytest.raises(KeyboardInterrupt):
+        qbert.quantize_model(model, config, calibration_data=data, checkpoint=tmp_path / "kept")
+    before = calls[0]
+    again = qbert.quantize_model(model, config, calibration_data=data, checkpoint=tmp_path / "kept")
+    assert calls[0] - before == per_layer
+    for name, tensor in whole.state_dict().items():
+        assert torch.equal(tensor, again.state_dict()[name]), name
+    with pytest.raises(ValueError, match=r"rounded from other data; give another folder"):
+        qbert.quantize_model(model, config, calibration_data=data[:2], checkpoint=tmp_path / "kept")
+    with pytest.raises(ValueError, match=r"rounded from other settings"):
+        other = qbert.BitsConfig(3, groups=16, **COMPENSATED)
+        qbert.quantize_model(model, other, calibration_data=data, checkpoint=tmp_path / "kept")
+    file = next((tmp_path / "kept").glob("*.safetensors"))
+    file.write_bytes(file.read_bytes()[:-7])
+    with pytest.raises(ValueError, match="damaged"):
+        qbert.quantize_model(model, config, calibration_data=data, checkpoint=tmp_path / "kept")

@@ -11,6 +11,7 @@ import torch
 from qbert.distill import Distiller, progress, recipes
 from qbert.extras import MissingPackageError
 from qbert.plots import new_figure
+from qbert.report import write_report
 from qbert.tasks import metrics
 from qbert.tasks.evaluation import evaluate_prepared
 
@@ -29,6 +30,7 @@ def hide(monkeypatch: pytest.MonkeyPatch, package: str) -> None:
         ("sklearn", "pip install scikit-learn", lambda: metrics.tag_scores([["noun"]], [["noun"]], ["noun", "verb"])),
         ("seqeval", "pip install seqeval", lambda: metrics.tag_scores([["B-X"]], [["B-X"]], ["O", "B-X", "I-X"])),
         ("matplotlib", "pip install matplotlib", lambda: new_figure(4, 3)),
+        ("plotly", "pip install plotly", lambda: write_report(".", "report.html")),
         ("accelerate", "pip install accelerate", lambda: Distiller(None, None, recipes.qat())),  # type: ignore[arg-type]
     ],
 )

@@ -52,15 +52,17 @@ def starts_with_any(module: str, prefixes: tuple[str, ...]) -> bool:
 
 # From the bottom: a room imports rooms of lower floors only.
 FLOORS = (
-    ("version", "moved", "files", "arguments", "extras", "encoders", "kernels"),
-    ("bits", "students", "tasks", "plots", "results"),
+    ("version", "moved", "files", "progress", "arguments", "extras", "encoders", "kernels"),
+    ("bits", "tasks", "plots", "results"),
     ("quantizers",),
     ("layers", "hessian"),
     ("calibration", "sizes", "inference"),
+    ("outputs", "rounded"),
+    ("usage",),
     ("quantize", "distill"),
     ("allocation", "saving", "onnx"),
-    ("packing",),
-    ("pipeline",),
+    ("packing", "report", "students"),
+    ("pipeline", "shrinking"),
     ("cli",),
 )
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}

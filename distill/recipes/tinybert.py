@@ -8,30 +8,57 @@ prediction stage for 3. Difference: means over real tokens.
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
+from qbert.distill.mapping import LayerMap
 from qbert.distill.recipe import Match, Recipe, Stage
 
+_TERMS = ("embeddings", "hidden", "scores", "prediction")
 
-def tinybert(*, general: bool = False, projection: bool = True) -> Recipe:
+
+def tinybert(
+    *,
+    general: bool = False,
+    projection: bool = True,
+    layers: LayerMap = "uniform",
+    without: Collection[str] = (),
+) -> Recipe:
     """Task distillation, or general distillation (the intermediate stage alone, on unlabelled text).
 
     Args:
         general: first phase of TinyBERT, with a pre-trained teacher that was not fine-tuned.
         projection: map the student's hidden states to the teacher's width; not needed where the widths agree.
+        layers: which teacher layer each student layer learns from; table 5 compares uniform, top and bottom.
+        without: terms to leave out, as in the paper's table 4: "embeddings", "hidden", "scores", "prediction".
+
+    Raises:
+        ValueError: another term to leave out, or nothing left to learn.
     """
-    intermediate = Stage(
-        "intermediate",
-        (
-            Match("hidden", projection="shared" if projection else None, reduction="sum"),
-            Match("scores", reduction="sum"),
-        ),
-        share=10,
-        schedule="constant",
-    )
-    prediction = Stage("prediction", (Match("logits"),), share=3, rate=0.6)
+    for name in without:
+        if name not in _TERMS:
+            raise ValueError(f"without={name!r} is no term of TinyBERT's; use some of {', '.join(_TERMS)}")
+    mapped = "shared" if projection else None
+    matches = []
+    if "hidden" not in without:
+        states = Match(
+            "hidden", layers=layers, embedding="embeddings" not in without, projection=mapped, reduction="sum"
+        )
+        matches.append(states)
+    elif "embeddings" not in without:
+        matches.append(Match("embeddings", projection=mapped))
+    if "scores" not in without:
+        matches.append(Match("scores", layers=layers, reduction="sum"))
+    stages = []
+    if matches:
+        stages.append(Stage("intermediate", tuple(matches), share=10, schedule="constant"))
+    if not general and "prediction" not in without:
+        stages.append(Stage("prediction", (Match("logits"),), share=3, rate=0.6))
+    if not stages:
+        raise ValueError(f"without={', '.join(without)} leaves nothing to learn; leave out less")
     return Recipe(
         name="tinybert",
         source="Jiao et al. 2020",
-        stages=(intermediate,) if general else (intermediate, prediction),
+        stages=tuple(stages),
         steps="fixed",
         arguments={
             "learning_rate": 5e-5,

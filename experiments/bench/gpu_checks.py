@@ -17,8 +17,9 @@ from torch import Tensor
 
 from qbert.kernels import dispatch, formats, operators, reference
 from qbert.kernels.gpu import tiles as tile_table
-from qbert.kernels.gpu.matmul_a8 import matmul_a8
+from qbert.kernels.gpu.products.matmul_a8 import matmul_a8
 from qbert.kernels.gpu.tiles import Tile, rule
+from qbert.kernels.operands import FLOAT, Heads, InputGrid, PackedWeight, ProductWeight
 
 SMALL = MODE == "dry"
 FLOAT_BOUND = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.2e-2}
@@ -156,7 +157,7 @@ def _ordered(bits: Tensor) -> Tensor:
 
 def sums_of(codes: Tensor) -> Tensor:
     """Sums int32 [T] of the codes of every token, as the kernels count them."""
-    return reference.e4m3_sum(codes) if codes.dtype == E4M3 else codes.flatten(1).sum(1, dtype=torch.int32)
+    return reference.code_sum(codes)
 
 
 def weight(rows: int, columns: int, bits: int) -> tuple[Tensor, Tensor]:
@@ -184,7 +185,7 @@ def integers(bits: int, rows: int, columns: int) -> int:
         expected = None if MODE == "compile" else xq.double() @ codes.double().T
         for tile in dict.fromkeys(chosen):
             try:
-                y = matmul_a8(xq, one, packed, one, bits=bits, out_dtype=torch.int32, tile=tile)
+                y = matmul_a8(xq, one, ProductWeight([packed], [bits], one), out_dtype=torch.int32, tile=tile)
                 if expected is not None and MODE == "gpu":
                     tally.note(f"{tokens} tokens {short(tile)}", float((y.double() - expected).abs().max()), 0)
             except Exception as error:
@@ -205,9 +206,9 @@ def activations(tokens: int, columns: int, kind: str) -> tuple[Tensor, Tensor, T
     x = normal(tokens, columns)
     with twins():
         if kind == "one":
-            codes, _, sums = operators.quantize_rows(x, 0.02, 3)
+            codes, _, sums = operators.quantize_rows(x, InputGrid(0.02, 3))
             return codes, torch.full((1,), 0.02, device=DEVICE), sums
-        return operators.quantize_rows(x, asymmetric=kind == "asymmetric")
+        return operators.quantize_rows(x, InputGrid(asymmetric=kind == "asymmetric"))
 
 
 def epilogues(bits: int, rows: int, columns: int) -> int:
@@ -231,17 +232,17 @@ def epilogues(bits: int, rows: int, columns: int) -> int:
             ("token", "float", {"bias": bias, "gelu": True}),
             ("token", "none", {"bias": bias, "out_dtype": torch.bfloat16}),
             ("asymmetric", "int", {"bias": bias, "gelu": True, "out_dtype": torch.float32}),
-            ("token", "int", {"bias": bias, "gelu": True, "out_dtype": torch.int8, "out_scale": 0.05, "out_zero": -60}),
-            ("one", "none", {"bias": bias, "gelu": True, "out_dtype": torch.int8, "out_scale": 0.05}),
+            ("token", "int", {"bias": bias, "gelu": True, "out": InputGrid(0.05, -60)}),
+            ("one", "none", {"bias": bias, "gelu": True, "out": InputGrid(0.05)}),
         ):
             given = dict(options)
-            if given.get("out_dtype") == torch.int8:
+            if "out" in given:
                 given["out_row_sum"] = torch.zeros(tokens, dtype=torch.int32, device=DEVICE)
-            if kind == "asymmetric":
-                given["weight_sum"] = weight_sum
+            sums = weight_sum if kind == "asymmetric" else None
+            whole = ProductWeight([packed], [bits], scale, zeros[zero], given.pop("bias", None), sums)
             what = f"{tokens} tokens, x {kind}, zero {zero}, {', '.join(options)}"
             inputs = activations(tokens, columns, kind)
-            compare(tally, what, operators.matmul_a8, *inputs, packed, scale, zeros[zero], bits=bits, **given)
+            compare(tally, what, operators.matmul_a8, *inputs, whole, **given)
     return tally.end()
 
 
@@ -256,31 +257,32 @@ def eight_bit_floats(bits: int, rows: int, columns: int) -> int:
     for tokens in (5,) if SMALL else (33, 512, 4096) if columns % 256 == 0 else (33,):
         residual = normal(tokens, rows).half()
         with twins():
-            per_token = operators.quantize_rows(normal(tokens, columns), codes_dtype=E4M3)
-            codes, _, sums = operators.quantize_rows(normal(tokens, columns), 0.01, codes_dtype=E4M3)
+            per_token = operators.quantize_rows(normal(tokens, columns), InputGrid(codes_dtype=E4M3))
+            codes, _, sums = operators.quantize_rows(normal(tokens, columns), InputGrid(0.01, codes_dtype=E4M3))
         static = (codes, torch.full((1,), 0.01, device=DEVICE), sums)
         for x, zeros, options in (
             (per_token, None, {}),
             (per_token, zero, {"bias": bias, "residual": residual}),
             (static, None, {"residual": residual, "out_dtype": torch.float32}),
             (static, zero, {"bias": bias, "gelu": True}),
-            (static, zero, {"bias": bias, "gelu": True, "out_dtype": E4M3, "out_scale": 0.02}),
-            (static, None, {"bias": bias, "gelu": True, "out_dtype": E4M3, "out_scale": 0.02}),
-            (per_token, zero, {"bias": bias, "out_dtype": torch.int8, "out_scale": 0.2}),
+            (static, zero, {"bias": bias, "gelu": True, "out": InputGrid(0.02, codes_dtype=E4M3)}),
+            (static, None, {"bias": bias, "gelu": True, "out": InputGrid(0.02, codes_dtype=E4M3)}),
+            (per_token, zero, {"bias": bias, "out": InputGrid(0.2)}),
         ):
             given = dict(options)
-            if "out_scale" in given:
+            if "out" in given:
                 given["out_row_sum"] = torch.zeros(tokens, dtype=torch.int32, device=DEVICE)
             kind = "one" if x is static else "token"
             what = f"{tokens} tokens, x {kind}, zero {zeros is not None}, {', '.join(options)}"
             # GELU is nowhere steeper than 1.13.
-            off_by = e4m3_error(x, weights, scale, zeros) * 1.13 / options.get("out_scale", 1.0)
-            compare(tally, what, operators.matmul_a8, *x, packed, scale, zeros, bits=bits, off_by=off_by, **given)
-        three: Any = ([packed] * 3, [bits] * 3, scale.repeat(3), None, bias.repeat(3))
+            off_by = e4m3_error(x, weights, scale, zeros) * 1.13 / (given["out"].scale if "out" in given else 1.0)
+            whole = ProductWeight([packed], [bits], scale, zeros, given.pop("bias", None))
+            compare(tally, what, operators.matmul_a8, *x, whole, off_by=off_by, **given)
+        three = ProductWeight([packed] * 3, [bits] * 3, scale.repeat(3), None, bias.repeat(3))
         for kind, x in (("one", static), ("token", per_token)):
             off_by = e4m3_error(x, weights, scale, None).repeat(1, 3)
             what = f"{tokens} tokens, x {kind}, query, key and value"
-            compare(tally, what, operators.matmul_a8_mixed, *x, *three, off_by=off_by)
+            compare(tally, what, operators.matmul_a8_mixed, *x, three, off_by=off_by)
     return tally.end()
 
 
@@ -309,7 +311,8 @@ def mixed() -> int:
             for kind, given in (("token", None), ("one", zero), ("token", zero)):
                 what = f"bits {bits}, {tokens} tokens, x {kind}, zero {'none' if given is None else 'int'}"
                 inputs = activations(tokens, columns, kind)
-                compare(tally, what, operators.matmul_a8_mixed, *inputs, packed, bits, scale, given, bias)
+                three = ProductWeight(packed, bits, scale, given, bias)
+                compare(tally, what, operators.matmul_a8_mixed, *inputs, three)
     return tally.end()
 
 
@@ -324,7 +327,7 @@ def floats(bits: int) -> int:
             for dtype in (torch.float16, torch.bfloat16):
                 x = normal(tokens, columns).to(dtype)
                 what = f"{rows}x{columns}, {tokens} tokens, {dtype}"
-                compare(tally, what, operators.matmul_a16, x, packed, scale, zero, bias, bits=bits)
+                compare(tally, what, operators.matmul_a16, x, ProductWeight([packed], [bits], scale, zero, bias))
     return tally.end()
 
 
@@ -336,15 +339,12 @@ def rows() -> int:
         for dtype in (torch.float16, torch.bfloat16, torch.float32):
             x, residual = normal(tokens, width).to(dtype), normal(tokens, width).to(dtype)
             norm = (weight_.to(dtype), bias.to(dtype), 1e-12)
-            for static, zero, asymmetric in ((0.0, 0, False), (0.0, 0, True), (0.03, -11, False)):
-                what = f"{tokens}x{width} {dtype} static {static} asymmetric {asymmetric}"
-                compare(tally, f"quantize {what}", operators.quantize_rows, x, static, zero, asymmetric)
+            grids = (InputGrid(), InputGrid(asymmetric=True), InputGrid(0.03, -11))
+            for grid in (*grids, InputGrid(codes_dtype=E4M3), InputGrid(0.01, codes_dtype=E4M3)):
+                what = f"{tokens}x{width} {dtype} {grid}"
+                compare(tally, f"quantize {what}", operators.quantize_rows, x, grid)
                 # Codes are compared on the very rows that the kernel normalized, since one rounding moves a code.
-                compare(tally, f"LayerNorm {what}", _normed, x, residual, *norm, static, zero, asymmetric)
-            for static in (0.0, 0.01):
-                what = f"{tokens}x{width} {dtype} static {static} e4m3"
-                compare(tally, f"quantize {what}", operators.quantize_rows, x, static, 0, False, E4M3)
-                compare(tally, f"LayerNorm {what}", _normed, x, residual, *norm, static, 0, False, E4M3)
+                compare(tally, f"LayerNorm {what}", _normed, x, residual, *norm, grid)
     return tally.end()
 
 
@@ -352,7 +352,7 @@ def _normed(x: Tensor, residual: Tensor, *rest: Any) -> Tensor:
     y, codes, *_ = operators.layernorm_quantize(x, residual, *rest)
     if dispatch.implementation(x.device) == "triton" and MODE == "gpu":
         with twins():
-            wanted = operators.quantize_rows(y, *rest[3:])[0]
+            wanted = operators.quantize_rows(y, rest[3])[0]
         steps, share = difference(codes, wanted)
         if steps > 1 or share > ROUNDED + 1.5 / codes.numel():
             raise ValueError(f"codes differ from those of its own y: by up to {steps:.0f} steps, {share:.2g} of them")
@@ -369,20 +369,26 @@ def attend() -> int:
             for dtype in (torch.float16, torch.bfloat16):
                 q, k, v = torch.randn(tokens, 3, heads, width, device=DEVICE).to(dtype).unbind(1)
                 what = f"{heads} heads of {width}, lengths {lengths}, {dtype}"
-                inputs = (q, k, v, starts, longest, width**-0.5)
-                compare(tally, what, operators.attention, *inputs)
+                inputs = Heads(q, k, v, starts, longest, width**-0.5)
+                compare(tally, what, operators.attention, inputs)
                 sums = torch.zeros(tokens, dtype=torch.int32, device=DEVICE)
                 # Softmax weights are rounded to the dtype of the values, which moves a few codes, and where values
                 # cancel by many steps between e4m3 codes.
                 off = 0.05 if dtype == torch.float16 else 0.4
-                compare(tally, f"{what}, int8", operators.attention, *inputs, 0.02, 5, out_row_sum=sums, codes_off=off)
-                with twins():
-                    sizes = v if MODE == "compile" else operators.attention(q, k, v.abs(), *inputs[3:])
-                off_by = sizes.double() * SOFTMAX[dtype] / 0.01
                 compare(
-                    tally, f"{what}, e4m3", operators.attention, *inputs, 0.01, out_row_sum=sums, off_by=off_by,
-                    codes_dtype=E4M3,
-                )  # fmt: skip
+                    tally,
+                    f"{what}, int8",
+                    operators.attention,
+                    *inputs,
+                    InputGrid(0.02, 5),
+                    out_row_sum=sums,
+                    codes_off=off,
+                )
+                with twins():
+                    sizes = v if MODE == "compile" else operators.attention(inputs._replace(value=v.abs()))
+                off_by = sizes.double() * SOFTMAX[dtype] / 0.01
+                out = InputGrid(0.01, codes_dtype=E4M3)
+                compare(tally, f"{what}, e4m3", operators.attention, inputs, out, out_row_sum=sums, off_by=off_by)
     return tally.end()
 
 
@@ -395,34 +401,27 @@ def tables() -> int:
         packed = [weight(n, width, b)[1] for n, b in zip(sizes, bits, strict=True)]
         scale = [torch.rand(g, 1, device=DEVICE) * 0.05 for g in (10, sizes[1], 1)]
         zero = [torch.randn_like(s) for s in scale]
-        none = torch.empty(0, dtype=torch.int32, device=DEVICE)
-        group = [(torch.arange(sizes[0], device=DEVICE) * 10 // sizes[0]).int(), none, none]
+        group = [(torch.arange(sizes[0], device=DEVICE) * 10 // sizes[0]).int(), None, None]
+        parts = zip(packed, scale, zero, group, bits, strict=True)
+        tables_ = [PackedWeight(*part, width) for part in parts]
         norm = (torch.randn(width, device=DEVICE), torch.randn(width, device=DEVICE), 1e-12)
         for tokens in (3,) if SMALL else (1, 33, 4096):
             ids = [torch.randint(0, n, (tokens,), device=DEVICE) for n in sizes]
             for dtype in (torch.float16, torch.float32):
-                for options in (
-                    {},
-                    {"asymmetric": True},
-                    {"static_scale": 0.02, "static_zero": 4},
-                    {"static_scale": 0.01, "codes_dtype": E4M3},
+                for grid in (
+                    InputGrid(),
+                    InputGrid(asymmetric=True),
+                    InputGrid(0.02, 4),
+                    InputGrid(0.01, codes_dtype=E4M3),
                 ):
-                    what = f"bits {bits}, {tokens} tokens, {dtype}, {options}"
-                    compare(
-                        tally, what, _embedded, ids, packed, scale, zero, group, list(bits), *norm, out_dtype=dtype,
-                        **options,
-                    )  # fmt: skip
-            one = (ids[0], packed[0], scale[0], zero[0], group[0])
-            compare(tally, f"one table, bits {bits[0]}", _looked_up, *one, bits=bits[0], features=width)
+                    what = f"bits {bits}, {tokens} tokens, {dtype}, {grid}"
+                    compare(tally, what, _embedded, ids, tables_, *norm, grid, out_dtype=dtype)
+            compare(tally, f"one table, bits {bits[0]}", dispatch.embedding, ids[0], tables_[0], torch.float16)
     return tally.end()
 
 
 def _embedded(*inputs: Any, **options: Any) -> Tensor:
     return operators.embed_layernorm(*inputs, **options)[0]
-
-
-def _looked_up(*inputs: Any, **options: Any) -> Tensor:
-    return dispatch.embedding(*inputs, **options, dtype=torch.float16)
 
 
 def repeats() -> int:
@@ -434,7 +433,7 @@ def repeats() -> int:
             inputs = activations(tokens, 1024, "token")
             scale = torch.rand(768, device=DEVICE)
             zero = torch.randint(-8, 8, (768,), device=DEVICE, dtype=torch.int32)
-            run = partial(operators.matmul_a8, *inputs, packed, scale, zero, bits=bits)
+            run = partial(operators.matmul_a8, *inputs, ProductWeight([packed], [bits], scale, zero))
             first, moved = run(), 0
             for _ in range(2 if MODE != "gpu" else 300):
                 moved += int(not torch.equal(run(), first)) if MODE == "gpu" else 0
@@ -527,16 +526,15 @@ def linear() -> int:
         group, bias = torch.arange(rows_, device=DEVICE) // 3, torch.randn(rows_, device=DEVICE)
         spread: Any = [reference.expand_groups(t, group, rows_) for t in (scale, zero)]
         for dtype in (torch.float16, torch.bfloat16, torch.float32):
-            for seen_as, asymmetric in ((8, False), (8, True), (None, False)):
+            for grid in (InputGrid(), InputGrid(asymmetric=True), FLOAT):
                 for tokens in (2,) if SMALL else (33, 500):
                     x = normal(tokens, columns).to(dtype)
-                    what = f"W{bits}, {tokens} tokens, {dtype}, activations {seen_as} asymmetric {asymmetric}"
+                    what = f"W{bits}, {tokens} tokens, {dtype}, {grid}"
                     try:
-                        options: Any = {"bits": bits, "activation_bits": seen_as, "asymmetric": asymmetric}
-                        y = dispatch.linear(x, packed, scale, zero, group, bias, **options)
+                        y = dispatch.linear(x, PackedWeight(packed, scale, zero, group, bits, columns), bias, grid)
                         if MODE == "compile":
                             continue
-                        real = reference.fake_quantize(x.float(), asymmetric=asymmetric) if seen_as else x.float()
+                        real = reference.fake_quantize(x.float(), grid)
                         expected = reference.matmul_a16(real, codes, spread[0], spread[1], bias)
                         error = float((y.double() - expected).abs().max() / expected.abs().max())
                         bound = {torch.float32: 1e-3, torch.float16: 5e-3, torch.bfloat16: 4e-2}[dtype]

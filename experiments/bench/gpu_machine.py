@@ -192,7 +192,8 @@ def _compile_only() -> None:
 
     import qbert.inference.gpu
     from qbert.kernels import dispatch
-    from qbert.kernels.gpu import attention, launch, matmul_a8, matmul_a8_mixed, matmul_a16
+    from qbert.kernels.gpu import attention, tiles
+    from qbert.kernels.gpu.products import matmul_a8, matmul_a8_mixed, matmul_a16
 
     class Absent:
         """What Triton asks of a driver before it compiles."""
@@ -225,7 +226,7 @@ def _compile_only() -> None:
     JITFunction.run = compile_only
     knobs.compilation.listener = note
     torch.cuda.get_device_capability = lambda *_: (9, 0)
-    modules: list[Any] = [launch, matmul_a8, matmul_a8_mixed, matmul_a16, attention]
+    modules: list[Any] = [tiles, matmul_a8, matmul_a8_mixed, matmul_a16, attention]
     for module in modules:
         if hasattr(module, "registers_option"):
             module.registers_option = lambda tile, x: {"maxnreg": tile.registers} if tile.registers else {}

@@ -24,6 +24,7 @@ from qbert.kernels.gpu import tune
 from qbert.kernels.gpu.attention_ways import FLASH, measure_attention
 from qbert.kernels.gpu.layernorm_quant import measure_layernorm
 from qbert.kernels.gpu.tiles import E4M3, Tile, candidates
+from qbert.kernels.operands import InputGrid
 
 
 def measure(models: Sequence[str], token_counts: Sequence[int], seconds: float = 60) -> int:
@@ -55,7 +56,7 @@ def measure_one(name: str, rows: int, columns: int, tokens: int) -> int:
     }
     build |= {f"W{b}A8": partial(_a8, codes, rows, b, copies) for b in (8, 4, 3, 2)}
     if MODE == "dry" or torch.cuda.get_device_capability() >= (8, 9):
-        floats: Any = operators.quantize_rows(x, codes_dtype=torch.float8_e4m3fn)
+        floats: Any = operators.quantize_rows(x, InputGrid(codes_dtype=torch.float8_e4m3fn))
         build |= {f"W{b} e4m3": partial(_a8, floats, rows, b, copies) for b in (4, 3, 2)}
     if tokens <= 64:
         build["W4A16"] = partial(low_bit_products._ours_a16, x, rows, copies)

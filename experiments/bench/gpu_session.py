@@ -16,7 +16,6 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 START = time.time()
 # Finding out whether there is a GPU must not start CUDA in the process that the others are forked from.
@@ -70,11 +69,12 @@ def facts() -> int:
     verdict = "the carried cache's" if key == expected else f"NOT the carried cache's {expected[:16]}"
     say(f"Triton's key {key[:16]} is {verdict}")
     from qbert.kernels import formats, operators
+    from qbert.kernels.operands import ProductWeight
 
     start = time.time()
     packed = formats.pack(torch.randint(-8, 8, (64, 256), dtype=torch.int8), 4).to(DEVICE)
-    inputs: Any = operators.quantize_rows(torch.randn(8, 256, device=DEVICE).half())
-    operators.matmul_a8(inputs[0], inputs[1], inputs[2], packed, torch.rand(64, device=DEVICE), bits=4)
+    xq, x_scale, row_sum = operators.quantize_rows(torch.randn(8, 256, device=DEVICE).half())
+    operators.matmul_a8(xq, x_scale, row_sum, ProductWeight([packed], [4], torch.rand(64, device=DEVICE)))
     torch.cuda.synchronize()
     say(f"operators run; the first two took {time.time() - start:.1f} s")
     gpu = torch.cuda.get_device_name()

@@ -25,6 +25,7 @@ from qbert.extras import require
 from qbert.files import write_whole
 from qbert.kernels import dispatch, formats, operators
 from qbert.kernels.gpu import tune
+from qbert.kernels.operands import FLOAT, PackedWeight, ProductWeight
 from qbert.results import provenance
 
 CUBLAS = "cuBLAS fp16"
@@ -166,14 +167,17 @@ def _ours_a8(xq: Tensor, x_scale: Tensor, row_sum: Tensor, rows: int, bits: int,
     scale, bias = torch.rand(rows, device=xq.device), torch.rand(rows, device=xq.device)
     zero = torch.randint(-2, 2, (rows,), device=xq.device, dtype=torch.int32)
     zero = zero << (8 - bits) if xq.dtype == torch.int8 else zero.float()
-    return lambda copy: operators.matmul_a8(xq, x_scale, row_sum, weights[copy], scale, zero, bias, bits=bits)
+    return lambda copy: operators.matmul_a8(
+        xq, x_scale, row_sum, ProductWeight([weights[copy]], [bits], scale, zero, bias)
+    )
 
 
 def _ours_a16(x: Tensor, rows: int, copies: int) -> Call:
     """As a layer runs it: dequantized and multiplied by cuBLAS where that is faster."""
     weights = list(_packed(rows, x.shape[1], 4, copies, x.device))
     scale, zero = torch.rand(rows, 1, device=x.device), torch.zeros(rows, 1, device=x.device)
-    return lambda copy: dispatch.linear(x, weights[copy], scale, zero, bits=4, activation_bits=None)
+    columns = x.shape[1]
+    return lambda copy: dispatch.linear(x, PackedWeight(weights[copy], scale, zero, None, 4, columns), grid=FLOAT)
 
 
 def _gemlite(x: Tensor, rows: int) -> Call:

@@ -1,5 +1,7 @@
 """Self-attention over a packed batch of sequences of different lengths: no padding, one pass, eight bits out.
 
+It stands alone because it is one kernel and its launch; `attention_ways` chooses between it and torch's.
+
     out[t, h] = sum_u softmax_u(query[t, h] . key[u, h] * scale) value[u, h],   u in the sequence of t
 
 One program a (block of queries, head, sequence); keys and values are walked in blocks with a running maximum and
@@ -7,7 +9,7 @@ sum (online softmax, arXiv 2205.14135, algorithm 1), products in fp16 with float
 slices of one fused [T, 3 H D] tensor. The output is fp16/bf16, or int8 (e4m3) with a static scale and zero and,
 summed over heads, the row sums that the next product needs.
 
-    out = attention(query, key, value, cu_seqlens, longest, scale=head_dim**-0.5)        # [T, H, D]
+    out = attention(Heads(query, key, value, cu_seqlens, longest, scale=head_dim**-0.5))        # [T, H, D]
 """
 
 # mypy: allow-untyped-defs
@@ -21,6 +23,7 @@ from torch import Tensor
 
 from qbert.kernels.gpu.quantize_rows import count, to_codes
 from qbert.kernels.gpu.tiles import Tile
+from qbert.kernels.operands import FLOAT, Heads, InputGrid
 
 MAX_HEAD_DIM = 128
 
@@ -104,57 +107,46 @@ def default_tile(longest: int, head_dim: int) -> Tile:
 
 
 def attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    cu_seqlens: Tensor,
-    longest: int,
-    scale: float,
-    out_scale: float = 0.0,
-    out_zero: int = 0,
-    out_row_sum: Tensor | None = None,
-    codes_dtype: torch.dtype = torch.int8,
-    tile: Tile | None = None,
+    heads: Heads, out: InputGrid = FLOAT, out_row_sum: Tensor | None = None, tile: Tile | None = None
 ) -> Tensor:
-    """Launches `attention_kernel`: query, key, value [T, H, D], unit stride over D -> [T, H, D].
+    """Launches `attention_kernel`: [T, H, D] of every sequence; D up to 128.
 
-    cu_seqlens int32 [S + 1]: sequence s is the tokens cu_seqlens[s] to cu_seqlens[s + 1]. `longest` bounds the
-    sequence lengths. A positive `out_scale` makes the result `codes_dtype`, int8 or e4m3, requantized with `out_scale`
-    and `out_zero`; every token's sum over heads is then added to `out_row_sum` (int32 [T], zeroed) where given. D up to
-    128.
+    A static grid `out` makes the result its codes; every token's sum over heads is then added to `out_row_sum` (int32
+    [T], zeroed) where given.
     """
-    tokens, heads, head_dim = query.shape
+    query, key, value, cu_seqlens, longest, scale = heads
+    tokens, count, head_dim = query.shape
     if head_dim > MAX_HEAD_DIM:
         raise ValueError(f"attention takes head dimensions up to {MAX_HEAD_DIM}, got {head_dim}.")
-    dtype = codes_dtype if out_scale > 0 else query.dtype
-    out = torch.empty((tokens, heads, head_dim), dtype=dtype, device=query.device)
+    dtype = out.codes_dtype if out.bits else query.dtype
+    y = torch.empty((tokens, count, head_dim), dtype=dtype, device=query.device)
     sequences = cu_seqlens.numel() - 1
     if tokens and sequences > 0:
         tile = default_tile(longest, head_dim) if tile is None else tile
-        attention_kernel[(triton.cdiv(longest, tile.bm), heads, sequences)](
+        attention_kernel[(triton.cdiv(longest, tile.bm), count, sequences)](
             query,
             key,
             value,
-            out,
+            y,
             out_row_sum,
             cu_seqlens,
             scale,
-            1.0 / out_scale if out_scale > 0 else 0.0,
-            float(out_zero),
+            1.0 / out.scale if out.bits else 0.0,
+            float(out.zero),
             query.stride(0),
             key.stride(0),
             value.stride(0),
             query.stride(1),
             key.stride(1),
             value.stride(1),
-            out.stride(0),
+            y.stride(0),
             head_dim,
             BLOCK_Q=tile.bm,
             BLOCK_K=tile.bn,
             BLOCK_D=max(16, triton.next_power_of_2(head_dim)),
-            QUANTIZE=out_scale > 0,
+            QUANTIZE=bool(out.bits),
             OUT_SUM=out_row_sum is not None,
             num_warps=tile.warps,
             num_stages=tile.stages,
         )
-    return out
+    return y

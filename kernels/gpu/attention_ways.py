@@ -1,12 +1,14 @@
 """Which attention runs on a GPU: this package's kernel in one of its tiles, or torch's and a pass of quantization.
 
+It stands alone because `attention` is one of the ways, and knows no other.
+
 Ours writes 8-bit codes and their sums itself; torch's is faster where long sequences pay for a second pass over the
 output. The environment variable QBERT_ATTENTION decides: "triton" or "flash" force one; without it the way that
 `measure_attention` found fastest for a shape is taken, and ours, in its default tile, for shapes that were not
 measured. Measured ways are kept with the tiles (`tiles`, QBERT_TILES). "flash" needs a torch with
 `torch.nn.attention.varlen` (2.10 and later).
 
-    out = attend(query, key, value, cu_seqlens, longest, scale=0.125)
+    out = attend(Heads(query, key, value, cu_seqlens, longest, scale=0.125))
     measure_attention(sequences=32, longest=384, heads=12, head_dim=64)
 """
 
@@ -22,9 +24,9 @@ from triton.runtime.errors import OutOfResources, PTXASError
 from triton.testing import do_bench_cudagraph
 
 from qbert.kernels.gpu.attention import attention, default_tile
-from qbert.kernels.gpu.launch import device_name
 from qbert.kernels.gpu.quantize_rows import quantize_rows
-from qbert.kernels.gpu.tiles import Tile, known_tile, measure, token_bucket
+from qbert.kernels.gpu.tiles import Tile, device_name, known_tile, measure, token_bucket
+from qbert.kernels.operands import FLOAT, Heads, InputGrid
 
 FLASH = Tile(0, 0, 0, warps=0, stages=0)  # stands for torch's in the table of measured tiles
 WAYS = [
@@ -37,18 +39,7 @@ WAYS = [
 ]
 
 
-def attend(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    cu_seqlens: Tensor,
-    longest: int,
-    scale: float,
-    out_scale: float = 0.0,
-    out_zero: int = 0,
-    out_row_sum: Tensor | None = None,
-    codes_dtype: torch.dtype = torch.int8,
-) -> Tensor:
+def attend(heads: Heads, out: InputGrid = FLOAT, out_row_sum: Tensor | None = None) -> Tensor:
     """As `attention`, in the way that is forced, measured or the default.
 
     Raises ValueError for another QBERT_ATTENTION, and for "flash" where torch has none for packed sequences.
@@ -60,11 +51,10 @@ def attend(
         raise ValueError(f"QBERT_ATTENTION=flash needs torch 2.10 or later, this is {torch.__version__}; unset it.")
     tile = FLASH if forced == "flash" else None
     if not forced:
-        tile = known_tile(*_shape(query, longest), device_name(query))
-    output = (out_scale, out_zero, out_row_sum, codes_dtype)
+        tile = known_tile(*_shape(heads), device_name(heads.query))
     if tile == FLASH:
-        return _flash(query, key, value, cu_seqlens, longest, scale, *output)
-    return attention(query, key, value, cu_seqlens, longest, scale, *output, tile=tile)
+        return _flash(heads, out, out_row_sum)
+    return attention(heads, out, out_row_sum, tile=tile)
 
 
 def has_flash() -> bool:
@@ -72,34 +62,24 @@ def has_flash() -> bool:
     return find_spec("torch.nn.attention.varlen") is not None
 
 
-def _shape(query: Tensor, longest: int) -> tuple[str, int, int, int, int]:
+def _shape(heads: Heads) -> tuple[str, int, int, int, int]:
     """What choices are kept by: tokens, heads, head dimension, and the power of two that holds the longest sequence."""
-    tokens, heads, head_dim = query.shape
-    return "attention", tokens, heads, head_dim, token_bucket(longest)
+    tokens, count, head_dim = heads.query.shape
+    return "attention", tokens, count, head_dim, token_bucket(heads.longest)
 
 
-def _flash(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    cu_seqlens: Tensor,
-    longest: int,
-    scale: float,
-    out_scale: float,
-    out_zero: int,
-    out_row_sum: Tensor | None,
-    codes_dtype: torch.dtype,
-) -> Tensor:
+def _flash(heads: Heads, out: InputGrid, out_row_sum: Tensor | None) -> Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
-    out = varlen_attn(query, key, value, cu_seqlens, cu_seqlens, longest, longest, scale=scale)
-    assert isinstance(out, Tensor)
-    if out_scale <= 0:
-        return out
-    codes, _, sums = quantize_rows(out.flatten(1), out_scale, out_zero, codes_dtype=codes_dtype)
+    query, key, value, cu_seqlens, longest, scale = heads
+    y = varlen_attn(query, key, value, cu_seqlens, cu_seqlens, longest, longest, scale=scale)
+    assert isinstance(y, Tensor)
+    if not out.bits:
+        return y
+    codes, _, sums = quantize_rows(y.flatten(1), out)
     if out_row_sum is not None:
         out_row_sum += sums
-    return codes.view_as(out)
+    return codes.view_as(y)
 
 
 def measure_attention(*, sequences: int, longest: int, heads: int, head_dim: int) -> Tile:
@@ -114,7 +94,7 @@ def measure_attention(*, sequences: int, longest: int, heads: int, head_dim: int
     query, key, value = fused.unbind(1)
     starts = torch.arange(0, tokens + 1, longest, device="cuda", dtype=torch.int32)
     sums = torch.zeros(tokens, device="cuda", dtype=torch.int32)
-    given = (query, key, value, starts, longest, head_dim**-0.5, 0.02, 0, sums, torch.int8)
+    given = (Heads(query, key, value, starts, longest, head_dim**-0.5), InputGrid(0.02), sums)
 
     def milliseconds(tile: Tile) -> float:
         try:
@@ -125,4 +105,4 @@ def measure_attention(*, sequences: int, longest: int, heads: int, head_dim: int
             return float("inf")
 
     ways = [default_tile(longest, head_dim), *(w for w in WAYS if w != FLASH or has_flash())]
-    return measure(*_shape(query, longest), device_name(query), milliseconds, list(dict.fromkeys(ways)))
+    return measure(*_shape(given[0]), device_name(query), milliseconds, list(dict.fromkeys(ways)))

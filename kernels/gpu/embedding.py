@@ -12,8 +12,6 @@ layer's products read: y, its int8 codes, scale and row sum.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
@@ -21,29 +19,8 @@ from torch import Tensor
 
 from qbert.kernels import formats
 from qbert.kernels.gpu.layernorm_quant import MAX_COLUMNS, normalize_row, store_quantized
-from qbert.kernels.gpu.quantize_rows import empty_scale, range_kind
-
-
-class Table(NamedTuple):
-    """A packed table: uint8 [V, row bytes], scale and zero float32 [G, K], row_group int32 [V] or None (G = V or 1).
-
-    All contiguous; `of` makes them so.
-    """
-
-    packed: Tensor
-    scale: Tensor
-    zero: Tensor
-    row_group: Tensor | None
-    bits: int
-    features: int
-
-    @classmethod
-    def of(
-        cls, packed: Tensor, scale: Tensor, zero: Tensor, row_group: Tensor | None, bits: int, features: int
-    ) -> Table:
-        """The table of tensors of any strides, scale and zero of any floating dtype, row_group of any integer one."""
-        groups = None if row_group is None else row_group.int().contiguous()
-        return cls(packed.contiguous(), scale.float().contiguous(), zero.float().contiguous(), groups, bits, features)
+from qbert.kernels.gpu.quantize_rows import empty_codes, range_kind
+from qbert.kernels.operands import PER_TOKEN, InputGrid, PackedWeight
 
 
 @triton.jit
@@ -172,58 +149,52 @@ def embed_layernorm_kernel(
     )  # fmt: skip
 
 
-def embedding(ids: Tensor, table: Table, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Launches `embedding_kernel`: ids [T] (int32 or int64) -> [T, I] in `dtype`; NaN for an id outside the table."""
-    y = torch.empty((ids.numel(), table.features), dtype=dtype, device=ids.device)
+def embedding(ids: Tensor, table: PackedWeight, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Launches `embedding_kernel`: ids [T] (int32 or int64) -> [T, I] in `dtype`; NaN for an id outside the table.
+
+    The table is as `PackedWeight.dense` makes it.
+    """
+    y = torch.empty((ids.numel(), table.columns), dtype=dtype, device=ids.device)
     if y.numel():
         constants = _constants(table)
         embedding_kernel[(ids.numel(),)](
             ids,
-            table.packed,
-            table.scale,
-            table.zero,
-            table.row_group,
+            *table[:4],
             y,
-            table.features,
-            table.features // table.scale.shape[1],
+            table.columns,
+            table.columns // table.scale.shape[1],
             table.scale.shape[1],
-            table.packed.stride(0),
-            table.packed.shape[0],
+            table.codes.stride(0),
+            table.rows,
             TAIL=constants[0],
             BITS=constants[1],
             GROUPS=constants[2],
-            BLOCK=triton.next_power_of_2(table.features),
+            BLOCK=triton.next_power_of_2(table.columns),
         )
     return y
 
 
 def embed_layernorm(
-    tables: list[tuple[Tensor, Table]],
+    tables: list[tuple[Tensor, PackedWeight]],
     weight: Tensor,
     bias: Tensor,
     eps: float,
     dtype: torch.dtype = torch.float16,
-    static_scale: float = 0.0,
-    static_zero: int = 0,
-    asymmetric: bool = False,
-    codes_dtype: torch.dtype = torch.int8,
+    grid: InputGrid = PER_TOKEN,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """LayerNorm of the sum of one to three tables' rows: (y [T, I], its codes, their scale [T], row sums [T]).
 
-    `tables` holds (ids [T], table); all tables have the same number of features, at most 16,384. A positive
-    `static_scale` takes the place of one scale a token; with `asymmetric` the scale is [2, T], steps and offsets. An id
-    outside its table gives a row of NaN.
+    `tables` holds (ids [T], dense table); all tables have the same number of features, at most 16,384. With an
+    asymmetric grid the scale is [2, T], steps and offsets. An id outside its table gives a row of NaN.
     """
     if not 1 <= len(tables) <= 3:
         raise ValueError(f"tables must hold one to three tables, got {len(tables)}.")
     ids, first = tables[0]
-    tokens, columns = ids.numel(), first.features
+    tokens, columns = ids.numel(), first.columns
     if columns > MAX_COLUMNS:
         raise ValueError(f"embed_layernorm keeps a row in registers: at most {MAX_COLUMNS} features, got {columns}.")
     y = torch.empty((tokens, columns), dtype=dtype, device=ids.device)
-    codes = torch.empty((tokens, columns), dtype=codes_dtype, device=ids.device)
-    scale = empty_scale(tokens, asymmetric, ids.device)
-    row_sum = torch.empty(tokens, dtype=torch.int32, device=ids.device)
+    codes, scale, row_sum = empty_codes(tokens, columns, grid, ids.device)
     if tokens == 0:
         return y, codes, scale, row_sum
     arguments: list[object] = []
@@ -232,17 +203,17 @@ def embed_layernorm(
         present = index < len(tables)
         its_ids, table = tables[index] if present else tables[0]
         groups = table.scale.shape[1]
-        arguments += [its_ids, *table[:4], columns // groups, groups, table.packed.stride(0), table.packed.shape[0]]
+        arguments += [its_ids, *table[:4], columns // groups, groups, table.codes.stride(0), table.rows]
         constants += _constants(table) if present else (0, 0, "one")
     embed_layernorm_kernel[(tokens,)](
-        *arguments, weight, bias, y, codes, scale, row_sum, columns, eps, static_scale, float(static_zero), *constants,
-        range_kind(static_scale, asymmetric), triton.next_power_of_2(columns),
+        *arguments, weight, bias, y, codes, scale, row_sum, columns, eps, grid.scale, float(grid.zero), *constants,
+        range_kind(grid), triton.next_power_of_2(columns),
     )  # fmt: skip
     return y, codes, scale, row_sum
 
 
-def _constants(table: Table) -> tuple[int, int, str]:
+def _constants(table: PackedWeight) -> tuple[int, int, str]:
     """Codes in the last block, bits, and where a row's group number comes from."""
-    tail = formats.packed_row_nbytes(table.features % 256, table.bits) * 8 // table.bits
+    tail = formats.packed_row_nbytes(table.columns % 256, table.bits) * 8 // table.bits
     groups = "table" if table.row_group is not None else "one" if table.scale.shape[0] == 1 else "row"
     return tail, table.bits, groups

@@ -18,17 +18,17 @@ import triton.language as tl
 from torch import Tensor
 from triton.testing import do_bench_cudagraph
 
-from qbert.kernels.gpu.launch import device_name
 from qbert.kernels.gpu.quantize_rows import (
     asymmetric_codes,
     asymmetric_grid,
     count,
-    empty_scale,
+    empty_codes,
     quantize_values,
     range_kind,
     to_codes,
 )
-from qbert.kernels.gpu.tiles import Tile, known_tile, measure
+from qbert.kernels.gpu.tiles import Tile, device_name, known_tile, measure
+from qbert.kernels.operands import PER_TOKEN, InputGrid
 
 MAX_COLUMNS = 16384
 
@@ -108,25 +108,20 @@ def layernorm_quantize(
     weight: Tensor,
     bias: Tensor,
     eps: float,
-    static_scale: float = 0.0,
-    static_zero: int = 0,
-    asymmetric: bool = False,
-    codes_dtype: torch.dtype = torch.int8,
+    grid: InputGrid = PER_TOKEN,
     tile: Tile | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Launches `layernorm_quantize_kernel`: x, residual [T, I] -> (y [T, I], codes [T, I], float32 [T], int32 [T]).
 
-    A positive `static_scale` takes the place of one scale a token; the third result is then filled with it. With
-    `asymmetric` it is [2, T], steps and offsets. At most 16,384 columns. Of `tile` only the warps count: the measured
-    ones (`measure_layernorm`) where None, else the default.
+    On a static grid the third result is filled with its scale; on an asymmetric one it is [2, T], steps and offsets. At
+    most 16,384 columns. Of `tile` only the warps count: the measured ones (`measure_layernorm`) where None, else the
+    default.
     """
     tokens, columns = x.shape
     if columns > MAX_COLUMNS:
         raise ValueError(f"layernorm_quantize keeps a row in registers: at most {MAX_COLUMNS} columns, got {columns}.")
     y = torch.empty((tokens, columns), dtype=x.dtype, device=x.device)
-    codes = torch.empty((tokens, columns), dtype=codes_dtype, device=x.device)
-    scale = empty_scale(tokens, asymmetric, x.device)
-    row_sum = torch.empty(tokens, dtype=torch.int32, device=x.device)
+    codes, scale, row_sum = empty_codes(tokens, columns, grid, x.device)
     if tokens:
         block = triton.next_power_of_2(columns)
         tile = tile or known_tile(*_shape(tokens, columns), device_name(x)) or default_warps(columns)
@@ -141,12 +136,12 @@ def layernorm_quantize(
             row_sum,
             columns,
             eps,
-            static_scale,
-            float(static_zero),
+            grid.scale,
+            float(grid.zero),
             x.stride(0),
             0 if residual is None else residual.stride(0),
             HAS_RESIDUAL=residual is not None,
-            RANGE=range_kind(static_scale, asymmetric),
+            RANGE=range_kind(grid),
             BLOCK=block,
             num_warps=tile.warps,
         )
@@ -173,9 +168,10 @@ def measure_layernorm(*, tokens: int, columns: int) -> Tile:
         raise RuntimeError("measure_layernorm times kernels on a CUDA device, and there is none.")
     x = torch.randn(tokens, columns, device="cuda", dtype=torch.float16)
     weight, bias = torch.randn(2, columns, device="cuda", dtype=torch.float16)
+    grid = InputGrid(0.02)
 
     def milliseconds(tile: Tile) -> float:
-        return float(do_bench_cudagraph(lambda: layernorm_quantize(x, None, weight, bias, 1e-12, 0.02, tile=tile)))
+        return float(do_bench_cudagraph(lambda: layernorm_quantize(x, None, weight, bias, 1e-12, grid, tile=tile)))
 
     ways = [default_warps(columns), *(Tile(1, columns, 0, warps=warps) for warps in (1, 2, 4, 8))]
     return measure(*_shape(tokens, columns), device_name(x), milliseconds, list(dict.fromkeys(ways)))

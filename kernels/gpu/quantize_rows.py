@@ -26,6 +26,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from qbert.kernels.operands import PER_TOKEN, InputGrid
+
 
 @triton.jit
 def to_int8(y, zero):
@@ -129,32 +131,27 @@ def quantize_rows_kernel(
     tl.store(row_sum_ptr + row, tl.sum(total, axis=0))
 
 
-def range_kind(static_scale: float, asymmetric: bool) -> str:
+def range_kind(grid: InputGrid) -> str:
     """What the row kernels call the range of their output."""
-    return "asymmetric" if asymmetric else "static" if static_scale > 0 else "dynamic"
+    return "asymmetric" if grid.asymmetric else "static" if grid.scale > 0 else "dynamic"
 
 
-def empty_scale(tokens: int, asymmetric: bool, device: torch.device) -> Tensor:
-    """Scales [T], or steps and offsets [2, T], to be written."""
-    return torch.empty((2, tokens) if asymmetric else (tokens,), dtype=torch.float32, device=device)
+def empty_codes(tokens: int, columns: int, grid: InputGrid, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """To be written: codes [T, I], scales [T] or steps and offsets [2, T], row sums [T]."""
+    return (
+        torch.empty((tokens, columns), dtype=grid.codes_dtype, device=device),
+        torch.empty((2, tokens) if grid.asymmetric else (tokens,), dtype=torch.float32, device=device),
+        torch.empty(tokens, dtype=torch.int32, device=device),
+    )
 
 
-def quantize_rows(
-    x: Tensor,
-    static_scale: float = 0.0,
-    static_zero: int = 0,
-    asymmetric: bool = False,
-    codes_dtype: torch.dtype = torch.int8,
-) -> tuple[Tensor, Tensor, Tensor]:
+def quantize_rows(x: Tensor, grid: InputGrid = PER_TOKEN) -> tuple[Tensor, Tensor, Tensor]:
     """Launches `quantize_rows_kernel`: x [T, I] with unit column stride -> (codes [T, I], float32 [T], int32 [T]).
 
-    A positive `static_scale` takes the place of one scale a token; the second result is then filled with it. With
-    `asymmetric` the second result is [2, T], steps and offsets.
+    On a static grid the second result is filled with its scale; on an asymmetric one it is [2, T], steps and offsets.
     """
     tokens, columns = x.shape
-    codes = torch.empty((tokens, columns), dtype=codes_dtype, device=x.device)
-    scale = empty_scale(tokens, asymmetric, x.device)
-    row_sum = torch.empty(tokens, dtype=torch.int32, device=x.device)
+    codes, scale, row_sum = empty_codes(tokens, columns, grid, x.device)
     if not codes.numel():  # only here, because a fill is a launch of its own
         scale.zero_()
         row_sum.zero_()
@@ -166,10 +163,10 @@ def quantize_rows(
             scale,
             row_sum,
             columns,
-            static_scale,
-            float(static_zero),
+            grid.scale,
+            float(grid.zero),
             x.stride(0),
-            RANGE=range_kind(static_scale, asymmetric),
+            RANGE=range_kind(grid),
             BLOCK=block,
             num_warps=4 if block <= 2048 else 8,
         )

@@ -20,10 +20,11 @@ from triton.runtime.errors import OutOfResources, PTXASError
 from triton.testing import do_bench_cudagraph
 
 from qbert.kernels import formats
-from qbert.kernels.gpu.matmul_a8 import matmul_a8
-from qbert.kernels.gpu.matmul_a8_mixed import matmul_a8_mixed
-from qbert.kernels.gpu.matmul_a16 import matmul_a16
+from qbert.kernels.gpu.products.matmul_a8 import matmul_a8
+from qbert.kernels.gpu.products.matmul_a8_mixed import matmul_a8_mixed
+from qbert.kernels.gpu.products.matmul_a16 import matmul_a16
 from qbert.kernels.gpu.tiles import E4M3, Tile, measure
+from qbert.kernels.operands import InputGrid, ProductWeight
 
 KERNELS = ("matmul_a8", f"matmul_a8{E4M3}", "matmul_a8_mixed", f"matmul_a8_mixed{E4M3}", "matmul_a16")
 
@@ -71,23 +72,24 @@ def encoder_launch(
     scale, bias = (torch.rand(rows * (3 if mixed else 1), device=device) for _ in range(2))
     x = torch.randn(tokens, columns, device=device, dtype=torch.float16)
     if kernel == "matmul_a16":
-        return lambda weight, tile: matmul_a16(x, weight, scale, bits=bits, bias=bias, tile=tile)
+        return lambda codes, tile: matmul_a16(x, ProductWeight([codes], [bits], scale, bias=bias), tile=tile)
     e4m3 = kernel.endswith(E4M3)
     codes_dtype = torch.float8_e4m3fn if e4m3 else torch.int8
     xq = (x * 16).to(codes_dtype)
     zero = torch.ones(len(scale), device=device, dtype=torch.float32 if e4m3 else torch.int32)
     sums = torch.zeros(tokens, device=device, dtype=torch.int32)
     x_scale = torch.rand(tokens, device=device)
+    count = 3 if mixed else 1
+
+    def weight(codes: Tensor) -> ProductWeight:
+        return ProductWeight([codes] * count, [bits] * count, scale, zero, bias)
+
     if mixed:
-        return lambda weight, tile: matmul_a8_mixed(
-            xq, x_scale, (weight,) * 3, (bits,) * 3, scale, zero=zero, row_sum=sums, bias=bias, tile=tile
-        )
+        return lambda codes, tile: matmul_a8_mixed(xq, x_scale, weight(codes), row_sum=sums, tile=tile)
     if rows > columns:
-        return lambda weight, tile: matmul_a8(
-            xq, x_scale, weight, scale, bits=bits, zero=zero, row_sum=sums, bias=bias, gelu=True,
-            out_dtype=codes_dtype, out_scale=0.1, out_row_sum=sums, tile=tile,
-        )  # fmt: skip
+        out = InputGrid(0.1, codes_dtype=codes_dtype)
+        return lambda codes, tile: matmul_a8(
+            xq, x_scale, weight(codes), row_sum=sums, gelu=True, out=out, out_row_sum=sums, tile=tile
+        )
     residual = torch.randn(tokens, rows, device=device, dtype=torch.float16)
-    return lambda weight, tile: matmul_a8(
-        xq, x_scale[:1], weight, scale, bits=bits, zero=zero, row_sum=sums, bias=bias, residual=residual, tile=tile
-    )
+    return lambda codes, tile: matmul_a8(xq, x_scale[:1], weight(codes), row_sum=sums, residual=residual, tile=tile)

@@ -9,8 +9,11 @@ Without a budget the blocks are ranked by their sensitivity, :math:`\Omega_i = |
 is minimised exactly over all allocations that keep it (Yao et al. 2021, HAWQ-V3, eq. 8, with the eigenvalue instead of
 the trace; Dong et al. 2020, HAWQ-V2).
 
+For a model instead of a spectrum, matrices and tables share the bytes of a whole file (`FilePlan`).
+
     >>> allocate_bits(spectrum, bits=(2, 3))
     >>> allocate_bits(spectrum, bits=(2, 3, 4, 8), size_mb=12, model=model)
+    >>> allocate_bits(model, size_mb=6, calibration_data=batches)
 """
 
 from __future__ import annotations
@@ -28,16 +31,19 @@ from qbert.allocation.blocks import ConfigWriter, Fixed, Measured, check_widths,
 from qbert.allocation.budgets import Latency, check_bounds, explain_infeasible, make_budgets
 from qbert.allocation.damage import Damage, Errors, Specs, damage_table, errors_under, target_specs
 from qbert.allocation.knapsack import choose
+from qbert.allocation.whole_file import FilePlan
 from qbert.arguments import real_number, whole_number
 from qbert.bits import BitsConfig
 from qbert.encoders.targets import targets_found_once
 from qbert.hessian.spectrum import HessianSpectrum
 
+_RANKED_WIDTHS, _FILE_WIDTHS = (2, 3), (2, 3, 4, 8)
+
 
 @targets_found_once()
 def allocate_bits(
-    spectrum: Measured | Mapping[str, float],
-    bits: Sequence[int] = (2, 3),
+    spectrum: Measured | Mapping[str, float] | nn.Module,
+    bits: Sequence[int] | None = None,
     *,
     size_mb: float | None = None,
     average_bits: float | None = None,
@@ -45,6 +51,8 @@ def allocate_bits(
     max_latency: float | None = None,
     latency: Latency | None = None,
     model: nn.Module | None = None,
+    calibration_data: Any = None,
+    progress: bool = False,
     damage: Damage | None = None,
     share: float | None = None,
     fixed: Fixed | None = None,
@@ -52,21 +60,30 @@ def allocate_bits(
     embedding_bits: int = 8,
     **settings: Any,
 ) -> BitsConfig:
-    """Bits for every measured block.
+    """Bits for every measured block; or, of a model, for every matrix and table in a file of `size_mb`.
 
-    Matrices in no measured block (such as ALBERT's embedding projection) get the largest of `bits`; embedding tables
-    get `embedding_bits`; pooler and heads stay in float unless `fixed` names them.
+    For a spectrum: matrices in no measured block (such as ALBERT's embedding projection) get the largest of `bits`;
+    embedding tables get `embedding_bits`; pooler and heads stay in float unless `fixed` names them.
+
+    For a float model and unlabelled `calibration_data`: the bits of every matrix, pooler included, and the form of
+    every table (bits, different bits by rows, rank times bits), chosen together so that they do the least measured
+    damage to the outputs in a safetensors file of at most `size_mb`, its header included
+    (`qbert.allocation.whole_file`). Give the result to `quantize_model` with the same data.
 
     Args:
         spectrum: a `HessianSpectrum` of any granularity, the result of `qbert.sensitivity`, or a mapping from module
-            name to sensitivity.
-        bits: the widths to choose from, out of 2, 3, 4, 8 and 16 or 32 (float).
-        size_mb: largest size of the whole model in MB of 10^6 bytes, everything that `model_size` counts.
+            name to sensitivity; or the float model itself.
+        bits: the widths to choose from, out of 2, 3, 4, 8 and 16 or 32 (float). Default: 2 and 3 for a spectrum, 2, 3,
+            4 and 8 for a model.
+        size_mb: largest size in MB of 10^6 bytes: for a spectrum of everything that `model_size` counts, for a model
+            of the file.
         average_bits: largest mean number of bits of the weights in the measured blocks.
         bit_operations: largest sum of O I (weight bits) (activation bits) over the matrices, for one token.
         max_latency: largest sum of the times in `latency`, in their unit.
         latency: block or matrix name -> bits -> measured time; for `max_latency`.
         model: the float model; needed for a budget, otherwise used to check the result early.
+        calibration_data: batches as for `quantize_model`, some hundred rows, where the first argument is a model.
+        progress: show bars, where the first argument is a model.
         damage: block name -> bits -> predicted damage, instead of sensitivity times squared weight error; where
             `spectrum` is a result of `qbert.sensitivity`, its own prediction is the default.
         share: without a budget and with two widths: share of the blocks, from the most sensitive down, that get the
@@ -82,12 +99,35 @@ def allocate_bits(
 
     Raises:
         ValueError: a budget that cannot be kept (the sentence names the smallest that can), a budget without `model`,
-            an impossible width or setting, a spectrum of another model.
+            an impossible width or setting, a spectrum of another model; for a model: no data, no `size_mb`, or an
+            argument that is for spectra.
         TypeError: a spectrum, model, `fixed` or `tied` of another type.
     """
+    if isinstance(spectrum, nn.Module):
+        foreign: dict[str, Any] = {"average_bits": average_bits, "bit_operations": bit_operations}
+        foreign |= {"max_latency": max_latency}
+        foreign |= {"latency": latency, "model": model, "damage": damage, "share": share, "tied": tuple(tied) or None}
+        for name, value in foreign.items():
+            if value is not None:
+                raise ValueError(f"{name}: it is for a spectrum; for a model give size_mb, bits, fixed and settings")
+        if embedding_bits != 8:
+            raise ValueError(
+                f"embedding_bits={embedding_bits!r}: tables are chosen too; to fix them give "
+                f"fixed={{'embeddings': {embedding_bits!r}}}"
+            )
+        if size_mb is None or calibration_data is None:
+            raise ValueError(
+                "size_mb and calibration_data: a model is measured on batches for a file of a size; give both, or a "
+                "spectrum"
+            )
+        check_bounds(size_mb=size_mb)
+        plan = FilePlan(spectrum, calibration_data, bits or _FILE_WIDTHS, fixed=fixed, progress=progress, **settings)
+        return plan.config(size_mb)
+    if calibration_data is not None:
+        raise ValueError("calibration_data: it is for a model as the first argument; a spectrum was measured already")
     problem = Problem(
         spectrum,
-        bits,
+        bits or _RANKED_WIDTHS,
         bounds={
             "size_mb": size_mb,
             "average_bits": average_bits,

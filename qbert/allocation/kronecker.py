@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qbert.calibration import unmasked
+from qbert.encoders.inputs import unmasked
 from qbert.hessian.batches import Batch
 from qbert.hessian.gauss_newton.loss_factor import loss_factor
 from qbert.hessian.losses import LossFunction, MeasuredLoss
@@ -74,7 +74,7 @@ def kronecker_factors(
             factor = loss_factor(measured, on_device)
             mask = on_device.get("attention_mask")
             for m, x, _ in calls:
-                rows = unmasked(x, mask).flatten(0, -2).double()
+                rows = unmasked(x, mask).flatten(0, -2)  # products in the model's own dtype, sums in float64
                 right[m] += rows.T @ rows
                 count[m] += len(rows)
             share = measured.share(batch)
@@ -85,8 +85,8 @@ def kronecker_factors(
                 )
                 for (m, _, _), gradient in zip(calls, found, strict=True):
                     if gradient is not None:
-                        rows = gradient.flatten(0, -2).double()
-                        left[m] += share * (rows.T @ rows)
+                        rows = gradient.flatten(0, -2)
+                        left[m] += share * (rows.T @ rows).double()
     return {m: KroneckerFactors(left[m], right[m] / max(count[m], 1)) for m in modules}
 
 

@@ -1,5 +1,7 @@
 r"""Six measures of how much each block suffers at each bit width, side by side with the truth.
 
+It stands alone because it only calculates and prints; `sensitivity` measures what it is given.
+
 With dW the change of the block's weights at b bits, g and H gradient and Hessian of the loss in those weights:
 
 ===============  ==============================================================  ==================================

@@ -17,7 +17,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from qbert.allocation.blocks import check_widths
 from qbert.allocation.damage import quantized_weight, target_specs
@@ -32,6 +31,7 @@ from qbert.hessian.batches import Batch, batch_size
 from qbert.hessian.blocks import vector_options
 from qbert.hessian.gauss_newton.loss_factor import MixedSamplesError, NoModelOutputError
 from qbert.hessian.losses import LossFunction, MeasuredLoss, in_full_precision
+from qbert.progress import progress_bar
 
 
 @in_full_precision
@@ -46,6 +46,7 @@ def sensitivity(
     fraction: float = 0.1,
     samples: int | None = 512,
     probes: int = 18,
+    held_out: bool = False,
     seed: int = 0,
     loss_fn: LossFunction | None = None,
     collate_fn: Callable[[list[Any]], Mapping[str, Any]] | None = None,
@@ -66,6 +67,7 @@ def sensitivity(
         spectrum: top eigenvalues measured before, on this model; measured here with `runs` and `fraction` where None.
         samples: number of samples for trace, quadratic form and loss change, drawn by `seed`; all where None.
         probes: Hessian products for the trace of a block (Hutch++), at least 4.
+        held_out: measure the loss change on as many other samples: a prediction flatters itself on its own.
         loss_fn: ``loss_fn(model, batch)`` -> mean loss; default ``model(**batch).loss``.
         collate_fn: for a data set: makes a batch of a list of samples.
         micro_batch_size: samples in a forward pass; bounds memory.
@@ -91,8 +93,19 @@ def sensitivity(
         raise ValueError("spectrum: its blocks are not those of the model; measure this model, or leave it out")
     specs = {b: target_specs(model, b, **settings) for b in widths}
     measured = MeasuredLoss.on_random_samples(
-        model, batches, loss_fn, samples=samples, seed=seed, collate_fn=collate_fn, micro_batch_size=micro_batch_size
+        model,
+        batches,
+        loss_fn,
+        samples=samples if samples is None or not held_out else 2 * samples,
+        seed=seed,
+        collate_fn=collate_fn,
+        micro_batch_size=micro_batch_size,
     )
+    scored = measured
+    if held_out:
+        if len(measured.batches) < 2:
+            raise ValueError("held_out: there is one micro-batch of samples, which cannot be halved; give more samples")
+        measured, scored = (measured.over(measured.batches[half::2]) for half in (0, 1))
     if spectrum is None:
         spectrum = hessian_spectrum(
             model,
@@ -106,7 +119,7 @@ def sensitivity(
             micro_batch_size=micro_batch_size,
             progress=progress,
         )
-    found = _measure(measured, blocks, targets, specs, probes, seed, progress)
+    found = _measure(measured, scored, blocks, targets, specs, probes, seed, progress)
     kept = [spectrum.names.index(name) for name in blocks]
     return Sensitivities(
         names=list(blocks),
@@ -120,6 +133,7 @@ def sensitivity(
             "spectrum": spectrum.settings,
             "samples": sum(map(batch_size, measured.batches)),
             "probes": probes,
+            **({"held_out": sum(map(batch_size, scored.batches))} if held_out else {}),
             "seed": seed,
             "quantizer": BitsConfig(4, **settings).to_dict(),
         },
@@ -141,6 +155,7 @@ def quantized_widths(bits: Sequence[int]) -> tuple[int, ...]:
 
 def _measure(
     measured: MeasuredLoss,
+    scored: MeasuredLoss,
     blocks: Mapping[str, Sequence[str]],
     targets: Mapping[str, Target],
     specs: Mapping[int, Mapping[str, Any]],
@@ -148,14 +163,14 @@ def _measure(
     seed: int,
     progress: bool,
 ) -> dict[str, Any]:
-    """All arrays but the eigenvalues, and the loss."""
+    """All arrays but the eigenvalues, and the loss: predictions on `measured`, the loss and its changes on `scored`."""
     shape = (len(blocks), len(specs))
     found: dict[str, Any] = {n: np.zeros(shape) for n in ("weight_error", "curvature", "gradient", "loss_change")}
     found |= {"trace": np.zeros(len(blocks)), "trace_error": np.full(len(blocks), np.inf)}
     weights = {name: [_parameter(targets[m]) for m in members] for name, members in blocks.items()}
     operator = HessianOperator.of(measured, weights)
     total = len(blocks) * (probes + len(specs))
-    with tqdm(total=total, desc="sensitivity", unit="product", disable=not progress, smoothing=0) as bar:
+    with progress_bar(total=total, desc="sensitivity", unit="product", disable=not progress, smoothing=0) as bar:
         for i, (name, members) in enumerate(blocks.items()):
 
             def product(vector: Tensor, name: str = name) -> Tensor:
@@ -174,8 +189,8 @@ def _measure(
                 found["gradient"][i, j] = float(slope @ moved.double())
     operator.release()
     found["kronecker"] = _kronecker(measured, blocks, targets, specs)
-    changes = LossChanges(measured.model, measured.batches, loss_fn=measured.loss_fn)
-    with tqdm(
+    changes = LossChanges(scored.model, scored.batches, loss_fn=scored.loss_fn)
+    with progress_bar(
         total=len(blocks) * len(specs), desc="loss change", unit="pass", disable=not progress, smoothing=0
     ) as bar:
         for i, members in enumerate(blocks.values()):

@@ -1,1 +1,1 @@
-"""What every command does alike: arguments, early refusals, one clear sentence for an error."""
+"""The `qbert` command, one file a command, and what it and the scripts of `experiments/` do alike."""

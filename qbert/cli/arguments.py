@@ -82,7 +82,7 @@ def prepare_run(arguments: argparse.Namespace, script: str) -> Path:
     """
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
-    _check_device(arguments.device)
+    check_device(arguments.device)
     folder = Path(arguments.output_dir or Path("outputs") / f"{script}-{arguments.task}")
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -112,7 +112,7 @@ def process_group(arguments: argparse.Namespace) -> Iterator[int]:
     on_gpu = torch.device(arguments.device).type == "cuda"
     if on_gpu:
         arguments.device = f"cuda:{os.environ['LOCAL_RANK']}"
-        _check_device(arguments.device)
+        check_device(arguments.device)
         torch.cuda.set_device(arguments.device)
     # Long, since the others wait while the first one fine-tunes.
     dist.init_process_group("nccl" if on_gpu else "gloo", timeout=datetime.timedelta(days=2))
@@ -153,7 +153,8 @@ def run_script(main: Callable[[], None], resume_hint: str = "") -> None:
         sys.exit(2)
 
 
-def _check_device(device: str) -> None:
+def check_device(device: str) -> None:
+    """Raise ValueError where torch cannot compute on `device`."""
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:

@@ -28,3 +28,18 @@ def to_device(batch: Mapping[str, Any], model: nn.Module) -> dict[str, Any]:
     """`batch` with its tensors on the device of the model's first parameter."""
     device = next(model.parameters()).device
     return {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
+
+
+def unmasked(x: Tensor, mask: Tensor | None) -> Tensor:
+    """The rows of `x` that are no padding.
+
+    Args:
+        x: [B, T, ...], or [B T, ...] in that order; anything else is given back whole.
+        mask: attention mask [..., T] whose leading dimensions have B entries (pairs may be encoded apart), or None.
+    """
+    if mask is None or mask.dim() < 2:
+        return x
+    flat = mask.reshape(-1, mask.shape[-1]).bool()
+    if x.shape[:2] == flat.shape:
+        return x[flat]
+    return x[flat.flatten()] if x.dim() == 2 and len(x) == flat.numel() else x

@@ -14,6 +14,10 @@ from typing import Any
 from torch import nn
 
 
+class _ReachedError(Exception):
+    """What stands above the layer whose output was wanted need not run."""
+
+
 class LayerCache:
     """Stands in for the first layers of a model on fixed batches.
 
@@ -42,10 +46,15 @@ class LayerCache:
         if depth == 0:
             return
         recorded: list[Any] = []
-        hook = self.layers[depth - 1].register_forward_hook(lambda module, inputs, output: recorded.append(output))
+
+        def record(module: nn.Module, inputs: Any, output: Any) -> None:
+            recorded.append(output)
+            raise _ReachedError
+
+        hook = self.layers[depth - 1].register_forward_hook(record)
         try:
             for index in range(self.count):
-                with self.replay(index):
+                with self.replay(index), contextlib.suppress(_ReachedError):
                     self.run(index)
         finally:
             hook.remove()

@@ -137,12 +137,7 @@ def encoder_layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
     Raises:
         ValueError: if the model has no list of layers with linear maps inside.
     """
-    bases = base_models(model)
-    layers = []
-    for prefix, base in bases:
-        for name, members in _layer_lists(base):
-            stem = join_path(prefix, name) if len(bases) > 1 else name
-            layers += [(join_path(stem, str(i)), layer) for i, layer in enumerate(members)]
+    layers = _named_layers([(prefix, _layer_lists(base)) for prefix, base in base_models(model)])
     if not layers:
         raise ValueError(
             f"model: {type(model).__name__} has no nn.ModuleList of layers with nn.Linear inside; "
@@ -190,11 +185,9 @@ def targets_found_once() -> Iterator[None]:
 def _find_targets(model: nn.Module) -> list[Target]:
     bases = base_models(model)
     several = len(bases) > 1
-    try:
-        layer_names = [name for name, _ in encoder_layers(model)]
-    except ValueError:
-        layer_names = []
-    trunks = {prefix: _trunk_names(base) for prefix, base in bases}
+    lists = [(prefix, _layer_lists(base)) for prefix, base in bases]
+    layer_names = [name for name, _ in _named_layers(lists)]
+    trunks = {prefix: _trunk_names(base, found) for (prefix, base), (_, found) in zip(bases, lists, strict=True)}
     heads = {prefix: attention_heads(base) for prefix, base in bases}
     targets = []
     for path, module in _quantizable(model):
@@ -210,7 +203,8 @@ def _find_targets(model: nn.Module) -> list[Target]:
             role = HEAD_ROLE
         else:
             role = linear_role(local)
-        head_blocks = _heads_in_rows(module, role, heads.get(prefix or "", next(iter(heads.values()))))
+        known = heads.get(prefix or "", next(iter(heads.values())))
+        head_blocks = _heads_in_rows(module, role, _own_heads(model, path, known))
         aliases = (local,) if several and prefix else ()
         targets.append(Target(name, path, module, role, layer, head_blocks, aliases))
     return targets
@@ -246,7 +240,7 @@ def encoder_weights(model: nn.Module) -> list[EncoderWeight]:
     found: dict[int, EncoderWeight] = {}
     for prefix, base in base_models(model):
         lists = tuple(name + "." for name, m in base.named_modules() if isinstance(m, nn.ModuleList))
-        trunk = _trunk_names(base)
+        trunk = _trunk_names(base, _layer_lists(base))
         for name, module in base.named_modules():
             if name and name.split(".")[0] not in trunk:
                 continue
@@ -260,7 +254,11 @@ def encoder_weights(model: nn.Module) -> list[EncoderWeight]:
 
 
 def linear_role(name: str) -> str:
-    """The role that the dotted name of a matrix inside an encoder tells; ``linear`` where it tells none."""
+    """The role that the dotted name of a matrix inside an encoder tells; ``linear`` where it tells none.
+
+    Of a map in factors (`qbert.encoders.factors`) the part that gives its outputs has the role of the whole.
+    """
+    name = re.sub(r"\.(whole|up)$", "", name)
     return next((role for pattern, role in _LINEAR_ROLES if re.search(pattern, name)), "linear")
 
 
@@ -295,9 +293,19 @@ def _is_whole_layer(layer: nn.Module) -> bool:
     return bool(roles & _HEAD_SPLIT_ROLES) and bool(roles & {"ffn_in", "ffn_out"})
 
 
-def _trunk_names(base: nn.Module) -> set[str]:
-    """Top-level children of the base model on the way to and through its layers (not pooler or heads)."""
-    holders = {name.split(".")[0] for name, _ in _layer_lists(base)}
+def _named_layers(lists: list[tuple[str, list[tuple[str, nn.ModuleList]]]]) -> list[tuple[str, nn.Module]]:
+    """Layers with their names, from (path, `_layer_lists`) of every base model."""
+    layers = []
+    for prefix, found in lists:
+        for name, members in found:
+            stem = join_path(prefix, name) if len(lists) > 1 else name
+            layers += [(join_path(stem, i), layer) for i, layer in members.named_children()]
+    return layers
+
+
+def _trunk_names(base: nn.Module, lists: list[tuple[str, nn.ModuleList]]) -> set[str]:
+    """Top-level children of the base model on the way to and through its lists of layers (not pooler or heads)."""
+    holders = {name.split(".")[0] for name, _ in lists}
     children = [name for name, _ in base.named_children()]
     last = max((i for i, name in enumerate(children) if name in holders), default=len(children) - 1)
     return set(children[: last + 1])
@@ -317,6 +325,17 @@ def _heads_in_rows(module: nn.Module, role: str, heads: int | None) -> int | Non
         return None
     blocks = heads * 3 if role == "qkv" else heads
     return blocks if weight_matrix(module).shape[0] % blocks == 0 else None
+
+
+def _own_heads(model: nn.Module, path: str, known: int | None) -> int | None:
+    """Heads that the attention around the matrix at `path` says it has, or else those that the config says."""
+    parts = path.split(".")
+    for length in range(len(parts) - 1, max(len(parts) - 3, 0), -1):  # its module, or that of its factors
+        around = model.get_submodule(".".join(parts[:length]))
+        own = getattr(around, "num_attention_heads", None) or getattr(around, "n_heads", None)
+        if isinstance(own, int):
+            return own
+    return known
 
 
 def attention_heads(base: nn.Module) -> int | None:

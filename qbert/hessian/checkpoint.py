@@ -1,5 +1,7 @@
 """Progress of a spectrum measurement on disk, so that it can be interrupted after every (run, block).
 
+It stands alone because what makes files survive a crash has nothing to do with what is measured.
+
 A folder with two files per block: a JSON file with the block's results so far and the signature of the measurement,
 and its latest eigenvector in safetensors, from which the next run starts. Everything is written aside and then
 renamed; the JSON names its vector file, so a crash between the two leaves the older, consistent pair. The signature

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from qbert.arguments import whole_number
-from qbert.encoders.inputs import accepted_inputs
+from qbert.encoders.inputs import accepted_inputs, to_device
 from qbert.hessian.batches import (
     Batch,
     BatchSamples,
@@ -210,8 +210,7 @@ class MeasuredLoss:
 
     def on_device(self, batch: Batch) -> Batch:
         """`batch` with its tensors on the model's device."""
-        device = self.device
-        return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+        return to_device(batch, self.model)
 
     def evaluating(self, parameters: Sequence[nn.Parameter] = ()) -> contextlib.AbstractContextManager[None]:
         """The state that the model is measured in, with gradients for `parameters`; see `evaluating`."""

@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from qbert.arguments import real_number, whole_number
 from qbert.hessian.batches import (
@@ -56,6 +55,7 @@ from qbert.hessian.gauss_newton.top import start_vectors, top_pairs
 from qbert.hessian.losses import LossFunction, MeasuredLoss, in_full_precision
 from qbert.hessian.operator import HessianOperator, free_bytes
 from qbert.hessian.spectrum import HessianSpectrum
+from qbert.progress import progress_bar
 
 METHODS = ("lanczos", "power", "ggn")
 PRECISIONS = ("fp32", "bf16")
@@ -169,7 +169,7 @@ def hessian_spectrum(
     )
     # Products of lower blocks cost several times those of upper ones: only their mean over all so far tells the rest.
     hidden = not progress or rank_and_world()[0] > 0
-    with tqdm(total=total, desc="Hessian", unit=unit, disable=hidden, smoothing=0) as bar:
+    with progress_bar(total=total, desc="Hessian", unit=unit, disable=hidden, smoothing=0) as bar:
         for run in range(runs):
             bar.set_postfix(run=f"{run + 1}/{runs}")
             work.run(run, lambda run: drawn(run).additive(), bar)
@@ -351,7 +351,7 @@ def _some_samples(batches: Sequence[Batch], count: int) -> list[Batch]:
     position = 0
     for batch in batches:
         size = batch_size(batch)
-        rows = torch.arange(-position % step, size, step, device="cpu")
+        rows = torch.tensor(range(-position % step, size, step), dtype=torch.int64)  # none of a small batch between two
         position += size
         if len(rows):
             chosen.append(

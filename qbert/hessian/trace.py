@@ -17,13 +17,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from qbert.arguments import whole_number
 from qbert.hessian.blocks import parameter_blocks, vector_options
 from qbert.hessian.eigen import Product
 from qbert.hessian.losses import LossFunction, MeasuredLoss, in_full_precision
 from qbert.hessian.operator import HessianOperator
+from qbert.progress import progress_bar
 
 METHODS = ("hutch++", "hutchinson")
 
@@ -129,7 +129,9 @@ def hessian_traces(
     )
     operator = HessianOperator.of(measured, {b.name: b.parameters for b in blocks})
     estimates = {}
-    with tqdm(total=len(blocks) * probes, desc="trace", unit="product", disable=not progress, smoothing=0) as bar:
+    with progress_bar(
+        total=len(blocks) * probes, desc="trace", unit="product", disable=not progress, smoothing=0
+    ) as bar:
         for block in blocks:
 
             def product(v: Tensor, name: str = block.name) -> Tensor:

@@ -3,7 +3,7 @@
 `FusedLayer` computes a layer from its pieces (`qbert.inference.fits`) in four int8 products; a matrix in float takes
 a float product instead, and a query, key and value that quantize their input differently take three. `FusedLayers` is
 the whole stack, `FusedEmbeddings` what comes before it. TorchScript compiles both
-(`qbert.kernels.cpu_chains.compiled`), so that one short sentence does not spend half of its time in Python.
+(`qbert.kernels.cpu.chains.compiled`), so that one short sentence does not spend half of its time in Python.
 
     >>> layers = FusedLayers([LayerParts.of(layer) for layer in encoder.layer])
     >>> y = compiled(layers)(x, None)     # [B, T, H]
@@ -18,32 +18,42 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from qbert.encoders.factors import is_factored
 from qbert.encoders.parts import LayerParts
-from qbert.inference.fits import one_input
+from qbert.inference.fits import maps_of, one_input
 from qbert.inference.forward import reason_not_to_replace
 from qbert.kernels.cpu import CpuLinear
-from qbert.kernels.cpu_chains import FloatChain
+from qbert.kernels.cpu.chains import FloatChain
+from qbert.kernels.cpu.native import ACTIVATIONS, NativeLayers
 from qbert.layers.embedding import PackedEmbedding
 from qbert.layers.linear import PackedLinear
+from qbert.layers.tables import grids_of, is_packed_table
 
 _COUNT_FROM_0 = ("BertEmbeddings", "ElectraEmbeddings", "Embeddings")  # the last are DistilBERT's
 _SKIP_PADDING = ("RobertaEmbeddings", "XLMRobertaEmbeddings", "CamembertEmbeddings", "MPNetEmbeddings")
 
 
 class FusedLayers(nn.Module):
-    """A stack of fused layers; `exact` as for `CpuLinear.prepare`."""
+    """A stack of fused layers; `exact` and `engine` as for `CpuLinear.prepare`.
 
-    def __init__(self, parts: Sequence[LayerParts], exact: bool = True) -> None:
+    With engine "bf16" all that passes through the layers is bfloat16.
+    """
+
+    def __init__(self, parts: Sequence[LayerParts], exact: bool = True, engine: str | None = None) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(FusedLayer(p, exact) for p in parts)
+        made = {id(p.query): FusedLayer(p, exact, engine) for p in {id(p.query): p for p in parts}.values()}
+        self.layers = nn.ModuleList(made[id(p.query)] for p in parts)  # one that is applied twice is prepared once
+        self.like = torch.zeros((), dtype=torch.bfloat16 if engine == "bf16" else torch.float32)
 
     def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
         """x float32 [B, T, H] to [B, T, H]; `mask` broadcasts to [B, heads, T, T], true or 0 where a key is seen."""
         shape = x.shape
-        y = x.reshape(-1, shape[2])
+        y = x.reshape(-1, shape[2]).to(self.like.dtype)
+        if mask is not None and mask.dtype != torch.bool:
+            mask = mask.to(self.like.dtype)
         for layer in self.layers:
             y = layer(y, shape[0], mask)
-        return y.view(shape)
+        return y.view(shape).to(x.dtype)
 
 
 class FusedLayer(nn.Module):
@@ -51,30 +61,34 @@ class FusedLayer(nn.Module):
 
     Args:
         parts: those of a layer for which `reason_not_to_fuse_layer` has none.
-        exact: as for `CpuLinear.prepare`.
+        exact, engine: as for `CpuLinear.prepare`; one of torch's engines.
     """
 
-    def __init__(self, parts: LayerParts, exact: bool = True) -> None:
+    def __init__(self, parts: LayerParts, exact: bool = True, engine: str | None = None) -> None:
         super().__init__()
         self.heads = parts.heads
         if one_input(parts):
-            self.qkv: nn.Module = _joined(parts.inputs, exact).chain
+            self.qkv: nn.Module = _joined(parts.inputs, exact, engine).chain  # type: ignore[assignment]
         else:
-            self.qkv = _Beside(*(_chain(p, exact) for p in parts.inputs))
-        self.attention_output = _chain(parts.attention_output, exact)
-        self.ffn_in, self.ffn_out = _chain(parts.ffn_in, exact), _chain(parts.ffn_out, exact)
+            self.qkv = _Beside(*(_chain(p, exact, engine) for p in parts.inputs))
+        self.attention_output = _chain(parts.attention_output, exact, engine)
+        self.ffn_in, self.ffn_out = (_chain(p, exact, engine) for p in (parts.ffn_in, parts.ffn_out))
         exact = type(parts.activation).__name__ == "GELUActivation"
         self.activation = _GeluInPlace() if exact else parts.activation
         # Copies, because the model may be moved to another dtype while its layers go on in float32.
         self.norm1, self.shift1, self.eps1 = _norm(parts.attention_norm)
         self.norm2, self.shift2, self.eps2 = _norm(parts.output_norm)
+        if engine == "bf16":
+            self.norm1, self.shift1, self.norm2, self.shift2 = (
+                v.bfloat16() for v in (self.norm1, self.shift1, self.norm2, self.shift2)
+            )
 
     def forward(self, x: Tensor, batch: int, mask: Tensor | None) -> Tensor:
         """x [B T, H] to [B T, H]; `mask` as for `FusedLayers`."""
         tokens, width = x.shape
-        qkv = self.qkv(x).view(batch, tokens // batch, 3, self.heads, width // self.heads)
+        qkv = self.qkv(x).view(batch, tokens // batch, 3, self.heads, -1)
         query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # [B, heads, T, D] each
-        mixed = F.scaled_dot_product_attention(query, key, value, mask).transpose(1, 2).reshape(tokens, width)
+        mixed = F.scaled_dot_product_attention(query, key, value, mask).transpose(1, 2).reshape(tokens, -1)
         y = self.attention_output(mixed).add_(x)
         y = F.layer_norm(y, [width], self.norm1, self.shift1, self.eps1)
         hidden = self.activation(self.ffn_in(y))
@@ -110,9 +124,8 @@ class FusedEmbeddings(nn.Module):
 
     def __init__(self, embeddings: Any) -> None:
         super().__init__()
-        words = embeddings.word_embeddings
-        self.codes = words.owner.codes.view(torch.int8)
-        self.scale, self.zero = (grid.contiguous() for grid in words.row_grids())  # [V, 1]
+        # Codes in fewer than 8 bits, or in several tables, take longer to find than to read from one int8 table.
+        self.codes, self.scale, self.zero, self.up = grids_of(embeddings.word_embeddings)  # [V, r], [V, 1], [V, 1]
         self.padding = int(embeddings.padding_idx) if type(embeddings).__name__ in _SKIP_PADDING else -1
         self.positions = _table(embeddings.position_embeddings)
         types = getattr(embeddings, "token_type_embeddings", None)
@@ -126,6 +139,8 @@ class FusedEmbeddings(nn.Module):
         flat = ids.reshape(-1)
         rows = F.embedding(flat, self.codes).float()
         rows.sub_(F.embedding(flat, self.zero)).mul_(F.embedding(flat, self.scale))
+        if self.up is not None:
+            rows = F.linear(rows, self.up)
         x = rows.view(ids.shape[0], ids.shape[1], rows.shape[1])
         places = self.plain
         if self.types is not None:  # noqa: SIM102  a condition that TorchScript decides when it compiles
@@ -145,13 +160,13 @@ def reason_not_to_fuse_embeddings(embeddings: Any) -> str:
     kind = type(embeddings).__name__
     if kind not in _COUNT_FROM_0 + _SKIP_PADDING or type(getattr(embeddings, "LayerNorm", None)) is not nn.LayerNorm:
         return f"{kind} are not embeddings of the BERT kind"
-    altered = reason_not_to_replace(m for m in embeddings.modules() if not isinstance(m, PackedEmbedding))
-    if altered:
-        return altered
     words = embeddings.word_embeddings
-    if not isinstance(words, PackedEmbedding) or words.layout.bits != 8 or words.layout.input_groups > 1:
-        return "the word embeddings are not packed in 8 bits with one scale a row"
-    return ""
+    if not is_packed_table(words):
+        return "the word embeddings are not packed with one scale a row"
+    inner = {id(m) for m in words.modules()}
+    return reason_not_to_replace(
+        m for m in embeddings.modules() if not isinstance(m, PackedEmbedding) and id(m) not in inner
+    )
 
 
 def _table(table: Any) -> Tensor:
@@ -160,16 +175,30 @@ def _table(table: Any) -> Tensor:
     return values.float().clone()  # type: ignore[no-any-return]
 
 
-def _chain(linear: Any, exact: bool) -> nn.Module:
+class _Corrected(nn.Module):
+    """A whole map and a low-rank one of the same input, added: [T, I] to [T, O]."""
+
+    def __init__(self, whole: nn.Module, down: nn.Module, up: nn.Module) -> None:
+        super().__init__()
+        self.whole, self.down, self.up = whole, down, up
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.whole(x).add_(self.up(self.down(x)))  # type: ignore[no-any-return]
+
+
+def _chain(linear: Any, exact: bool, engine: str | None) -> nn.Module:
+    if is_factored(linear):
+        chains = [_chain(part, exact, engine) for part in maps_of(linear)]
+        return _Corrected(*chains) if len(chains) == 3 else nn.Sequential(*chains)
     if isinstance(linear, PackedLinear):
-        return linear.cpu_linear(exact).chain
+        return linear.cpu_linear(exact, engine).chain  # type: ignore[return-value]
     # A copy, as of the norms.
     weight = linear.weight.detach().float().clone()
     bias = weight.new_zeros(len(weight)) if linear.bias is None else linear.bias.detach().float().clone()
     return FloatChain(weight, bias, None)
 
 
-def _joined(parts: list[Any], exact: bool) -> CpuLinear:
+def _joined(parts: list[Any], exact: bool, engine: str | None) -> CpuLinear:
     """One product for several packed layers with the same input: their rows under each other."""
     grids = [p.row_grids() for p in parts]
     codes = torch.cat([p.int_codes() for p in parts])
@@ -181,9 +210,41 @@ def _joined(parts: list[Any], exact: bool) -> CpuLinear:
         torch.arange(len(codes), device=codes.device),
         torch.cat(biases),
         max(p.layout.bits for p in parts),
-        **parts[0].activation_arguments(),
+        **parts[0].input_grid().options,
         exact=exact,
+        engine=engine,
     )
+
+
+def native_layers(parts: Sequence[LayerParts], exact: bool = True) -> NativeLayers:
+    """The stack by the native engine; `parts` of layers for which `reason_not_native_layers` has none."""
+    layers = []
+    for part in parts:
+        products = [_joined(part.inputs, exact, "native").chain]
+        products += [p.cpu_linear(exact, "native").chain for p in part.linears[3:]]
+        norms = [_norm(norm) for norm in part.norms]
+        layers.append((products, norms, part.heads, ACTIVATIONS[type(part.activation).__name__]))
+    return NativeLayers(layers)
+
+
+def reason_not_to_choose(parts: Sequence[LayerParts]) -> str:
+    """Why the engine of layers is settled beforehand; empty if all their products are int8, Q, K and V as one."""
+    for part in parts:
+        packed = [p for p in part.linears if isinstance(p, PackedLinear)]
+        if len(packed) < len(part.linears) or any(p.spec.activation_bits is None for p in packed):
+            return "some of its products are in float"
+        if any(p.layout.input_groups > 1 for p in packed) or not one_input(part):
+            return "its inputs are not quantized as one"
+    return ""
+
+
+def reason_not_native_layers(parts: Sequence[LayerParts]) -> str:
+    """Why the native engine cannot run layers that `reason_not_to_choose` lets choose; empty if it can."""
+    for part in parts:
+        kind = type(part.activation).__name__
+        if kind not in ACTIVATIONS:
+            return f"it does not know the activation function {kind}"
+    return ""
 
 
 def _norm(norm: nn.LayerNorm) -> tuple[Tensor, Tensor, float]:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from qbert.inference.cpu_layers import FusedEmbeddings, reason_not_to_fuse_embeddings
 from qbert.inference.forward import FastForward, is_recording
-from qbert.kernels.cpu_chains import compiled
+from qbert.kernels.cpu.chains import compiled
 
 logger = logging.getLogger(__name__)
 

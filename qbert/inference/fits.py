@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from qbert.encoders.factors import is_factored
 from qbert.encoders.parts import LayerParts
 from qbert.inference.forward import reason_not_to_replace
 from qbert.layers.linear import PackedLinear
@@ -25,10 +26,12 @@ def reason_not_to_fuse_layer(layer: Any) -> str:
     parts = LayerParts.of(layer)
     if parts is None:
         return f"a {type(layer).__name__} is not an encoder layer of the BERT kind"
-    packed = [p for p in parts.linears if isinstance(p, PackedLinear)]
+    maps = [m for part in parts.linears for m in maps_of(part)]
+    packed = [p for p in maps if isinstance(p, PackedLinear)]
     if any(p.spec.activation_bits not in (8, None) for p in packed):
         return "some of its inputs have fewer than 8 bits"
-    inner = {id(m) for part in (*packed, parts.activation) for m in part.modules()}
+    whole = [part for part in parts.linears if is_factored(part)]
+    inner = {id(m) for part in (*packed, *whole, parts.activation) for m in part.modules()}
     altered = reason_not_to_replace(m for m in layer.modules() if id(m) not in inner)
     if altered:
         return altered
@@ -36,7 +39,7 @@ def reason_not_to_fuse_layer(layer: Any) -> str:
         type(norm) is nn.LayerNorm and norm.elementwise_affine and norm.bias is not None for norm in parts.norms
     ):
         return "its norms are not LayerNorm with weight and bias"
-    for part in parts.linears:
+    for part in maps:
         if not isinstance(part, PackedLinear) and type(part) is not nn.Linear:
             return f"its {_name(layer, part)} is a {type(part).__name__}"
     return "" if packed else "its linear maps are in float"
@@ -46,12 +49,19 @@ def reason_not_four_products(layer: Any) -> str:
     """Why a `layer` that can be fused cannot be four products of packed weights; empty if it can."""
     parts = LayerParts.of(layer)
     assert parts is not None
+    if any(is_factored(p) for p in parts.linears):
+        return f"{', '.join(_name(layer, p) for p in parts.linears if is_factored(p))} in factors"
     in_float = [_name(layer, p) for p in parts.linears if not isinstance(p, PackedLinear)]
     if in_float:
         return f"{', '.join(in_float)} in float"
     if any(p.layout.input_groups > 1 for p in parts.inputs):
         return "query, key or value has input groups"
     return "" if one_input(parts) else "query, key and value quantize their input differently"
+
+
+def maps_of(part: nn.Module) -> list[nn.Module]:
+    """The linear maps that a part of a layer is computed by: itself, or those of its factors."""
+    return list(part.children()) if is_factored(part) else [part]
 
 
 def one_input(parts: LayerParts) -> bool:

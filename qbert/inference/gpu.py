@@ -1,5 +1,7 @@
 """Fast inference of packed encoders on a GPU: fused int8 layers over tokens without padding, replayed as CUDA graphs.
 
+It stands alone because it needs a CUDA device at each of its ends; what runs in between is `gpu_layers` and `graphs`.
+
 `optimize_for_inference` calls `fuse_for_gpu` for a model on a CUDA device. The base model of an encoder of the BERT
 kind (BERT, RoBERTa, XLM-R, ELECTRA, CamemBERT) gets a forward of its own: the tokens that the attention mask keeps are
 gathered, run through the chains of `qbert.inference.gpu_layers`, and scattered back; padding comes out as zeros.

@@ -28,11 +28,10 @@ from qbert.inference.fits import reason_not_four_products, reason_not_to_fuse_la
 from qbert.inference.forward import reason_not_to_replace
 from qbert.kernels import operators
 from qbert.kernels.checks import E4M3_COLUMNS
-from qbert.kernels.reference import E4M3_MAX
+from qbert.kernels.operands import FLOAT, Heads, InputGrid
 from qbert.kernels.terms import Terms
 from qbert.layers.embedding import PackedEmbedding
 from qbert.layers.linear import PackedLinear
-from qbert.quantizers.groups import row_group_of
 
 _BERT_EMBEDDINGS = (
     "BertEmbeddings",
@@ -43,31 +42,6 @@ _BERT_EMBEDDINGS = (
 )
 _MAX_HEAD_DIM = 128
 _MAX_WIDTH = 16384
-
-
-class InputGrid(NamedTuple):
-    """How a product's input is quantized: x ~ scale (code - zero), in int8 or, without a zero, e4m3 codes.
-
-    Where scale is 0, with one symmetric scale a token, or, if asymmetric, from its smallest to its largest value.
-    """
-
-    scale: float = 0.0
-    zero: int = 0
-    asymmetric: bool = False
-    codes_dtype: torch.dtype = torch.int8
-
-    @property
-    def in_e4m3(self) -> InputGrid:
-        """e4m3 codes of the same range: static up to the larger of its ends, or per token."""
-        largest = self.scale * max(128 + self.zero, 127 - self.zero)
-        return InputGrid(largest / E4M3_MAX, codes_dtype=torch.float8_e4m3fn)
-
-    @classmethod
-    def of(cls, layer: PackedLinear) -> InputGrid:
-        """The int8 grid of a layer with 8-bit input."""
-        if layer.input_scale is None or layer.input_zero is None:
-            return cls(asymmetric=layer.spec.activation_range == "asymmetric")
-        return cls(float(layer.input_scale), int(layer.input_zero))
 
 
 class Tokens(NamedTuple):
@@ -84,33 +58,37 @@ class Tokens(NamedTuple):
     @classmethod
     def quantized(cls, x: Tensor, grid: InputGrid) -> Tokens:
         """x [T, H] with its codes."""
-        return cls(x, *operators.quantize_rows(x, *grid))
+        return cls(x, *operators.quantize_rows(x, grid))
 
 
 class Projection:
     """One int8 or e4m3 product: packed codes, their terms, and how its input is quantized."""
 
     def __init__(self, layer: PackedLinear, e4m3: bool = False) -> None:
-        assert layer.owner.codes is not None
-        self.packed, self.bits, self.columns = layer.owner.codes, layer.layout.bits, layer.columns
-        self.grid = InputGrid.of(layer).in_e4m3 if e4m3 else InputGrid.of(layer)
-        scale, zero = layer.row_grids()
-        self.terms = Terms.prepare(self.packed, self.columns, scale, zero, None, layer.bias, self.bits, *self.grid[:3])
+        weight = layer.packed_weight()
+        self.grid = layer.input_grid().in_e4m3 if e4m3 else layer.input_grid()
+        self.terms = Terms.prepare(weight, layer.bias, self.grid)
         if e4m3 and self.terms.zero is not None:
             self.terms = self.terms._replace(zero=self.terms.row_zero)
+        self.weight = self.terms.of([weight.codes], [weight.bits])
         self.static_scale = self.terms.scale.new_full((1,), self.grid.scale)
+
+    @property
+    def output_grid(self) -> InputGrid:
+        """The grid on which the kernel that makes the input writes it: float where ranges are known per row only."""
+        return self.grid if self.grid.scale else FLOAT
+
+    def quantized(self, x: Tensor, sums: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Codes of the input x [T, I], which are x itself where its kernel wrote them, their scale and sums."""
+        return (x, self.static_scale, sums) if self.grid.scale else operators.quantize_rows(x, self.grid)
 
     def wanted(self, sums: Tensor) -> Tensor | None:
         """`sums`, to be filled by the kernel that makes the input, where the product has a zero to multiply them by."""
-        return None if self.terms.zero is None else sums
+        return None if self.weight.zero is None else sums
 
     def __call__(self, codes: Tensor, scale: Tensor, row_sum: Tensor, residual: Tensor) -> Tensor:
         """[T, O] = product + bias + residual, in the dtype of the residual."""
-        terms = self.terms
-        return operators.matmul_a8(
-            codes, scale, row_sum, self.packed, terms.scale, terms.zero, terms.bias, residual,
-            bits=self.bits, out_dtype=residual.dtype, weight_sum=terms.weight_sum,
-        )  # fmt: skip
+        return operators.matmul_a8(codes, scale, row_sum, self.weight, residual, out_dtype=residual.dtype)
 
 
 class FusedGpuLayer:
@@ -126,9 +104,10 @@ class FusedGpuLayer:
         self.heads: int = attention.num_attention_heads
         parts = [attention.query, attention.key, attention.value]
         together = e4m3 and all(map(_fits_e4m3, parts))  # they share an input
-        self.qkv = [Projection(p, together) for p in parts]
-        self.qkv_terms = Terms.join([p.terms for p in self.qkv])
-        self.input_grid = self.qkv[0].grid
+        qkv = [Projection(p, together) for p in parts]
+        codes, bits = [c for p in qkv for c in p.weight.codes], [b for p in qkv for b in p.weight.bits]
+        self.qkv = Terms.join([p.terms for p in qkv]).of(codes, bits)
+        self.input_grid = qkv[0].grid
         output, ffn_in, ffn_out = layer.attention.output.dense, layer.intermediate.dense, layer.output.dense
         self.attention_output, self.ffn_in, self.ffn_out = (
             Projection(p, e4m3 and _fits_e4m3(p)) for p in (output, ffn_in, ffn_out)
@@ -144,39 +123,28 @@ class FusedGpuLayer:
         return self._normalize(y, 1, next_grid)
 
     def _attend(self, tokens: Tokens, starts: Tensor, longest: int, sums: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        terms, output = self.qkv_terms, self.attention_output
+        output, grid = self.attention_output, self.attention_output.output_grid
         fused = operators.matmul_a8_mixed(
-            tokens.codes, tokens.scale, tokens.row_sum, [p.packed for p in self.qkv], [p.bits for p in self.qkv],
-            terms.scale, terms.zero, terms.bias, out_dtype=_half(tokens.x), weight_sum=terms.weight_sum,
-        )  # fmt: skip
+            tokens.codes, tokens.scale, tokens.row_sum, self.qkv, out_dtype=_half(tokens.x)
+        )
         count = fused.shape[0]
         query, key, value = fused.view(count, 3, self.heads, -1).unbind(1)
-        scale = query.shape[-1] ** -0.5
-        if not output.grid.scale:
-            mixed = operators.attention(query, key, value, starts, longest, scale)
-            return operators.quantize_rows(mixed.view(count, -1), *output.grid)
-        mixed = operators.attention(
-            query, key, value, starts, longest, scale, *output.grid[:2], output.wanted(sums), output.grid.codes_dtype
-        )
-        return mixed.view(count, -1), output.static_scale, sums
+        heads = Heads(query, key, value, starts, longest, query.shape[-1] ** -0.5)
+        wanted = output.wanted(sums) if grid.bits else None
+        mixed = operators.attention(heads, grid, wanted).view(count, -1)
+        return output.quantized(mixed, sums)
 
     def _expand(self, tokens: Tokens, sums: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        terms, grid = self.ffn_in.terms, self.ffn_out.grid
-        arguments = (tokens.codes, tokens.scale, tokens.row_sum, self.ffn_in.packed, *terms[:2], terms.bias, None)
-        if not grid.scale:
-            hidden = operators.matmul_a8(
-                *arguments, bits=self.ffn_in.bits, gelu=True, out_dtype=_half(tokens.x), weight_sum=terms.weight_sum
-            )
-            return operators.quantize_rows(hidden, *grid)
+        grid = self.ffn_out.output_grid
+        wanted = self.ffn_out.wanted(sums) if grid.bits else None
         hidden = operators.matmul_a8(
-            *arguments, self.ffn_out.wanted(sums), bits=self.ffn_in.bits, gelu=True, out_dtype=grid.codes_dtype,
-            out_scale=grid.scale, out_zero=grid.zero, weight_sum=terms.weight_sum,
-        )  # fmt: skip
-        return hidden, self.ffn_out.static_scale, sums
+            *tokens[1:], self.ffn_in.weight, None, wanted, grid, gelu=True, out_dtype=_half(tokens.x)
+        )
+        return self.ffn_out.quantized(hidden, sums)
 
     def _normalize(self, y: Tensor, index: int, grid: InputGrid) -> Tokens:
         norm = self.norms[index]
-        return Tokens(*operators.layernorm_quantize(y, None, norm.weight, norm.bias, norm.eps, *grid))
+        return Tokens(*operators.layernorm_quantize(y, None, norm.weight, norm.bias, norm.eps, grid))
 
 
 class FusedGpuEmbeddings:
@@ -189,10 +157,7 @@ class FusedGpuEmbeddings:
     def __init__(self, embeddings: Any) -> None:
         self.module = embeddings
         tables = (embeddings.word_embeddings, embeddings.position_embeddings, embeddings.token_type_embeddings)
-        self.packed = [t.owner.codes for t in tables]
-        self.bits = [t.layout.bits for t in tables]
-        grids = [_table_grid(t) for t in tables]
-        self.scale, self.zero, self.row_group = (list(part) for part in zip(*grids, strict=True))
+        self.tables = [t.packed_weight() for t in tables]
         # Positions that padding does not take: RoBERTa's begin after the padding's own row.
         own = hasattr(embeddings, "create_position_ids_from_input_ids")
         self.first_position = embeddings.padding_idx + 1 if own else 0
@@ -217,11 +182,9 @@ class FusedGpuEmbeddings:
         norm = self.module.LayerNorm
         return Tokens(
             *operators.embed_layernorm(
-                list(ids), self.packed, self.scale, self.zero, self.row_group, self.bits, norm.weight, norm.bias,
-                norm.eps, out_dtype=norm.weight.dtype, static_scale=grid.scale, static_zero=grid.zero,
-                asymmetric=grid.asymmetric, codes_dtype=grid.codes_dtype,
+                list(ids), self.tables, norm.weight, norm.bias, norm.eps, grid, norm.weight.dtype
             )
-        )  # fmt: skip
+        )
 
 
 def reason_not_to_fuse_on_gpu(layer: Any) -> str:
@@ -264,18 +227,6 @@ def reason_not_to_fuse_embeddings(embeddings: Any) -> str:
     if tables[0].columns > _MAX_WIDTH:
         return f"they are wider than {_MAX_WIDTH}"
     return ""
-
-
-def _table_grid(table: PackedEmbedding) -> tuple[Tensor, Tensor, Tensor]:
-    """scale and zero float32 [G, K] of a table, and row_group int32 [V], empty where the kernel needs none."""
-    scale = table.owner.scale
-    assert scale is not None
-    groups, rows = scale.shape[0], torch.arange(table.rows, device=scale.device)
-    group = row_group_of(rows, table.rows, groups, table.layout.heads)
-    # The zero of a group is that of its first row.
-    first = torch.searchsorted(group, torch.arange(groups, device=scale.device))
-    zero = table.row_grids(first)[1]
-    return scale, zero.contiguous(), group.int() if groups not in (1, table.rows) else group.new_empty(0).int()
 
 
 def _fits_e4m3(layer: PackedLinear) -> bool:

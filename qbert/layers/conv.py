@@ -9,6 +9,7 @@ layer is a `PackedLinear` over windows, with the same kernels.
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any, TypeVar
 
 import torch
@@ -119,4 +120,19 @@ class PackedConv1d(PackedLinear):
         return over_windows(self.quantize_input(seen), self._dequantize(None, input.dtype), self.bias, self.groups)
 
 
-register(Kind(lambda module: type(module) is nn.Conv1d and is_matrix(module), QuantConv1d, PackedConv1d))
+def seen_windows(convolution: Any, mask: Tensor) -> Tensor:
+    """Which windows [B, T'] hold a token that is no padding, from the attention mask [B, T]."""
+    single = SimpleNamespace(**{name: getattr(convolution, name) for name in _SHAPE} | {"groups": 1})
+    return windows(mask.reshape(-1, 1, mask.shape[-1]).float(), single).flatten(2).amax(-1).bool()
+
+
+register(
+    Kind(
+        lambda module: type(module) is nn.Conv1d and is_matrix(module),
+        QuantConv1d,
+        PackedConv1d,
+        rows=lambda module, input: windows(input, module),
+        outputs=lambda module, output: output.transpose(-1, -2),
+        mask=seen_windows,
+    )
+)

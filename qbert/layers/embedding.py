@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from qbert.encoders.weights import is_table
 from qbert.kernels import dispatch
+from qbert.kernels.operands import PackedWeight
 from qbert.layers.kind import Kind, TrainableLayer, register
 from qbert.layers.layout import PackedLayout
 from qbert.layers.packed import PackedTensor
@@ -66,7 +67,7 @@ class PackedEmbedding(PackedTensor):
         super().__init__(num_embeddings, embedding_dim, layout, source)
         self.num_embeddings, self.embedding_dim, self.padding_idx = num_embeddings, embedding_dim, padding_idx
         self._float_table: Tensor | None = None
-        self._grids: tuple[Tensor, Tensor] | None = None
+        self._fast: PackedWeight | None = None
 
     @classmethod
     def shaped_as(
@@ -83,11 +84,11 @@ class PackedEmbedding(PackedTensor):
         """Keep what is read faster than made.
 
         On a CPU the float values of a table of at most 2^20 values, whose rows take longer to unpack than to read; on a
-        GPU the grids of all rows, for one kernel that gathers and dequantizes.
+        GPU what one kernel takes that gathers and dequantizes.
         """
         assert self.owner.codes is not None
         if self.owner.codes.device.type != "cpu":
-            self._grids = self.row_grids()
+            self._fast = self.packed_weight()
         elif self.rows * self.columns <= _SMALL_TABLE:
             self._float_table = self._dequantize(None, torch.float32)
 
@@ -98,12 +99,8 @@ class PackedEmbedding(PackedTensor):
             return torch.empty(*input.shape, self.embedding_dim, dtype=self.dtype, device=input.device)
         if self._float_table is not None and input.device.type == "cpu" and self.dtype == torch.float32:
             return F.embedding(input, self._float_table)
-        if self._grids is not None and input.device == self._grids[0].device:
-            codes, bits = self.owner.codes, self.layout.bits
-            assert codes is not None
-            return dispatch.embedding(
-                input, codes, *self._grids, bits=bits, features=self.embedding_dim, dtype=self.dtype
-            )
+        if self._fast is not None and input.device == self._fast.codes.device:
+            return dispatch.embedding(input, self._fast, self.dtype)
         return self._dequantize(input.reshape(-1), self.dtype).reshape(*input.shape, self.embedding_dim)
 
 

@@ -109,6 +109,10 @@ class TrainableLayer(nn.Module):
             self._find_again()
 
 
+def _as_it_is(module: Any, tensor: Tensor) -> Tensor:
+    return tensor
+
+
 @dataclass(frozen=True)
 class Kind:
     """One class of float module and its twins.
@@ -116,11 +120,23 @@ class Kind:
     Attributes:
         covers: whether a float module is of this kind.
         trainable, packed: the classes of the twins.
+        rows: ``rows(module, input)``, what the matrix [O, I] is multiplied with, [..., I], or [..., g, I] where each of
+            g equal runs of its rows has inputs of its own.
+        outputs: ``outputs(module, output)``, what comes of each of those rows, [..., O].
+        mask: ``mask(module, mask)``, which of those rows are no padding, from the attention mask [B, T].
     """
 
     covers: Callable[[nn.Module], bool]
     trainable: type[TrainableLayer]
     packed: type[PackedTensor]
+    rows: Callable[[Any, Tensor], Tensor] = _as_it_is
+    outputs: Callable[[Any, Tensor], Tensor] = _as_it_is
+    mask: Callable[[Any, Tensor], Tensor] = _as_it_is
+
+    @property
+    def reads_rows(self) -> bool:
+        """Whether the matrix is multiplied with the module's input as it is."""
+        return self.rows is _as_it_is
 
 
 _KINDS: list[Kind] = []

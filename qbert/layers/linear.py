@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from qbert.kernels import dispatch
 from qbert.kernels.cpu import CpuLinear
+from qbert.kernels.operands import InputGrid
 from qbert.layers.kind import Kind, TrainableLayer, register
 from qbert.layers.layout import PackedLayout
 from qbert.layers.packed import PackedTensor
@@ -113,38 +114,28 @@ class PackedLinear(PackedTensor):
         else:
             self._fast = self._gpu_linear()
 
-    def cpu_linear(self, exact: bool = True) -> CpuLinear:
-        """This layer, bias and activation quantization included, as an int8 product of `qbert.kernels.cpu`.
+    def cpu_linear(self, exact: bool = True, engine: str | None = None) -> CpuLinear:
+        """This layer, bias and activation quantization included, as a product of `qbert.kernels.cpu`.
 
-        `exact` False gives up some exactness of 8-bit weights for speed on CPUs without VNNI.
+        `exact` False gives up some exactness of 8-bit weights for speed on CPUs without VNNI; `engine` as for
+        `CpuLinear.prepare`.
         """
-        scale, zero = self.row_grids()
-        rows = torch.arange(self.rows, device=scale.device)
-        options = self.activation_arguments() | {"exact": exact}
-        return CpuLinear.prepare(self.int_codes(), scale, zero, rows, self.bias, self.layout.bits, **options)
+        options = {"exact": exact, "engine": engine}
+        return CpuLinear.from_packed(self.packed_weight(), self.bias, self.input_grid(), **options)
 
     def _gpu_linear(self) -> Callable[[Tensor], Tensor]:
-        scale, zero = self.row_grids()
-        packed = self.owner.codes
-        assert packed is not None
-        return partial(
-            dispatch.linear,
-            packed=packed,
-            scale=scale,
-            zero=zero,
-            bias=None if self.bias is None else self.bias.detach(),
-            bits=self.layout.bits,
-            **self.activation_arguments(),
-        )
+        bias = None if self.bias is None else self.bias.detach()
+        return partial(dispatch.linear, weight=self.packed_weight(), bias=bias, grid=self.input_grid())
 
-    def activation_arguments(self) -> dict[str, Any]:
-        """How the input is quantized, as the arguments of `CpuLinear.prepare` and `dispatch.linear`."""
-        arguments: dict[str, Any] = {"activation_bits": self.spec.activation_bits}
-        if self.activation_quantizer is not None and self.activation_quantizer.mode == "asymmetric":
-            arguments["asymmetric"] = True
+    def input_grid(self) -> InputGrid:
+        """How the input is quantized, as the kernels take it. Raises ValueError for a static scale of 0."""
+        bits = self.spec.activation_bits or 0
         if self.input_scale is not None and self.input_zero is not None:
-            arguments |= {"activation_scale": float(self.input_scale), "activation_zero": int(self.input_zero)}
-        return arguments
+            if not self.input_scale:
+                raise ValueError("input_scale is 0, with which no input can be quantized; calibrate the model again")
+            return InputGrid(float(self.input_scale), int(self.input_zero), bits=bits)
+        quantizer = self.activation_quantizer
+        return InputGrid(asymmetric=quantizer is not None and quantizer.mode == "asymmetric", bits=bits)
 
     def forward(self, input: Tensor) -> Tensor:
         """[..., I] -> [..., O]. Raises RuntimeError in training mode."""

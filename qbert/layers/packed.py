@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from qbert.bits import TensorSpec
 from qbert.kernels import formats
+from qbert.kernels.operands import PackedWeight
 from qbert.layers.layout import FIXED_ZERO, PackedLayout
 from qbert.layers.quantizer import WeightQuantizer, check_grid, note_grid
 from qbert.quantizers.activations import ActivationQuantizer
@@ -109,10 +110,25 @@ class PackedTensor(nn.Module):
         if rows is None:
             rows = torch.arange(self.rows, device=owner.scale.device)
         group = row_group_of(rows, self.rows, self.layout.groups, self.layout.heads)
-        scale = owner.scale[group]
-        if owner.zero is not None:
-            return scale, owner.zero[group].float()
-        return scale, torch.full_like(scale, FIXED_ZERO.get(self.layout.spec.scheme, 0.0))
+        return owner.scale[group], self.group_zero()[group]
+
+    def packed_weight(self) -> PackedWeight:
+        """Codes and grids as the kernels take them, sharing the memory of the owner's buffers."""
+        owner, layout = self.owner, self.layout
+        assert owner.codes is not None and owner.scale is not None
+        group = None
+        if layout.groups not in (1, self.rows):
+            rows = torch.arange(self.rows, device=owner.scale.device)
+            group = row_group_of(rows, self.rows, layout.groups, layout.heads).int()
+        return PackedWeight(owner.codes, owner.scale, self.group_zero(), group, layout.bits, self.columns)
+
+    def group_zero(self) -> Tensor:
+        """Float32 zero points of the groups [G, K]."""
+        owner = self.owner
+        assert owner.scale is not None
+        if owner.zero is None:
+            return torch.full_like(owner.scale, FIXED_ZERO.get(self.layout.spec.scheme, 0.0))
+        return owner.zero.float()
 
     @classmethod
     @abstractmethod

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from qbert.bits import TensorSpec
 from qbert.quantizers.grid import code_range, dequantize, fake_quantize, least_scale, quantize, scale_gradient
 from qbert.quantizers.ranges import SMALLEST_SCALE, GroupRanges, find_ranges, refit_scale
-from qbert.quantizers.rounding import round_compensated
+from qbert.quantizers.rounding import Rounded, round_compensated
 
 
 def note_grid(state: Any, prefix: str, grid: list[Any]) -> None:
@@ -56,9 +56,11 @@ class WeightQuantizer(nn.Module):
     Attributes:
         scale, zero: [G, K] float32 parameters; the scale is trained after `learn(True)`, with LSQ's gradient factor.
         row_group: [O] int64 buffer.
+        uses: how often the weight is applied in one pass; the gradients of its scale then are a mean over those uses.
     """
 
     row_group: Tensor
+    uses: int = 1
 
     def __init__(self, row_group: Tensor, input_groups: int, spec: TensorSpec) -> None:
         super().__init__()
@@ -98,26 +100,48 @@ class WeightQuantizer(nn.Module):
     def compensate(self, weight: Tensor, moment: Tensor) -> Tensor:
         """Set the grids by compensated rounding of the weights [O, I] for inputs with a second moment [I, I].
 
+        Args:
+            moment: [I, I], or [g, I, I] where each of g equal runs of rows has inputs of its own.
+
         Returns:
             The rounded weights in the dtype of `weight`, which lie on the grids: rounded to nearest they stay the same.
 
         Raises:
             ValueError: as `round_compensated`.
         """
-        found = round_compensated(
+        ranges = self.ranges_of(weight)
+        if moment.dim() == 2:
+            parts = [self._compensated(weight, moment, self.row_group, ranges, self.spec.refits)]
+        else:
+            runs = self.row_group.view(len(moment), -1)
+            whole = bool((runs[1:, 0] > runs[:-1, -1]).all())  # else a range in two runs, for whose codes it must stay
+            parts = []
+            for own, rows, index in zip(moment, weight.view(len(moment), -1, weight.shape[1]), runs, strict=True):
+                first, last = int(index[0]), int(index[-1]) + 1
+                given = GroupRanges(ranges.scale[first:last], ranges.zero[first:last])
+                parts.append(self._compensated(rows, own, index - first, given, self.spec.refits if whole else 0))
+            if not whole:
+                parts = [p._replace(scale=ranges.scale[:0], zero=ranges.zero[:0]) for p in parts]
+                parts.append(parts[0]._replace(codes=parts[0].codes[:0], scale=ranges.scale, zero=ranges.zero))
+        codes, scale, zero = (torch.cat([p[i] for p in parts]) for i in range(3))
+        self.take(GroupRanges(scale, zero), weight.dtype)
+        blocks, scale, zero = self._blocks(codes, None, weight.dtype)
+        return dequantize(blocks, scale, zero).flatten(-2)
+
+    def _compensated(
+        self, weight: Tensor, moment: Tensor, row_group: Tensor, ranges: GroupRanges, refits: int
+    ) -> Rounded:
+        return round_compensated(
             weight,
             moment,
-            self.row_group,
-            self.ranges_of(weight),
+            row_group,
+            ranges,
             bits=self.bits,
             scheme=self.spec.scheme,
             damping=self.spec.damping,
             by_activity=self.spec.column_order == "activity",
-            refits=self.spec.refits,
+            refits=refits,
         )
-        self.take(GroupRanges(found.scale, found.zero), weight.dtype)
-        blocks, scale, zero = self._blocks(found.codes, None, weight.dtype)
-        return dequantize(blocks, scale, zero).flatten(-2)
 
     def forward(self, weight: Tensor, rows: Tensor | None = None) -> Tensor:
         """Fake-quantized weight, same shape and dtype.
@@ -157,9 +181,9 @@ class WeightQuantizer(nn.Module):
         self.find(weight)
 
     def gradient_factor(self, weight: Tensor) -> float:
-        """LSQ's 1 / sqrt(N q_max) for groups of N weights on average (Esser et al. 2020, section 2.2)."""
+        """LSQ's 1 / sqrt(N q_max) for groups of N weights on average (Esser et al. 2020, section 2.2), by the uses."""
         per_group = self.row_group.numel() * weight.shape[-1] / self.scale.numel()
-        return float((per_group * max(self.qmax, 1)) ** -0.5)
+        return float((per_group * max(self.qmax, 1)) ** -0.5) / self.uses
 
     @torch.no_grad()
     def codes(self, weight: Tensor) -> Tensor:

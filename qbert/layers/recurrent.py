@@ -128,6 +128,65 @@ def open_recurrent(model: nn.Module, paths: Collection[str]) -> None:
             replace_everywhere(model, module, GateRecurrence(module))
 
 
+class StepMasks:
+    """Which rows of the inputs of gate matrices are no padding, while a model runs batch after batch.
+
+    A gate matrix sees all steps [T, B, I] in one call, or the states [B, H] of one step after the other, and no
+    attention mask has that shape. The lengths of a `PackedSequence` count; without them the attention mask does.
+
+    Attributes:
+        mask: attention mask [B, T] of the batch under way, or None; whoever runs the batches sets it.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.mask: Tensor | None = None
+        self._owner: dict[nn.Module, GateRecurrence] = {}
+        self._reverse: dict[nn.Module, bool] = {}
+        self._real: dict[GateRecurrence, Tensor | None] = {}
+        self._steps: dict[nn.Module, int] = {}
+        self._handles = []
+        for recurrence in [m for m in model.modules() if isinstance(m, GateRecurrence)]:
+            self._handles.append(recurrence.register_forward_pre_hook(self._begin))
+            for name, gate in recurrence.named_children():
+                self._owner[gate], self._reverse[gate] = recurrence, name.endswith("_reverse")
+
+    def close(self) -> None:
+        """Take the hooks away."""
+        for handle in self._handles:
+            handle.remove()
+
+    def __contains__(self, module: nn.Module) -> bool:
+        return module in self._owner
+
+    def of(self, gate: nn.Module, x: Tensor) -> Tensor | None:
+        """The mask of the rows of one call's input (or output) `x`, to be asked once a call; None if all count."""
+        real = self._real.get(self._owner[gate])
+        if x.dim() == 3:
+            return real
+        step = self._steps[gate] = self._steps.get(gate, -1) + 1
+        if real is None:
+            return None
+        return real[len(real) - 1 - step if self._reverse[gate] else step]
+
+    def _begin(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        recurrence: Any = module
+        for gate in recurrence.children():
+            self._steps.pop(gate, None)
+        self._real[recurrence] = self._real_steps(recurrence, args[0])
+
+    def _real_steps(self, recurrence: GateRecurrence, input: Any) -> Tensor | None:
+        if isinstance(input, PackedSequence):
+            lengths = pad_packed_sequence(input)[1]
+            steps = torch.arange(int(lengths.max())).unsqueeze(1) < lengths  # [T, B]
+            return steps.to(input.data.device)
+        mask = self.mask
+        if mask is None or mask.dim() != 2 or input.dim() != 3:
+            return None
+        steps = mask.bool().t()
+        shape = input.shape[1::-1] if recurrence.batch_first else input.shape[:2]
+        return steps.to(input.device) if steps.shape == shape else None
+
+
 def _gates(module: nn.Module) -> list[tuple[str, nn.Linear]]:
     return list(gate_matrices(module)) if is_recurrent(module) else []
 

@@ -4,7 +4,8 @@ With inputs x of second moment :math:`C = E[x x^T]` a changed weight matrix move
 
 .. math:: E \| (W - \hat W) x \|^2 = \mathrm{tr}\,(W - \hat W)\, C\, (W - \hat W)^T ,
 
-which is what is made small here, on the grids of `qbert.quantizers.grid` and for all rows at once:
+which is what is made small here, on the grids of `qbert.quantizers.grid` and for all rows at once. Where the matrix has
+a bias, that takes over the mean of the error, so that no layer's outputs are shifted, and C is the covariance.
 
 1. *compensation* (OBS; GPTQ): columns are rounded one after the other, and the error of each is spread over those
    still to come. With :math:`H = C + \lambda I = (U + I) D (U + I)^T`, U strictly upper triangular, column j is
@@ -13,9 +14,10 @@ which is what is made small here, on the grids of `qbert.quantizers.grid` and fo
    :math:`w_j + \sum_{i \ne j} (w_i - \hat w_i) H_{ij} / H_{jj}`, which can only lower the error;
 3. *refit*: scales (and real-valued zero points) of least error for the present codes, in closed form.
 
-Ranges that suit nearest rounding clip too much for compensated weights, so several are tried, and every row group
-keeps the best by the error above; where nothing beats nearest rounding, the group keeps that.
-It stands alone because no other rounding asks what the layer is given.
+Weights that are zero stay so on grids that have a zero (not on ``midrise`` and ``offset``): a pruned matrix keeps its
+pattern, and the others make good for the zeros too. Ranges that suit nearest rounding clip too much for compensated
+weights, so several are tried, and every row group keeps the best by the error above; where nothing beats nearest
+rounding, the group keeps that. It stands alone because no other rounding asks what the layer is given.
 
 References: Hassibi and Stork 1993 (OBS); Frantar et al. 2023, GPTQ, section 3; Chee et al. 2023, QuIP, section 3.1
 (the triangular form); Behdin et al. 2023, QuantEase (the descent).
@@ -75,6 +77,21 @@ def damped(moment: Tensor, damping: float) -> Tensor:
     return wide + damping * level * eye if level > 0 else eye
 
 
+def bias_change(difference: Tensor, mean: Tensor) -> Tensor:
+    """What the bias must gain, [O] float64, for outputs of the same mean, where a matrix has lost `difference` [O, I].
+
+    Args:
+        mean: E[x], [I], or [g, I] where each of g equal runs of rows has inputs of its own.
+
+    Source: Nagel et al. 2019, data-free quantization, section 4.2 (bias correction), on the inputs that are there.
+    """
+    wide = difference.double()
+    mean = mean.to(wide.device)
+    if mean.dim() == 1:
+        return wide @ mean
+    return torch.linalg.vecdot(wide.view(len(mean), -1, wide.shape[1]), mean.unsqueeze(1)).flatten()
+
+
 def compensate(
     weight: Tensor,
     metric: Tensor,
@@ -118,6 +135,7 @@ class _Columns:
         self.metric = metric  # [I, I] float64
         self.order = order
         self.input_group = input_group  # run of input columns of each column
+        self.zeros: Tensor | None = None  # [I, N], of weights that are zero and stay so
         self.narrow = metric.to(target.dtype)
         self._full: Tensor | None = None
 
@@ -128,7 +146,10 @@ class _Columns:
             order = torch.arange(columns, device=weight.device)
         run = torch.div(order * input_groups, columns, rounding_mode="floor").tolist()
         target = weight.detach().to(_working_dtype(weight)).T[order].contiguous()
-        return cls(target, metric[order][:, order], order, run)
+        problem = cls(target, metric[order][:, order], order, run)
+        zeros = target == 0
+        problem.zeros = zeros if bool(zeros.any()) else None
+        return problem
 
     def restored(self, codes: Tensor) -> Tensor:
         """int8 codes [O, I] of codes [I, O] in the order of rounding."""
@@ -198,6 +219,8 @@ class _Columns:
             j = block.start + at
             s, z = scale[self.input_group[j]], zero[self.input_group[j]]
             code = torch.addmv(wanted[at], near.T, inside[:, at]).div_(s).add_(z).round_().clamp_(qmin, qmax)
+            if self.zeros is not None:
+                code = torch.where(self.zeros[j] & (z == z.round()) & (z >= qmin) & (z <= qmax), z, code)
             codes[j] = code
             torch.addcmul(self.target[j], code.sub_(z), s, value=-1, out=near[at])
 
@@ -257,6 +280,7 @@ def _best_start(
     """Codes [I, O], differences [I, O] and grids of the best ranges of every row group, compensated on each."""
     rows = len(row_group)
     copies = _Columns(problem.target.repeat(1, len(tried)), problem.metric, problem.order, problem.input_group)
+    copies.zeros = None if problem.zeros is None else problem.zeros.repeat(1, len(tried))
     scale, zero = (torch.cat([getattr(r, n)[row_group] for r in tried]).T for n in ("scale", "zero"))
     codes, difference, errors = copies.compensated(scale, zero, *limits)
     best = reduce_rows(errors.view(len(tried), rows).T, row_group, "sum").argmin(1)  # [G]

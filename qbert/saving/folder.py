@@ -26,9 +26,10 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from qbert.encoders.structure import changes
 from qbert.files import content_sha256, flush, flush_folder, own_name, read_json, remove_abandoned, writing
 from qbert.layers.packed import PackedTensor
-from qbert.saving.records import METHOD, counts_by_bits, describe, file_state, is_trainable
+from qbert.saving.records import METHOD, counts_by_bits, describe, file_state, is_quantized
 
 # What earlier versions wrote beside a float checkpoint; it means nothing once other weights lie there.
 GRIDS, TRAINABLE_RECORD = "qbert_grids.safetensors", "qbert_grids.json"
@@ -40,7 +41,7 @@ _CARD = """---
 library_name: transformers
 tags:
 - qbert
-- quantized
+- {tag}
 ---
 
 # {name}
@@ -109,7 +110,7 @@ class Saver:
 
     def _write(self, aside: Path, folder: Path, **kwargs: Any) -> None:
         layouts = describe(self.model)
-        if is_trainable(self.model):
+        if layouts.get("form", "packed") != "packed":
             kwargs["state_dict"] = file_state(self.model, kwargs.get("state_dict"))
             kwargs.setdefault("save_original_format", False)  # the names that resuming a training looks for
         self.plain(self.model, aside, **kwargs)
@@ -310,9 +311,22 @@ def check_folder(files: Iterable[str | os.PathLike[str]], record: Mapping[str, A
     check_digest(paths, record)
 
 
+_CHANGED = """A `{architecture}` whose layers the Python library `qbert` changed: {changes}.
+
+**`import qbert` before you load it.** Without that line transformers finds no weights here and stops.
+
+```python
+import qbert
+from {library} import {auto}
+
+model = {load}   # or qbert.load("{name}"), which cannot be forgotten
+```
+"""
+
+
 def model_card(model: Any, name: str) -> str:
     """The text of README.md: how to load the model, and what is in it."""
-    return _CARD.format(name=name, notice=notice(model, name))
+    return _CARD.format(name=name, notice=notice(model, name), tag="quantized" if is_quantized(model) else "compressed")
 
 
 def notice(model: Any, name: str, library: str = "transformers", call: str = "") -> str:
@@ -320,13 +334,13 @@ def notice(model: Any, name: str, library: str = "transformers", call: str = "")
     auto = call or _class_to_load(model)
     packed = any(isinstance(m, PackedTensor) for m in model.modules())
     counts = counts_by_bits(model)
+    load = f'{auto}("{name}")' if call else f'{auto}.from_pretrained("{name}")'
+    common = {"name": name, "architecture": type(model).__name__, "library": library, "auto": auto, "load": load}
+    if not counts:
+        return _CHANGED.format(**common, changes=", ".join(entry["change"] for entry in changes(model)))
     return _NOTICE.format(
-        name=name,
-        architecture=type(model).__name__,
+        **common,
         stored="stored in" if packed else "trained for (and kept in float, with their grids)",
-        library=library,
-        auto=auto,
-        load=f'{auto}("{name}")' if call else f'{auto}.from_pretrained("{name}")',
         bits=", ".join(str(b) for b in sorted(counts)),
         table="\n".join(f"| {b} | {counts[b][0]} | {counts[b][1]:,} |" for b in sorted(counts)),
     )

@@ -33,6 +33,7 @@ from qbert.layers.kind import kind_of
 from qbert.layers.layout import PackedLayout
 from qbert.layers.packed import PackedTensor
 from qbert.layers.recurrent import open_recurrent
+from qbert.layers.tables import close_tables, open_recorded
 from qbert.saving.folder import NO_WEIGHTS, TRAINABLE_RECORD, check_configuration, check_folder
 from qbert.saving.records import (
     FORMAT_VERSION,
@@ -62,7 +63,8 @@ class QBertConfig(QuantizationConfigMixin):
         sha256: digest of this configuration and all tensors of the files; ``None`` before the model is saved.
         config_sha256: digest of the rest of config.json; ``None`` before the model is saved, and in older files.
         weights: name of the file of the tensors, or of its index; ``None`` likewise.
-        form: ``packed``, or ``trainable`` for float weights with the grids that they are quantized on.
+        form: ``packed``, ``trainable`` for float weights with the grids that they are quantized on, or ``float`` for
+            those of a model with a changed structure (`qbert.encoders.structure`).
         prefix: path of the base model, under which a trainable one's grids lie in the files.
         replaces: files of an earlier model, where the save was killed before they were removed.
 
@@ -91,9 +93,11 @@ class QBertConfig(QuantizationConfigMixin):
                 f"quantization_config: {found} is not of format {FORMAT_VERSION}, which this qbert reads; "
                 "install the version of qbert that wrote the model, or pack it again"
             )
-        if form not in ("packed", "trainable") or not isinstance(weights, str | None):
+        if form not in ("packed", "trainable", "float") or not isinstance(weights, str | None):
             raise ValueError("quantization_config: 'form' or 'weights' is impossible; config.json is damaged")
-        if not (isinstance(specs, dict) and isinstance(tensors, dict) and isinstance(tied, dict)) or not tensors:
+        if not (isinstance(specs, dict) and isinstance(tensors, dict) and isinstance(tied, dict)) or (
+            not tensors and form != "float"
+        ):
             raise ValueError("quantization_config: 'specs', 'tensors' or 'tied' is missing; config.json is damaged")
         self.quant_method = METHOD  # type: ignore[assignment]
         self.format_version = format_version
@@ -146,6 +150,9 @@ class QBertHfQuantizer(HfQuantizer):  # type: ignore[misc]
         if self.quantization_config.form == "packed":
             swap_in_packed(model, self.quantization_config)
             return
+        if self.quantization_config.form == "float":
+            return
+        open_parts(model, self.quantization_config)
         self.files = [Path(file) for file in checkpoint_files or ()]
         known: Any = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
         ours = {rf"\.{part.strip('.')}\." for part in GRID_PARTS}
@@ -156,6 +163,8 @@ class QBertHfQuantizer(HfQuantizer):  # type: ignore[misc]
             del model.config.transformers_weights
         if self.quantization_config.form == "packed":
             mark_packed(model)
+        elif self.quantization_config.form == "float":
+            unmark_packed(model)
         else:
             make_trainable(model, self.quantization_config.to_dict(), self.files)
             del model._keys_to_ignore_on_load_unexpected
@@ -165,6 +174,7 @@ class QBertHfQuantizer(HfQuantizer):  # type: ignore[misc]
     def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
         for layer in {id(m): m for m in model.modules() if isinstance(m, PackedTensor)}.values():
             replace_everywhere(model, layer, _float_twin(layer, dtype or layer.dtype))
+        close_tables(model)
         remove_fast_forwards(model)
         unmark_packed(model)
         return model
@@ -176,7 +186,7 @@ class QBertHfQuantizer(HfQuantizer):  # type: ignore[misc]
     @property
     def is_trainable(self) -> bool:
         """Packed models cannot be trained; `qbert.unpack` gives the form that can."""
-        return self.quantization_config.form == "trainable"
+        return self.quantization_config.form != "packed"
 
     @property
     def is_qat_trainable(self) -> bool:
@@ -194,6 +204,14 @@ class QBertHfQuantizer(HfQuantizer):  # type: ignore[misc]
         return True
 
 
+def open_parts(model: nn.Module, config: QBertConfig) -> None:
+    """Open the modules of `model` whose parts, and not they themselves, have a layout in `config`."""
+    prefix, _ = base_model(model)
+    specs = {path: config.layout(name).spec for name in config.tensors for path in (name, f"{prefix}.{name}")}
+    open_recurrent(model, specs.keys())
+    open_recorded(model, specs)
+
+
 def swap_in_packed(model: nn.Module, config: QBertConfig) -> None:
     """Put empty packed layers in the places that `config` names (the model may be on the meta device).
 
@@ -203,7 +221,7 @@ def swap_in_packed(model: nn.Module, config: QBertConfig) -> None:
         ValueError: if a name does not fit the model.
     """
     prefix, base = base_model(model)
-    open_recurrent(model, {path for name in config.tensors for path in (name, f"{prefix}.{name}")})
+    open_parts(model, config)
     placed: dict[str, PackedTensor] = {}
     for name in sorted(config.tensors, key=lambda n: n in config.tied):
         path = find_module(model, prefix, base, name)

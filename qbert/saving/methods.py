@@ -1,4 +1,4 @@
-"""What transformers models with quantized layers do instead of their class's own methods.
+"""What transformers models with quantized or changed layers do instead of their class's own methods.
 
 `save_pretrained` is looked up on the class, whoever calls it (a user, a Trainer, a SentenceTransformer, the hub), and
 whichever way the layers came into the model. So it is replaced once, there, and leaves float models to the original.
@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from qbert.encoders.structure import changes, rebuild
 from qbert.saving.folder import Saver
 from qbert.saving.records import METHOD, is_quantized
 
@@ -26,6 +27,7 @@ def install(theirs: ModuleType) -> None:
     model: Any = theirs.PreTrainedModel
     if not hasattr(model.save_pretrained, "before_qbert"):
         model.save_pretrained = _saving(model.save_pretrained)
+        model.post_init = _building(model.post_init)
         model.half = _casting(model.half, torch.float16)
         model.float = _casting(model.float, torch.float32)
 
@@ -38,13 +40,27 @@ def _saving(plain: Callable[..., None]) -> Any:
                 "distributed_checkpoint: a quantized model is written whole, by one process; leave the argument out"
             )
         # With an adapter loaded, transformers writes the adapter alone.
-        if is_quantized(self) and not getattr(self, "_hf_peft_config_loaded", False):
+        ours = is_quantized(self) or bool(changes(self))
+        if ours and not getattr(self, "_hf_peft_config_loaded", False):
             Saver(self, plain)(save_directory, *args, **kwargs)
         else:
             plain(self, save_directory, *args, **kwargs)
 
     save_pretrained.before_qbert = plain  # type: ignore[attr-defined]
     return save_pretrained
+
+
+def _building(plain: Callable[..., None]) -> Any:
+    """What ends the construction of every model: first its structure is changed as its config records."""
+
+    @functools.wraps(plain)
+    def post_init(self: Any) -> None:
+        inner = getattr(self, self.base_model_prefix, None) if self.base_model_prefix else None
+        if changes(self) and not isinstance(inner, torch.nn.Module):  # a head's encoder was built before it
+            rebuild(self)
+        plain(self)
+
+    return post_init
 
 
 def _casting(plain: Callable[..., Any], dtype: torch.dtype) -> Any:

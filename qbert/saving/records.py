@@ -43,7 +43,8 @@ def is_trainable(model: nn.Module) -> bool:
 def describe(model: nn.Module) -> dict[str, Any]:
     """The record of `model`: format_version, specs {label: values}, tensors {name: label} and tied {name: name}.
 
-    That of a fake-quantized model also has ``form`` and the ``prefix`` of its base model, under which its grids lie.
+    That of a fake-quantized model also has ``form`` and the ``prefix`` of its base model, under which its grids lie;
+    that of a float model, whose structure alone is recorded (in the config), has ``form`` and nothing else to tell.
 
     Raises:
         ValueError: if two quantized modules have the same name relative to the base model, a layer is tied to one
@@ -62,6 +63,8 @@ def describe(model: nn.Module) -> dict[str, Any]:
         record = {"format_version": FORMAT_VERSION, "specs": specs, "tensors": tensors, "tied": {}}
         return {**record, "form": "trainable", "prefix": prefix}
     layers = {path: m for path, m in model.named_modules() if isinstance(m, PackedTensor)}
+    if not layers:
+        return {"format_version": FORMAT_VERSION, "specs": {}, "tensors": {}, "tied": {}, "form": "float"}
     specs, tensors = record_layouts(prefix, {path: layer.layout for path, layer in layers.items()})
     names = {id(layer): name for layer, name in zip(layers.values(), tensors, strict=True)}
     tied: dict[str, str] = {}
@@ -77,7 +80,7 @@ def describe(model: nn.Module) -> dict[str, Any]:
 
 
 def file_state(model: nn.Module, state: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
-    """What is written of a fake-quantized `model`: `state`, or its own, with grids that layers share written for each.
+    """What is written of a float or fake-quantized `model`: `state`, or its own, with grids that layers share for each.
 
     transformers knows which weights are tied, but not that their grids are.
     """
@@ -207,10 +210,13 @@ def load_complete(path: str | os.PathLike[str], values: Mapping[str, Any], **kwa
         ValueError: if transformers has no such class, or the files hold other tensors than the class has.
     """
     import transformers
+    import transformers.models.auto.modeling_auto  # which has the students of this library registered
+
+    from qbert.encoders.own_classes import OWN_CLASSES
 
     names = values.get("architectures") or ["AutoModel"]
     name = names[0] if isinstance(names, list) else names
-    model_class = getattr(transformers, name, None) if isinstance(name, str) else None
+    model_class: Any = OWN_CLASSES.get(name, getattr(transformers, name, None)) if isinstance(name, str) else None
     known = isinstance(model_class, type) and issubclass(model_class, transformers.PreTrainedModel)
     if not known and name != "AutoModel":
         raise ValueError(
@@ -220,7 +226,7 @@ def load_complete(path: str | os.PathLike[str], values: Mapping[str, Any], **kwa
     # Foreign code that config.json may name is never run, and nobody is asked to.
     kwargs = {"trust_remote_code": False, **kwargs} if name == "AutoModel" else kwargs
     try:
-        model, report = model_class.from_pretrained(path, output_loading_info=True, **kwargs)  # type: ignore[union-attr]
+        model, report = model_class.from_pretrained(path, output_loading_info=True, **kwargs)
     except (AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
         text = str(error).strip() or type(error).__name__
         if isinstance(error, ValueError) and "\n" not in text:

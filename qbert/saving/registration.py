@@ -2,8 +2,8 @@
 
 transformers has no entry points: a quantization method exists once somebody has registered it. Importing the registry
 (and torch with it) takes seconds, which ``import qbert`` alone should not cost; so if the registry is not loaded yet,
-registration waits until it is. The same holds for what other libraries do with models that are quantized: saving
-them, writing their cards, merging adapters into them.
+registration waits until it is. The same holds for what other libraries do with models that are quantized (saving
+them, writing their cards, merging adapters into them) and for students of classes of our own.
 
     >>> import qbert                                      # calls `register_with_transformers`
     >>> AutoModel.from_pretrained("folder of a packed model")
@@ -22,6 +22,7 @@ from types import ModuleType
 _AFTER = {
     "transformers.quantizers.auto": "qbert.saving.hf",
     "transformers.modeling_utils": "qbert.saving.methods",
+    "transformers.models.auto.modeling_auto": "qbert.students.registration",
     "peft.tuners.tuners_utils": "qbert.layers.adapters",
     "sentence_transformers.base.model": "qbert.saving.sentences",
     "sentence_transformers.SentenceTransformer": "qbert.saving.sentences",  # before version 5.4

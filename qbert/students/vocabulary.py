@@ -53,7 +53,7 @@ def student_with_vocabulary(
     if state.get("model", {}).get("type") != "WordPiece":
         kind = state.get("model", {}).get("type", f"no fast tokenizer ({type(tokenizer).__name__})")
         raise ValueError(f"tokenizer: its kind is {kind}, but only WordPiece vocabularies can be cut; keep it whole")
-    table = _word_table(teacher)
+    table = word_table(teacher)
     counts = _counts(tokenizer, texts, len(table.weight))
     kept = _kept_ids(state, tokenizer, counts, least_count)
     if max(kept) >= len(table.weight):
@@ -66,7 +66,12 @@ def student_with_vocabulary(
     return student, _with_ids(tokenizer, state, new_id)
 
 
-def _word_table(teacher: nn.Module) -> nn.Embedding:
+def word_table(teacher: nn.Module) -> nn.Embedding:
+    """The float word table [V, D] of an encoder.
+
+    Raises:
+        ValueError: the model has none, or it is quantized.
+    """
     find = getattr(teacher, "get_input_embeddings", None)
     table = find() if callable(find) else None
     if type(table) is not nn.Embedding:

@@ -15,8 +15,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
+from qbert.progress import progress_bar
 from qbert.tasks.encoding import Prepared, decode_spans, prepare
 from qbert.tasks.task import Task
 
@@ -102,7 +102,7 @@ def evaluate_prepared(
     total = counted = 0.0
     was_training = model.training
     model.eval()
-    bar = tqdm(
+    bar = progress_bar(
         total=len(data), desc=f"evaluating {data.task.name} {label}", unit="ex", disable=not progress, leave=False
     )
     try:

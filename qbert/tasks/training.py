@@ -21,8 +21,6 @@ import json
 import math
 import os
 import shutil
-import sys
-import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
@@ -32,9 +30,9 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
-from tqdm.auto import tqdm
 
 from qbert.files import (
+    cache_folder,
     damaged_file,
     file_sha256,
     files_sha256,
@@ -46,6 +44,7 @@ from qbert.files import (
     write_json,
     writing,
 )
+from qbert.progress import progress_bar, write
 from qbert.tasks.checkpoint import load_checkpoint, save_checkpoint
 from qbert.tasks.embedded import embedded_encoder
 from qbert.tasks.encoding import Prepared, prepare, resolve_max_length, training_order
@@ -273,7 +272,7 @@ def _train(
     started = saved = time.monotonic()
     device = next(model.parameters()).device
     half = settings.bf16 or (device.type == "cuda" and torch.cuda.is_bf16_supported())
-    bar = tqdm(total=total, initial=done, desc=f"fine-tuning {task.name}", unit="step", disable=not progress)
+    bar = progress_bar(total=total, initial=done, desc=f"fine-tuning {task.name}", unit="step", disable=not progress)
     smooth: float | None = None
     whole = True  # False only while the optimizer is changing the weights
     model.train()
@@ -353,7 +352,7 @@ def _report_epoch(model: nn.Module, task: Task, tokenizer: Any, settings: Traini
         progress=False,
     )
     text = ", ".join(f"{name} {scores[name]:.1f}" for name in task.metric_names)
-    tqdm.write(f"epoch {epoch + 1}/{settings.epochs}: {text} on {int(scores['examples'])} held-out rows")
+    write(f"epoch {epoch + 1}/{settings.epochs}: {text} on {int(scores['examples'])} held-out rows")
 
 
 def _save_entry(entry: Path, model: Any, tokenizer: Any, record: dict[str, Any]) -> None:
@@ -409,33 +408,6 @@ def _load_entry(entry: Path, task: Task, settings: TrainingSettings, device: tor
 
 _WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
 _TOKENIZERS = ("tokenizer.json", "vocab.txt", "spiece.model", "sentencepiece.bpe.model", "tokenizer_config.json")
-
-
-def cache_folder(folder: str | Path | None = None) -> Path:
-    """The cache folder, made if need be and found writable.
-
-    Raises:
-        PermissionError: the folder cannot be made or written to; names QBERT_CACHE as the mend.
-    """
-    chosen = Path(folder or os.environ.get("QBERT_CACHE") or _platform_cache() / "qbert").expanduser()
-    try:
-        chosen.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=chosen):
-            pass
-    except OSError as error:
-        raise PermissionError(
-            f"the cache folder {str(chosen)!r} cannot be written ({error.strerror}); "
-            "set QBERT_CACHE (or cache_dir=...) to a folder of yours"
-        ) from error
-    return chosen
-
-
-def _platform_cache() -> Path:
-    if sys.platform == "win32":
-        return Path(os.environ.get("LOCALAPPDATA", Path.home() / "AppData" / "Local"))
-    if sys.platform == "darwin":
-        return Path.home() / "Library" / "Caches"
-    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
 
 
 def weights_id(model_name_or_path: str | Path) -> str:

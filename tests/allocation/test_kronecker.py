@@ -11,8 +11,11 @@ from encoders import build, inputs_for
 from torch import Tensor, nn
 
 import qbert
+from qbert.allocation.damage import quantized_weight, target_specs
 from qbert.allocation.kronecker import kronecker_factors
 from qbert.allocation.predictions import Sensitivities
+from qbert.encoders.targets import find_targets
+from qbert.hessian.losses import MeasuredLoss
 
 
 def loss(model: nn.Module, batch: Any) -> Tensor:
@@ -68,3 +71,23 @@ def test_a_prediction_beside_the_others_that_older_files_lack(tmp_path: Path) ->
         old.table("kronecker")
     bits = qbert.allocate_bits(report.using("kronecker"), bits=(2, 4), average_bits=3, model=model)
     assert bits.rules
+
+
+def test_predictions_on_some_samples_and_the_truth_on_others() -> None:
+    model = build("bert").eval()
+    data = [{**inputs_for("bert", batch=8), "labels": torch.randint(0, 2, (8,))} for _ in range(3)]
+    how: dict[str, Any] = {"micro_batch_size": 4, "seed": 3}
+    report = qbert.sensitivity(
+        model, data, (2,), granularity="matrix", runs=1, samples=8, probes=4, held_out=True, progress=False, **how
+    )
+    drawn = MeasuredLoss.on_random_samples(model, data, None, samples=16, **how).batches
+    assert len(drawn) == 4 and report.settings["samples"] == report.settings["held_out"] == 8
+    with torch.no_grad():
+        assert report.loss == pytest.approx(sum(float(model(**b).loss) for b in drawn[1::2]) / 2, rel=1e-5)
+    target = next(t for t in find_targets(model) if t.name == report.names[0])
+    module: Any = target.module
+    change = quantized_weight(target, target_specs(model, 2)[target.path]) - module.weight.detach()
+    expected = kronecker_factors(model, drawn[::2], [module])[module].damage(change)
+    assert report.table("kronecker")[0, 0] == pytest.approx(expected, rel=1e-4)
+    with pytest.raises(ValueError, match="held_out: there is one micro-batch"):
+        qbert.sensitivity(model, data[:1], (2,), spectrum=None, runs=1, fraction=1.0, held_out=True, progress=False)

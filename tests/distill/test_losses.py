@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -174,3 +175,29 @@ def test_labels_decided_on_their_own_are_so_many_binary_problems(temperature: fl
     torch.testing.assert_close(
         losses.sigmoid_kl_divergence(student, teacher, temperature=temperature), divergence, rtol=1e-4, atol=1e-6
     )
+
+
+def test_decisions_of_the_teacher_are_targets() -> None:
+    generator = np.random.default_rng(0)
+    student, teacher = generator.normal(size=(2, 6, 3))
+    logs = student - np.log(np.exp(student).sum(-1, keepdims=True))
+    expected = -logs[np.arange(6), teacher.argmax(-1)].mean()
+    tensors = torch.from_numpy(student), torch.from_numpy(teacher)
+    assert float(losses.LOSSES["hard_ce"](*tensors)) == pytest.approx(expected, rel=1e-6)
+    p = 1 / (1 + np.exp(-student))
+    expected = -np.where(teacher > 0, np.log(p), np.log(1 - p)).mean()
+    assert float(losses.LOSSES["sigmoid_hard_ce"](*tensors)) == pytest.approx(expected, rel=1e-6)
+
+
+def test_decisions_of_spans_are_never_padding() -> None:
+    generator = np.random.default_rng(1)
+    student, teacher = generator.normal(size=(2, 2, 4, 5))
+    teacher[..., 3:] += 100  # padding
+    mask = np.arange(5) < 3
+    kept = student[..., :3]
+    logs = kept - np.log(np.exp(kept).sum(-1, keepdims=True))
+    expected = -np.take_along_axis(logs, teacher[..., :3].argmax(-1)[..., None], -1).mean()
+    found = losses.LOSSES["span_hard_ce"](
+        torch.from_numpy(student), torch.from_numpy(teacher), torch.from_numpy(np.tile(mask, (4, 1)))
+    )
+    assert float(found) == pytest.approx(expected, rel=1e-6)

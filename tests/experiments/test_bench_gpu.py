@@ -1,27 +1,18 @@
 """The GPU benchmarks without a GPU: shapes, medians, bars, table and plot from made-up timings; a clear refusal."""
 
-import importlib.util
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 from scripts import EXPERIMENTS, run_here
+from scripts import load_bench as load
 
 
 @pytest.fixture(autouse=True)
 def _scripts(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("triton")
     monkeypatch.syspath_prepend(str(EXPERIMENTS / "bench"))
-
-
-def load(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, EXPERIMENTS / "bench" / f"{name}.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def test_medians_of_interleaved_rounds() -> None:

@@ -1,7 +1,6 @@
 """The CPU benchmark as a user runs it: a page with every engine on any encoder and data, refusals of one sentence."""
 
 import argparse
-import importlib.util
 import re
 import subprocess
 import sys
@@ -9,6 +8,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+from scripts import load_bench
 from tiny_tasks import sentiment_rows, tiny_encoder, write_task
 
 SCRIPT = Path(__file__).parents[2] / "experiments" / "bench" / "inference.py"
@@ -41,7 +41,13 @@ def test_page_has_every_engine(world: Path) -> None:
     errors = {
         name: float(error) for name, error in re.findall(r"^\| ([^|]+) \|.*\| ([\d.]+) \| [\d.-]+ \|$", page, re.M)
     }
-    assert list(errors) == ["torch fp32", "torch dynamic int8", "qbert 4-bit", "qbert 4-bit, asymmetric"]
+    assert list(errors) == [
+        "torch fp32",
+        "torch dynamic int8",
+        "model.bfloat16()",
+        "qbert 4-bit",
+        "qbert 4-bit, asymmetric",
+    ]
     assert errors["torch fp32"] == 0 and max(errors.values()) < 0.5
 
 
@@ -49,11 +55,7 @@ def test_page_has_every_engine(world: Path) -> None:
 def bench(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """The script as a module."""
     monkeypatch.syspath_prepend(str(SCRIPT.parent))
-    spec = importlib.util.spec_from_file_location("bench_inference", SCRIPT)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_bench("inference")
 
 
 @pytest.mark.parametrize(

@@ -12,10 +12,13 @@ from qbert.kernels import reference
 from qbert.kernels.gpu.embedding import embed_layernorm
 from qbert.kernels.gpu.layernorm_quant import layernorm_quantize
 from qbert.kernels.gpu.linear import GpuLinear
-from qbert.kernels.gpu.matmul_a8 import matmul_a8
-from qbert.kernels.gpu.matmul_a8_mixed import matmul_a8_mixed
+from qbert.kernels.gpu.products.matmul_a8 import matmul_a8
+from qbert.kernels.gpu.products.matmul_a8_mixed import matmul_a8_mixed
 from qbert.kernels.gpu.quantize_rows import quantize_rows
 from qbert.kernels.gpu.tiles import Tile
+from qbert.kernels.operands import InputGrid, ProductWeight
+
+ASYMMETRIC = InputGrid(asymmetric=True)
 
 
 def adversarial_rows(columns):
@@ -39,11 +42,11 @@ def assert_quantized(got, x):
 @pytest.mark.parametrize("columns", [384, 1, 37, 5000])
 def test_row_quantization_is_exact(columns, dtype):
     x = adversarial_rows(columns).to(dtype)
-    assert_quantized(quantize_rows(x, asymmetric=True), x)
-    assert_quantized(quantize_rows(x[:0], asymmetric=True), x[:0])
-    assert_quantized(quantize_rows(x[:, :0], asymmetric=True), x[:, :0])
+    assert_quantized(quantize_rows(x, ASYMMETRIC), x)
+    assert_quantized(quantize_rows(x[:0], ASYMMETRIC), x[:0])
+    assert_quantized(quantize_rows(x[:, :0], ASYMMETRIC), x[:, :0])
     wide = torch.full((11, columns + 50), float("nan"), dtype=dtype)[:, :columns]  # nothing beyond it may be read
-    assert_quantized(quantize_rows(wide.copy_(x), asymmetric=True), x)
+    assert_quantized(quantize_rows(wide.copy_(x), ASYMMETRIC), x)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
@@ -55,29 +58,29 @@ def test_layernorm_quantize(columns, dtype):
     for shift in (0.0, 30.0, -30.0):  # all values of a row of one sign: its range does not hold 0, as padding would
         weight, bias = torch.rand(columns), torch.rand(columns) + shift
         for other in (residual, None):
-            y, *quantized = layernorm_quantize(x, other, weight, bias, 1e-5, asymmetric=True)
+            y, *quantized = layernorm_quantize(x, other, weight, bias, 1e-5, ASYMMETRIC)
             expected = reference.layernorm_quantize(x, other, weight, bias, 1e-5)[0]
             torch.testing.assert_close(y.double(), expected, rtol=1e-3, atol=1e-3)
             assert_quantized(quantized, y)
-    y, *quantized = layernorm_quantize(x, None, torch.zeros(columns), torch.full((columns,), 7.0), 1e-5, 0.0, 0, True)
+    y, *quantized = layernorm_quantize(x, None, torch.zeros(columns), torch.full((columns,), 7.0), 1e-5, ASYMMETRIC)
     assert bool((y == 7).all()) and quantized[1].tolist() == [[0.0] * 11, [7.0] * 11]
-    assert [t.shape for t in layernorm_quantize(x[:0], None, weight, bias, 1e-5, asymmetric=True)][2] == (2, 0)
+    assert [t.shape for t in layernorm_quantize(x[:0], None, weight, bias, 1e-5, ASYMMETRIC)][2] == (2, 0)
 
 
 @pytest.mark.parametrize("features", [384, 40])
 def test_embeddings_summed_normalized_and_quantized(features):
     made = [make_table(v, features, b, g) for v, b, g in [(50, 4, 5), (20, 8, 20), (2, 3, 1)]]
-    ids = [torch.randint(0, t.packed.shape[0], (7,)) for t, _ in made]
+    ids = [torch.randint(0, t.rows, (7,)) for t, _ in made]
     weight, bias = torch.randn(features), torch.randn(features) + 3
     total = sum(dense[i] for i, (_, dense) in zip(ids, made, strict=True))
     expected = reference.layernorm_quantize(total, None, weight, bias, 1e-12)[0]
     for dtype, tolerance in ((torch.float32, 1e-4), (torch.float16, 2e-3)):
         pairs = [(i, t) for i, (t, _) in zip(ids, made, strict=True)]
-        y, *quantized = embed_layernorm(pairs, weight, bias, 1e-12, dtype, asymmetric=True)
+        y, *quantized = embed_layernorm(pairs, weight, bias, 1e-12, dtype, ASYMMETRIC)
         torch.testing.assert_close(y.double(), expected, rtol=tolerance, atol=tolerance)
         assert_quantized(quantized, y)
     ids[1][2] = 20  # no such row: the token is broken, alone, and visibly
-    y, _, scale, _ = embed_layernorm(pairs, weight, bias, 1e-12, asymmetric=True)
+    y, _, scale, _ = embed_layernorm(pairs, weight, bias, 1e-12, grid=ASYMMETRIC)
     assert bool(y[2].isnan().all()) and bool(scale[1, 2].isnan()) and int(scale.isnan().any(0).sum()) == 1
 
 
@@ -95,16 +98,12 @@ def test_the_product_is_exact_where_everything_is_an_integer(zero_kind, bits, ti
     step, offset = torch.randint(1, 3, (tokens,)).float(), torch.randint(-3, 4, (tokens,)).float()
     bias, residual = torch.randint(-99, 99, (rows,)).float(), torch.randint(-9, 9, (tokens, rows)).float()
     row_sum, weight_sum = xq.sum(1, dtype=torch.int32), codes.sum(1).float() - columns * zero
+    as_given = {"none": None, "int32": (zero * 2 ** (8 - bits)).int(), "float": zero}[zero_kind]
     y = matmul_a8(
         xq,
         torch.stack([step, offset]),
-        packed,
-        torch.ones(rows),
-        bits=bits,
-        zero={"none": None, "int32": (zero * 2 ** (8 - bits)).int(), "float": zero}[zero_kind],
+        ProductWeight([packed], [bits], torch.ones(rows), as_given, bias, weight_sum),
         row_sum=row_sum,
-        weight_sum=weight_sum,
-        bias=bias,
         residual=residual,
         out_dtype=torch.float32,
         tile=tile,
@@ -122,29 +121,28 @@ def test_epilogues_equal_the_reference(tile, bits):
     scale, step, bias, residual = float_parts(rows, tokens)
     x_scale, zero, row_sum = torch.stack([step, torch.randn(tokens)]), torch.randn(rows), xq.sum(1, dtype=torch.int32)
     weight_sum = reference.dequantize(codes, scale[:, None], zero[:, None]).sum(1)
-    given = {"bits": bits, "zero": zero, "row_sum": row_sum, "weight_sum": weight_sum, "tile": tile}
+    given = {"row_sum": row_sum, "tile": tile}
+    weight = ProductWeight([packed], [bits], scale, zero, weight_sum=weight_sum)
+    with_bias = weight._replace(bias=bias)
 
     def expected(**options):
         return reference.matmul_a8(xq, x_scale, codes, scale[:, None], zero[:, None], **options)
 
     close = {"rtol": 2e-6, "atol": 5e-4}
-    y = matmul_a8(xq, x_scale, packed, scale, out_dtype=torch.float32, **given)
+    y = matmul_a8(xq, x_scale, weight, out_dtype=torch.float32, **given)
     torch.testing.assert_close(y.double(), expected(), **close)
-    y = matmul_a8(xq, x_scale, packed, scale, bias=bias, gelu=True, out_dtype=torch.float32, **given)
+    y = matmul_a8(xq, x_scale, with_bias, gelu=True, out_dtype=torch.float32, **given)
     real = expected(bias=bias, activation="gelu")
     torch.testing.assert_close(y.double(), real, **close)
-    y = matmul_a8(xq, x_scale, packed, scale, residual=residual.half(), **given)
+    y = matmul_a8(xq, x_scale, weight, residual=residual.half(), **given)
     torch.testing.assert_close(y.double(), expected(residual=residual.half()), rtol=1e-3, atol=1e-3)
     # A static output after an asymmetric input: codes, and their sums over both halves of a tile.
     out_scale, sums = float(real.abs().max()) / 100, torch.zeros(tokens, dtype=torch.int32)
-    y = matmul_a8(
-        xq, x_scale, packed, scale, bias=bias, gelu=True, out_dtype=torch.int8, out_scale=out_scale, out_zero=-90,
-        out_row_sum=sums, **given,
-    )  # fmt: skip
+    y = matmul_a8(xq, x_scale, with_bias, gelu=True, out=InputGrid(out_scale, -90), out_row_sum=sums, **given)
     difference = (y.int() - reference.requantize(real, out_scale, -90).int()).abs()
     assert int(difference.max()) <= 1 and float((difference > 0).float().mean()) < 2e-3
     assert torch.equal(sums, y.sum(1, dtype=torch.int32))
-    bare = matmul_a8(xq, x_scale, packed, scale, bits=bits, weight_sum=weight_sum, out_dtype=torch.int32, tile=tile)
+    bare = matmul_a8(xq, x_scale, weight._replace(zero=None), out_dtype=torch.int32, tile=tile)
     assert torch.equal(bare.long(), reference.accumulate(xq, codes))
 
 
@@ -159,16 +157,13 @@ def test_query_key_and_value_of_different_bits(tile, zero_kind, bits):
     step, offset = torch.randint(1, 3, (tokens,)).float(), torch.randint(-3, 4, (tokens,)).float()
     bias = torch.randint(-99, 99, (3 * rows,)).float()
     unit = torch.tensor([2 ** (8 - b) for b in bits]).repeat_interleave(rows)
+    as_given = {"none": None, "int32": (zero * unit).int(), "float": zero}[zero_kind]
+    sums, packed = codes.sum(1).float() - columns * zero, [packed for _, _, packed in made]
     y = matmul_a8_mixed(
         xq,
         torch.stack([step, offset]),
-        tuple(packed for _, _, packed in made),
-        bits,
-        torch.ones(3 * rows),
-        zero={"none": None, "int32": (zero * unit).int(), "float": zero}[zero_kind],
+        ProductWeight(packed, list(bits), torch.ones(3 * rows), as_given, bias, sums),
         row_sum=xq.sum(1, dtype=torch.int32),
-        weight_sum=codes.sum(1).float() - columns * zero,
-        bias=bias,
         out_dtype=torch.float32,
         tile=tile,
     )
@@ -181,13 +176,13 @@ def test_query_key_and_value_of_different_bits(tile, zero_kind, bits):
 @pytest.mark.parametrize("zero_kind", ["integer", "half", "real"])
 @pytest.mark.parametrize("input_groups", [1, 2])
 def test_a_whole_linear_layer(bits, zero_kind, input_groups):
-    packed, grid, weight = linear_problem(bits, zero_kind, input_groups)
-    layer = GpuLinear(packed, 256, *grid, bits, 8, 0.0, 0, True)
+    weight, bias, expanded = linear_problem(bits, zero_kind, input_groups)
+    layer = GpuLinear(weight, bias, ASYMMETRIC)
     for dtype, tolerance in ((torch.float32, 2e-5), (torch.float16, 2e-3)):
         x = adversarial_rows(256)[torch.tensor([0, 1, 3, 4, 8, 9])].to(dtype)
-        seen = reference.fake_quantize(x.float(), asymmetric=True)
-        expected = reference.matmul_a16(seen, *weight)
-        y = layer.forward(x, packed)
+        seen = reference.fake_quantize(x.float(), ASYMMETRIC)
+        expected = reference.matmul_a16(seen, *expanded)
+        y = layer.forward(x, weight.codes)
         assert y.dtype == dtype
         largest = expected.abs().amax(1, keepdim=True) + 1
         assert bool(((y.double() - expected).abs() <= tolerance * largest).all())

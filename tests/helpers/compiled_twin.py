@@ -3,7 +3,7 @@
 import torch
 
 from qbert.inference.cpu_layers import FusedLayers
-from qbert.kernels.cpu_chains import compiled
+from qbert.kernels.cpu.chains import compiled
 
 
 def assert_compiled_is_uncompiled(layers: FusedLayers) -> None:

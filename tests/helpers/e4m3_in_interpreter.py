@@ -12,13 +12,15 @@ from qbert.kernels import formats, reference
 from qbert.kernels.gpu.attention import attention
 from qbert.kernels.gpu.embedding import embed_layernorm
 from qbert.kernels.gpu.layernorm_quant import layernorm_quantize
-from qbert.kernels.gpu.matmul_a8 import matmul_a8
-from qbert.kernels.gpu.matmul_a8_mixed import matmul_a8_mixed
+from qbert.kernels.gpu.products.matmul_a8 import matmul_a8
+from qbert.kernels.gpu.products.matmul_a8_mixed import matmul_a8_mixed
 from qbert.kernels.gpu.quantize_rows import quantize_rows
 from qbert.kernels.gpu.tiles import Tile
 from qbert.kernels.gpu.tune import KERNELS, encoder_launch
+from qbert.kernels.operands import Heads, InputGrid, ProductWeight
 
 E4M3 = torch.float8_e4m3fn
+IN_E4M3 = InputGrid(codes_dtype=E4M3)
 
 
 def equal(one, other):
@@ -51,7 +53,8 @@ def test_every_code_is_exact_in_e4m3(bits, asm):
     packed = formats.pack(codes, bits)
     unit = torch.eye(256).to(E4M3)
     for tile in (Tile(32, 64, 256), Tile(32, 32, 128)):
-        y = matmul_a8(unit, ones(1), packed, ones(64), bits=bits, out_dtype=torch.float32, tile=tile, asm=asm)
+        weight = ProductWeight([packed], [bits], ones(64))
+        y = matmul_a8(unit, ones(1), weight, out_dtype=torch.float32, tile=tile, asm=asm)
         assert torch.equal(y, codes.T.float())
 
 
@@ -64,8 +67,8 @@ def test_sums_of_small_integers_are_exact(shape, bits):
     x = torch.randint(-8, 9, (tokens, columns)).float()
     for tile in (Tile(16, 64, 256), Tile(32, 32, 128)):
         for asm in (True, False):
-            given = {"bits": bits, "out_dtype": torch.float32, "tile": tile, "asm": asm}
-            y = matmul_a8(x.to(E4M3), ones(1), packed, ones(rows), **given)
+            given = {"out_dtype": torch.float32, "tile": tile, "asm": asm}
+            y = matmul_a8(x.to(E4M3), ones(1), ProductWeight([packed], [bits], ones(rows)), **given)
             assert torch.equal(y, x @ codes.float().T)
 
 
@@ -79,7 +82,9 @@ def test_epilogues_equal_the_reference(tile, zero_kind, bits):
     scale, x_scale, bias, residual = float_parts(rows, tokens)
     x_scale = x_scale / 100
     zero = None if zero_kind == "none" else torch.randn(rows)
-    given = {"bits": bits, "zero": zero, "row_sum": reference.e4m3_sum(xq), "tile": tile, "out_dtype": torch.float32}
+    given = {"row_sum": reference.e4m3_sum(xq), "tile": tile, "out_dtype": torch.float32}
+    weight = ProductWeight([packed], [bits], scale, zero)
+    with_bias = weight._replace(bias=bias)
     no_zero = torch.zeros(rows) if zero is None else zero
     grid = (xq, x_scale, codes, scale[:, None], no_zero[:, None])
     magnitudes = (xq.float().abs().to(E4M3), x_scale, codes.abs(), scale[:, None], -no_zero.abs()[:, None])
@@ -88,12 +93,12 @@ def test_epilogues_equal_the_reference(tile, zero_kind, bits):
     def check(y, expected):
         assert bool(((y.double() - expected).abs() <= 1e-6 * (size + expected.abs() + 1)).all())
 
-    check(matmul_a8(xq, x_scale, packed, scale, **given), reference.matmul_a8(*grid))
-    y = matmul_a8(xq, torch.ones(1), packed, scale, **given)
+    check(matmul_a8(xq, x_scale, weight, **given), reference.matmul_a8(*grid))
+    y = matmul_a8(xq, torch.ones(1), weight, **given)
     check(y * x_scale[:, None], reference.matmul_a8(*grid))
-    y = matmul_a8(xq, x_scale, packed, scale, bias=bias, gelu=True, **given)
+    y = matmul_a8(xq, x_scale, with_bias, gelu=True, **given)
     check(y, reference.matmul_a8(*grid, bias, activation="gelu"))
-    y = matmul_a8(xq, x_scale, packed, scale, bias=bias, residual=residual, **given)
+    y = matmul_a8(xq, x_scale, with_bias, residual=residual, **given)
     check(y, reference.matmul_a8(*grid, bias, residual=residual))
 
 
@@ -107,10 +112,8 @@ def test_requantized_output_and_its_row_sums(tile, bits):
     expected = reference.matmul_a8(xq, x_scale, codes, scale[:, None], torch.zeros(rows, 1), bias, activation="gelu")
     out_scale = float(expected.abs().max()) / 300  # some saturate
     sums = torch.zeros(tokens, dtype=torch.int32)
-    y = matmul_a8(
-        xq, x_scale, packed, scale, bits=bits, bias=bias, gelu=True, out_dtype=E4M3, out_scale=out_scale,
-        out_row_sum=sums, tile=tile,
-    )  # fmt: skip
+    weight, out = ProductWeight([packed], [bits], scale, bias=bias), InputGrid(out_scale, codes_dtype=E4M3)
+    y = matmul_a8(xq, x_scale, weight, gelu=True, out=out, out_row_sum=sums, tile=tile)
     wanted = reference.e4m3(expected / out_scale)
     steps = (y.view(torch.int8).int() - wanted.view(torch.int8).int()).abs()
     near_zero = y.float().abs() + wanted.float().abs() < 2 / 512  # where 0 has two bytes
@@ -127,15 +130,12 @@ def test_query_key_and_value_of_different_bits(tile, zero_kind, bits):
     codes, x = torch.cat([codes for codes, _, _ in made]), torch.randint(-8, 9, (tokens, columns)).float()
     zero = torch.zeros(3 * rows) if zero_kind == "none" else torch.randint(-3, 4, (3 * rows,)).float()
     bias = torch.randint(-99, 99, (3 * rows,)).float()
+    as_given = None if zero_kind == "none" else zero
     y = matmul_a8_mixed(
         x.to(E4M3),
         torch.full((tokens,), 2.0),
-        tuple(packed for _, _, packed in made),
-        bits,
-        ones(3 * rows),
-        zero=None if zero_kind == "none" else zero,
+        ProductWeight([packed for _, _, packed in made], list(bits), ones(3 * rows), as_given, bias),
         row_sum=reference.e4m3_sum(x.to(E4M3)),
-        bias=bias,
         out_dtype=torch.float32,
         tile=tile,
     )
@@ -157,9 +157,9 @@ def adversarial_rows(columns):
 @pytest.mark.parametrize("columns", [384, 1, 37, 5000])
 def test_row_quantization_is_exact(columns, dtype):
     x = adversarial_rows(columns).to(dtype)
-    for one, other in zip(quantize_rows(x, codes_dtype=E4M3), reference.quantize_rows_e4m3(x.float()), strict=True):
+    for one, other in zip(quantize_rows(x, IN_E4M3), reference.quantize_rows_e4m3(x.float()), strict=True):
         assert equal(one, other)
-    codes, scale, row_sum = quantize_rows(x, 0.01, codes_dtype=E4M3)
+    codes, scale, row_sum = quantize_rows(x, InputGrid(0.01, codes_dtype=E4M3))
     wanted = reference.e4m3(x.float() / 0.01)
     assert equal(codes, wanted) and equal(row_sum, reference.e4m3_sum(wanted)) and bool((scale == 0.01).all())
 
@@ -168,20 +168,20 @@ def test_row_quantization_is_exact(columns, dtype):
 def test_layernorm_quantize(columns):
     x, residual = adversarial_rows(columns).half(), torch.randn(9, columns).half()
     weight, bias = torch.rand(columns), torch.rand(columns)
-    y, *quantized = layernorm_quantize(x, residual, weight, bias, 1e-5, codes_dtype=E4M3)
+    y, *quantized = layernorm_quantize(x, residual, weight, bias, 1e-5, IN_E4M3)
     expected = reference.layernorm_quantize(x, residual, weight, bias, 1e-5)[0]
     torch.testing.assert_close(y.double(), expected, rtol=1e-3, atol=1e-3)
     for one, other in zip(quantized, reference.quantize_rows_e4m3(y.float()), strict=True):
         assert equal(one, other)
-    codes = layernorm_quantize(x, residual, weight, bias, 1e-5, 0.005, codes_dtype=E4M3)[1]
+    codes = layernorm_quantize(x, residual, weight, bias, 1e-5, InputGrid(0.005, codes_dtype=E4M3))[1]
     assert equal(codes, reference.e4m3(y.float() / 0.005))
 
 
 def test_embeddings_summed_normalized_and_quantized():
     made = [make_table(v, 384, b, g) for v, b, g in [(50, 4, 5), (20, 8, 20)]]
-    ids = [torch.randint(0, t.packed.shape[0], (7,)) for t, _ in made]
+    ids = [torch.randint(0, t.rows, (7,)) for t, _ in made]
     pairs = [(i, t) for i, (t, _) in zip(ids, made, strict=True)]
-    y, *quantized = embed_layernorm(pairs, torch.randn(384), torch.randn(384), 1e-12, codes_dtype=E4M3)
+    y, *quantized = embed_layernorm(pairs, torch.randn(384), torch.randn(384), 1e-12, grid=IN_E4M3)
     for one, other in zip(quantized, reference.quantize_rows_e4m3(y.float()), strict=True):
         assert equal(one, other)
 
@@ -200,7 +200,7 @@ def test_attention_in_e4m3():
     query, key, value = torch.randn(45, 3, 4, 32).half().unbind(1)
     expected = reference.attention(query, key, value, starts, 0.2)
     sums = torch.zeros(45, dtype=torch.int32)
-    got = attention(query, key, value, starts, 40, 0.2, 0.01, out_row_sum=sums, codes_dtype=E4M3)
+    got = attention(Heads(query, key, value, starts, 40, 0.2), InputGrid(0.01, codes_dtype=E4M3), sums)
     assert got.dtype == E4M3 and torch.equal(sums, reference.e4m3_sum(got))
     # Half a step of e4m3 (1/16), and what fp16 products lose.
     assert bool(((got.double() * 0.01 - expected).abs() <= expected.abs() / 15 + 2e-3).all())

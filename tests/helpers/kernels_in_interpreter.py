@@ -13,14 +13,15 @@ import torch
 from qbert.kernels import dispatch, formats, operators, reference
 from qbert.kernels.gpu import attention_ways, layernorm_quant, tiles
 from qbert.kernels.gpu.attention import attention
-from qbert.kernels.gpu.embedding import Table, embed_layernorm, embedding
+from qbert.kernels.gpu.embedding import embed_layernorm, embedding
 from qbert.kernels.gpu.layernorm_quant import layernorm_quantize
 from qbert.kernels.gpu.linear import GpuLinear
-from qbert.kernels.gpu.matmul_a8 import matmul_a8
-from qbert.kernels.gpu.matmul_a8_mixed import matmul_a8_mixed
-from qbert.kernels.gpu.matmul_a16 import matmul_a16
+from qbert.kernels.gpu.products.matmul_a8 import matmul_a8
+from qbert.kernels.gpu.products.matmul_a8_mixed import matmul_a8_mixed
+from qbert.kernels.gpu.products.matmul_a16 import matmul_a16
 from qbert.kernels.gpu.quantize_rows import quantize_rows
 from qbert.kernels.gpu.tiles import Tile
+from qbert.kernels.operands import FLOAT, Heads, InputGrid, PackedWeight, ProductWeight
 
 
 def problem(tokens, rows, columns, bits, adversarial=False):
@@ -35,7 +36,7 @@ def problem(tokens, rows, columns, bits, adversarial=False):
 
 
 def linear_problem(bits, zero_kind, input_groups):
-    """A layer [24, 256] in four row groups: its codes packed; its grid and bias; codes, grid by row, and bias."""
+    """A layer [24, 256] in four row groups, packed; its bias; its codes, grid by row, and bias."""
     rows, columns, groups = 24, 256, 4
     codes, _, packed = problem(1, rows, columns, bits)
     row_group = torch.arange(rows) * groups // rows
@@ -47,7 +48,7 @@ def linear_problem(bits, zero_kind, input_groups):
     }[zero_kind]
     bias = torch.randn(rows)
     spread = [reference.expand_groups(t, row_group, rows) for t in (scale, zero)]
-    return packed, (scale, zero, row_group, bias), (codes, *spread, bias)
+    return PackedWeight(packed, scale, zero, row_group, bits, columns), bias, (codes, *spread, bias)
 
 
 SHAPES = [  # tokens, rows, columns
@@ -67,7 +68,8 @@ def test_integer_product_is_exact(shape, bits, asm):
     codes, xq, packed = problem(*shape, bits, adversarial=True)
     expected = reference.accumulate(xq, codes)
     for tile in (Tile(16, 64, 256), Tile(32, 32, 128)):
-        y = matmul_a8(xq, torch.ones(1), packed, torch.ones(1), bits=bits, out_dtype=torch.int32, tile=tile, asm=asm)
+        weight = ProductWeight([packed], [bits], torch.ones(1))
+        y = matmul_a8(xq, torch.ones(1), weight, out_dtype=torch.int32, tile=tile, asm=asm)
         assert torch.equal(y.long(), expected)
 
 
@@ -81,10 +83,7 @@ def test_split_columns_give_the_same_and_leave_the_counters_at_zero(bits):
             y = matmul_a8(
                 xq,
                 torch.ones(1),
-                packed,
-                torch.ones(1),
-                bits=bits,
-                zero=zero,
+                ProductWeight([packed], [bits], torch.ones(1), zero),
                 row_sum=xq.sum(1, dtype=torch.int32),
                 out_dtype=torch.int32,
                 tile=Tile(16, 32, 256, split=split),
@@ -111,8 +110,9 @@ def test_epilogues_equal_the_reference(bits, zero_kind, tile):
     as_given = {"none": None, "int32": (zero * 2 ** (8 - bits)).int(), "float": zero}[zero_kind]
     row_sum = xq.sum(1, dtype=torch.int32)
 
-    def run(x_scale=x_scale, **options):
-        return matmul_a8(xq, x_scale, packed, scale, bits=bits, zero=as_given, row_sum=row_sum, tile=tile, **options)
+    def run(x_scale=x_scale, bias=None, **options):
+        weight = ProductWeight([packed], [bits], scale, as_given, bias)
+        return matmul_a8(xq, x_scale, weight, row_sum=row_sum, tile=tile, **options)
 
     def expected(x_scale=x_scale, **options):
         return reference.matmul_a8(xq, x_scale, codes, scale[:, None], zero[:, None], **options)
@@ -149,14 +149,9 @@ def test_requantized_output_and_its_row_sums(bits, gelu, zero, tile):
     y = matmul_a8(
         xq,
         x_scale,
-        packed,
-        scale,
-        bits=bits,
-        bias=bias,
+        ProductWeight([packed], [bits], scale, bias=bias),
         gelu=gelu,
-        out_dtype=torch.int8,
-        out_scale=out_scale,
-        out_zero=zero,
+        out=InputGrid(out_scale, zero),
         out_row_sum=sums,
         tile=tile,
     )
@@ -164,9 +159,8 @@ def test_requantized_output_and_its_row_sums(bits, gelu, zero, tile):
     assert int((y.int() - expected.int()).abs().max()) <= 1  # a tie may fall either way
     assert float((y != expected).float().mean()) < 1e-3
     assert torch.equal(sums, y.sum(1, dtype=torch.int32))
-    saturated = matmul_a8(
-        xq, x_scale * 1e6, packed, scale, bits=bits, out_dtype=torch.int8, out_scale=out_scale, tile=Tile(16, 32, 256)
-    )
+    weight = ProductWeight([packed], [bits], scale)
+    saturated = matmul_a8(xq, x_scale * 1e6, weight, out=InputGrid(out_scale), tile=Tile(16, 32, 256))
     assert int(saturated.min()) == -128 and int(saturated.max()) == 127
 
 
@@ -180,10 +174,11 @@ def test_fp16_product(columns, bits, asm):
     scale, zero, bias = torch.rand(40) * 0.01 + 0.01, torch.randn(40), torch.randn(40)
     expected = reference.matmul_a16(x, codes, scale[:, None], zero[:, None], bias)
     for split in (1, 2):
-        y = matmul_a16(x, packed, scale, bits=bits, zero=zero, bias=bias, tile=Tile(16, 32, 128, split=split), asm=asm)
+        weight = ProductWeight([packed], [bits], scale, zero, bias)
+        y = matmul_a16(x, weight, tile=Tile(16, 32, 128, split=split), asm=asm)
         torch.testing.assert_close(y.double(), expected, rtol=1e-3, atol=1e-3)
     unit = torch.eye(columns, dtype=torch.float16)[:40]  # every code comes out as itself: exact
-    y = matmul_a16(unit, packed, torch.ones(40), bits=bits, tile=Tile(16, 32, 256), asm=asm)
+    y = matmul_a16(unit, ProductWeight([packed], [bits], torch.ones(40)), tile=Tile(16, 32, 256), asm=asm)
     assert torch.equal(y.T.double(), codes[:, : y.shape[0]].double())
 
 
@@ -196,7 +191,7 @@ def test_row_quantization_is_exact(columns, dtype):
     expected = reference.quantize_rows(x.float())
     for one, other in zip(got, expected, strict=True):
         assert torch.equal(one, other)
-    codes, scale, row_sum = quantize_rows(x, 0.03, 11)
+    codes, scale, row_sum = quantize_rows(x, InputGrid(0.03, 11))
     assert torch.equal(codes, reference.requantize(x.float(), 0.03, 11)) and bool((scale == 0.03).all())
     assert torch.equal(row_sum, codes.sum(1, dtype=torch.int32))
 
@@ -208,7 +203,7 @@ def test_layernorm_quantize(columns, with_residual, static):
     x, weight, bias = torch.randn(6, columns), torch.randn(columns), torch.randn(columns)
     residual = torch.randn(6, columns) if with_residual else None
     expected = reference.layernorm_quantize(x, residual, weight, bias, 1e-12)[0]
-    y, codes, scale, row_sum = layernorm_quantize(x, residual, weight, bias, 1e-12, *static)
+    y, codes, scale, row_sum = layernorm_quantize(x, residual, weight, bias, 1e-12, InputGrid(*static))
     torch.testing.assert_close(y.double(), expected, rtol=1e-5, atol=1e-5)
     wanted, wanted_scale, _ = reference.quantize_rows(y)
     if static[0]:
@@ -224,7 +219,7 @@ def make_table(vocabulary, features, bits, groups, input_groups=1):
     )
     scale, zero = torch.rand(groups, input_groups) * 0.1, torch.randn(groups, input_groups)
     full = [reference.expand_groups(t, row_group, vocabulary) for t in (scale, zero)]
-    return Table(packed, scale, zero, row_group, bits, features), reference.dequantize(codes, *full)
+    return PackedWeight(packed, scale, zero, row_group, bits, features), reference.dequantize(codes, *full)
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
@@ -242,7 +237,7 @@ def test_embedding_rows_are_exact(bits, features, input_groups, groups):
 @pytest.mark.parametrize("tables", [1, 2, 3])
 def test_embeddings_summed_normalized_and_quantized(tables):
     made = [make_table(v, 384, b, g) for v, b, g in [(50, 4, 5), (20, 8, 20), (2, 3, 1)][:tables]]
-    ids = [torch.randint(0, t.packed.shape[0], (11,)) for t, _ in made]
+    ids = [torch.randint(0, t.rows, (11,)) for t, _ in made]
     weight, bias = torch.randn(384), torch.randn(384)
     total = sum(dense[i] for i, (_, dense) in zip(ids, made, strict=True))
     expected = reference.layernorm_quantize(total, None, weight, bias, 1e-12)[0]
@@ -251,7 +246,7 @@ def test_embeddings_summed_normalized_and_quantized(tables):
     torch.testing.assert_close(y.double(), expected, rtol=1e-4, atol=1e-5)
     for got, wanted in zip((codes, scale, row_sum), reference.quantize_rows(y), strict=True):
         assert torch.equal(got, wanted)
-    y, codes, scale, row_sum = embed_layernorm(pairs, weight, bias, 1e-12, torch.float16, 0.03, -9)
+    y, codes, scale, row_sum = embed_layernorm(pairs, weight, bias, 1e-12, torch.float16, InputGrid(0.03, -9))
     assert torch.equal(codes, reference.requantize(y.float(), 0.03, -9)) and bool((scale == 0.03).all())
     assert torch.equal(row_sum, codes.sum(1, dtype=torch.int32))
 
@@ -263,10 +258,11 @@ def test_attention_over_sequences_of_different_lengths(lengths, head_dim):
     fused = torch.randn(sum(lengths), 3, 2, head_dim).half()
     query, key, value = fused.unbind(1)
     expected = reference.attention(query, key, value, starts, head_dim**-0.5)
-    got = attention(query, key, value, starts, max(lengths), head_dim**-0.5)
+    heads = Heads(query, key, value, starts, max(lengths), head_dim**-0.5)
+    got = attention(heads)
     torch.testing.assert_close(got.double(), expected, rtol=2e-3, atol=2e-3)
     sums = torch.zeros(sum(lengths), dtype=torch.int32)
-    codes = attention(query, key, value, starts, max(lengths), head_dim**-0.5, 0.02, -60, sums)
+    codes = attention(heads, InputGrid(0.02, -60), sums)
     assert int((codes.int() - reference.requantize(expected, 0.02, -60).int()).abs().max()) <= 1
     assert torch.equal(sums, codes.sum((1, 2), dtype=torch.int32))
 
@@ -274,8 +270,9 @@ def test_attention_over_sequences_of_different_lengths(lengths, head_dim):
 def test_empty_batches():
     _, _, packed = problem(1, 8, 256, 4)
     none = torch.zeros(0, 256)
-    assert matmul_a8(none.to(torch.int8), torch.ones(0), packed, torch.ones(8), bits=4).shape == (0, 8)
-    assert matmul_a16(none.half(), packed, torch.ones(8), bits=4).shape == (0, 8)
+    weight = ProductWeight([packed], [4], torch.ones(8))
+    assert matmul_a8(none.to(torch.int8), torch.ones(0), weight).shape == (0, 8)
+    assert matmul_a16(none.half(), weight).shape == (0, 8)
     assert [t.shape[0] for t in quantize_rows(none)] == [0, 0, 0]
     assert layernorm_quantize(none, None, torch.ones(256), torch.ones(256), 1e-5)[1].shape == (0, 256)
 
@@ -285,18 +282,14 @@ def test_empty_batches():
 @pytest.mark.parametrize("activation", ["dynamic", "static", "none"])
 @pytest.mark.parametrize("input_groups", [1, 2])
 def test_a_whole_linear_layer(bits, zero_kind, activation, input_groups):
-    packed, grid, weight = linear_problem(bits, zero_kind, input_groups)
+    weight, bias, expanded = linear_problem(bits, zero_kind, input_groups)
     x = torch.randn(3, 5, 256)
-    step, offset = 0.03125, -7
-    settings = {"dynamic": (8, 0.0, 0, False), "static": (8, step, offset, False), "none": (0, 0.0, 0, False)}[
-        activation
-    ]
-    layer = GpuLinear(packed, 256, *grid, bits, *settings)
+    grid = {"dynamic": InputGrid(), "static": InputGrid(0.03125, -7), "none": FLOAT}[activation]
+    layer = GpuLinear(weight, bias, grid)
     for dtype, tolerance in ((torch.float32, 2e-5), (torch.float16, 2e-3)):
         flat = x.to(dtype).float().reshape(15, 256)
-        seen = flat if activation == "none" else reference.fake_quantize(flat, *settings[1:])
-        expected = reference.matmul_a16(seen, *weight).reshape(3, 5, 24)
-        y = layer.forward(x.to(dtype), packed)
+        expected = reference.matmul_a16(reference.fake_quantize(flat, grid), *expanded).reshape(3, 5, 24)
+        y = layer.forward(x.to(dtype), weight.codes)
         assert y.dtype == dtype
         assert float((y.double() - expected).abs().max()) < tolerance * float(expected.abs().max() + 1)
 
@@ -316,15 +309,12 @@ def test_query_key_and_value_of_different_bits(bits, zero_kind, columns):
         "float": torch.randn(3 * rows),
     }[zero_kind]
     unit = torch.tensor([2 ** (8 - b) for b in bits]).repeat_interleave(rows)
+    as_given = {"none": None, "int32": (zero * unit).int(), "float": zero}[zero_kind]
     y = matmul_a8_mixed(
         xq,
         x_scale,
-        tuple(packed for _, _, packed in made),
-        bits,
-        scale,
-        zero={"none": None, "int32": (zero * unit).int(), "float": zero}[zero_kind],
+        ProductWeight([packed for _, _, packed in made], list(bits), scale, as_given, bias),
         row_sum=xq.sum(1, dtype=torch.int32),
-        bias=bias,
         out_dtype=torch.float32,
         tile=Tile(128 if columns == 256 else 16, 32, 256),
     )
@@ -344,33 +334,32 @@ def test_strided_arguments_give_the_same(monkeypatch):
     scale, x_scale, bias, residual = float_parts(rows, tokens)
     zero, row_sum, x = torch.randn(rows), xq.sum(1, dtype=torch.int32), torch.randn(tokens, columns).half()
     norm, ids = torch.rand(columns), torch.tensor([1, 23, 5])
-    table = ([ids], [packed], [scale[:, None]], [zero[:, None]], [ids[:0].int()], [4], norm, norm)
     fused = torch.randn(tokens, 3, 2, 16).half().unbind(1)
     starts = torch.tensor([0, tokens], dtype=torch.int32)
 
     def results(of):
         def some(*tensors):
-            return [[of(u) for u in t] if isinstance(t, list) and torch.is_tensor(t[0]) else
-                    of(t) if torch.is_tensor(t) else t for t in tensors]  # fmt: skip
+            return [t if t is None else of(t) for t in tensors]
 
-        yield operators.quantize_rows(*some(x))
-        yield operators.quantize_rows(*some(x), asymmetric=True)
-        affine, weight_sum = some(torch.stack([x_scale, x_scale + 1]), scale)
-        product = some(xq, affine, row_sum, packed, scale, zero, bias)
-        yield operators.matmul_a8(*product, weight_sum=weight_sum, bits=4)
-        yield operators.matmul_a8(*some(xq, x_scale, row_sum, packed, scale, zero, bias, residual), bits=4)
-        three = [t.repeat(3) for t in (scale, zero, bias)]
-        yield operators.matmul_a8_mixed(*some(xq, x_scale, row_sum, [packed] * 3), [4] * 3, *some(*three))
-        three = some(*three, scale.repeat(3))
-        yield operators.matmul_a8_mixed(*some(xq, affine, row_sum, [packed] * 3), [4] * 3, *three)
-        yield operators.matmul_a16(*some(x, packed, scale, zero, bias), bits=4)
+        def weight(count=1, bias=bias, sums=None):
+            vectors = (None if t is None else of(t.repeat(count)) for t in (scale, zero, bias, sums))
+            return ProductWeight([of(packed)] * count, [4] * count, *vectors)
+
+        yield operators.quantize_rows(of(x))
+        yield operators.quantize_rows(of(x), InputGrid(asymmetric=True))
+        affine = torch.stack([x_scale, x_scale + 1])
+        yield operators.matmul_a8(*some(xq, affine, row_sum), weight(sums=scale))
+        yield operators.matmul_a8(*some(xq, x_scale, row_sum), weight(), of(residual))
+        yield operators.matmul_a8_mixed(*some(xq, x_scale, row_sum), weight(3))
+        yield operators.matmul_a8_mixed(*some(xq, affine, row_sum), weight(3, sums=scale))
+        yield operators.matmul_a16(of(x), weight())
         yield operators.layernorm_quantize(*some(x, x, norm, norm), 1e-5)
-        yield operators.embed_layernorm(*some(*table), 1e-5)
-        yield operators.attention(*fused, *some(starts), tokens, 0.25)
-        grid = some(packed, scale[:, None], zero[:, None])
-        yield dispatch.linear(*some(x), *grid, None, *some(bias), bits=4)
-        yield dispatch.linear(*some(x), *grid, None, *some(bias), bits=4, activation_bits=None)
-        yield dispatch.embedding(*some(ids), *grid, bits=4, features=columns)
+        stored = PackedWeight(*some(packed, scale[:, None], zero[:, None], None), 4, columns)
+        yield operators.embed_layernorm([of(ids)], [stored], of(norm), of(norm), 1e-5)
+        yield operators.attention(Heads(*fused, of(starts), tokens, 0.25))
+        yield dispatch.linear(of(x), stored, of(bias))
+        yield dispatch.linear(of(x), stored, of(bias), FLOAT)
+        yield dispatch.embedding(of(ids), stored)
 
     for one, other in zip(results(lambda t: t), results(strided), strict=True):
         for a, b in zip(*(y if isinstance(y, tuple) else (y,) for y in (one, other)), strict=True):
@@ -409,14 +398,14 @@ def test_attention_takes_the_way_that_is_forced_or_was_measured(monkeypatch):
     monkeypatch.setattr(tiles, "_measured", {})
     monkeypatch.setattr(attention_ways, "has_flash", lambda: True)
     starts = torch.tensor([0, 5, 45], dtype=torch.int32)
-    given = (*torch.randn(45, 3, 4, 32).half().unbind(1), starts, 40, 0.2)
+    given = Heads(*torch.randn(45, 3, 4, 32).half().unbind(1), starts, 40, 0.2)
     used = []
     monkeypatch.setattr(attention_ways, "attention", lambda *a, tile: used.append(tile) or attention(*a, tile=tile))
     monkeypatch.setitem(sys.modules, "torch.nn.attention.varlen", Flash)
 
     def attend(**options):
         sums = torch.zeros(45, dtype=torch.int32)
-        codes = attention_ways.attend(*given, 0.02, 3, sums, **options)
+        codes = attention_ways.attend(given, InputGrid(0.02, 3), sums, **options)
         return codes, sums
 
     ours, sums = attend()

@@ -17,7 +17,7 @@ from transformers import AutoModelForSequenceClassification, BertConfig, BertFor
 from qbert.hessian import HessianOperator, HessianSpectrum, hessian_spectrum, hessian_traces, parameter_blocks
 from qbert.hessian.batches import as_samples, draw, micro_batches
 from qbert.hessian.losses import model_loss
-from qbert.hessian.measure import check_finite
+from qbert.hessian.measure import _some_samples, check_finite
 
 LAYERS = ["encoder.layer.0", "encoder.layer.1"]
 
@@ -137,6 +137,14 @@ def test_the_way_data_is_handed_over_changes_nothing() -> None:
         found = measure(data=given, **more)
         np.testing.assert_allclose(found.eigenvalues, expected.eigenvalues, rtol=2e-3)
         np.testing.assert_allclose(found.losses, expected.losses, rtol=1e-9)
+
+
+@pytest.mark.parametrize("sizes", [(32, 1, 32, 7), (1,) * 70, (3,), (200, 2)])
+def test_a_few_samples_are_spread_over_batches_of_any_size(sizes: tuple[int, ...]) -> None:
+    rows = torch.arange(sum(sizes))
+    few = _some_samples([{"input_ids": part} for part in rows.split(sizes)], 16)
+    step = max(1, sum(sizes) // 16)
+    assert torch.cat([batch["input_ids"] for batch in few]).tolist() == rows[::step].tolist()
 
 
 def test_graphs_kept_or_rebuilt_give_the_same_numbers(monkeypatch: Any) -> None:

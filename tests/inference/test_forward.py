@@ -19,7 +19,7 @@ import qbert
 from qbert.inference.cpu import FusedEncoder, optimize_for_inference
 from qbert.inference.cpu_model import FusedModel
 from qbert.inference.forward import FastForward
-from qbert.kernels import cpu_gemm
+from qbert.kernels.cpu import gemm
 from qbert.layers.linear import QuantLinear
 from qbert.packing import pack, unpack
 
@@ -241,16 +241,16 @@ def test_a_call_without_no_grad_is_fast_too(family: str) -> None:
 def test_torchs_default_dtype_and_device_do_not_matter(family: str) -> None:
     packed, batch = encoder(family), inputs_for(family)
     expected = hidden(optimize_for_inference(packed), batch)
-    known = (cpu_gemm.available_engine, cpu_gemm.saturates)
-    engine = cpu_gemm.available_engine()
-    limits = cpu_gemm.saturates(engine)
+    known = (gemm.available_engine, gemm.saturates)
+    engine = gemm.available_engine()
+    limits = gemm.saturates(engine)
     try:
         for setting in (torch.device("meta"), DefaultDtype(torch.bfloat16)):
             for function in known:
                 function.cache_clear()
             with setting:
                 fast = optimize_for_inference(packed)
-                assert (cpu_gemm.available_engine(), cpu_gemm.saturates(engine)) == (engine, limits)
+                assert (gemm.available_engine(), gemm.saturates(engine)) == (engine, limits)
                 assert torch.equal(hidden(fast, batch), expected)
     finally:
         for function in known:

@@ -17,6 +17,7 @@ from qbert.inference import gpu as inference_gpu
 from qbert.inference.forward import FastForward
 from qbert.inference.gpu import Batch, GpuEncoder, fuse_for_gpu
 from qbert.inference.graphs import MAX_GRAPH_TOKENS, Bucket, Buffers, GraphCache, Rows, as_tensor, bucket_of
+from qbert.kernels.operands import FLOAT
 from qbert.layers.linear import PackedLinear
 from qbert.packing import pack, unpack
 
@@ -78,7 +79,7 @@ def test_a_layer_by_itself_tells_its_kernel_how_its_input_is_quantized(ranges: s
     with torch.no_grad():
         expected, run = layer(x), layer._gpu_linear()
     assert error(run(x), expected) < 1e-5
-    assert error(run(x, activation_bits=None, activation_scale=None, asymmetric=False), expected) > 5e-4
+    assert error(run(x, grid=FLOAT), expected) > 5e-4
 
 
 def in_e4m3(x: torch.Tensor, largest: torch.Tensor) -> torch.Tensor:

@@ -10,9 +10,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qbert.kernels import cpu_gemm, formats, reference
-from qbert.kernels.cpu import CpuLinear, embedding
-from qbert.kernels.cpu_chains import compiled
+from qbert.kernels import formats, reference
+from qbert.kernels.cpu import CpuLinear, embedding, gemm
+from qbert.kernels.cpu.chains import compiled
+from qbert.kernels.operands import PackedWeight
 
 ENGINES = [e for e in ("fbgemm", "onednn") if e in torch.backends.quantized.supported_engines]
 
@@ -128,23 +129,21 @@ def test_saturating_pairs_are_split_and_added_back(engine, mkl, monkeypatch):
     torch.manual_seed(0)
     codes = torch.randint(-128, 128, (40, 101), dtype=torch.int8)
     codes[0], codes[1], codes[2, ::2] = 127, -128, 127
-    safe, excess = cpu_gemm.split_excess(codes)
+    safe, excess = gemm.split_excess(codes)
     assert torch.equal(safe.int() + excess.int(), codes.int())
     pairs = torch.nn.functional.pad(safe.int(), (0, 1)).reshape(40, -1, 2)
     assert int(pairs.clamp_min(0).sum(2).max()) <= 128 and int(pairs.clamp_max(0).sum(2).min()) >= -128
     x = torch.randint(-127, 128, (17, 101)).float()
     x[0], x[1] = 127, -127
-    gemm = cpu_gemm.Int8Gemm(
-        codes, torch.ones(40), torch.zeros(40, dtype=torch.int32), engine=engine, split_excess=True
-    )
-    assert gemm.has_excess
+    product = gemm.Int8Gemm(codes, torch.ones(40), torch.zeros(40, dtype=torch.int32), engine=engine, split_excess=True)
+    assert product.has_excess
     expected = x.double() @ codes.double().T
-    assert torch.equal(gemm(x, 1.0).double(), expected)
-    assert torch.equal(gemm(x, 1.0, rounded=True).double(), expected)
-    assert torch.equal(gemm(x / 2, 0.5).double(), expected / 2)
-    assert torch.equal(gemm(x.reshape(1, 17, 101), 1.0)[0].double(), expected)
+    assert torch.equal(product(x, 1.0).double(), expected)
+    assert torch.equal(product(x, 1.0, rounded=True).double(), expected)
+    assert torch.equal(product(x / 2, 0.5).double(), expected / 2)
+    assert torch.equal(product(x.reshape(1, 17, 101), 1.0)[0].double(), expected)
     many = torch.randint(-127, 128, (300, 101)).float()
-    assert torch.equal(gemm(many, 1.0).double(), many.double() @ codes.double().T)
+    assert torch.equal(product(many, 1.0).double(), many.double() @ codes.double().T)
 
 
 @settings(deadline=None, max_examples=60)
@@ -181,7 +180,7 @@ def test_asymmetric_rows_of_one_value_and_without_int8(monkeypatch):
     y = CpuLinear.prepare(*parts, 8, asymmetric=True).forward(x)
     assert_asymmetric(y, x, parts)
     assert torch.equal(y[3], parts[4])
-    monkeypatch.setattr("qbert.kernels.cpu.available_engine", lambda: "none")
+    monkeypatch.setattr("qbert.kernels.cpu.linear.available_engine", lambda: "none")
     in_float = CpuLinear.prepare(*parts, 8, asymmetric=True)
     assert in_float.reason
     assert_asymmetric(in_float.forward(x), x, parts)
@@ -191,9 +190,9 @@ def test_asymmetric_rows_of_one_value_and_without_int8(monkeypatch):
 
 WITHOUT_VNNI = """
 import torch
-from qbert.kernels import cpu_gemm
+from qbert.kernels.cpu import gemm
 for engine in {engines}:
-    assert cpu_gemm.saturates(engine), engine
+    assert gemm.saturates(engine), engine
 import test_cpu as t
 for bits in (2, 3, 4, 8):
     for zero in t.ZEROS:
@@ -234,11 +233,11 @@ def test_rows_rounded_again_cannot_saturate(rows, columns, wide, seed):
     torch.manual_seed(seed)
     size = 255 if wide else 128
     codes = torch.randint(-size, size, (rows, columns)).div(torch.randint(1, 6, (rows, 1)), rounding_mode="trunc")
-    fitted, factor = cpu_gemm.fit_pairs(codes)
-    safe, excess = cpu_gemm.split_excess(fitted)
+    fitted, factor = gemm.fit_pairs(codes)
+    safe, excess = gemm.split_excess(fitted)
     assert torch.equal(safe, fitted) and not excess.any()
     assert ((fitted.float() - codes * factor[:, None]).abs() <= 0.5 + 1e-4).all()
-    untouched = ~cpu_gemm.split_excess(codes)[1].any(1)
+    untouched = ~gemm.split_excess(codes)[1].any(1)
     assert torch.equal(untouched | (codes == -128).any(1), (factor == 1) | (codes == -128).any(1))
     assert factor.min() >= (0.24 if wide else 0.49)
 
@@ -260,8 +259,8 @@ def test_exact_on_a_cpu_without_vnni():
 def test_onednn_gives_the_same_where_fbgemm_is_missing(zero, monkeypatch):
     if "onednn" not in ENGINES:
         pytest.skip("this torch has no oneDNN")
-    monkeypatch.setattr("qbert.kernels.cpu.available_engine", lambda: "onednn")
-    monkeypatch.setattr("qbert.kernels.cpu_gemm.available_engine", lambda: "onednn")
+    monkeypatch.setattr("qbert.kernels.cpu.linear.available_engine", lambda: "onednn")
+    monkeypatch.setattr("qbert.kernels.cpu.gemm.available_engine", lambda: "onednn")
     for bits in formats.BITS:
         parts = layer(48, 128, bits, zero, groups=4)
         prepared = CpuLinear.prepare(*parts, bits)
@@ -272,7 +271,7 @@ def test_onednn_gives_the_same_where_fbgemm_is_missing(zero, monkeypatch):
 
 @pytest.mark.parametrize("bits", [4, 8])
 def test_no_int8_operators_falls_back_to_float_and_says_so(bits, monkeypatch):
-    monkeypatch.setattr("qbert.kernels.cpu.available_engine", lambda: "none")
+    monkeypatch.setattr("qbert.kernels.cpu.linear.available_engine", lambda: "none")
     parts = layer(48, 128, bits)
     prepared = CpuLinear.prepare(*parts, bits)
     assert "no int8" in prepared.reason and "float" in repr(prepared)
@@ -297,7 +296,7 @@ def test_input_groups_and_float_activations_run_in_float():
 @pytest.mark.parametrize("engine", ["fbgemm", "none"])
 def test_static_activation_scale(activation_zero, zero, engine, monkeypatch):
     if engine == "none":
-        monkeypatch.setattr("qbert.kernels.cpu.available_engine", lambda: "none")
+        monkeypatch.setattr("qbert.kernels.cpu.linear.available_engine", lambda: "none")
     parts = layer(48, 128, 8, zero, groups=4)
     step = 0.03125
     x = torch.randint(-300, 300, (9, 128)) * step
@@ -341,9 +340,9 @@ def test_a_broken_token_is_broken_alone(value, asymmetric):
 @pytest.mark.parametrize("zero", ["integer", "real"])
 @pytest.mark.parametrize("engine", ["fbgemm", "fbgemm, saturating", "onednn", "none"])
 def test_with_a_static_scale_nan_stays_nan_and_infinity_takes_the_last_code(zero, engine, monkeypatch):
-    for module in ("cpu", "cpu_gemm"):
-        monkeypatch.setattr(f"qbert.kernels.{module}.available_engine", lambda: engine.partition(",")[0])
-        monkeypatch.setattr(f"qbert.kernels.{module}.saturates", lambda _: "saturating" in engine)
+    for module in ("linear", "gemm"):
+        monkeypatch.setattr(f"qbert.kernels.cpu.{module}.available_engine", lambda: engine.partition(",")[0])
+        monkeypatch.setattr(f"qbert.kernels.cpu.{module}.saturates", lambda _: "saturating" in engine)
     for bits in (2, 8):
         prepared = CpuLinear.prepare(*layer(48, 128, bits, zero, groups=4), bits, activation_scale=0.03)
         x = torch.randn(4, 128).clamp(-3, 3)
@@ -393,9 +392,9 @@ def test_embedding_gathers_and_dequantizes(vocabulary, columns, bits, input_grou
     spread = [reference.expand_groups(t, row_group, vocabulary) for t in (scale, zero)]
     expected = reference.embedding(ids, codes, *spread)
     packed = formats.pack(codes, bits)
-    assert torch.equal(embedding(ids, packed, scale, zero, row_group, bits=bits, features=columns), expected)
-    assert torch.equal(embedding(ids.int(), packed, *spread, bits=bits, features=columns), expected)
-    empty = embedding(ids[:0], packed, scale, zero, row_group, bits=bits, features=columns)
+    assert torch.equal(embedding(ids, PackedWeight(packed, scale, zero, row_group, bits, columns)), expected)
+    assert torch.equal(embedding(ids.int(), PackedWeight(packed, *spread, None, bits, columns)), expected)
+    empty = embedding(ids[:0], PackedWeight(packed, scale, zero, row_group, bits, columns))
     assert empty.shape == (0, 4, columns)
 
 
@@ -403,27 +402,26 @@ def test_embedding_refuses_bad_ids():
     codes, scale, zero, row_group, _ = layer(10, 16, 4)
     packed = formats.pack(codes, 4)
     with pytest.raises(IndexError, match=r"0\.\.9"):
-        embedding(torch.tensor([10]), packed, scale, zero, row_group, bits=4, features=16)
+        embedding(torch.tensor([10]), PackedWeight(packed, scale, zero, row_group, 4, 16))
     with pytest.raises(IndexError, match="-1"):
-        embedding(torch.tensor([-1]), packed, scale, zero, row_group, bits=4, features=16)
+        embedding(torch.tensor([-1]), PackedWeight(packed, scale, zero, row_group, 4, 16))
     with pytest.raises(TypeError, match="int32 or int64"):
-        embedding(torch.tensor([1.0]), packed, scale, zero, row_group, bits=4, features=16)
+        embedding(torch.tensor([1.0]), PackedWeight(packed, scale, zero, row_group, 4, 16))
 
 
 @pytest.mark.parametrize("zero", ["integer", "real"])
 @pytest.mark.parametrize("kind", [{}, {"asymmetric": True}, {"activation_scale": 0.02}, {"activation_bits": None}])
 def test_the_compiled_chain_is_its_uncompiled_twin(kind, zero, monkeypatch, caplog):
     prepared = CpuLinear.prepare(*layer(48, 128, 8, zero, groups=4), 8, **kind)
-    gemm = getattr(prepared.chain, "gemm", None)
-    if gemm is not None:  # with values that saturate taken apart, whatever this CPU does
+    if hasattr(prepared.chain, "gemm"):  # with values that saturate taken apart, whatever this CPU does
         codes, one = torch.randint(-128, 128, (48, 128), dtype=torch.int8), torch.ones(48)
-        prepared.chain.gemm = cpu_gemm.Int8Gemm(codes, one, torch.zeros(48, dtype=torch.int32), split_excess=True)
+        prepared.chain.gemm = gemm.Int8Gemm(codes, one, torch.zeros(48, dtype=torch.int32), split_excess=True)
         prepared.chain.rounds_first = True
     for x in (torch.randn(1, 128), torch.randn(7, 128), torch.randn(2, 3, 128), torch.zeros(2, 128)):
         for _ in range(3):  # the first calls of a TorchScript program are run differently from later ones
             assert torch.equal(prepared.forward(x), prepared.chain(x))
     assert isinstance(prepared._run, torch.ScriptMethod)
     monkeypatch.setattr(torch.jit, "script", lambda module: (_ for _ in ()).throw(RuntimeError("no compiler today")))
-    with caplog.at_level("INFO", logger="qbert.kernels.cpu_chains"):
+    with caplog.at_level("INFO", logger="qbert.kernels.cpu.chains"):
         assert compiled(prepared.chain) is prepared.chain
     assert "no compiler today" in caplog.text

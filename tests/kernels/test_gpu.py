@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from qbert.kernels import dispatch, formats, operators, reference
+from qbert.kernels.operands import FLOAT, Heads, InputGrid, PackedWeight, ProductWeight
 
 pytestmark = [
     pytest.mark.gpu,
@@ -22,25 +23,17 @@ def random_weight(rows, columns, bits):
 @pytest.mark.parametrize("bits", formats.BITS)
 @pytest.mark.parametrize(("rows", "columns"), [(768, 768), (3072, 768), (768, 3072), (384, 384), (312, 1200)])
 def test_integer_products_are_exact(bits, rows, columns):
-    from qbert.kernels.gpu.launch import device_name
-    from qbert.kernels.gpu.matmul_a8 import matmul_a8
-    from qbert.kernels.gpu.tiles import candidates, rule
+    from qbert.kernels.gpu.products.matmul_a8 import matmul_a8
+    from qbert.kernels.gpu.tiles import candidates, device_name, rule
 
     codes, packed = random_weight(rows, columns, bits)
     codes = codes.to(DEVICE)
     for tokens in [*torch.randint(1, 300, (12,)).tolist(), 1, 16, 17, 1024, 4096]:
         xq = torch.randint(-128, 128, (tokens, columns), dtype=torch.int8, device=DEVICE)
         expected = xq.double() @ codes.double().T
+        one = torch.ones(1, device=DEVICE)
         for tile in {rule(tokens, rows, columns, bits), *candidates(tokens, rows, columns, bits)}:
-            y = matmul_a8(
-                xq,
-                torch.ones(1, device=DEVICE),
-                packed,
-                torch.ones(1, device=DEVICE),
-                bits=bits,
-                out_dtype=torch.int32,
-                tile=tile,
-            )
+            y = matmul_a8(xq, one, ProductWeight([packed], [bits], one), out_dtype=torch.int32, tile=tile)
             assert torch.equal(y.double(), expected), (device_name(xq), tokens, tile)
 
 
@@ -50,32 +43,33 @@ def test_a_thousand_repeats_give_one_answer(bits, tokens):
     """A result that moves with fixed inputs is a race."""
     _, packed = random_weight(768, 1024, bits)
     x = torch.randn(tokens, 1024, device=DEVICE).half()
-    xq, x_scale, row_sum = operators.quantize_rows(x)
-    scale = torch.rand(768, device=DEVICE)
+    quantized, scale = operators.quantize_rows(x), torch.rand(768, device=DEVICE)
     zero = torch.randint(-8, 8, (768,), device=DEVICE, dtype=torch.int32)
-    first = operators.matmul_a8(xq, x_scale, row_sum, packed, scale, zero, bits=bits)
-    float_first = operators.matmul_a16(x[:16], packed, scale, zero.float(), bits=bits)
+    weight = ProductWeight([packed], [bits], scale, zero)
+    of_floats = weight._replace(zero=zero.float())
+    first, float_first = operators.matmul_a8(*quantized, weight), operators.matmul_a16(x[:16], of_floats)
     for _ in range(1000):
-        assert torch.equal(operators.matmul_a8(xq, x_scale, row_sum, packed, scale, zero, bits=bits), first)
-        assert torch.equal(operators.matmul_a16(x[:16], packed, scale, zero.float(), bits=bits), float_first)
+        assert torch.equal(operators.matmul_a8(*quantized, weight), first)
+        assert torch.equal(operators.matmul_a16(x[:16], of_floats), float_first)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("bits", formats.BITS)
-@pytest.mark.parametrize(("activation_bits", "asymmetric"), [(8, False), (8, True), (None, False)])
-def test_linear_equals_the_cpu(bits, dtype, activation_bits, asymmetric):
+@pytest.mark.parametrize("grid", [InputGrid(), InputGrid(asymmetric=True), FLOAT])
+def test_linear_equals_the_cpu(bits, dtype, grid):
     codes, packed = random_weight(384, 384, bits)
     row_group = torch.arange(384) // 3
     scale, zero, bias = torch.rand(128, 1) * 0.01 + 0.01, torch.randint(-3, 3, (128, 1)).float(), torch.randn(384)
-    grid = (packed, *(t.to(DEVICE) for t in (scale, zero, row_group, bias)))
+    weight = PackedWeight(packed, *(t.to(DEVICE) for t in (scale, zero, row_group)), bits, 384)
     spread = [reference.expand_groups(t, row_group, 384) for t in (scale, zero)]
     tolerance = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 4e-2}[dtype]
     for tokens in (1, 33, 500):
         x = torch.randn(2, tokens, 384, device=DEVICE).to(dtype)
-        y = dispatch.linear(x, *grid, bits=bits, activation_bits=activation_bits, asymmetric=asymmetric)
+        y = dispatch.linear(x, weight, bias.to(DEVICE), grid)
         flat = x.float().cpu().reshape(-1, 384)
-        seen = reference.fake_quantize(flat, asymmetric=asymmetric) if activation_bits else flat
-        expected = reference.matmul_a16(seen, codes, *spread, bias).reshape(2, tokens, 384)
+        expected = reference.matmul_a16(reference.fake_quantize(flat, grid), codes, *spread, bias).reshape(
+            2, tokens, 384
+        )
         error = (y.double().cpu() - expected).abs().max() / expected.abs().max()
         assert y.dtype == dtype and float(error) < tolerance
 
@@ -86,37 +80,40 @@ def test_other_kernels_equal_the_reference():
     given = [t.to(DEVICE) for t in (x, residual, weight, bias)]
     expected = reference.layernorm_quantize(x, residual, weight, bias, 1e-12)[0]
     for asymmetric in (False, True):
-        y, *quantized = operators.layernorm_quantize(*given, 1e-12, asymmetric=asymmetric)
+        grid = InputGrid(asymmetric=asymmetric)
+        y, *quantized = operators.layernorm_quantize(*given, 1e-12, grid)
         torch.testing.assert_close(y.double().cpu(), expected, rtol=2e-3, atol=2e-3)
         wanted = reference.quantize_rows(y.float().cpu(), asymmetric)
-        for ours in (quantized, operators.quantize_rows(y, asymmetric=asymmetric)):
+        for ours in (quantized, operators.quantize_rows(y, grid)):
             assert all(torch.equal(a.cpu(), b) for a, b in zip(ours, wanted, strict=True))
     starts = torch.tensor([0, 5, 133, 133, 140, 652], dtype=torch.int32)
     fused = torch.randn(652, 3, 12, 64).half()
     query, key, value = fused.unbind(1)
-    got = operators.attention(*(t.to(DEVICE) for t in (query, key, value, starts)), 512, 0.125)
+    got = operators.attention(Heads(*(t.to(DEVICE) for t in (query, key, value, starts)), 512, 0.125))
     wanted = reference.attention(query, key, value, starts, 0.125)
     torch.testing.assert_close(got.double().cpu(), wanted, rtol=5e-3, atol=5e-3)
     codes, packed = random_weight(100, 384, 4)
     scale, zero = torch.rand(100, 1), torch.randn(100, 1)
     ids = torch.randint(0, 100, (3, 9))
-    rows = dispatch.embedding(ids.to(DEVICE), packed, scale.to(DEVICE), zero.to(DEVICE), bits=4, features=384)
+    table = PackedWeight(packed, scale.to(DEVICE), zero.to(DEVICE), None, 4, 384)
+    rows = dispatch.embedding(ids.to(DEVICE), table)
     torch.testing.assert_close(rows.cpu(), reference.embedding(ids, codes, scale, zero))
 
 
 def test_layers_run_inside_a_cuda_graph():
     _, packed = random_weight(768, 768, 4)
-    scale, zero = torch.rand(768, 1, device=DEVICE), torch.zeros(768, 1, device=DEVICE)
+    scale = torch.rand(768, 1, device=DEVICE)
+    weight = PackedWeight(packed, scale, torch.zeros_like(scale), None, 4, 768)
     x = torch.randn(16, 768, device=DEVICE).half()
-    dispatch.linear(x, packed, scale, zero, bits=4)
+    dispatch.linear(x, weight)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        y = dispatch.linear(x, packed, scale, zero, bits=4)
+        y = dispatch.linear(x, weight)
     for _ in range(3):
         x.copy_(torch.randn_like(x))
         graph.replay()
-        assert torch.equal(y, dispatch.linear(x, packed, scale, zero, bits=4))
+        assert torch.equal(y, dispatch.linear(x, weight))
 
 
 def test_tiles_are_measured_and_used():

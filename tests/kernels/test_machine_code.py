@@ -7,18 +7,14 @@ import pytest
 
 pytest.importorskip("triton")
 
-from qbert.kernels.gpu import (
-    attention,
-    embedding,
-    layernorm_quant,
-    matmul_a8,
-    matmul_a8_mixed,
-    matmul_a16,
-    quantize_rows,
-)
-from qbert.kernels.gpu.compile_report import Report, compile_report, early_writes
-from qbert.kernels.gpu.launch import asm_for, tail_of
-from qbert.kernels.gpu.tiles import Tile, candidates, rule
+from scripts import load_bench
+
+from qbert.kernels.gpu import attention, embedding, layernorm_quant, quantize_rows
+from qbert.kernels.gpu.products import matmul_a8, matmul_a8_mixed, matmul_a16
+from qbert.kernels.gpu.tiles import Tile, asm_for, candidates, rule, tail_of
+
+machine_code = load_bench("compile_report")
+Report, compile_report, early_writes = machine_code.Report, machine_code.compile_report, machine_code.early_writes
 
 # What Triton 3.9 reaches, and before it 3.6, whose registers are assigned a little worse.
 OLDER = tuple(int(part) for part in version("triton").split(".")[:2]) < (3, 9)

@@ -4,10 +4,13 @@ import pytest
 
 pytest.importorskip("triton")
 
-from qbert.kernels.gpu import matmul_a8, matmul_a8_mixed
-from qbert.kernels.gpu.compile_report import Report, compile_report
-from qbert.kernels.gpu.launch import asm_for, tail_of
-from qbert.kernels.gpu.tiles import Tile, candidates, rule
+from scripts import load_bench
+
+from qbert.kernels.gpu.products import matmul_a8, matmul_a8_mixed
+from qbert.kernels.gpu.tiles import Tile, asm_for, candidates, rule, tail_of
+
+machine_code = load_bench("compile_report")
+Report, compile_report = machine_code.Report, machine_code.compile_report
 
 BITS = [2, 3, 4]
 TYPES = {

@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qbert.kernels import formats, reference
+from qbert.kernels.operands import InputGrid
 from qbert.quantizers.activations import ActivationQuantizer
 
 
@@ -71,7 +72,7 @@ def test_asymmetric_rows_are_within_half_a_step_and_are_those_of_the_quantizer(w
     constant = x.amin(1) == x.amax(1)
     assert bool((codes.amax(1) == torch.where(constant, -128, 127)).all()) and bool((step[constant] == 0).all())
     assert torch.equal(offset[constant], x[constant, 0])
-    seen = reference.fake_quantize(x, asymmetric=True)
+    seen = reference.fake_quantize(x, InputGrid(asymmetric=True))
     assert bool(((x - seen).abs() <= 0.5001 * step[:, None] + 1e-6 * x.abs()).all())
     theirs = ActivationQuantizer(8, "asymmetric")(x)
     # The same codes, so no more than rounding between them; but for steps below 1e-8, the quantizer's smallest.
@@ -83,7 +84,9 @@ def test_asymmetric_rows_are_within_half_a_step_and_are_those_of_the_quantizer(w
 def test_the_asymmetric_product_is_that_of_dequantized_matrices(groups):
     _, codes, scale, zero, bias = problem(12, 8, 64, 4, groups)
     x = adversarial_rows()
-    expected = reference.matmul_a16(reference.fake_quantize(x.double(), asymmetric=True), codes, scale, zero, bias)
+    expected = reference.matmul_a16(
+        reference.fake_quantize(x.double(), InputGrid(asymmetric=True)), codes, scale, zero, bias
+    )
     grid = reference.quantize_rows(x, asymmetric=True)[:2]
     got = reference.matmul_a8(*grid, codes, scale, zero, bias)
     assert bool(((got - expected).abs() <= 1e-6 * expected.abs().amax(1, keepdim=True)).all())

@@ -12,7 +12,15 @@ from torch import Tensor
 from qbert.quantizers.grid import code_range, dequantize, quantize
 from qbert.quantizers.groups import row_groups
 from qbert.quantizers.ranges import GroupRanges, find_ranges
-from qbert.quantizers.rounding import Rounded, _Columns, compensate, damped, output_error, round_compensated
+from qbert.quantizers.rounding import (
+    Rounded,
+    _Columns,
+    bias_change,
+    compensate,
+    damped,
+    output_error,
+    round_compensated,
+)
 
 SCHEMES = ("asymmetric", "symmetric", "midrise", "offset")
 
@@ -212,3 +220,19 @@ def test_types_of_the_result() -> None:
     found = round_compensated(w, correlated(6, 10), groups, find_ranges(w, groups, bits=2), bits=2)
     assert isinstance(found, Rounded) and found.codes.dtype == torch.int8
     assert found.scale.dtype == found.zero.dtype == torch.float32 and found.compensated.shape == (2,)
+
+
+def test_a_bias_that_may_move_leaves_the_error_in_the_covariance() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 300, 4, dtype=torch.float64, generator=generator) + 2.0
+    lost = torch.randn(6, 4, dtype=torch.float64, generator=generator)
+    moment, mean = torch.einsum("gni,gnj->gij", x, x) / 300, x.mean(1)
+    for group in range(2):
+        rows = slice(3 * group, 3 * group + 3)
+        change = bias_change(lost[rows], mean[group])
+        off = x[group] @ lost[rows].T - change
+        torch.testing.assert_close(off.mean(0), torch.zeros(3, dtype=torch.float64))
+        covariance = moment[group] - torch.outer(mean[group], mean[group])
+        expected = output_error(lost[rows], covariance)
+        torch.testing.assert_close(off.square().mean(0), expected)
+        torch.testing.assert_close(bias_change(lost, mean)[rows], change)

@@ -1,5 +1,7 @@
 """Rows ``sqrt(w_n) L_n^T J_n`` of the Gauss-Newton matrix of every block: what each sample's outputs do with weights.
 
+It stands alone because it is autograd and hooks; `top` is the linear algebra over its rows.
+
 The quick way looks at all samples of a batch in one forward and backward pass. Samples of an encoder do not see each
 other, so what reaches the outputs of a Linear or LayerNorm in the rows of sample n is that sample's own, and together
 with the inputs it makes the sample's gradients. Where the blocks hold anything else than weights of such modules, or

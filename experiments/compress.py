@@ -1,0 +1,217 @@
+"""Make an encoder smaller: under a budget, or into students by published recipes, beside their controls.
+
+    python experiments/compress.py
+    python experiments/compress.py --size-mb 10.2 6.1 --task sst2 --data-dir DATA
+    python experiments/compress.py --student distilbert
+    python experiments/compress.py --student tinybert minilm pkd --task sst2 --data-dir DATA --seeds 0 1 2
+    python experiments/compress.py --student tinybert --ablations
+
+The teacher is fine-tuned on the task (or loaded from the cache). Without ``--student`` it is planned under a budget
+(``compress_budget.py``). Every student has the same rows, steps and batch size. Beside it stand the hard-label control
+(the same start, steps and rate, taught by the labels alone) and the teacher made as small by bits alone, without
+training. ``compress_table.py`` puts several results together, ``compress_plans.py`` says how each student is made.
+Sources: those of the recipes; see ``--help``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+from compress_bench import Bench, load_teacher
+from compress_budget import add_budget_arguments, budgets_of, run_budgets
+from compress_plans import PLANS, Plan, hard_labels
+from compress_table import report_text, students_table
+
+from qbert.cli.arguments import add_task_arguments, positive, prepare_run, run_script
+from qbert.results import Record, provenance, text_table
+from qbert.students.depth import DepthTable
+
+# Of the embedded corpus: minutes a student on a laptop, and enough steps for every phase.
+_EPOCHS = 6.0
+
+
+def parse_arguments() -> argparse.Namespace:
+    """The command line."""
+    known = "; ".join(f"{name}: {plan.title} ({plan.source})" for name, plan in PLANS.items())
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=f"students: {known}", formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add_task_arguments(parser)
+    parser.add_argument("--student", nargs="+", help="which students to train; default: none, a budget")
+    parser.add_argument("--layers", type=positive, help="layers of a shallow student; default: half of the teacher's")
+    parser.add_argument("--keep", type=int, nargs="+", help="which layers it keeps; default: the best by measurement")
+    parser.add_argument("--ablations", action="store_true", help="also train what its plan lists as ablations")
+    parser.add_argument("--no-controls", action="store_true", help="leave out hard labels and bits alone")
+    parser.add_argument("--text", nargs="+", help="files of unlabelled text for general stages, one text a line")
+    parser.add_argument("--seeds", type=int, nargs="+", help="seeds of data order and dropout; default: that of --seed")
+    parser.add_argument(
+        "--epochs", type=float, default=_EPOCHS, help=f"passes over the rows, all phases together; default: {_EPOCHS:g}"
+    )
+    parser.add_argument("--batch-size", type=positive, default=16, help="rows a step; default: 16")
+    parser.add_argument("--learning-rate", type=float, help="peak rate of all students; default: the plan's")
+    parser.add_argument("--no-fine-tune", action="store_true", help="--model is a tuned teacher; use it as it is")
+    parser.add_argument("--teacher-epochs", type=positive, help="passes for the teacher; default: by task")
+    parser.add_argument("--train-limit", type=positive, help="train students, and the teacher, on this many rows")
+    parser.add_argument("--bf16", action="store_true", help="train students in bfloat16, where the device computes it")
+    parser.add_argument("--eval-limit", type=positive, help="score on at most this many rows")
+    parser.add_argument("--resume", action="store_true", help="go on where an interrupted run of this command stopped")
+    parser.add_argument("--report", help="Markdown file to write; default: OUTPUT_DIR/students.md")
+    add_budget_arguments(parser)
+    arguments = parser.parse_args()
+    arguments.seeds = arguments.seeds or [arguments.seed]
+    return arguments
+
+
+def check_request(arguments: argparse.Namespace) -> list[str]:
+    """Names of the students, refused before any work.
+
+    Raises:
+        ValueError, FileNotFoundError: naming the argument and the choices.
+    """
+    for name in arguments.student or ():
+        if name not in PLANS:
+            raise ValueError(f"--student {name} is not known; use one of {', '.join(sorted(PLANS))}")
+    if arguments.no_fine_tune and arguments.model is None:
+        raise ValueError("--no-fine-tune needs --model, a checkpoint that is fine-tuned on the task")
+    if not arguments.epochs > 0:
+        raise ValueError(f"--epochs {arguments.epochs:g} is not possible; use a positive number")
+    if arguments.learning_rate is not None and not 0 < arguments.learning_rate < 1:
+        raise ValueError(f"--learning-rate {arguments.learning_rate:g} is not possible; use a number such as 1e-4")
+    for flag, values in (("--seeds", arguments.seeds), ("--student", arguments.student or [])):
+        if len(set(values)) < len(values):
+            raise ValueError(f"{flag} {' '.join(map(str, values))} names one twice; name each once")
+    if arguments.keep and arguments.layers not in (None, len(arguments.keep)):
+        raise ValueError(f"--layers {arguments.layers} and --keep with {len(arguments.keep)} contradict; give one")
+    if arguments.keep:
+        arguments.layers = len(arguments.keep)
+    missing = next((file for file in arguments.text or () if not Path(file).is_file()), None)
+    if missing is not None:
+        raise FileNotFoundError(f"--text {missing} is no file; name a file with one text a line")
+    return list(arguments.student or ())
+
+
+def plans_of(names: list[str], ablations: bool, controls: bool) -> dict[str, Plan]:
+    """Every plan to train, by a name that no other has."""
+    found: dict[str, Plan] = {}
+    for name in names:
+        plan = PLANS[name]
+        found[name] = plan
+        if controls and plan.phases:
+            control = hard_labels(plan)
+            found[f"{control.shape}/labels"] = control
+        if ablations:
+            found.update({f"{name}/{key}": other for key, other in plan.ablations.items()})
+    return found
+
+
+def asked_of(bench: Bench) -> dict[str, Any]:
+    """All that the numbers of a table depend on, seeds and students apart."""
+    arguments = bench.arguments
+    return {
+        "task": bench.task.name,
+        "data": bench.task.fingerprint("train"),
+        "teacher": bench.reference.primary,
+        "rows": len(bench.rows.examples),
+        "steps": bench.steps,
+        "layers": bench.depth,
+        "kept layers": arguments.keep,
+        "batch size": arguments.batch_size,
+        "bfloat16": arguments.bf16,
+        "learning rate": arguments.learning_rate,
+        "text": arguments.text,
+        "evaluation limit": arguments.eval_limit,
+    }
+
+
+def heading(bench: Bench) -> dict[str, Any]:
+    """What a table says above and below its rows."""
+    arguments = bench.arguments
+    reference = bench.reference.primary
+    other = f"; other domain: {bench.elsewhere.name}" if bench.elsewhere is not None else ""
+    rate = f", rate {arguments.learning_rate:g}" if arguments.learning_rate else ""
+    return {
+        "task": bench.task.name,
+        "data": bench.task.describe(),
+        "metric": bench.task.primary_metric,
+        "elsewhere": other,
+        "budget": f"{bench.steps} steps of {arguments.batch_size} of {len(bench.rows.examples):,} rows{rate}"
+        f"{', bfloat16' if arguments.bf16 else ''}",
+        "teacher": {
+            "score": reference,
+            "retention": 100.0,
+            "agreement": 100.0,
+            "divergence": 0.0,
+            "other domain": bench.evaluate_elsewhere(bench.teacher),
+            **bench.shape(bench.teacher),
+        },
+        "depths": {},
+        "made by": provenance(),
+    }
+
+
+def add_bits_alone(bench: Bench, results: Record, limit: int) -> None:
+    """The row of the teacher in at most `limit` bytes by bits alone."""
+    from qbert import model_size, pack
+
+    bits, tables = bench.bits_alone(limit)
+    title = f"{bits} bits, tables {tables}, no training"
+    if title in results:
+        return
+    start = time.monotonic()
+    student = bench.quantized(bench.teacher, bits, tables)
+    row = bench.row(student, time.monotonic() - start)
+    packed = pack(student)
+    speed = bench.speed(bench.teacher, packed)
+    fused = {key: value for key, value in speed.items() if key.startswith("fused")}
+    results.add(title, {**row, "4 bits bytes": model_size(packed).total, **fused})
+
+
+def main() -> None:
+    """Train, measure, print the table."""
+    import torch
+
+    from qbert.extras import require
+    from qbert.files import write_whole
+    from qbert.tasks.training import check_bf16
+
+    arguments = parse_arguments()
+    require("accelerate", "the training")
+    names = check_request(arguments)
+    budgets_of(arguments)
+    warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
+    folder = prepare_run(arguments, "compress")
+    check_bf16(arguments.bf16, torch.device(arguments.device))
+    if not names:
+        task, model, tokenizer = load_teacher(arguments)
+        run_budgets(arguments, folder, task, model, tokenizer)
+        return
+    bench = Bench(arguments, folder)
+    results = Record(folder / "results.json", asked_of(bench), resume=arguments.resume)
+    about = {} if "teacher" in results.content else heading(bench)
+    results.content.update(about)
+    bench.depths = {int(count): DepthTable.from_list(rows) for count, rows in results.content["depths"].items()}
+    for name, plan in plans_of(names, arguments.ablations, not arguments.no_controls).items():
+        done = {row["seed"] for row in results[plan.title]}
+        seeds = arguments.seeds if plan.phases else arguments.seeds[:1]
+        for seed in (seed for seed in seeds if seed not in done):
+            row, student = bench.train(name, plan, seed)
+            shape = {} if results[plan.title] else bench.shape(student)
+            depths = {str(count): table.to_list() for count, table in bench.depths.items()}
+            results.add(plan.title, {"seed": seed, **row, **shape}, depths=depths)
+            bench.drop_checkpoints(name, seed)
+            print(f"{plan.title}, seed {seed}: {row['score']:.2f}, {row['retention']:.1f} % of the teacher", flush=True)
+        if name in names and not arguments.no_controls:
+            add_bits_alone(bench, results, results[plan.title][0]["4 bits bytes"])
+    print(f"\n{text_table(*students_table(results.content))}\n")
+    target = Path(arguments.report or folder / "students.md")
+    write_whole(target, lambda aside: aside.write_text(report_text(results.content), encoding="utf-8"))
+    print(f"written: {target}")
+
+
+if __name__ == "__main__":
+    run_script(main, resume_hint="the same command with --resume goes on from the last checkpoint")

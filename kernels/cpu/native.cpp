@@ -1,0 +1,780 @@
+// Encoder layers of the BERT kind on an x86 CPU: rows quantized, int8 products, attention, GELU, residual and LayerNorm.
+//
+// One call runs a whole stack of post-norm layers over sequences that lie behind each other, without padding between
+// them. It computes what `qbert.inference.cpu_layers.FusedLayers` does, which is its slow twin. Plain C functions, so
+// that it is built in seconds, without torch's headers; `qbert.kernels.cpu.native` builds, loads and calls it.
+//
+// An activation x is quantized per token to u = round((x - low) / step) in 0..255 (asymmetric: low and step from the row;
+// symmetric and static: low = -offset * step). With weights scale (q - zero) the product is
+//     y = step (scale acc - correction count) + low sum + bias,      acc = start + sum_i u q
+// with start = -offset sum_i q (0 if asymmetric), correction = scale zero, count = sum_i (u - offset), and low sum for
+// asymmetric ranges only: sum = scale sum_i (q - zero).
+
+#include <immintrin.h>
+#include <omp.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <new>
+
+#if defined(__AVX512VNNI__)
+constexpr int W = 16, NR = 4, MR = 6;  // floats in a vector; vectors and rows of a tile: 24 sums stay in registers
+#else
+constexpr int W = 8, NR = 2, MR = 4;
+#endif
+constexpr int NB = NR * W;  // columns of a tile
+typedef float Float __attribute__((vector_size(W * 4)));
+typedef int32_t Int __attribute__((vector_size(W * 4)));
+typedef uint8_t Byte __attribute__((vector_size(W)));
+typedef int16_t Short __attribute__((vector_size(W * 2)));
+
+extern "C" {
+
+enum Range { SYMMETRIC, ASYMMETRIC, STATIC };
+enum Activation { GELU, GELU_TANH, RELU };
+
+// One linear map [rows, columns]. Arrays over rows are padded with zeros to a multiple of NB; weight is laid out
+// [rows / NB][depth / group][NB][group], group = 4, or 2 where `wide`; depth is columns padded to a multiple of 4.
+struct Matrix {
+  int32_t rows, columns, depth, wide, range, offset;
+  float step, unused;
+  const int8_t* weight;
+  const int32_t* start;
+  const float *scale, *bias, *sum, *correction;  // the last is null where there are no zeros
+};
+
+struct Layer {
+  Matrix qkv, output, ffn_in, ffn_out;
+  const float *norm1, *shift1, *norm2, *shift2;  // padded with zeros
+  float eps1, eps2;
+  int32_t heads, activation;
+};
+
+// Sequences: the tokens starts[i] to starts[i + 1], of which the first keys[i] are seen by all. A bias, if any, is added
+// to the scores: float at bias + sequence * strides[0] + head * strides[1] + query * strides[2] + key.
+struct Batch {
+  int64_t sequences;
+  const int64_t *starts, *keys;
+  const float* bias;
+  int64_t strides[3];
+};
+
+}  // extern "C"
+
+namespace {
+
+inline int64_t padded(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+
+template <class V>
+inline V load(const void* p) {  // aligned or not
+  V v;
+  std::memcpy(&v, p, sizeof(V));
+  return v;
+}
+template <class V>
+inline void store(void* p, V v) {
+  std::memcpy(p, &v, sizeof(V));
+}
+inline Float all(float v) { return v - Float{}; }
+// Of a NaN and a number, both give the second argument.
+#if defined(__AVX512VNNI__)
+inline Float smaller(Float a, Float b) { return (Float)_mm512_min_ps((__m512)a, (__m512)b); }
+inline Float larger(Float a, Float b) { return (Float)_mm512_max_ps((__m512)a, (__m512)b); }
+#else
+inline Float smaller(Float a, Float b) { return (Float)_mm256_min_ps((__m256)a, (__m256)b); }
+inline Float larger(Float a, Float b) { return (Float)_mm256_max_ps((__m256)a, (__m256)b); }
+#endif
+inline Int iota() {
+  Int v;
+  for (int i = 0; i < W; i++) v[i] = i;
+  return v;
+}
+// A row's vector at `at`, with `other` in the lanes behind its end.
+inline Float load_tail(const float* row, int64_t at, int64_t end, Float other) {
+  Float v = load<Float>(row + at);
+  return iota() < static_cast<int32_t>(end - at) ? v : other;
+}
+
+#if defined(__AVX512VNNI__)
+inline float sum_of(Float v) { return _mm512_reduce_add_ps((__m512)v); }
+inline float max_of(Float v) { return _mm512_reduce_max_ps((__m512)v); }
+inline float min_of(Float v) { return _mm512_reduce_min_ps((__m512)v); }
+#else
+// All lanes of a vector as one: the upper half joins the lower until one is left.
+template <class Join>
+inline float joined(Float v, Join join) {
+  float lanes[W];
+  store(lanes, v);
+  for (int half = W / 2; half > 0; half /= 2)
+    for (int i = 0; i < half; i++) lanes[i] = join(lanes[i], lanes[i + half]);
+  return lanes[0];
+}
+inline float sum_of(Float v) { return joined(v, [](float a, float b) { return a + b; }); }
+inline float max_of(Float v) { return joined(v, [](float a, float b) { return a > b ? a : b; }); }
+inline float min_of(Float v) { return joined(v, [](float a, float b) { return a < b ? a : b; }); }
+#endif
+
+constexpr float ROUND = 12582912.0f;  // 1.5 * 2^23: adding and taking it away rounds to the nearest integer, ties to even
+
+// e^x with an error of about one unit in the last place; 0 below -87.
+inline Float exp_of(Float x) {
+  Float t = smaller(larger(x, all(-87.0f)), all(88.0f));
+  Float n = (t * 1.44269504f + ROUND) - ROUND;
+  Float r = t - n * 0.693359375f + n * 2.12194440e-4f;
+  Float p = all(1.9875691500e-4f);
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * (r * r) + r + 1.0f;
+  Int power = (__builtin_convertvector(n, Int) + 127) << 23;
+  p *= (Float)power;
+  p = x < all(-87.0f) ? all(0.0f) : p;
+  return x == x ? p : x;
+}
+
+// Rational approximation of erf, as in Eigen: 4e-7 at most from the true value.
+inline Float erf_of(Float x) {
+  Float t = smaller(larger(x, all(-4.0f)), all(4.0f));
+  Float s = t * t;
+  Float a = all(-2.72614225801306e-10f);
+  a = a * s + 2.77068142495902e-08f;
+  a = a * s + -2.10102402082508e-06f;
+  a = a * s + -5.69250639462346e-05f;
+  a = a * s + -7.34990630326855e-04f;
+  a = a * s + -2.95459980854025e-03f;
+  a = a * s + -1.60960333262415e-02f;
+  Float b = all(-1.45660718464996e-05f);
+  b = b * s + -2.13374055278905e-04f;
+  b = b * s + -1.68282697438203e-03f;
+  b = b * s + -7.37332916720468e-03f;
+  b = b * s + -1.42647390514189e-02f;
+  return t * a / b;
+}
+
+inline Float activated(Float x, int kind) {
+  if (kind == GELU) return x * (erf_of(x * 0.70710678f) * 0.5f + 0.5f);
+  if (kind == RELU) return x < all(0.0f) ? all(0.0f) : x;
+  Float u = x * (x * x * 0.044715f + 1.0f) * 0.79788456f;
+  return x / (exp_of(u * -2.0f) + 1.0f);
+}
+
+// Threads that work on the same tokens; of `n` pieces of work each takes a share.
+struct Team {
+  int place, size;
+  void wait() const {
+    if (size > 1) {
+#pragma omp barrier
+    }
+  }
+  int64_t first(int64_t n) const { return n * place / size; }
+  int64_t last(int64_t n) const { return n * (place + 1) / size; }
+};
+
+struct RowGrid {
+  float step, low, count;
+};
+
+// ---------------------------------------------------------------------------------------------- rows to codes
+
+inline void write_codes(uint8_t* to, Int codes) { store(to, __builtin_convertvector(codes, Byte)); }
+inline void write_codes(int16_t* to, Int codes) { store(to, __builtin_convertvector(codes, Short)); }
+
+// Row x[columns] to codes; both may be read and written up to the next multiple of W.
+template <class Code>
+void quantize_row(const float* x, const Matrix& m, Code* codes, RowGrid& grid) {
+  const int64_t n = m.columns, whole = n / W * W;
+  float inverse, add;
+  if (m.range == STATIC) {
+    // No code stands for NaN, which must not come out as a number.
+    Float broken = all(0.0f);
+    for (int64_t i = 0; i < n; i += W) {
+      Float v = load_tail(x, i, n, all(0.0f));
+      broken = v == v ? broken : v;
+    }
+    grid.step = m.step + sum_of(broken) * 0.0f;
+    grid.low = 0;
+    inverse = 1.0f / m.step;
+    add = static_cast<float>(m.offset);
+  } else {
+    Float first = all(x[0]), least = first, most = first, broken = all(0.0f);
+    for (int64_t i = 0; i < whole; i += W) {
+      Float v = load<Float>(x + i);
+      least = smaller(v, least);
+      most = larger(v, most);
+      broken += v * 0.0f;
+    }
+    if (whole < n) {
+      Float v = load_tail(x, whole, n, first);
+      least = smaller(v, least);
+      most = larger(v, most);
+      broken += v * 0.0f;
+    }
+    const float low = min_of(least), high = max_of(most), nothing = sum_of(broken);
+    const float span = m.range == ASYMMETRIC ? high - low : std::max(high, -low);
+    const float levels = m.range == ASYMMETRIC ? 255.0f : 127.0f;
+    inverse = span > 0 ? levels / span : 0.0f;
+    if (!(inverse <= 3.0e38f)) inverse = 0.0f;
+    grid.step = span / levels + nothing;
+    grid.low = m.range == ASYMMETRIC ? low + nothing : 0.0f;
+    add = m.range == ASYMMETRIC ? -low * inverse : static_cast<float>(m.offset);
+    if (m.range == ASYMMETRIC) {  // (x - low) first: its product with the inverse is then never off by the size of low
+      Int total = {};
+      for (int64_t i = 0; i < n; i += W) {
+        Float v = larger(smaller((load<Float>(x + i) - low) * inverse, all(255.0f)), all(0.0f));
+        Int code = __builtin_convertvector((v + ROUND) - ROUND, Int);
+        if (i + W > n) code = iota() < static_cast<int32_t>(n - i) ? code : Int{};
+        write_codes(codes + i, code);
+        total += code;
+      }
+      int64_t count = 0;
+      for (int i = 0; i < W; i++) count += total[i];
+      grid.count = grid.step * static_cast<float>(count);
+      return;
+    }
+  }
+  Int total = {};
+  const Int offset = Int{} + m.offset;
+  for (int64_t i = 0; i < n; i += W) {
+    Float v = (load<Float>(x + i) * inverse + ROUND) - ROUND;
+    v = larger(smaller(v + add, all(255.0f)), all(0.0f));
+    Int code = __builtin_convertvector(v, Int);
+    Int centred = code - offset;
+    if (i + W > n) {
+      Int inside = iota() < static_cast<int32_t>(n - i);
+      code = inside ? code : Int{};
+      centred = inside ? centred : Int{};
+    }
+    write_codes(codes + i, code);
+    total += centred;
+  }
+  int64_t count = 0;
+  for (int i = 0; i < W; i++) count += total[i];
+  grid.count = grid.step * static_cast<float>(count);
+}
+
+// Codes of rows of one width, as bytes, or as 16-bit numbers for `wide` matrices.
+struct Codes {
+  uint8_t* at;
+  RowGrid* grids;
+  int64_t stride;  // bytes a row
+};
+
+inline void activate_row(float* x, int64_t n, int kind) {
+  for (int64_t i = 0; i < n; i += W) store(x + i, activated(load<Float>(x + i), kind));
+}
+
+inline void quantize(const float* x, int64_t stride, int64_t rows, const Matrix& m, Codes codes, Team team) {
+  for (int64_t r = team.first(rows); r < team.last(rows); r++) {
+    uint8_t* to = codes.at + r * codes.stride;
+    if (m.wide)
+      quantize_row(x + r * stride, m, reinterpret_cast<int16_t*>(to), codes.grids[r]);
+    else
+      quantize_row(x + r * stride, m, to, codes.grids[r]);
+  }
+}
+
+// ---------------------------------------------------------------------------------------------- products
+
+inline Int dot(Int sum, Int bytes, Int weights) {
+#if defined(__AVX512VNNI__)
+  return (Int)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)bytes, (__m512i)weights);
+#elif defined(__AVXVNNI__)
+  return (Int)_mm256_dpbusd_avx_epi32((__m256i)sum, (__m256i)bytes, (__m256i)weights);
+#else
+  // Exact while |w0 + w1| <= 128 for neighbours; other weights are `wide`.
+  const __m256i pairs = _mm256_maddubs_epi16((__m256i)bytes, (__m256i)weights);
+  return sum + (Int)_mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
+#endif
+}
+
+template <int ROWS, bool WIDE>
+inline void tile(const uint8_t* a, int64_t stride, const Matrix& m, int64_t block, Int (&sums)[ROWS][NR]) {
+  const int8_t* w = m.weight + block * NB * m.depth;
+  for (int n = 0; n < NR; n++) {
+    Int s = load<Int>(m.start + block * NB + n * W);
+    for (int r = 0; r < ROWS; r++) sums[r][n] = s;
+  }
+  constexpr int group = WIDE ? 2 : 4;
+  const int64_t steps = m.depth / group;
+  for (int64_t k = 0; k < steps; k++) {
+    Int b[NR];
+#pragma GCC unroll 4
+    for (int n = 0; n < NR; n++) {
+#if !defined(__AVX512VNNI__)
+      if (WIDE) {
+        b[n] = (Int)_mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(w + n * W * 2)));
+        continue;
+      }
+#endif
+      b[n] = load<Int>(w + n * W * 4);
+    }
+    w += NB * group;
+#pragma GCC unroll 8
+    for (int r = 0; r < ROWS; r++) {
+      int32_t four;
+      std::memcpy(&four, a + r * stride + k * 4, 4);
+      const Int x = Int{} + four;
+#pragma GCC unroll 4
+      for (int n = 0; n < NR; n++) {
+#if !defined(__AVX512VNNI__)
+        if (WIDE) {
+          sums[r][n] += (Int)_mm256_madd_epi16((__m256i)x, (__m256i)b[n]);
+          continue;
+        }
+#endif
+        sums[r][n] = dot(sums[r][n], x, b[n]);
+      }
+    }
+  }
+}
+
+// Where the rows of a product go; they may be added to what is there.
+struct Output {
+  float* at;
+  int64_t stride;
+  bool add;
+};
+
+template <int ROWS, bool WIDE>
+void tile_rows(const Codes& codes, int64_t row, const Matrix& m, int64_t block, const Output& out) {
+  Int sums[ROWS][NR];
+  tile<ROWS, WIDE>(codes.at + row * codes.stride, codes.stride, m, block, sums);
+#pragma GCC unroll 4
+  for (int n = 0; n < NR; n++) {
+    const int64_t column = block * NB + n * W;
+    const Float scale = load<Float>(m.scale + column), bias = load<Float>(m.bias + column);
+    const Float total = m.range == ASYMMETRIC ? load<Float>(m.sum + column) : all(0.0f);
+    const Float zero = m.correction ? load<Float>(m.correction + column) : all(0.0f);
+#pragma GCC unroll 8
+    for (int r = 0; r < ROWS; r++) {
+      const RowGrid& grid = codes.grids[row + r];
+      Float y = __builtin_convertvector(sums[r][n], Float) * scale;
+      y = y * grid.step + bias;
+      if (m.range == ASYMMETRIC) y += total * grid.low;
+      if (m.correction) y -= zero * grid.count;
+      float* to = out.at + (row + r) * out.stride + column;
+      if (out.add) y += load<Float>(to);
+      store(to, y);
+    }
+  }
+}
+
+template <bool WIDE>
+void product(const Codes& codes, int64_t rows, const Matrix& m, const Output& out, Team team) {
+  const int64_t blocks = padded(m.rows, NB) / NB;
+  const int64_t groups = (rows + MR - 1) / MR;
+  for (int64_t block = team.first(blocks); block < team.last(blocks); block++) {
+    for (int64_t g = 0; g < groups; g++) {
+      const int64_t row = rows * g / groups;
+      switch (rows * (g + 1) / groups - row) {
+        case 1: tile_rows<1, WIDE>(codes, row, m, block, out); break;
+        case 2: tile_rows<2, WIDE>(codes, row, m, block, out); break;
+        case 3: tile_rows<3, WIDE>(codes, row, m, block, out); break;
+        case 4: tile_rows<4, WIDE>(codes, row, m, block, out); break;
+        case 5: tile_rows<std::min(5, MR), WIDE>(codes, row, m, block, out); break;
+        default: tile_rows<MR, WIDE>(codes, row, m, block, out);
+      }
+    }
+  }
+}
+
+inline void multiply(const Codes& codes, int64_t rows, const Matrix& m, const Output& out, Team team) {
+#if !defined(__AVX512VNNI__)
+  if (m.wide) return product<true>(codes, rows, m, out, team);
+#endif
+  product<false>(codes, rows, m, out, team);
+}
+
+// ---------------------------------------------------------------------------------------------- the rest of a layer
+
+// LayerNorm of a row of `width` values in place; what is behind it, up to the next multiple of W, is zero and stays so.
+inline void normalize(float* x, int64_t width, const float* weight, const float* shift, float eps) {
+  Float total = all(0.0f);
+  for (int64_t i = 0; i < width; i += W) total += load<Float>(x + i);
+  const float mean = sum_of(total) / static_cast<float>(width);
+  Float squares = all(0.0f);
+  for (int64_t i = 0; i < width; i += W) {
+    Float d = load<Float>(x + i) - mean;
+    if (i + W > width) d = iota() < static_cast<int32_t>(width - i) ? d : all(0.0f);
+    squares += d * d;
+  }
+  const float factor = 1.0f / std::sqrt(sum_of(squares) / static_cast<float>(width) + eps);
+  for (int64_t i = 0; i < width; i += W)
+    store(x + i, (load<Float>(x + i) - mean) * factor * load<Float>(weight + i) + load<Float>(shift + i));
+}
+
+// scores[r][VECTORS * W] of ROWS queries q[r][depth] with keys transposed, [depth][columns].
+template <int ROWS, int VECTORS>
+inline void score_tile(const float* q, const float* keys, int64_t depth, int64_t columns, float* scores) {
+  Float sums[ROWS][VECTORS] = {};
+  for (int64_t i = 0; i < depth; i++) {
+    Float b[VECTORS];
+#pragma GCC unroll 4
+    for (int n = 0; n < VECTORS; n++) b[n] = load<Float>(keys + i * columns + n * W);
+#pragma GCC unroll 8
+    for (int r = 0; r < ROWS; r++) {
+      const Float x = all(q[r * depth + i]);
+#pragma GCC unroll 4
+      for (int n = 0; n < VECTORS; n++) sums[r][n] += x * b[n];
+    }
+  }
+  for (int r = 0; r < ROWS; r++)
+    for (int n = 0; n < VECTORS; n++) store(scores + r * columns + n * W, sums[r][n]);
+}
+
+template <int ROWS>
+inline void score_rows(const float* q, const float* keys, int64_t depth, int64_t columns, float* scores) {
+  for (int64_t c = 0; c < columns; c += NB) {
+    switch (std::min<int64_t>((columns - c) / W, NR)) {
+      case 1: score_tile<ROWS, 1>(q, keys + c, depth, columns, scores + c); break;
+      case 2: score_tile<ROWS, 2>(q, keys + c, depth, columns, scores + c); break;
+      case 3: score_tile<ROWS, std::min(3, NR)>(q, keys + c, depth, columns, scores + c); break;
+      default: score_tile<ROWS, NR>(q, keys + c, depth, columns, scores + c);
+    }
+  }
+}
+
+// out[r][VECTORS * W] = p[r][keys] values[keys][stride].
+template <int ROWS, int VECTORS>
+inline void mix_rows(const float* p, int64_t columns, int64_t keys, const float* values, int64_t stride, float* out) {
+  Float sums[ROWS][VECTORS] = {};
+  for (int64_t k = 0; k < keys; k++) {
+    Float b[VECTORS];
+#pragma GCC unroll 4
+    for (int n = 0; n < VECTORS; n++) b[n] = load<Float>(values + k * stride + n * W);
+#pragma GCC unroll 8
+    for (int r = 0; r < ROWS; r++) {
+      const Float x = all(p[r * columns + k]);
+#pragma GCC unroll 4
+      for (int n = 0; n < VECTORS; n++) sums[r][n] += x * b[n];
+    }
+  }
+  for (int r = 0; r < ROWS; r++)
+    for (int n = 0; n < VECTORS; n++) store(out + r * stride + n * W, sums[r][n]);
+}
+
+// One head of one sequence. qkv points at its first query; keys and values lie `width` and 2 `width` behind.
+struct Head {
+  const float* qkv;
+  int64_t stride, width, depth, rows, keys;
+  const float* bias;  // of the first query, or null
+  int64_t bias_stride;
+  float* out;
+  int64_t out_stride;
+};
+
+struct HeadScratch {
+  float *keys, *values, *queries, *scores, *mixed;
+  static int64_t floats(int64_t depth, int64_t longest) {
+    const int64_t columns = padded(longest, W), deep = padded(depth, W);
+    return depth * columns + longest * deep + MR * depth + MR * columns + MR * deep + 5 * W;
+  }
+  HeadScratch(float* at, int64_t depth, int64_t longest) {
+    const int64_t columns = padded(longest, W), deep = padded(depth, W);
+    keys = at;
+    values = keys + padded(depth * columns, W);
+    queries = values + longest * deep;
+    scores = queries + padded(MR * depth, W);
+    mixed = scores + MR * columns;
+  }
+};
+
+template <int ROWS>
+void attend_rows(const Head& h, const HeadScratch& s, int64_t row, float scale) {
+  const int64_t columns = padded(h.keys, W), deep = padded(h.depth, W);
+  for (int r = 0; r < ROWS; r++)
+    for (int64_t i = 0; i < h.depth; i++) s.queries[r * h.depth + i] = h.qkv[(row + r) * h.stride + i] * scale;
+  score_rows<ROWS>(s.queries, s.keys, h.depth, columns, s.scores);
+  for (int r = 0; r < ROWS; r++) {
+    float* p = s.scores + r * columns;
+    if (h.bias)
+      for (int64_t k = 0; k < h.keys; k++) p[k] += h.bias[(row + r) * h.bias_stride + k];
+    for (int64_t k = h.keys; k < columns; k++) p[k] = -INFINITY;
+    Float most = all(-INFINITY);
+    for (int64_t k = 0; k < h.keys; k += W) most = larger(load<Float>(p + k), most);
+    const float top = max_of(most);
+    Float total = all(0.0f);
+    // A query that sees no key at all gets zeros, as from torch's attention.
+    const float from = top == -INFINITY ? 0.0f : top;
+    for (int64_t k = 0; k < h.keys; k += W) {
+      Float e = exp_of(load<Float>(p + k) - from);
+      store(p + k, e);
+      total += e;
+    }
+    const float sum = sum_of(total), inverse = sum == 0 ? 0.0f : 1.0f / sum;
+    for (int64_t k = 0; k < h.keys; k += W) store(p + k, load<Float>(p + k) * inverse);
+  }
+  for (int64_t c = 0; c < deep; c += 4 * W) {
+    switch (std::min<int64_t>((deep - c) / W, 4)) {
+      case 1: mix_rows<ROWS, 1>(s.scores, columns, h.keys, s.values + c, deep, s.mixed + c); break;
+      case 2: mix_rows<ROWS, 2>(s.scores, columns, h.keys, s.values + c, deep, s.mixed + c); break;
+      case 3: mix_rows<ROWS, 3>(s.scores, columns, h.keys, s.values + c, deep, s.mixed + c); break;
+      default: mix_rows<ROWS, 4>(s.scores, columns, h.keys, s.values + c, deep, s.mixed + c);
+    }
+  }
+  for (int r = 0; r < ROWS; r++)
+    std::memcpy(h.out + (row + r) * h.out_stride, s.mixed + r * deep, h.depth * sizeof(float));
+}
+
+void attend(const Head& h, const HeadScratch& s) {
+  const int64_t columns = padded(h.keys, W), deep = padded(h.depth, W);
+  for (int64_t k = 0; k < h.keys; k++) {
+    const float* key = h.qkv + h.width + k * h.stride;
+    for (int64_t i = 0; i < h.depth; i++) s.keys[i * columns + k] = key[i];
+    std::memcpy(s.values + k * deep, key + h.width, h.depth * sizeof(float));
+    for (int64_t i = h.depth; i < deep; i++) s.values[k * deep + i] = 0;
+  }
+  for (int64_t i = 0; i < h.depth; i++)
+    for (int64_t k = h.keys; k < columns; k++) s.keys[i * columns + k] = 0;
+  const float scale = 1.0f / std::sqrt(static_cast<float>(h.depth));
+  const int64_t groups = (h.rows + MR - 1) / MR;
+  for (int64_t g = 0; g < groups; g++) {
+    const int64_t row = h.rows * g / groups;
+    switch (h.rows * (g + 1) / groups - row) {
+      case 1: attend_rows<1>(h, s, row, scale); break;
+      case 2: attend_rows<2>(h, s, row, scale); break;
+      case 3: attend_rows<3>(h, s, row, scale); break;
+      case 4: attend_rows<4>(h, s, row, scale); break;
+      case 5: attend_rows<std::min(5, MR)>(h, s, row, scale); break;
+      default: attend_rows<MR>(h, s, row, scale);
+    }
+  }
+}
+
+// Memory that is aligned and grows; one for each thread that works alone, one for each team.
+struct Arena {
+  char* memory = nullptr;
+  size_t size = 0;
+  ~Arena() { std::free(memory); }
+  void reserve(size_t bytes) {
+    if (bytes <= size) return;
+    std::free(memory);
+    size = padded(bytes + bytes / 4, 64);
+    memory = static_cast<char*>(std::aligned_alloc(64, size));
+    if (!memory) {
+      size = 0;
+      throw std::bad_alloc();
+    }
+    std::memset(memory, 0, size);
+  }
+};
+
+constexpr int64_t ROWS_AT_ONCE = 48;  // so that the widest activations of a layer stay in the second cache
+
+// Where the activations of some tokens lie while they pass through the layers.
+struct Room {
+  float *x, *qkv, *mixed, *hidden, *scratch;
+  Codes narrow, broad;
+  int64_t wide_x, wide_qkv, wide_hidden, scratch_floats, at_once;
+
+  static size_t lay_out(Room* room, char* memory, const Layer& layer, int64_t tokens, int64_t longest, int members) {
+    size_t used = 0;
+    auto take = [&](size_t bytes) {
+      char* at = memory + used;
+      used += padded(bytes, 64) + 64;
+      return at;
+    };
+    Room own;
+    Room& r = room ? *room : own;
+    const int64_t width = layer.output.rows, broad = layer.ffn_in.rows;
+    r.wide_x = padded(width, NB), r.wide_qkv = padded(3 * width, NB), r.wide_hidden = padded(broad, NB);
+    r.at_once = std::min<int64_t>(tokens, ROWS_AT_ONCE * members);
+    r.x = reinterpret_cast<float*>(take(tokens * r.wide_x * 4));
+    r.qkv = reinterpret_cast<float*>(take(tokens * r.wide_qkv * 4));
+    r.mixed = reinterpret_cast<float*>(take(tokens * r.wide_x * 4));
+    r.hidden = reinterpret_cast<float*>(take(r.at_once * r.wide_hidden * 4));
+    r.scratch_floats = padded(HeadScratch::floats(width / layer.heads, longest), W);
+    r.scratch = reinterpret_cast<float*>(take(members * r.scratch_floats * 4));
+    r.narrow.stride = padded(width * 2, 64), r.broad.stride = padded(broad * 2, 64);
+    if (!layer.qkv.wide && !layer.output.wide && !layer.ffn_in.wide) r.narrow.stride = padded(width, 64);
+    if (!layer.ffn_out.wide) r.broad.stride = padded(broad, 64);
+    r.narrow.at = reinterpret_cast<uint8_t*>(take(r.at_once * r.narrow.stride));
+    r.broad.at = reinterpret_cast<uint8_t*>(take(r.at_once * r.broad.stride));
+    r.narrow.grids = reinterpret_cast<RowGrid*>(take(r.at_once * sizeof(RowGrid)));
+    r.broad.grids = reinterpret_cast<RowGrid*>(take(r.at_once * sizeof(RowGrid)));
+    return used;
+  }
+};
+
+void run_layer(const Layer& layer, const Batch& batch, int64_t begin, int64_t end, const Room& room, Team team) {
+  const int64_t base = batch.starts[begin], tokens = batch.starts[end] - base;
+  const int64_t width = layer.output.rows, depth = width / layer.heads;
+  for (int64_t row = 0; row < tokens; row += room.at_once) {
+    const int64_t rows = std::min(room.at_once, tokens - row);
+    quantize(room.x + row * room.wide_x, room.wide_x, rows, layer.qkv, room.narrow, team);
+    team.wait();
+    multiply(room.narrow, rows, layer.qkv, {room.qkv + row * room.wide_qkv, room.wide_qkv, false}, team);
+    team.wait();
+  }
+  const int64_t items = (end - begin) * layer.heads;
+  for (int64_t item = team.first(items); item < team.last(items); item++) {
+    const int64_t sequence = begin + item / layer.heads, head = item % layer.heads;
+    const int64_t start = batch.starts[sequence] - base, rows = batch.starts[sequence + 1] - base - start;
+    const float* bias = batch.bias;
+    if (bias) bias += sequence * batch.strides[0] + head * batch.strides[1];
+    const Head h = {room.qkv + start * room.wide_qkv + head * depth, room.wide_qkv, width, depth, rows,
+                    batch.keys[sequence], bias, batch.strides[2],
+                    room.mixed + start * room.wide_x + head * depth, room.wide_x};
+    attend(h, HeadScratch(room.scratch + team.place * room.scratch_floats, depth, batch.keys[sequence]));
+  }
+  team.wait();
+  for (int64_t row = 0; row < tokens; row += room.at_once) {
+    const int64_t rows = std::min(room.at_once, tokens - row);
+    float* x = room.x + row * room.wide_x;
+    const Output added = {x, room.wide_x, true};
+    quantize(room.mixed + row * room.wide_x, room.wide_x, rows, layer.output, room.narrow, team);
+    team.wait();
+    multiply(room.narrow, rows, layer.output, added, team);
+    team.wait();
+    for (int64_t r = team.first(rows); r < team.last(rows); r++)
+      normalize(x + r * room.wide_x, width, layer.norm1, layer.shift1, layer.eps1);
+    quantize(x, room.wide_x, rows, layer.ffn_in, room.narrow, team);
+    team.wait();
+    multiply(room.narrow, rows, layer.ffn_in, {room.hidden, room.wide_hidden, false}, team);
+    team.wait();
+    for (int64_t r = team.first(rows); r < team.last(rows); r++)
+      activate_row(room.hidden + r * room.wide_hidden, layer.ffn_in.rows, layer.activation);
+    quantize(room.hidden, room.wide_hidden, rows, layer.ffn_out, room.broad, team);
+    team.wait();
+    multiply(room.broad, rows, layer.ffn_out, added, team);
+    team.wait();
+    for (int64_t r = team.first(rows); r < team.last(rows); r++)
+      normalize(x + r * room.wide_x, width, layer.norm2, layer.shift2, layer.eps2);
+    team.wait();
+  }
+}
+
+// Sequences begin to end through all layers: x in, y out, both [tokens, width].
+void run_some(const Layer* layers, int64_t count, const Batch& batch, int64_t begin, int64_t end, const float* x, float* y,
+              const Room& room, Team team) {
+  const int64_t base = batch.starts[begin], tokens = batch.starts[end] - base, width = layers[0].output.rows;
+  for (int64_t t = team.first(tokens); t < team.last(tokens); t++) {
+    std::memcpy(room.x + t * room.wide_x, x + (base + t) * width, width * sizeof(float));
+    std::memset(room.x + t * room.wide_x + width, 0, (room.wide_x - width) * sizeof(float));
+  }
+  team.wait();
+  for (int64_t i = 0; i < count; i++) run_layer(layers[i], batch, begin, end, room, team);
+  for (int64_t t = team.first(tokens); t < team.last(tokens); t++)
+    std::memcpy(y + (base + t) * width, room.x + t * room.wide_x, width * sizeof(float));
+}
+
+thread_local Arena arena;
+
+}  // namespace
+
+extern "C" {
+
+int32_t qbert_columns_of_a_tile() { return NB; }
+
+// y [tokens, rows] = the linear map of x [tokens, columns]; 0, or 1 if there is no memory.
+int32_t qbert_linear(const Matrix* m, const float* x, int64_t tokens, float* y, int32_t threads) {
+  const int64_t rows = padded(m->rows, NB), stride = padded(m->wide ? m->columns * 2 : m->columns, 64);
+  const int64_t columns = padded(m->columns, W);
+  const int64_t at_once = std::min<int64_t>(tokens, ROWS_AT_ONCE);
+  const int64_t blocks = (tokens + at_once - 1) / at_once;
+  const bool alone = blocks >= threads;
+  int32_t failed = 0;
+  const size_t bytes = padded(at_once * stride, 64) + padded(at_once * sizeof(RowGrid), 64) + at_once * rows * 4 + columns * 4 + 256;
+  auto some = [&](char* memory, int64_t block, Team team) {
+    const int64_t row = tokens * block / blocks, count = tokens * (block + 1) / blocks - row;
+    Codes codes = {reinterpret_cast<uint8_t*>(memory), reinterpret_cast<RowGrid*>(memory + padded(at_once * stride, 64)), stride};
+    float* whole = reinterpret_cast<float*>(memory + padded(at_once * stride, 64) + padded(at_once * sizeof(RowGrid), 64));
+    float* last = whole + at_once * rows;
+    // The last row may be read behind its end: it is copied where that is not memory of x.
+    const bool copied = row + count == tokens && columns != m->columns;
+    quantize(x + row * m->columns, m->columns, copied ? count - 1 : count, *m, codes, team);
+    if (copied && team.place == 0) {
+      std::memcpy(last, x + (tokens - 1) * m->columns, m->columns * sizeof(float));
+      Codes one = {codes.at + (count - 1) * stride, codes.grids + count - 1, stride};
+      quantize(last, columns, 1, *m, one, {0, 1});
+    }
+    team.wait();
+    if (rows == m->rows) {
+      multiply(codes, count, *m, {y + row * rows, rows, false}, team);
+    } else {
+      multiply(codes, count, *m, {whole, rows, false}, team);
+      team.wait();
+      for (int64_t r = team.first(count); r < team.last(count); r++)
+        std::memcpy(y + (row + r) * m->rows, whole + r * rows, m->rows * sizeof(float));
+    }
+  };
+  try {
+    if (threads <= 1) {
+      arena.reserve(bytes);
+      for (int64_t block = 0; block < blocks; block++) some(arena.memory, block, {0, 1});
+    } else if (alone) {
+#pragma omp parallel for num_threads(threads) schedule(dynamic) reduction(| : failed)
+      for (int64_t block = 0; block < blocks; block++) {
+        try {
+          arena.reserve(bytes);
+          some(arena.memory, block, {0, 1});
+        } catch (const std::bad_alloc&) {
+          failed = 1;
+        }
+      }
+    } else {
+      arena.reserve(bytes);
+      char* memory = arena.memory;
+#pragma omp parallel num_threads(threads)
+      for (int64_t block = 0; block < blocks; block++) {
+        some(memory, block, {omp_get_thread_num(), omp_get_num_threads()});
+#pragma omp barrier
+      }
+    }
+  } catch (const std::bad_alloc&) {
+    failed = 1;
+  }
+  return failed;
+}
+
+// x [tokens, width] through `count` layers of one width into y; chunks[i] to chunks[i + 1] are sequences that run together.
+int32_t qbert_layers(const Layer* layers, int64_t count, const Batch* batch, const int64_t* chunks, int64_t chunk_count,
+                     const float* x, float* y, int32_t threads) {
+  int32_t failed = 0;
+  int64_t longest = 1, most = 1;
+  for (int64_t s = 0; s < batch->sequences; s++) longest = std::max(longest, batch->keys[s]);
+  for (int64_t c = 0; c < chunk_count; c++)
+    most = std::max(most, batch->starts[chunks[c + 1]] - batch->starts[chunks[c]]);
+  const int members = chunk_count >= threads ? 1 : threads;
+  const size_t bytes = Room::lay_out(nullptr, nullptr, layers[0], most, longest, members) + 64;
+  auto some = [&](char* memory, int64_t chunk, Team team) {
+    Room room;
+    const int64_t tokens = batch->starts[chunks[chunk + 1]] - batch->starts[chunks[chunk]];
+    Room::lay_out(&room, memory, layers[0], tokens, longest, members);
+    run_some(layers, count, *batch, chunks[chunk], chunks[chunk + 1], x, y, room, team);
+  };
+  try {
+    if (threads <= 1) {
+      arena.reserve(bytes);
+      for (int64_t c = 0; c < chunk_count; c++) some(arena.memory, c, {0, 1});
+    } else if (members == 1) {
+#pragma omp parallel for num_threads(threads) schedule(dynamic) reduction(| : failed)
+      for (int64_t c = 0; c < chunk_count; c++) {
+        try {
+          arena.reserve(bytes);
+          some(arena.memory, c, {0, 1});
+        } catch (const std::bad_alloc&) {
+          failed = 1;
+        }
+      }
+    } else {
+      arena.reserve(bytes);
+      char* memory = arena.memory;
+#pragma omp parallel num_threads(threads)
+      for (int64_t c = 0; c < chunk_count; c++) {
+        some(memory, c, {omp_get_thread_num(), omp_get_num_threads()});
+#pragma omp barrier
+      }
+    }
+  } catch (const std::bad_alloc&) {
+    failed = 1;
+  }
+  return failed;
+}
+
+}  // extern "C"

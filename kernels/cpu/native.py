@@ -1,0 +1,349 @@
+"""The native engine: int8 products and whole encoder layers in `native.cpp`, built once where a compiler is at hand.
+
+The library is plain C++ without torch's headers: a few seconds of compiling, once for each source, compiler and
+instruction set. It rests in the cache folder (``$QBERT_CACHE``) and is tried on exact integers before it is used.
+Nothing needs it: where it cannot be had, `reason_not_native` says why, and the chains of torch operators (`linear`),
+which are its slow twin, do the same work.
+
+    if not reason_not_native():
+        product = NativeProduct.prepare(codes, scale, zero, bias, asymmetric=True)
+        y = product(x)                              # float32 [..., I] -> [..., O]
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import logging
+import os
+import platform
+import shutil
+import subprocess
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from qbert.files import cache_folder, write_whole
+from qbert.kernels.cpu.gemm import fit_pairs, split_excess
+
+logger = logging.getLogger(__name__)
+
+# Instruction sets that the source knows, best first: what /proc/cpuinfo calls them, and how a compiler is asked.
+INSTRUCTIONS = {
+    "avx512_vnni": ("-march=x86-64-v4", "-mavx512vnni"),
+    "avx_vnni": ("-march=x86-64-v3", "-mavxvnni"),
+    "avx2": ("-march=x86-64-v3",),
+}
+_OPTIONS = ("-O3", "-std=c++17", "-ffp-contract=fast", "-fPIC", "-shared", "-fopenmp")
+_RANGES = {"symmetric": 0, "asymmetric": 1, "static": 2}
+ACTIVATIONS = {"GELUActivation": 0, "NewGELUActivation": 1, "GELUTanh": 1, "ReLU": 2}
+_CHUNK_TOKENS = 128  # that pass through all layers before the next ones, so that they stay in the cache
+
+
+class _Matrix(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_int32) for name in ("rows", "columns", "depth", "wide", "range", "offset")),
+        *((name, ctypes.c_float) for name in ("step", "unused")),
+        *((name, ctypes.c_void_p) for name in ("weight", "start", "scale", "bias", "sum", "correction")),
+    ]
+
+
+class _Layer(ctypes.Structure):
+    _fields_ = [
+        *((name, _Matrix) for name in ("qkv", "output", "ffn_in", "ffn_out")),
+        *((name, ctypes.c_void_p) for name in ("norm1", "shift1", "norm2", "shift2")),
+        *((name, ctypes.c_float) for name in ("eps1", "eps2")),
+        *((name, ctypes.c_int32) for name in ("heads", "activation")),
+    ]
+
+
+class _Batch(ctypes.Structure):
+    _fields_ = [
+        ("sequences", ctypes.c_int64),
+        *((name, ctypes.c_void_p) for name in ("starts", "keys", "bias")),
+        ("strides", ctypes.c_int64 * 3),
+    ]
+
+
+# ------------------------------------------------------------------------------------------------ the library
+
+
+@functools.cache
+def reason_not_native() -> str:
+    """Why the native engine cannot run here; empty if it can. The library is built by the first call, and tried."""
+    try:
+        _library(instruction_set())
+    except (RuntimeError, OSError) as error:
+        reason = str(error)
+        logger.info("no native engine: %s; torch's operators do its work", reason)
+        return reason
+    return ""
+
+
+@functools.cache
+def instruction_set() -> str:
+    """The best of `INSTRUCTIONS` of this processor, within what ATEN_CPU_CAPABILITY and ONEDNN_MAX_CPU_ISA allow.
+
+    Raises RuntimeError where there is none.
+    """
+    if platform.system() != "Linux" or platform.machine() not in ("x86_64", "AMD64"):
+        raise RuntimeError(f"it is written for Linux on x86-64, and this is {platform.system()} {platform.machine()}")
+    flags = processor()[1]
+    limited = torch.backends.cpu.get_cpu_capability() != "AVX512"
+    isa = os.environ.get("ONEDNN_MAX_CPU_ISA", "").upper()
+    limited |= isa.startswith(("SSE", "AVX2"))
+    if {"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vnni"} <= flags and not limited:
+        return "avx512_vnni"
+    if {"avx2", "fma", "avx_vnni"} <= flags and isa not in ("AVX2", "SSE41") and not _told_avx2():
+        return "avx_vnni"
+    if {"avx2", "fma"} <= flags and torch.backends.cpu.get_cpu_capability() != "DEFAULT":
+        return "avx2"
+    raise RuntimeError("this processor has no AVX2, or was told not to use it")
+
+
+def _told_avx2() -> bool:
+    return os.environ.get("ATEN_CPU_CAPABILITY", "").lower() in ("avx2", "default")
+
+
+@functools.cache
+def processor() -> tuple[str, frozenset[str]]:
+    """Name of the processor and the names of its features, as Linux tells them."""
+    name, flags = platform.processor() or platform.machine(), frozenset[str]()
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return name, flags
+    for line in lines:
+        key, _, value = (part.strip() for part in line.partition(":"))
+        if key == "model name":
+            name = value
+        elif key == "flags":
+            return name, frozenset(value.split())
+    return name, flags
+
+
+@functools.cache
+def _library(instructions: str) -> ctypes.CDLL:
+    """The library for one of `INSTRUCTIONS`, built if need be. Raises RuntimeError or OSError that says why not."""
+    library = ctypes.CDLL(str(_built(instructions)))
+    integer, pointer = ctypes.c_int64, ctypes.c_void_p
+    library.qbert_linear.argtypes = [pointer, pointer, integer, pointer, ctypes.c_int32]
+    library.qbert_layers.argtypes = [pointer, integer, pointer, pointer, integer, pointer, pointer, ctypes.c_int32]
+    _try(library, instructions)
+    return library
+
+
+def _built(instructions: str) -> Path:
+    source = Path(__file__).with_name("native.cpp")
+    compiler = next(filter(None, map(shutil.which, (os.environ.get("CXX", ""), "g++", "clang++", "c++"))), None)
+    if compiler is None:
+        raise RuntimeError("no C++ compiler was found (g++, clang++ or $CXX)")
+    options = [*_OPTIONS, *INSTRUCTIONS[instructions]]
+    made = os.stat(compiler)
+    key = [source.read_text(encoding="utf-8"), *options, os.path.realpath(compiler), made.st_size, made.st_mtime_ns]
+    digest = hashlib.sha256(repr(key).encode()).hexdigest()[:16]
+    target = cache_folder() / "native" / f"{instructions}-{digest}.so"
+    if not target.is_file():
+
+        def build(aside: Path) -> None:
+            command = [compiler, *options, str(source), "-o", str(aside)]
+            done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+            if done.returncode:
+                lines = done.stderr.strip().splitlines()
+                raise RuntimeError(f"{compiler} failed: {next((x for x in lines if 'error' in x), lines[-1:])}")
+            aside.chmod(0o700)
+
+        try:
+            write_whole(target, build)
+        except subprocess.TimeoutExpired as error:
+            raise RuntimeError(f"{compiler} took more than {error.timeout:.0f} seconds") from error
+    owner = target.stat()
+    if owner.st_uid not in (0, os.getuid()) or owner.st_mode & 0o022:
+        raise RuntimeError(f"{target} can be written by others, and will not be run; remove it, or set QBERT_CACHE")
+    return target
+
+
+def _try(library: ctypes.CDLL, instructions: str) -> None:
+    """Raises RuntimeError unless products of whole numbers come out exactly, the largest included."""
+    codes = torch.arange(40 * 37, dtype=torch.int32).mul_(89).remainder_(255).sub_(127).view(40, 37).to(torch.int8)
+    codes[0], codes[1] = 127, -128
+    x = torch.arange(13 * 37).mul_(53).remainder_(255).sub_(127).view(13, 37).float()
+    x[:, 0], x[3] = 127, 127
+    ones = torch.ones(40)
+    product = NativeProduct.prepare(codes, ones, ones * 0, ones * 0, instructions=instructions, library=library)
+    if not torch.equal(product(x), (x.double() @ codes.double().T).float()):
+        raise RuntimeError(f"the library built for {instructions} multiplies wrongly here")
+
+
+# ------------------------------------------------------------------------------------------------ products
+
+
+@dataclass(frozen=True)
+class NativeProduct:
+    """y = x W^T + b by the native engine. Immutable.
+
+    Attributes:
+        matrix: what the library reads; points into `tensors`.
+        tensors: the operand and the vectors of the epilogue, padded.
+    """
+
+    matrix: _Matrix
+    tensors: tuple[Tensor, ...]
+    library: ctypes.CDLL
+    bias: Tensor
+
+    @classmethod
+    def prepare(
+        cls,
+        codes: Tensor,
+        scale: Tensor,
+        zero: Tensor,
+        bias: Tensor,
+        *,
+        asymmetric: bool = False,
+        activation_scale: float | None = None,
+        activation_zero: int = 0,
+        exact: bool = True,
+        instructions: str | None = None,
+        library: ctypes.CDLL | None = None,
+    ) -> NativeProduct:
+        """From codes int8 [O, I] and scale, zero, bias float32 [O]; the other arguments as for `CpuLinear.prepare`.
+
+        Raises RuntimeError where the engine cannot be had.
+        """
+        instructions = instructions or instruction_set()
+        library = library or _library(instructions)
+        tile = library.qbert_columns_of_a_tile()
+        rows, columns = codes.shape
+        operand, factor, correction = _operand(codes, zero)
+        row_scale = (scale / factor).float()
+        wide = False
+        if instructions == "avx2" and bool((split_excess(operand)[1] != 0).any()):
+            wide = exact
+            if not exact:
+                operand, more = fit_pairs(operand)
+                row_scale = row_scale / more
+        group = 2 if wide else 4
+        depth, height = -(-columns // 4) * 4, -(-rows // tile) * tile
+        weight = F.pad(operand, (0, depth - columns, 0, height - rows))
+        weight = weight.view(height // tile, tile, depth // group, group).permute(0, 2, 1, 3).contiguous()
+        kind = "static" if activation_scale is not None else "asymmetric" if asymmetric else "symmetric"
+        offset = 0 if asymmetric else 128 + (activation_zero if activation_scale is not None else 0)
+        sums = operand.sum(1, dtype=torch.int64)
+        left = torch.zeros_like(scale) if correction is None else row_scale * correction
+
+        def wider(values: Tensor) -> Tensor:
+            return F.pad(values, (0, height - rows)).contiguous()
+
+        total = sums.double() * row_scale.double() - left.double() * columns
+        tensors = [weight, wider((-offset * sums).int()), *map(wider, (row_scale, bias.float(), total.float()))]
+        tensors += [] if correction is None else [wider(left)]
+        pointers = [t.data_ptr() for t in tensors] + [None] * (correction is None)
+        step = 1.0 if activation_scale is None else abs(activation_scale)
+        matrix = _Matrix(rows, columns, depth, wide, _RANGES[kind], offset, step, 0.0, *pointers)
+        return cls(matrix, tuple(tensors), library, bias)
+
+    @property
+    def wide(self) -> bool:
+        """Whether the operand multiplies in 16 bits, which keeps 8-bit weights exact without VNNI."""
+        return bool(self.matrix.wide)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """float32 [..., I] to [..., O]."""
+        x = x.contiguous()
+        y = torch.empty((*x.shape[:-1], self.matrix.rows))
+        tokens = x.numel() // self.matrix.columns
+        threads = torch.get_num_threads()
+        if tokens and self.library.qbert_linear(ctypes.byref(self.matrix), x.data_ptr(), tokens, y.data_ptr(), threads):
+            raise MemoryError(f"no memory for the activations of {tokens} tokens")
+        return y
+
+
+def _operand(codes: Tensor, zero: Tensor) -> tuple[Tensor, int, Tensor | None]:
+    """Integer operand int8 [O, I], the factor it is larger by, and the zeros [O] that are not in it, or None."""
+    for factor in (1, 2):
+        shift = zero * factor
+        if bool((shift == shift.round()).all()):
+            folded = codes.to(torch.int32) * factor - shift.to(torch.int32)[:, None]
+            if not folded.numel() or -128 <= int(folded.min()) <= int(folded.max()) <= 127:
+                return folded.to(torch.int8), factor, None
+    return codes, 1, zero
+
+
+# ------------------------------------------------------------------------------------------------ layers
+
+
+class NativeLayers:
+    """A stack of post-norm layers of one width, heads and products. Immutable.
+
+    Args:
+        layers: for each layer its products (query, key and value as one, attention output, both of the feed-forward
+            net), its two norms as (weight, shift, epsilon), its heads and the number of its activation function.
+    """
+
+    def __init__(self, layers: Sequence[tuple[Sequence[NativeProduct], Sequence[Any], int, int]]) -> None:
+        self.library = layers[0][0][0].library
+        tile = self.library.qbert_columns_of_a_tile()
+        self.width = layers[0][0][1].matrix.rows
+        padding = (0, -self.width % tile)
+        self._kept: list[Any] = []
+        self._layers = (_Layer * len(layers))()
+        for place, (products, norms, heads, activation) in enumerate(layers):
+            vectors = [F.pad(v, padding).contiguous() for norm in norms for v in norm[:2]]
+            self._kept += [*products, *vectors]
+            matrices = [p.matrix for p in products]
+            pointers = [v.data_ptr() for v in vectors]
+            self._layers[place] = _Layer(*matrices, *pointers, *(norm[2] for norm in norms), heads, activation)
+
+    def __call__(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """float32 [B, T, H] to [B, T, H]; `mask` broadcasts to [B, heads, T, T], true or 0 where a key is seen."""
+        batch, length, _ = x.shape
+        whole = torch.full((batch,), length, dtype=torch.int64)
+        return self.run(x.reshape(-1, self.width), whole, whole, mask).view(x.shape)
+
+    def run(self, x: Tensor, lengths: Tensor, keys: Tensor, mask: Tensor | None = None) -> Tensor:
+        """float32 [tokens, H] of sequences behind each other to the same shape.
+
+        Args:
+            lengths, keys: int64 [B], tokens of each sequence, and how many of them, from the first, are seen.
+            mask: for sequences of equal lengths T, as for `__call__`.
+        """
+        starts = torch.zeros(len(lengths) + 1, dtype=torch.int64)
+        torch.cumsum(lengths, 0, out=starts[1:])
+        chunks = torch.tensor(_chunks(lengths.tolist(), torch.get_num_threads()))
+        x, keys, y = x.contiguous(), keys.contiguous(), torch.empty(x.shape)
+        bias, strides = None, (0, 0, 0)
+        if mask is not None:
+            bias = mask
+            if mask.dtype == torch.bool:
+                bias = torch.zeros(mask.shape).masked_fill_(~mask, float("-inf"))
+            bias = bias.float()
+            bias = bias if bias.stride(3) == 1 else bias.contiguous()
+            strides = tuple(0 if n == 1 else s for n, s in zip(bias.shape[:3], bias.stride()[:3], strict=True))
+        place = None if bias is None else bias.data_ptr()
+        given = _Batch(len(lengths), starts.data_ptr(), keys.data_ptr(), place, (ctypes.c_int64 * 3)(*strides))
+        failed = self.library.qbert_layers(
+            self._layers, len(self._layers), ctypes.byref(given), chunks.data_ptr(), len(chunks) - 1,
+            x.data_ptr(), y.data_ptr(), torch.get_num_threads(),
+        )  # fmt: skip
+        if failed:
+            raise MemoryError(f"no memory for the activations of {len(x)} tokens")
+        return y
+
+
+def _chunks(lengths: list[int], threads: int) -> list[int]:
+    """Where sequences are cut into groups that pass through all layers together, about equal work for each thread."""
+    room = max(min(_CHUNK_TOKENS, -(-sum(lengths) // threads)), 1)
+    places, tokens = [0], 0
+    for place, length in enumerate(lengths):
+        if tokens and tokens + length > room:
+            places.append(place)
+            tokens = 0
+        tokens += length
+    return [*places, len(lengths)]

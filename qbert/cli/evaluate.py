@@ -1,0 +1,52 @@
+"""``qbert evaluate``: the official metrics of a task, beside another model's where one is named."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from qbert.cli.options import as_json, build_for, machine_options, set_machine, show, task_options
+
+
+@click.command()
+@click.argument("model")
+@task_options(required=True)
+@click.option("--beside", help="Another model, such as the float one: its score, and how far the two agree.")
+@click.option("--limit", type=click.IntRange(min=1), help="Score on at most this many held-out rows.")
+@click.option("--batch-size", type=click.IntRange(min=1), default=64, show_default=True)
+@click.option("--optimize", is_flag=True, help="Run fused, as qbert.optimize_for_inference does (packed models).")
+@machine_options
+@as_json
+def evaluate(model: str, task: str, data_dir: str | None, beside: str | None, **asked: Any) -> None:
+    """Score MODEL (float or quantized; a folder or a hub name) on the held-out rows of a task.
+
+    \b
+      qbert evaluate out --task sst2 --data-dir DATA
+      qbert evaluate out --task sst2 --beside my-model
+    """
+    import qbert
+    from qbert.results import text_table
+    from qbert.tasks import load_task
+    from qbert.tasks.evaluation import evaluate as scores_of
+    from qbert.tasks.evaluation import fidelity
+
+    set_machine(asked["device"], asked["threads"])
+    data = load_task(task, data_dir=data_dir)
+    results = {}
+    for name in [model, *([beside] if beside else [])]:
+        loaded, tokenizer = build_for(data, name)
+        loaded = loaded.to(asked["device"])
+        if asked["optimize"] and name == model:
+            loaded = qbert.optimize_for_inference(loaded)
+        options = {key: asked[key] for key in ("limit", "batch_size", "seed")}
+        results[name] = scores_of(loaded, data, tokenizer, progress=not asked["as_json"], **options)
+    content: dict[str, Any] = {"task": data.describe(), "scores": {n: dict(r) for n, r in results.items()}}
+    metrics = list(results[model])
+    rows = [[name, *(f"{result[metric]:.4g}" for metric in metrics)] for name, result in results.items()]
+    lines = [data.describe(), text_table(["model", *metrics], rows)]
+    if beside:
+        found = fidelity(results[beside].logits, results[model].logits)
+        content["agreement"], content["divergence"] = found.agreement, found.divergence
+        lines.append(f"beside {beside}: agreement {found.agreement:.1f} %, divergence {found.divergence:.4g}")
+    show(content, "\n".join(lines), asked["as_json"])

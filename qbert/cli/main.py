@@ -1,0 +1,82 @@
+"""``qbert``: the library from a shell. Each command is one file of this folder.
+
+    qbert quantize path-or-hub-name out --bits 4
+    qbert inspect out
+    qbert evaluate out --task sst2
+
+A model is a local folder or a hub name. With ``--json`` a command prints one JSON object and nothing else on standard
+output. Exit codes: 0 done, 2 something in the request cannot work (one sentence on standard error), 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import click
+
+from qbert.cli.allocate import allocate
+from qbert.cli.arguments import run_script
+from qbert.cli.compress import compress
+from qbert.cli.evaluate import evaluate
+from qbert.cli.export import export
+from qbert.cli.inspect import inspect
+from qbert.cli.plan import plan
+from qbert.cli.quantize import quantize
+from qbert.cli.report import report
+from qbert.cli.spectrum import spectrum
+from qbert.version import __version__
+
+
+class _InOrder(click.Group):
+    """Lists the commands in the order in which a user meets them."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(self.commands)
+
+
+@click.group(cls=_InOrder, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(__version__, prog_name="qbert")
+def app() -> None:
+    """Quantize BERT-like encoders to 2-8 bits, guided by the Hessian of the task loss.
+
+    \b
+    A fine-tuned classifier, from its float weights to a small file:
+      qbert quantize my-model out --bits 4               every matrix in 4 bits, tables in 8
+      qbert inspect out                                  what the folder holds
+      qbert evaluate out --task sst2                     how good it is
+      qbert export out model.onnx                        for ONNX Runtime
+
+    \b
+    Bits by the Hessian:
+      qbert spectrum my-model --task sst2 --save spectrum.json
+      qbert allocate spectrum.json --bits 2,3 --save bits.json
+      qbert quantize my-model out --config bits.json
+
+    \b
+    As small or as fast as it has to be:
+      qbert plan my-model --size-mb 10 --task sst2 --save plan.json
+      qbert compress my-model out --task sst2 --plan plan.json
+    """
+
+
+for _command in (spectrum, allocate, quantize, plan, compress, evaluate, inspect, export, report):
+    app.add_command(_command)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run a command line (that of the process where None) and leave with its exit code."""
+
+    def run() -> None:
+        try:
+            app.main(arguments, prog_name="qbert", standalone_mode=False)
+        except click.ClickException as error:
+            error.show()
+            sys.exit(2)
+        except click.Abort as error:  # click turns Ctrl-C into this
+            raise KeyboardInterrupt from error
+
+    run_script(run, resume_hint="run the same command again (spectra go on from what they kept)")
+
+
+if __name__ == "__main__":
+    main()

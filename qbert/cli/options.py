@@ -1,0 +1,161 @@
+"""Options that several commands of ``qbert`` share, and what they mean: models, tasks, texts, printing."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+as_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of tables.")
+
+
+def task_options(required: bool) -> Callable[[Command], Command]:
+    """``--task --data-dir``."""
+
+    def add(command: Command) -> Command:
+        command = click.option(
+            "--data-dir",
+            type=click.Path(file_okay=False),
+            help="Folder with a sub-folder of jsonl(.gz) files a task.",
+        )(command)
+        return click.option(
+            "--task",
+            required=required,
+            help="reviews (embedded), sst2, mrpc, stsb, mnli, wnut17, squad, ..., or a folder in --data-dir.",
+        )(command)
+
+    return add
+
+
+def machine_options(command: Command) -> Command:
+    """``--device --threads --seed``."""
+    command = click.option("--seed", default=0, show_default=True, help="Seed of everything random.")(command)
+    command = click.option("--threads", type=click.IntRange(min=1), help="CPU threads; default: torch's own choice.")(
+        command
+    )
+    return click.option("--device", default="cpu", show_default=True, help="Torch device, such as cpu or cuda.")(
+        command
+    )
+
+
+def set_machine(device: str, threads: int | None) -> None:
+    """Set the threads and refuse a device that is not there.
+
+    Raises:
+        ValueError: no such device.
+    """
+    import torch
+
+    from qbert.cli.arguments import check_device
+
+    if threads:
+        torch.set_num_threads(threads)
+    check_device(device)
+
+
+def load_any(source: str) -> Any:
+    """The model in a folder or on the hub, in evaluation mode, of the class that was saved; quantized ones too.
+
+    Raises:
+        ValueError: damaged files, or a class that transformers does not have; FileNotFoundError: no such model.
+    """
+    import transformers
+
+    import qbert
+    from qbert.saving.records import configuration
+    from qbert.saving.sentences import is_sentence_model, load_sentence_model
+    from qbert.tasks.heads import load_quietly, quiet_libraries
+
+    here = Path(source).is_dir()
+    if here and not (Path(source) / "config.json").is_file() and not (Path(source) / "modules.json").is_file():
+        raise ValueError(f"MODEL {source} is a folder without config.json; name the folder that holds the model")
+    values = configuration(source) if here and (Path(source) / "config.json").is_file() else {}
+    if here and "quantization_config" in values:
+        return qbert.load(source).eval()
+    if here and is_sentence_model(source):
+        with quiet_libraries():
+            return load_sentence_model(source)
+    config = load_quietly(transformers.AutoConfig, source)
+    name = (getattr(config, "architectures", None) or [""])[0]
+    kind = getattr(transformers, name, None) if name else transformers.AutoModel
+    if kind is None:
+        raise ValueError(f"MODEL {source} is of class {name!r}, which transformers does not have; load it in Python")
+    return load_quietly(kind, source).eval()
+
+
+def load_tokenizer(source: str) -> Any:
+    """The tokenizer beside a model.
+
+    Raises:
+        ValueError, FileNotFoundError: as `qbert.tasks.heads.load_quietly`.
+    """
+    import transformers
+
+    from qbert.tasks.heads import load_quietly
+
+    return load_quietly(transformers.AutoTokenizer, source)
+
+
+def build_for(task: Any, source: str) -> tuple[Any, Any]:
+    """(model with a tuned head for `task`, tokenizer); a sentence encoder without a head for pairs with a number.
+
+    Raises:
+        ValueError: the model has no head tuned for the task, or one for other labels.
+    """
+    from qbert.saving.records import configuration
+    from qbert.tasks import build_model, build_sentence_model
+
+    if task.kind == "regression":
+        local = Path(source).is_dir()
+        named = (configuration(source).get("architectures") or [""])[0] if local else ""
+        if local and not named.endswith("ForSequenceClassification"):
+            return build_sentence_model(source)
+    return build_model(task, source, tuned=True)
+
+
+def task_batches(task: Any, tokenizer: Any, rows: int, seed: int, pairs: bool = False, labels: bool = False) -> Any:
+    """Batches of 32 of `rows` training rows, drawn by `seed`; without labels unless asked for."""
+    from qbert.tasks import prepare
+
+    data = prepare(task, tokenizer, "train", limit=rows, seed=seed, as_pairs=pairs)
+    batches = data.batches(32, seed=seed)
+    if labels:
+        return batches
+    gone = ("labels", "start_positions", "end_positions")
+    return [{key: value for key, value in batch.items() if key not in gone} for batch in batches]
+
+
+def text_batches(path: str, tokenizer: Any, rows: int) -> list[dict[str, Any]]:
+    """Batches of 32 of the first `rows` lines of a text file that are not empty.
+
+    Raises:
+        ValueError: the file has no text; OSError: it cannot be read; UnicodeDecodeError: it is not UTF-8.
+    """
+    texts: list[str] = []
+    with open(path, encoding="utf-8") as lines:
+        for line in lines:
+            if line.strip():
+                texts.append(line.strip())
+            if len(texts) == rows:
+                break
+    if not texts:
+        raise ValueError(f"--texts {path} has no line of text; give one sentence or paragraph a line")
+    length = min(tokenizer.model_max_length, 512)
+    cut = [texts[i : i + 32] for i in range(0, len(texts), 32)]
+    return [dict(tokenizer(t, padding=True, truncation=True, max_length=length, return_tensors="pt")) for t in cut]
+
+
+def show(content: Mapping[str, Any], text: str, as_json: bool) -> None:
+    """Print the result of a command, for a program or for a reader."""
+    click.echo(json.dumps(content, indent=2) if as_json else text)
+
+
+def file_megabytes(folder: str | os.PathLike[str]) -> float:
+    """Size of all safetensors files in a folder, 10^6 bytes."""
+    return sum(file.stat().st_size for file in Path(folder).rglob("*.safetensors")) / 1e6

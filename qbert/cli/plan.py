@@ -1,0 +1,94 @@
+"""``qbert plan``: what to drop, narrow and store in how many bits, under a budget."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+import click
+
+from qbert.cli.options import (
+    as_json,
+    load_any,
+    load_tokenizer,
+    machine_options,
+    set_machine,
+    show,
+    task_batches,
+    task_options,
+    text_batches,
+)
+
+
+@click.command()
+@click.argument("model")
+@click.option("--size-mb", type=float, help="Largest file, 10^6 bytes.")
+@click.option("--latency-ms", type=float, help="Longest call of the packed, fused model, measured here.")
+@click.option(
+    "--within", type=float, help="Share of rows, such as 0.01, whose answer may change: the smallest such model."
+)
+@click.option("--shape", default="1x128", show_default=True, help="Sequences x tokens that --latency-ms is about.")
+@click.option(
+    "--texts", type=click.Path(exists=True, dir_okay=False), help="Text like that to come, a sentence a line."
+)
+@task_options(required=False)
+@click.option("--rows", type=click.IntRange(min=4), default=384, show_default=True, help="Rows to plan on.")
+@click.option("--save", type=click.Path(dir_okay=False), help="JSON file for qbert compress --plan.")
+@click.option("--plot", type=click.Path(dir_okay=False), help="Picture of the front (png, pdf, svg).")
+@machine_options
+@as_json
+def plan(model: str, shape: str, save: str | None, plot: str | None, **asked: Any) -> None:
+    """Plan the compression of MODEL, a float model in a folder or on the hub: structure, bits and tables at once.
+
+    Every way to store every matrix and table is measured on text of yours, without labels (--texts, or the training
+    rows of --task), and the least damaged model within the budget is found exactly.
+
+    \b
+      qbert plan my-model --size-mb 10 --texts sentences.txt --save plan.json --plot front.png
+      qbert plan my-model --within 0.01 --task sst2
+    """
+    from qbert.pipeline.plan import plan as make_plan
+
+    set_machine(asked["device"], asked["threads"])
+    if bool(asked["texts"]) == bool(asked["task"]):
+        raise ValueError("give --texts FILE or --task NAME; a plan is made on one of them")
+    tokenizer = load_tokenizer(model)
+    if asked["texts"]:
+        batches = text_batches(asked["texts"], tokenizer, asked["rows"])
+    else:
+        from qbert.tasks import load_task
+
+        task = load_task(asked["task"], data_dir=asked["data_dir"])
+        batches = task_batches(task, tokenizer, asked["rows"], asked["seed"])
+    found = make_plan(
+        load_any(model).to(asked["device"]),
+        batches,
+        size_mb=asked["size_mb"],
+        latency_ms=asked["latency_ms"],
+        within=asked["within"],
+        shape=_shape(shape),
+        progress=not asked["as_json"],
+    )
+    if save:
+        found.pipeline.save(save)
+    if plot:
+        found.plot(plot)
+    content = {
+        "budget": found.budget,
+        "pipeline": found.pipeline.to_dict(),
+        "candidates": [
+            {k: v for k, v in asdict(c).items() if k not in ("config", "structure")} | {"structure": c.name}
+            for c in found.candidates
+        ],
+    }
+    show(content, str(found), asked["as_json"])
+
+
+def _shape(text: str) -> tuple[int, int]:
+    try:
+        rows, tokens = (int(part) for part in text.lower().split("x"))
+    except ValueError as error:
+        raise ValueError(f"--shape {text} is no shape; write sequences x tokens, such as 1x128") from error
+    if rows < 1 or tokens < 1:
+        raise ValueError(f"--shape {text} is not possible; use numbers of at least 1")
+    return rows, tokens

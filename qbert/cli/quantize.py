@@ -1,0 +1,130 @@
+"""``qbert quantize``: from a float model to a folder with a packed one."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import click
+
+from qbert.cli.options import (
+    as_json,
+    file_megabytes,
+    load_any,
+    load_tokenizer,
+    machine_options,
+    set_machine,
+    show,
+    task_batches,
+    task_options,
+    text_batches,
+)
+
+
+@click.command()
+@click.argument("model")
+@click.argument("out", type=click.Path(file_okay=False))
+@click.option("--bits", type=click.Choice(["2", "3", "4", "8"]), help="Bits of the encoder's matrices; default: 4.")
+@click.option("--config", "config_file", type=click.Path(exists=True, dir_okay=False), help="JSON of a BitsConfig.")
+@click.option("--scheme", type=click.Choice(["asymmetric", "symmetric", "midrise", "offset"]), help="Grid of codes.")
+@click.option("--groups", type=click.IntRange(min=1), help="Row groups a matrix, a range each; default: 128.")
+@click.option("--embedding-bits", type=click.Choice(["2", "3", "4", "8", "32"]), help="Bits of the tables; default: 8.")
+@click.option(
+    "--activation-bits", type=click.Choice(["4", "6", "8", "32"]), help="Bits of the inputs of products; default: 8."
+)
+@click.option("--rounding", type=click.Choice(["nearest", "compensated"]), help="How codes are chosen.")
+@click.option("--texts", type=click.Path(exists=True, dir_okay=False), help="Calibration text, one sentence a line.")
+@task_options(required=False)
+@click.option("--rows", type=click.IntRange(min=1), default=384, show_default=True, help="Calibration rows.")
+@click.option("--force", is_flag=True, help="Write into OUT even if it holds something.")
+@machine_options
+@as_json
+def quantize(model: str, out: str, **asked: Any) -> None:
+    """Quantize MODEL (a folder or a hub name) and write it, packed, to the folder OUT.
+
+    The tokenizer goes with it. Compensated rounding needs a few hundred sentences like those the model will see:
+    --texts FILE, or --task NAME, whose training rows are taken without their labels.
+
+    \b
+      qbert quantize my-model out --bits 4
+      qbert quantize my-model out --bits 2 --rounding compensated --texts sentences.txt
+      qbert quantize my-model out --config bits.json
+    """
+    import qbert
+    from qbert.sizes import model_size
+    from qbert.tasks.heads import quiet_libraries
+
+    target = Path(out)
+    if target.is_dir() and any(target.iterdir()) and not asked["force"]:
+        raise ValueError(f"OUT {out} is not empty; name another folder, or add --force")
+    set_machine(asked["device"], asked["threads"])
+    config = _configuration(asked)
+    loaded = load_any(model)
+    tokenizer = _tokenizer(model, needed=bool(asked["texts"] or asked["task"]))
+    data = _calibration(asked, tokenizer)
+    loaded = loaded.to(asked["device"])
+    start = time.perf_counter()
+    student = qbert.quantize_model(loaded, config, calibration_data=data, progress=not asked["as_json"])
+    packed = qbert.pack(student).to("cpu")
+    seconds, size = time.perf_counter() - start, model_size(packed)
+    with quiet_libraries():
+        packed.save_pretrained(out)
+    if tokenizer is not None and not (target / "tokenizer_config.json").is_file():
+        tokenizer.save_pretrained(out)
+    megabytes = file_megabytes(out)
+    content = {
+        "model": model,
+        "out": out,
+        "config": config.to_dict(),
+        "bytes": size.total,
+        "float_bytes": size.float_total,
+        "file_mb": megabytes,
+        "seconds": seconds,
+    }
+    written = f"{out}: {megabytes:.2f} MB in its files; look at it with: qbert inspect {out}"
+    show(content, f"{size}\n\n{written}", asked["as_json"])
+
+
+def _configuration(asked: dict[str, Any]) -> Any:
+    from qbert.bits import BitsConfig
+
+    names = ("scheme", "groups", "rounding")
+    settings = {name: asked[name] for name in names if asked[name] is not None}
+    if asked["embedding_bits"]:
+        settings["embedding_bits"] = int(asked["embedding_bits"])
+    if asked["activation_bits"]:
+        settings["activation_bits"] = None if asked["activation_bits"] == "32" else int(asked["activation_bits"])
+    if asked["config_file"]:
+        if asked["bits"] or settings:
+            given = "bits" if asked["bits"] else next(iter(settings))
+            raise ValueError(
+                f"--config says all; leave out --{given.replace('_', '-')}, or write it into {asked['config_file']}"
+            )
+        return BitsConfig.parse(asked["config_file"])
+    return BitsConfig(int(asked["bits"] or 4), **settings)
+
+
+def _tokenizer(model: str, needed: bool) -> Any:
+    try:
+        return load_tokenizer(model)
+    except (ValueError, OSError):
+        if needed:
+            raise
+        return None
+
+
+def _calibration(asked: dict[str, Any], tokenizer: Any) -> Any:
+    if asked["texts"] and asked["task"]:
+        raise ValueError("--texts and --task both name calibration data; give one of them")
+    if asked["texts"]:
+        return text_batches(asked["texts"], tokenizer, asked["rows"])
+    if asked["task"]:
+        from qbert.tasks import load_task
+
+        return task_batches(
+            load_task(asked["task"], data_dir=asked["data_dir"]), tokenizer, asked["rows"], asked["seed"]
+        )
+    if asked["rounding"] == "compensated":
+        raise ValueError("--rounding compensated needs data; add --texts FILE (a sentence a line), or --task NAME")
+    return None

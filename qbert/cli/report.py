@@ -1,0 +1,26 @@
+"""``qbert report``: a page to look at of what a command or script wrote."""
+
+from __future__ import annotations
+
+import click
+
+from qbert.cli.options import as_json, show
+
+
+@click.command()
+@click.argument("folder", type=click.Path(exists=True, file_okay=False))
+@click.option("--out", type=click.Path(dir_okay=False), help="The HTML file; default: FOLDER/report.html.")
+@as_json
+def report(folder: str, out: str | None, as_json: bool) -> None:
+    """Write one self-contained HTML page of the results in FOLDER: spectra, fronts, comparisons, trainings.
+
+    Pictures can be hovered over, tables sorted by a click on a column. Nothing is loaded from elsewhere.
+    """
+    from pathlib import Path
+
+    from qbert.report import write_report
+
+    path = Path(out) if out else Path(folder) / "report.html"
+    shown = write_report(folder, path)
+    text = f"{path}: {len(shown)} result(s): {', '.join(shown)}"
+    show({"out": str(path), "shown": shown}, text, as_json)

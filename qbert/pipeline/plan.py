@@ -1,0 +1,493 @@
+r"""One choice of structure, bits and tables under a budget: what to drop, what to narrow, and how to store the rest.
+
+    >>> plan = qbert.plan(model, batches, size_mb=6)
+    >>> print(plan); plan.plot("front.png")
+    >>> qbert.compress(model, tokenizer, task, plan.pipeline, folder="out")
+
+For every structure (all layers; the best choice of fewer; narrower feed-forward parts) the damage of every way to store
+every matrix and table is measured on rows that it was not fitted to (`qbert.allocation.whole_file`), and the sum is
+minimised exactly under the bytes. The few plans of least predicted divergence,
+
+.. math:: KL_\mathrm{structure} + \sum_i \mathrm{damage}_{i, o_i},
+
+are then made, and compared with the float model by a forward pass on rows that nothing was fitted to or scored on: the
+nearest one is the plan. Bits alone are always among the structures, so that a structure has to earn its place.
+
+References: Yao et al. 2021, HAWQ-V3, section 3.4 (bits as an integer program); Kurtic et al. 2022, oBERT
+(order of steps).
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from qbert.allocation.budgets import rounded_up
+from qbert.allocation.whole_file import FilePlan
+from qbert.arguments import real_number
+from qbert.bits import BitsConfig
+from qbert.calibration import check_batches, run_batch
+from qbert.encoders.modes import evaluation_mode
+from qbert.encoders.targets import encoder_layers
+from qbert.files import write_whole
+from qbert.inference.cpu import optimize_for_inference
+from qbert.packing import pack
+from qbert.pipeline.run import Pipeline, short
+from qbert.pipeline.steps import Depth, Pack, Prune, Quantize, Step
+from qbert.plots import new_figure
+from qbert.progress import progress_bar
+from qbert.quantize import quantize_model
+from qbert.results import text_table
+from qbert.saving.records import is_quantized
+from qbert.students.depth import compare_depths, student_with_layers
+from qbert.students.pruned import prune
+from qbert.tasks.evaluation import fidelity
+
+_CHECKED = 3  # plans that are made and compared by a forward pass
+_FRONT_POINTS = 24
+_TIMINGS = 15
+# Where half of the runs take this much longer than the fastest, the clock says more of other work than of the model.
+_NOISY = 0.5
+# A choice of layers needs a forward pass on these; it only starts a comparison on all rows.
+_SEARCH_BATCHES = 4
+_FFN_SHARES = (0.25, 0.5)
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One plan.
+
+    Attributes:
+        structure: steps that change the float model; none for bits alone.
+        config: how everything is stored.
+        megabytes: of the file, 10^6 bytes, at most.
+        latency_ms: measured, of one call of the fused packed model; None where no latency was asked for.
+        predicted: divergence from the float model, by damages measured one by one; nats for classes.
+        measured: the same of the finished model, on rows of their own; None where it was not made.
+        agreement: percent of those rows with the float model's answer.
+    """
+
+    structure: tuple[Step, ...]
+    config: BitsConfig
+    megabytes: float
+    latency_ms: float | None
+    predicted: float
+    measured: float | None = None
+    agreement: float | None = None
+
+    @property
+    def name(self) -> str:
+        """The structure in words."""
+        return structure_name(self.structure)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The plan that was chosen, those it was chosen from, and the whole front; print it for a table.
+
+    Attributes:
+        best: the chosen one.
+        candidates: the best plan of every structure within the budgets, nearest to the float model first.
+        left_out: structures that cannot keep a budget or cannot win, and why.
+        front: structure -> (MB, predicted divergence) over sizes.
+        budget: what was asked for, in words.
+        bits_alone: the options of every matrix and table of the whole model, for other choices among them; None
+            where that is too slow for `latency_ms`.
+    """
+
+    best: Candidate
+    candidates: tuple[Candidate, ...]
+    left_out: tuple[str, ...]
+    front: Mapping[str, tuple[tuple[float, float], ...]]
+    budget: str
+    bits_alone: FilePlan | None
+
+    @property
+    def pipeline(self) -> Pipeline:
+        """The steps that make the chosen model."""
+        return self.with_training(())
+
+    def with_training(self, after_structure: Iterable[Step] = (), after_bits: Iterable[Step] = ()) -> Pipeline:
+        """The same with further steps, such as a `Distill` after the structure was changed or the bits were."""
+        return Pipeline(
+            (*self.best.structure, *after_structure, Quantize(self.best.config), *after_bits, Pack())  # type: ignore[arg-type]
+        )
+
+    def plot(self, path: str | os.PathLike[str]) -> None:
+        """Draw size against predicted divergence, a line a structure, and the measured plans."""
+        figure = new_figure(6.8, 4.8)
+        axes = figure.add_subplot()
+        for name, points in self.front.items():
+            sizes, harms = zip(*points, strict=True)
+            axes.plot(sizes, harms, "-", linewidth=1.2, label=name)
+        measured = [(c.megabytes, c.measured) for c in self.candidates if c.measured is not None]
+        axes.plot(*zip(*measured, strict=True), "k.", markersize=8, label="made and measured")
+        axes.plot([self.best.megabytes], [self.best.measured], "r*", markersize=14, label=f"chosen: {self.best.name}")
+        if min(harm for points in self.front.values() for _, harm in points) > 0:
+            axes.set_yscale("log")
+        axes.set_xlabel("file [MB = 10⁶ bytes]")
+        axes.set_ylabel("divergence from the float model")
+        axes.set_title(f"Plans for {self.budget}")
+        axes.grid(alpha=0.25)
+        axes.legend(fontsize="small")
+        write_whole(path, lambda aside: figure.savefig(aside, dpi=150))
+
+    def __str__(self) -> str:
+        timed = any(c.latency_ms is not None for c in self.candidates)
+        header = ["plan", "MB", *(["ms"] if timed else []), "predicted", "measured", "same answer"]
+        rows = []
+        for c in self.candidates:
+            mark = "* " if c is self.best else "  "
+            latency = ["" if c.latency_ms is None else f"{c.latency_ms:.2f}"] if timed else []
+            found = ["", ""] if c.measured is None else [f"{c.measured:.4f}", f"{c.agreement:.1f} %"]
+            rows.append([mark + c.name, f"{c.megabytes:.2f}", *latency, f"{c.predicted:.4f}", *found])
+        lines = [f"Plan for {self.budget}:", text_table(header, rows), *self.left_out]
+        bits = sorted({(rule["bits"], name) for name, rule in self.best.config.rules.items()})
+        counts = {width: sum(b == width for b, _ in bits) for width, _ in bits}
+        lines.append("stored: " + ", ".join(f"{n} of {b} bits" for b, n in counts.items()))
+        lines += [f"  {name}: {_form(rule)}" for name, rule in self.best.config.rules.items() if "embeddings" in name]
+        return "\n".join(lines)
+
+
+def plan(
+    model: nn.Module,
+    batches: Any,
+    *,
+    size_mb: float | None = None,
+    latency_ms: float | None = None,
+    within: float | None = None,
+    shape: tuple[int, int] = (1, 128),
+    bits: Sequence[int] = (2, 3, 4, 8),
+    structures: Sequence[Sequence[Step]] | None = None,
+    progress: bool = False,
+    **settings: Any,
+) -> Plan:
+    """The least damaged model that keeps the budgets, or the smallest that stays within a share of the float model.
+
+    Args:
+        model: a float encoder; it is left as it was.
+        batches: at least four dicts of tensors without labels, some hundred rows like those to come. Every
+            fourth checks finished plans; of the others half fit the options and half score them.
+        size_mb: largest file, 10^6 bytes.
+        latency_ms: longest call of the packed, fused model at `shape`, measured here and now on the model's device.
+        within: share of rows, such as 0.01, whose answer may be another than the float model's: the smallest such model
+            is planned. Of values it is 1 - correlation, of embeddings 1 - cosine.
+        shape: (sequences, tokens) of the call that `latency_ms` is about.
+        bits: the widths to choose from.
+        structures: what to try beside bits alone, each a sequence of `Depth` and `Prune`; where None, one
+            layer, two and half of them fewer, and a quarter and half of the feed-forward columns fewer.
+        progress: show bars.
+        **settings: defaults of the `BitsConfig`.
+
+    Raises:
+        ValueError: no budget, `within` beside another one, a budget that nothing can keep (the sentence says
+            why), or one above the float model; a clock too noisy to keep a latency budget by (its spread is named).
+        TypeError: a model or batches of another type.
+    """
+    if is_quantized(model):
+        raise ValueError("model is quantized already; plan for the float model")
+    _check_budgets(model, size_mb, latency_ms, within)
+    planner = _Planner(model, batches, bits, shape if latency_ms is not None else None, progress, settings)
+    tried = [(), *(tuple(s) for s in (planner.usual() if structures is None else structures) if tuple(s))]
+    return planner.plan(tried, size_mb, latency_ms, within)
+
+
+class _Planner:
+    """The float model's outputs, and what each structure costs."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        batches: Any,
+        bits: Sequence[int],
+        shape: tuple[int, int] | None,
+        progress: bool,
+        settings: Mapping[str, Any],
+    ) -> None:
+        checked = check_batches(batches)
+        if checked is None or len(checked) < 4:
+            raise ValueError("batches: plans are fitted, scored and checked on different rows; pass at least 4 batches")
+        self.model, self.bits, self.shape, self.progress, self.settings = model, bits, shape, progress, settings
+        self.check = [batch for i, batch in enumerate(checked) if i % 4 == 3]
+        self.rest = [batch for i, batch in enumerate(checked) if i % 4 != 3]
+        self.kind = getattr(getattr(model, "config", None), "problem_type", None)
+        self.embeds = False
+        self.wanted = {"rest": self._outputs(model, self.rest), "check": self._outputs(model, self.check)}
+        self.left_out: list[str] = []
+        self.files: dict[tuple[Step, ...], FilePlan] = {}
+        self.front: dict[str, tuple[tuple[float, float], ...]] = {}
+
+    def usual(self) -> list[tuple[Step, ...]]:
+        """Fewer layers, chosen by measurement, and narrower feed-forward parts."""
+        count = len(encoder_layers(self.model))
+        found: list[tuple[Step, ...]] = []
+        for keep in dict.fromkeys((count - 1, count - 2, (count + 1) // 2)):
+            if 1 <= keep < count:
+                best = compare_depths(self.model, self.rest[:_SEARCH_BATCHES], keep, sandwiches=False).best
+                found.append((Depth(best.layers),))
+        try:
+            prune(self.model, ffn=_FFN_SHARES[0], compensate=False)
+        except ValueError as error:
+            self.left_out.append(f"no narrower feed-forward parts: {error}")
+        else:
+            found += [(Prune(ffn=share),) for share in _FFN_SHARES]
+        return found
+
+    def plan(
+        self,
+        structures: Sequence[tuple[Step, ...]],
+        size_mb: float | None,
+        latency_ms: float | None,
+        within: float | None,
+    ) -> Plan:
+        budget = _in_words(size_mb, latency_ms, within, self.shape)
+        parts = list(self._parts(structures, size_mb, latency_ms))
+        if within is not None:
+            candidates = [found for part in parts if (found := self._smallest(part, within)) is not None]
+            if not candidates:
+                raise ValueError(
+                    f"within={within:g}: no plan of {self.bits!r} bits stays that near; allow more, or 8 bits"
+                )
+            candidates.sort(key=lambda c: c.megabytes)
+        else:
+            ranked = sorted((self._fill(part, size_mb) for part in parts), key=lambda c: c.predicted)
+            made = [self._made(c, self._part_of(parts, c)) for c in ranked[:_CHECKED]]
+            candidates = [*sorted(made, key=lambda c: c.measured or 0.0), *ranked[_CHECKED:]]
+        return Plan(candidates[0], tuple(candidates), tuple(self.left_out), self.front, budget, self.files.get(()))
+
+    def _parts(
+        self, structures: Sequence[tuple[Step, ...]], size_mb: float | None, latency_ms: float | None
+    ) -> Iterator[_Part]:
+        """The structures that keep the budgets and may win, with the damage of all their options."""
+        bound, found = float("inf"), False
+        fastest = float("inf")
+        for steps in progress_bar(structures, desc="structures", disable=not self.progress):
+            model, name = self._changed(steps), structure_name(steps)
+            latency = self._latency(model) if self.shape is not None else None
+            fastest = min(fastest, latency or fastest)
+            if latency is not None and latency_ms is not None and latency > latency_ms:
+                self.left_out.append(f"{name}: {latency:.2f} ms are too slow")
+                continue
+            start = self._likeness(model, self.rest, "rest")[0]
+            if start > bound:
+                self.left_out.append(f"{name}: diverges by {start:.4f} before any bits, more than a whole plan does")
+                continue
+            files = FilePlan(model, self.rest, self.bits, progress=self.progress, **self.settings)
+            self.files[steps] = files
+            part = _Part(steps, model, files, start, latency)
+            self.front[name] = part.front()
+            if size_mb is not None and files.smallest_mb > size_mb:
+                self.left_out.append(f"{name}: the smallest file has {rounded_up(files.smallest_mb)} MB")
+                continue
+            if size_mb is not None:
+                bound = min(bound, self._fill(part, size_mb).predicted)
+            found = True
+            yield part
+        if not found:
+            why = "; ".join(self.left_out)
+            named = f"size_mb={size_mb:g}" if size_mb is not None else f"latency_ms={latency_ms:g}"
+            raise ValueError(f"{named}: no plan keeps it ({why}); allow more, or give structures= that are smaller")
+
+    def _changed(self, steps: Sequence[Step]) -> nn.Module:
+        model = self.model
+        for step in steps:
+            if isinstance(step, Depth) and not isinstance(step.layers, int):
+                model = student_with_layers(model, step.layers)
+            elif isinstance(step, Depth) and isinstance(step.layers, int):
+                best = compare_depths(model, self.rest, int(step.layers), sandwiches=False).best
+                model = student_with_layers(model, best.layers)
+            elif isinstance(step, Prune):
+                model = prune(model, heads=step.heads, ffn=step.ffn, pattern=step.pattern, data=self.rest)
+            else:
+                raise ValueError(f"structures: {step!r} is none; give sequences of Depth and Prune")
+        return model
+
+    def _fill(self, part: _Part, size_mb: float | None) -> Candidate:
+        """The least predicted divergence of a structure in a size."""
+        size = size_mb if size_mb is not None else part.largest_mb
+        picked = part.files.choose(min(size, part.largest_mb))
+        harm = part.start + part.files.damage(picked)
+        return Candidate(
+            part.steps, part.files.config(min(size, part.largest_mb)), part.files.size(picked) / 1e6, part.latency, harm
+        )
+
+    def _made(self, candidate: Candidate, part: _Part) -> Candidate:
+        """The same plan with what a forward pass says of it."""
+        packed = pack(quantize_model(part.model, candidate.config, calibration_data=self.rest))
+        divergence, agreement = self._likeness(packed, self.check, "check")
+        return Candidate(
+            candidate.structure,
+            candidate.config,
+            candidate.megabytes,
+            candidate.latency_ms,
+            candidate.predicted,
+            divergence,
+            agreement,
+        )
+
+    def _smallest(self, part: _Part, within: float) -> Candidate | None:
+        """The smallest plan of a structure that agrees on all but a share of the rows, by bisection over sizes."""
+        low, high = part.files.smallest_mb, part.largest_mb
+        best = self._made(self._fill(part, high), part)
+        if best.agreement is None or best.agreement < 100 * (1 - within):
+            self.left_out.append(f"{structure_name(part.steps)}: agrees on {best.agreement:.1f} % at most")
+            return None
+        while high - low > 0.03 * high:
+            middle = (low + high) / 2
+            found = self._made(self._fill(part, middle), part)
+            if found.agreement is not None and found.agreement >= 100 * (1 - within):
+                best, high = found, middle
+            else:
+                low = middle
+        return best
+
+    def _latency(self, model: nn.Module) -> float:
+        """Milliseconds of one call of the packed, fused model: the fastest of some; refused if they spread."""
+        assert self.shape is not None
+        fused = optimize_for_inference(pack(quantize_model(model, 8)))
+        batch = {name: value for name, value in self.check[0].items() if isinstance(value, Tensor) and value.dim() == 2}
+        rows, tokens = self.shape
+        shaped = {
+            name: value.repeat(rows, tokens // value.shape[1] + 1)[:rows, :tokens].contiguous()
+            for name, value in batch.items()
+        }
+        if "attention_mask" in shaped:
+            shaped["attention_mask"] = torch.ones_like(shaped["attention_mask"])
+        times = []
+        with torch.inference_mode(), evaluation_mode(fused):
+            for _ in range(_TIMINGS + 3):
+                start = time.perf_counter()
+                fused(**shaped)
+                times.append(1e3 * (time.perf_counter() - start))
+        kept = times[3:]
+        spread = statistics.median(kept) / min(kept) - 1
+        if spread > _NOISY:
+            raise ValueError(
+                f"latency_ms: half of the calls took {100 * spread:.0f} % longer than the fastest ({min(kept):.2f} "
+                "ms); this machine's clock says little now; stop other work, or plan by size_mb"
+            )
+        return min(kept)
+
+    def _likeness(self, model: nn.Module, batches: Sequence[Any], which: str) -> tuple[float, float]:
+        wanted, outputs = self.wanted[which], self._outputs(model, batches)
+        if self.embeds:
+            cosine = float((wanted * outputs).sum(1).mean())
+            return 1 - cosine, 100 * cosine
+        found = fidelity(wanted, outputs, self.kind)
+        return found.divergence, found.agreement
+
+    def _outputs(self, model: nn.Module, batches: Sequence[Any]) -> Tensor:
+        """[rows, outputs] of a model: logits, or the mean of the last hidden states over real tokens."""
+        found = []
+        with torch.no_grad(), evaluation_mode(model):
+            for batch in batches:
+                output = run_batch(model, batch)
+                logits = _named(output, "logits")
+                self.embeds = logits is None
+                if logits is None:
+                    found.append(_embedding(output, batch))
+                else:
+                    found.append(logits if logits.dim() == 2 else logits[batch["attention_mask"].bool()])
+        return torch.cat(found).float().cpu()
+
+    @staticmethod
+    def _part_of(parts: Sequence[_Part], candidate: Candidate) -> _Part:
+        return next(part for part in parts if part.steps == candidate.structure)
+
+
+@dataclass
+class _Part:
+    """One structure: the changed float model, its options, its own divergence, its time."""
+
+    steps: tuple[Step, ...]
+    model: nn.Module
+    files: FilePlan
+    start: float
+    latency: float | None
+
+    @property
+    def largest_mb(self) -> float:
+        """Above this size nothing gets better."""
+        picked = [min(range(len(i.options)), key=lambda o, i=i: i.options[o].damage) for i in self.files.items]  # type: ignore[misc]
+        return self.files.size(picked) / 1e6
+
+    def front(self) -> tuple[tuple[float, float], ...]:
+        """(MB, predicted divergence) over sizes."""
+        sizes = np.geomspace(self.files.smallest_mb * 1.0001, self.largest_mb * 1.0001, _FRONT_POINTS)
+        points = []
+        for size in sizes:
+            picked = self.files.choose(float(size))
+            points.append((self.files.size(picked) / 1e6, self.start + self.files.damage(picked)))
+        return tuple(dict.fromkeys(points))
+
+
+def structure_name(steps: Sequence[Step]) -> str:
+    """A structure in words."""
+    return " and ".join(short(step) for step in steps) or "bits alone"
+
+
+def _named(output: Any, name: str) -> Tensor | None:
+    value = output.get(name) if isinstance(output, Mapping) else getattr(output, name, None)
+    return value if isinstance(value, Tensor) else None
+
+
+def _embedding(output: Any, batch: Mapping[str, Any]) -> Tensor:
+    """Unit vectors [rows, D]: the model's own sentence embedding, or the mean of the last hidden states."""
+    value = _named(output, "sentence_embedding")
+    if value is None:
+        hidden = _named(output, "last_hidden_state")
+        if hidden is None:
+            raise ValueError(
+                "model: it returns neither logits nor hidden states nor an embedding; plan for a model that does"
+            )
+        mask = batch.get("attention_mask")
+        mask = torch.ones(hidden.shape[:2], device=hidden.device) if mask is None else mask.to(hidden)
+        value = (hidden * mask.unsqueeze(-1)).sum(1)
+    return nn.functional.normalize(value, dim=1)
+
+
+def _check_budgets(model: nn.Module, size_mb: float | None, latency_ms: float | None, within: float | None) -> None:
+    """Refuse budgets that say nothing or contradict each other."""
+    given = {"size_mb": size_mb, "latency_ms": latency_ms, "within": within}
+    asked = {name: value for name, value in given.items() if value is not None}
+    if not asked:
+        raise ValueError("give size_mb=, latency_ms= or within=; a plan needs a budget")
+    for name, value in asked.items():
+        if real_number(name, value) <= 0:
+            raise ValueError(f"{name}={value!r} is not possible; use a positive number")
+    if within is not None and size_mb is not None:
+        raise ValueError("within and size_mb contradict: the smallest model within a share has no other size; give one")
+    if within is not None and within >= 1:
+        raise ValueError(f"within={within!r} is not possible; use a share such as 0.01")
+    whole = sum(p.numel() * p.element_size() for p in model.parameters()) / 1e6
+    if size_mb is not None and size_mb >= whole:
+        raise ValueError(f"size_mb={size_mb:g} is no budget: the float model has {whole:.1f} MB")
+
+
+def _in_words(
+    size_mb: float | None, latency_ms: float | None, within: float | None, shape: tuple[int, int] | None
+) -> str:
+    parts = []
+    if size_mb is not None:
+        parts.append(f"at most {size_mb:g} MB")
+    if latency_ms is not None and shape is not None:
+        parts.append(f"at most {latency_ms:g} ms at {shape[0]}x{shape[1]}")
+    if within is not None:
+        parts.append(f"within {100 * within:g} % of the float model's answers")
+    return " and ".join(parts)
+
+
+def _form(rule: Mapping[str, Any]) -> str:
+    words = [f"{rule['bits']} bits"]
+    if rule.get("rank"):
+        words.append(f"rank {rule['rank']}")
+    words += [f"{count:,} rows in {width}" for width, count in rule.get("row_bits", ())]
+    return ", ".join(words)

@@ -1,0 +1,289 @@
+"""The steps of a pipeline as data: each is a small frozen record that makes the next model out of the one before.
+
+    >>> Depth((0, 4, 5)), Prune(ffn=0.25), Distill("minilm", steps=200), Quantize(2, size_mb=6), Pack()
+
+A step holds plain JSON values only; what it works on (teacher, rows, folder) comes from the `Context` of the run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, ClassVar
+
+from torch import nn
+
+from qbert.arguments import is_whole
+from qbert.bits import BitsConfig
+
+
+@dataclass(frozen=True)
+class Context:
+    """What the steps of one run share.
+
+    Attributes:
+        teacher: the float model that the run began with.
+        tokenizer: of teacher and students.
+        rows: training rows, anything with ``__len__`` and ``__getitem__``; recipes that ask for labels read theirs.
+        collate: makes a batch of a list of rows.
+        folder: where this step may keep what it needs to be resumed.
+        seed: of data order, dropout and whatever else is random.
+        bf16: train in bfloat16.
+        progress: show bars.
+    """
+
+    teacher: nn.Module
+    tokenizer: Any
+    rows: Any
+    collate: Callable[[list[Any]], Mapping[str, Any]]
+    folder: Path
+    seed: int = 0
+    bf16: bool = False
+    progress: bool = True
+
+    def batches(self, rows: int, size: int = 32) -> list[dict[str, Any]]:
+        """Batches of the first `rows` rows, without labels."""
+        gone = ("labels", "start_positions", "end_positions")
+        chosen = [self.rows[i] for i in range(min(rows, len(self.rows)))]
+        found = [self.collate(chosen[i : i + size]) for i in range(0, len(chosen), size)]
+        return [{key: value for key, value in batch.items() if key not in gone} for batch in found]
+
+
+class Step:
+    """One step; subclasses are frozen dataclasses of JSON values."""
+
+    kind: ClassVar[str]
+
+    def apply(self, model: nn.Module, context: Context) -> nn.Module:
+        """The next model; `model` may be used up."""
+        raise NotImplementedError
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values; `step_from_dict` makes the step of them again."""
+        return {"step": self.kind, **_plain(asdict(self))}  # type: ignore[call-overload]
+
+
+@dataclass(frozen=True)
+class Depth(Step):
+    """Keep some layers.
+
+    Attributes:
+        layers: which, from 0, or how many: the choice that is nearest to the teacher's outputs before any training.
+        rows: training rows that a number of layers is chosen on.
+    """
+
+    layers: int | tuple[int, ...]
+    rows: int = 256
+    kind: ClassVar[str] = "depth"
+
+    def __post_init__(self) -> None:
+        if not is_whole(self.layers):
+            object.__setattr__(self, "layers", tuple(self.layers))  # type: ignore[arg-type]
+
+    def apply(self, model: nn.Module, context: Context) -> nn.Module:
+        """See `qbert.students.depth`."""
+        from qbert.students import depth
+
+        return depth(model, self.layers, context.batches(self.rows))
+
+
+@dataclass(frozen=True)
+class Prune(Step):
+    """Take out heads, feed-forward columns or single weights; what stays makes good for them.
+
+    Attributes:
+        heads, ffn: shares of every layer's heads and feed-forward columns, in [0, 1).
+        pattern: zeros in the matrices that are left: "2:4", or a share.
+        rows: training rows for second-order scores.
+    """
+
+    heads: float = 0.0
+    ffn: float = 0.0
+    pattern: str | float | None = None
+    rows: int = 384
+    kind: ClassVar[str] = "prune"
+
+    def apply(self, model: nn.Module, context: Context) -> nn.Module:
+        """See `qbert.students.pruned.prune`."""
+        from qbert.students.pruned import prune
+
+        data = context.batches(self.rows)
+        return prune(model, heads=self.heads, ffn=self.ffn, pattern=self.pattern, data=data)
+
+
+@dataclass(frozen=True)
+class Factorize(Step):
+    """Matrices in two factors.
+
+    Attributes:
+        rank: one for all, or the share of the matrices' values to keep (below 1).
+        rows: training rows that the factors are fitted on.
+    """
+
+    rank: int | float
+    rows: int = 384
+    kind: ClassVar[str] = "factorize"
+
+    def apply(self, model: nn.Module, context: Context) -> nn.Module:
+        """See `qbert.students.lowrank.factorize`."""
+        from qbert.students.lowrank import factorize
+
+        return factorize(model, self.rank, data=context.batches(self.rows))
+
+
+@dataclass(frozen=True)
+class Distill(Step):
+    """Train the model on the teacher's outputs.
+
+    Attributes:
+        recipe: a name of `qbert.distill.recipes`.
+        steps: optimizer steps.
+        learning_rate: peak rate; the recipe's own where None.
+        batch_size: rows a step.
+        options: arguments of the recipe, such as ``{"relation_heads": 24}``.
+    """
+
+    recipe: str = "qbert_kd"
+    steps: int = 100
+    learning_rate: float | None = None
+    batch_size: int = 16
+    options: Mapping[str, Any] = field(default_factory=dict)
+    kind: ClassVar[str] = "distill"
+
+    def __post_init__(self) -> None:
+        from qbert.distill.recipes import RECIPES
+
+        if self.recipe not in RECIPES:
+            raise ValueError(f"recipe={self.recipe!r} is not known; use one of {', '.join(sorted(RECIPES))}")
+        if not is_whole(self.steps) or self.steps < 1:
+            raise ValueError(f"steps={self.steps!r} is not possible; use a whole number of at least 1")
+
+    def apply(self, model: nn.Module, context: Context) -> nn.Module:
+        """A `Distiller` run that goes on from its last whole checkpoint."""
+        from transformers import TrainingArguments
+
+        from qbert.distill import Distiller
+        from qbert.distill.checkpoint import last_good_checkpoint
+        from qbert.distill.recipes import RECIPES
+
+        recipe = RECIPES[self.recipe](**self.options)
+        device = next(model.parameters()).device
+        arguments = TrainingArguments(
+            str(context.folder),
+            per_device_train_batch_size=self.batch_size,
+            max_steps=self.steps,
+            learning_rate=self.learning_rate or recipe.arguments["learning_rate"],
+            warmup_steps=0.1,
+            weight_decay=0.01,
+            train_sampling_strategy="group_by_length",
+            logging_steps=max(self.steps // 20, 1),
+            save_steps=max(self.steps // 4, 25),
+            save_total_limit=1,
+            seed=context.seed,
+            use_cpu=device.type == "cpu",
+            bf16=context.bf16,
+            disable_tqdm=not context.progress,
+            report_to="none",
+        )
+        distiller = Distiller(
+            context.teacher,
+            model,
+            recipe,
+            arguments,
+            context.rows,
+            data_collator=context.collate,
+            processing_class=context.tokenizer,
+            check_teacher=False,
+        )
+        checkpoint = last_good_checkpoint(context.folder)
+        distiller.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        return distiller.student.eval()
+
+
+@dataclass(frozen=True)
+class Quantize(Step):
+    """Round matrices, tables and activations.
+
+    Attributes:
+        bits: of all encoder matrices, or a whole configuration as plain values (`BitsConfig.to_dict`).
+        rounding: ``compensated`` on training rows without labels, or ``nearest``.
+        embedding_bits: of the tables, where `bits` is a number.
+        settings: further fields of the `BitsConfig`, where `bits` is a number.
+        rows: training rows for compensated rounding.
+    """
+
+    bits: int | Mapping[str, Any]
+    rounding: str = "compensated"
+    embedding_bits: int = 8
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    rows: int = 384
+    kind: ClassVar[str] = "quantize"
+
+    def __post_init__(self) -> None:
+        if isinstance(self.bits, BitsConfig):
+            object.__setattr__(self, "bits", self.bits.to_dict())
+        self.config()
+
+    def config(self) -> BitsConfig:
+        """The configuration.
+
+        Raises:
+            ValueError: one that cannot be.
+        """
+        if isinstance(self.bits, Mapping):
+            return BitsConfig.from_dict(dict(self.bits))
+        settings = {"rounding": self.rounding, "embedding_bits": self.embedding_bits, **self.settings}
+        return BitsConfig(self.bits, **settings)
+
+    def apply(self, model: nn.Module, context: Context) -> nn.Module:
+        """See `qbert.quantize_model`."""
+        from qbert.quantize import quantize_model
+
+        config = self.config()
+        specs = config.resolve(model).values()
+        needs_data = any(spec.rounding == "compensated" or spec.is_composed for spec in specs)
+        data = context.batches(self.rows) if needs_data else None
+        return quantize_model(model, config, calibration_data=data, progress=context.progress)
+
+
+@dataclass(frozen=True)
+class Pack(Step):
+    """Store the codes; the last step of a pipeline that ends in a file."""
+
+    kind: ClassVar[str] = "pack"
+
+    def apply(self, model: nn.Module, context: Context) -> nn.Module:
+        """See `qbert.pack`."""
+        from qbert.packing import pack
+
+        return pack(model)
+
+
+STEPS: dict[str, type[Step]] = {kind.kind: kind for kind in (Depth, Prune, Factorize, Distill, Quantize, Pack)}
+
+
+def step_from_dict(values: Mapping[str, Any]) -> Step:
+    """The step that `Step.to_dict` described.
+
+    Raises:
+        ValueError: an unknown step or field.
+    """
+    given = dict(values)
+    kind = given.pop("step", None)
+    if kind not in STEPS:
+        raise ValueError(f"step={kind!r} is not known; use one of {', '.join(STEPS)}")
+    names = {f.name for f in fields(STEPS[kind])}  # type: ignore[arg-type]
+    unknown = sorted(set(given) - names)
+    if unknown:
+        raise ValueError(f"step {kind!r} has no {unknown[0]!r}; it has {', '.join(sorted(names))}")
+    return STEPS[kind](**given)
+
+
+def _plain(value: Any) -> Any:
+    """Tuples as lists and mappings as dicts, as JSON gives them back."""
+    if isinstance(value, Mapping):
+        return {key: _plain(inner) for key, inner in value.items()}
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return [_plain(inner) for inner in value]
+    return value

@@ -1,0 +1,186 @@
+"""The command line as a user meets it: a float model in, files and scores out, and sentences for what cannot be."""
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tiny_tasks import sentiment_rows, tiny_encoder, write_task
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+import qbert
+from qbert.cli.inspect import folder_content
+from qbert.cli.main import app, main
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a classifier for two labels, its data, and a text file."""
+    folder = tmp_path_factory.mktemp("world")
+    tiny_encoder(folder / "encoder")
+    torch.manual_seed(0)
+    model = AutoModelForSequenceClassification.from_pretrained(folder / "encoder", num_labels=2)
+    model.config.id2label, model.config.label2id = {0: "negative", 1: "positive"}, {"negative": 0, "positive": 1}
+    model.save_pretrained(folder / "model")
+    AutoTokenizer.from_pretrained(folder / "encoder").save_pretrained(folder / "model")
+    write_task(folder / "data", "sst2", {"train.jsonl.gz": sentiment_rows(64), "dev.jsonl.gz": sentiment_rows(40)})
+    (folder / "texts.txt").write_text("\n".join(row["sentence"] for row in sentiment_rows(64)) + "\n\n")
+    return folder
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
+    """(exit code, standard output, standard error) of ``qbert ARGUMENTS``."""
+    code = 0
+    try:
+        main([str(a) for a in arguments])
+    except SystemExit as end:
+        code = int(end.code or 0)
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+def task(world: Path) -> list[object]:
+    return ["--task", "sst2", "--data-dir", world / "data"]
+
+
+def test_quantize_writes_what_the_library_calls_give(
+    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, out, err = run(capsys, "quantize", world / "model", tmp_path / "out", "--bits", "3", "--groups", "8")
+    assert code == 0, err
+    assert "encoder matrices" in out and "qbert inspect" in out
+    model = AutoModelForSequenceClassification.from_pretrained(world / "model").eval()
+    wanted = qbert.pack(qbert.quantize_model(model, qbert.BitsConfig(3, groups=8))).state_dict()
+    found = qbert.load(tmp_path / "out").state_dict()
+    assert found.keys() == wanted.keys()
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+    assert AutoTokenizer.from_pretrained(tmp_path / "out")("the film was kind")["input_ids"]
+
+
+@pytest.mark.parametrize("data", ["texts", "task"])
+def test_compensated_rounding_takes_texts_or_a_task(
+    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], data: str
+) -> None:
+    named = ["--texts", world / "texts.txt"] if data == "texts" else task(world)
+    asked = ["--bits", "2", "--rounding", "compensated", "--rows", "48", *named]
+    code, out, err = run(capsys, "quantize", world / "model", tmp_path / "out", *asked, "--json")
+    assert code == 0, err
+    assert json.loads(out)["config"]["rounding"] == "compensated"
+    layers = {label["rounding"] for label in folder_content(tmp_path / "out")["grids"].values() if label["bits"] == 2}
+    assert layers == {"compensated"}
+
+
+def test_from_spectrum_to_bits_to_a_folder_to_a_score(
+    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    spectrum, bits, out = tmp_path / "spectrum.json", tmp_path / "bits.json", tmp_path / "out"
+    code, text, err = run(
+        capsys, "spectrum", world / "model", *task(world), "--runs", "2", "--fraction", "0.3", "--save", spectrum
+    )
+    assert code == 0, err
+    assert "|mean|+std" in text and spectrum.is_file() and not Path(f"{spectrum}.partial").exists()
+    code, text, err = run(capsys, "allocate", spectrum, "--bits", "2,4", "--model", world / "model", "--save", bits)
+    assert code == 0, err
+    assert qbert.BitsConfig.parse(bits).rules == qbert.allocate_bits(qbert.HessianSpectrum.load(spectrum), (2, 4)).rules
+    assert run(capsys, "quantize", world / "model", out, "--config", bits)[0] == 0
+    code, text, err = run(capsys, "evaluate", out, *task(world), "--beside", world / "model", "--json")
+    assert code == 0, err
+    scores = json.loads(text)
+    assert 0 <= scores["agreement"] <= 100 and scores["scores"][str(out)]["examples"] == 40
+
+
+def test_inspect_counts_what_the_files_hold(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run(capsys, "quantize", world / "model", tmp_path, "--bits", "4")
+    content = folder_content(tmp_path)
+    packed = qbert.load(tmp_path)
+    size = qbert.model_size(packed)
+    quantized = [t for t in size.tensors if t.bits < 16]
+    assert sum(grid["values"] for grid in content["grids"].values()) == sum(t.elements for t in quantized)
+    assert sum(grid["bytes"] for grid in content["grids"].values()) + content["float"]["bytes"] == size.total
+    assert sum(grid["tensors"] for grid in content["grids"].values()) == len(quantized)
+    code, out, _ = run(capsys, "inspect", tmp_path, "--tensors")
+    assert code == 0 and "encoder.layer.1.output.dense.codes" in out
+
+
+def test_inspect_reads_a_trainable_model(world: Path, tmp_path: Path) -> None:
+    model = AutoModelForSequenceClassification.from_pretrained(world / "model").eval()
+    qbert.quantize_model(model, 2).save_pretrained(tmp_path)
+    content = folder_content(tmp_path)
+    assert content["form"] == "trainable"
+    assert sum(grid["values"] for grid in content["grids"].values()) == sum(
+        t.elements for t in qbert.model_size(qbert.load(tmp_path)).tensors if t.bits < 16
+    )
+
+
+def test_inspect_notices_altered_files(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run(capsys, "quantize", world / "model", tmp_path, "--bits", "4")
+    file = tmp_path / "model.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    code, _, err = run(capsys, "inspect", tmp_path)
+    assert code == 2 and "not those that were saved" in err
+
+
+def test_export_writes_a_file_that_runs(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    onnxruntime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnx")
+    run(capsys, "quantize", world / "model", tmp_path / "out", "--bits", "4")
+    code, out, err = run(capsys, "export", tmp_path / "out", tmp_path / "model.onnx", "--json")
+    assert code == 0, err
+    assert json.loads(out)["bytes"] == (tmp_path / "model.onnx").stat().st_size
+    ids = np.array([[2, 5, 6, 3]], dtype=np.int64)
+    session = onnxruntime.InferenceSession(str(tmp_path / "model.onnx"))
+    (found,) = session.run(None, {"input_ids": ids, "attention_mask": np.ones_like(ids)})
+    wanted = qbert.load(tmp_path / "out").eval()(input_ids=torch.from_numpy(ids)).logits
+    np.testing.assert_allclose(found, wanted.detach().numpy(), atol=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["quantize", "WORLD/model", "WORLD/data"], "OUT .* is not empty; name another folder, or add --force"),
+        (["quantize", "WORLD/data", "NEW"], "is a folder without config.json"),
+        (["quantize", "WORLD/model", "NEW", "--rounding", "compensated"], "--rounding compensated needs data"),
+        (
+            ["quantize", "WORLD/model", "NEW", "--texts", "WORLD/texts.txt", "--task", "sst2"],
+            "--texts and --task both name calibration data",
+        ),
+        (["quantize", "WORLD/model", "NEW", "--bits", "5"], "'5' is not one of '2', '3', '4', '8'"),
+        (["quantize", "WORLD/model", "NEW", "--device", "nowhere"], "--device nowhere is not usable here"),
+        (["inspect", "WORLD/model"], "holds no quantized model; make one with: qbert quantize"),
+        (["export", "WORLD/model", "out.bin"], "let it end in .onnx"),
+        (["evaluate", "WORLD/encoder", "--task", "sst2", "--data-dir", "WORLD/data"], "no head tuned for task"),
+        (["evaluate", "WORLD/model", "--task", "nothing"], "unknown task 'nothing'"),
+        (["allocate", "WORLD/model/config.json"], "config.json"),
+        (["nothing"], "No such command 'nothing'"),
+    ],
+)
+def test_what_cannot_work_is_one_sentence(
+    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], sentence: str
+) -> None:
+    new = str(tmp_path / "new")
+    code, _, err = run(capsys, *(a.replace("WORLD", str(world)).replace("NEW", new) for a in arguments))
+    assert code == 2
+    assert re.search(sentence, err), err
+    assert not Path(new).exists()
+
+
+@pytest.mark.parametrize("name", sorted(app.commands))
+def test_every_command_explains_itself(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = run(capsys, name, "--help")
+    assert code == 0
+    assert "Usage: qbert " + name in out and len(out.splitlines()) > 6
+
+
+def test_an_interrupt_leaves_with_130(
+    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(qbert, "quantize_model", interrupted, raising=False)
+    code, _, err = run(capsys, "quantize", world / "model", tmp_path / "out")
+    assert code == 130 and "interrupted" in err

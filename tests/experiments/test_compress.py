@@ -1,0 +1,84 @@
+"""The students' script: what it refuses, its plans, and that it ends in the table it promises."""
+
+import importlib
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from scripts import EXPERIMENTS, run_here
+from tiny_tasks import sentiment_rows, tiny_encoder, write_task
+
+
+@pytest.fixture
+def experiments(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(EXPERIMENTS))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--student", "magic"], "--student magic is not known; use one of bilstm"),
+        (["--student", "pkd", "pkd"], "--student pkd pkd names one twice"),
+        (["--seeds", "3", "3"], "--seeds 3 3 names one twice"),
+        (["--epochs", "-1"], "--epochs -1 is not possible"),
+        (["--learning-rate", "7"], "--learning-rate 7 is not possible"),
+        (["--no-fine-tune"], "--no-fine-tune needs --model"),
+        (["--layers", "2", "--keep", "0", "1", "2"], "--layers 2 and --keep with 3 contradict"),
+        (["--text", "nowhere.txt"], "--text nowhere.txt is no file"),
+        (["--device", "gpu9"], "--device gpu9 is not usable here"),
+        (["--task", "nothing", "--data-dir", "."], "nothing"),
+    ],
+)
+def test_bad_requests_are_refused_before_any_work(
+    arguments: list[str], message: str, tmp_path: Path, experiments: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.argv", ["compress.py", *arguments, "--output-dir", str(tmp_path)])
+    with pytest.raises((ValueError, FileNotFoundError), match=re.escape(message)):
+        importlib.import_module("compress").main()
+    assert not list(tmp_path.iterdir())
+
+
+def test_every_student_has_a_plan_a_source_and_a_title_of_its_own(experiments: None) -> None:
+    plans = importlib.import_module("compress_plans").PLANS
+    wanted = {"distilbert", "tinybert", "minilm", "pkd", "bilstm", "cnn", "small", "layers"}
+    wanted |= {"pruned", "lowrank", "albert", "subformer", "sandwich", "mobilebert"}
+    assert wanted <= set(plans)
+    every = [*plans.values(), *(other for plan in plans.values() for other in plan.ablations.values())]
+    assert len({plan.title for plan in every}) == len(every) and all(plan.source for plan in every)
+
+
+def test_plans_of_one_shape_share_their_control(experiments: None) -> None:
+    chosen = importlib.import_module("compress").plans_of(["pkd", "minilm", "layers", "bilstm"], False, True)
+    assert [name for name in chosen if name.endswith("/labels")] == ["fewer layers/labels", "BiLSTM/labels"]
+
+
+def test_a_student_from_end_to_end(tmp_path: Path) -> None:
+    tiny_encoder(tmp_path / "encoder")
+    rows = sentiment_rows(64)
+    write_task(tmp_path / "data", "mood", {"train.jsonl": rows, "dev.jsonl": rows[:40]})
+    shared = ["--model", str(tmp_path / "encoder"), "--task", "mood", "--data-dir", str(tmp_path / "data")]
+    shared += ["--train-limit", "32", "--eval-limit", "24", "--teacher-epochs", "1", "--epochs", "1"]
+    shared += ["--output-dir", str(tmp_path / "out")]
+
+    def run(*arguments: str) -> Any:
+        return run_here("compress.py", *shared, *arguments, QBERT_CACHE=str(tmp_path / "cache"))
+
+    done = run("--student", "pkd")
+    assert done.returncode == 0, done.stderr[-2000:]
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert {"PKD", "fewer layers, hard labels"} < set(results["rows"]) and len(results["rows"]) == 3
+    row = results["rows"]["PKD"][0]
+    assert {"score", "agreement", "divergence", "parameters", "4 bits bytes", "ms 1x16", "fused ms 32x64"} <= set(row)
+    assert row["4 bits bytes"] < row["8 bits bytes"] < row["float bytes"]
+    assert "1 of 2 layers, before any training" in done.stdout and f"{row['score']:.2f}" in done.stdout
+    page = (tmp_path / "out" / "students.md").read_text()
+    assert "| PKD |" in page and "bits, tables" in page and "layers applied" in page
+    again = run("--student", "pkd", "layers", "--no-controls", "--resume")
+    assert again.returncode == 0 and "PKD, seed 0" not in again.stdout and "layers dropped" in again.stdout
+    assert "before any training\n" not in again.stdout
+    foreign = run("--student", "pkd", "--resume", "--batch-size", "8")
+    assert foreign.returncode == 2 and "was made with another steps" in foreign.stderr
+    table = run_here("compress_table.py", str(tmp_path / "out" / "results.json"), "--report", str(tmp_path / "page.md"))
+    assert table.returncode == 0 and "| PKD |" in (tmp_path / "page.md").read_text()

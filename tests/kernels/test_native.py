@@ -1,0 +1,184 @@
+"""The native engine against the reference, for every instruction set that this processor has."""
+
+import os
+import stat
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from qbert.kernels import formats, reference
+from qbert.kernels.cpu import native
+from qbert.kernels.cpu.native import NativeLayers, NativeProduct
+
+sys.path.insert(0, str(Path(__file__).parent))
+import test_cpu as cases
+
+_NEEDS = {"avx512_vnni": {"avx512_vnni", "avx512bw"}, "avx_vnni": {"avx_vnni"}, "avx2": {"avx2", "fma"}}
+SETS = [name for name, needs in _NEEDS.items() if needs <= native.processor()[1]]
+pytestmark = pytest.mark.skipif(bool(native.reason_not_native()), reason=native.reason_not_native())
+SHAPES = ((70, 101, 37), (384, 256, 33), (65, 5, 1), (64, 64, 100))
+
+
+@pytest.fixture(params=[1, 2])
+def threads(request: pytest.FixtureRequest) -> int:
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+def prepared(parts: tuple, instructions: str, **options: object) -> NativeProduct:
+    codes, scale, zero, row_group, bias = parts
+    spread = (reference.expand_groups(t, row_group, len(codes))[:, 0].float() for t in (scale, zero))
+    return NativeProduct.prepare(codes, *spread, bias, instructions=instructions, **options)
+
+
+@pytest.mark.parametrize("instructions", SETS)
+@pytest.mark.parametrize("zero", ["symmetric", "integer", "half", "real"])
+@pytest.mark.parametrize("bits", formats.BITS)
+def test_products_equal_the_reference(bits: int, zero: str, instructions: str) -> None:
+    for rows, columns, tokens in SHAPES:
+        parts = cases.layer(rows, columns, bits, zero, groups=min(4, rows))
+        parts[0][0], parts[0][1] = formats.code_range(bits)
+        x = cases.grid_input(tokens, columns)
+        x[tokens // 2], x[tokens // 3], x[-1] = 127, -127, 0
+        cases.assert_same(prepared(parts, instructions)(x), x, cases.reference_linear(x, *parts), parts)
+        x = cases.asymmetric_input(tokens, columns)
+        x[tokens // 2], x[-1] = 7.5, 0
+        cases.assert_asymmetric(prepared(parts, instructions, asymmetric=True)(x), x, parts)
+
+
+@pytest.mark.parametrize("instructions", SETS)
+@pytest.mark.parametrize("zero", ["integer", "real"])
+@pytest.mark.parametrize("activation_zero", [0, -37, 100])
+def test_static_ranges_equal_the_reference(activation_zero: int, zero: str, instructions: str) -> None:
+    parts = cases.layer(70, 101, 8, zero, groups=4)
+    step = 0.03125
+    x = torch.randint(-300, 300, (9, 101)) * step
+    rounded = (reference.requantize(x, step, activation_zero).double() - activation_zero) * step
+    spread = (reference.expand_groups(t, parts[3], 70) for t in parts[1:3])
+    expected = reference.matmul_a16(rounded, parts[0], *spread, parts[4])
+    product = prepared(parts, instructions, activation_scale=step, activation_zero=activation_zero)
+    cases.assert_same(product(x), x, expected, parts)
+    x[2, 100], x[4, 0] = float("nan"), float("inf")
+    y = product(x)
+    assert y[2].isnan().all() and torch.isfinite(y[[0, 1, 3, 4, 5]]).all()
+
+
+@pytest.mark.parametrize("instructions", SETS)
+@pytest.mark.parametrize("asymmetric", [False, True])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_a_broken_token_is_broken_alone(value: float, asymmetric: bool, instructions: str) -> None:
+    product = prepared(cases.layer(48, 101, 4), instructions, asymmetric=asymmetric)
+    for place in (5, 100):
+        x = torch.randn(4, 101)
+        clean = product(x)
+        x[2, place] = value
+        y = product(x)
+        assert not torch.isfinite(y[2]).any()
+        assert torch.equal(y[[0, 1, 3]], clean[[0, 1, 3]])
+
+
+@pytest.mark.parametrize("instructions", SETS)
+@pytest.mark.parametrize("power", [-100, -30, 30, 100])
+@pytest.mark.parametrize("asymmetric", [False, True])
+def test_huge_and_small_activations_keep_their_precision(asymmetric: bool, power: int, instructions: str) -> None:
+    parts = cases.layer(48, 128, 8)
+    product = prepared((*parts[:4], parts[4] * 0), instructions, asymmetric=asymmetric)
+    x = cases.asymmetric_input(9, 128)
+    torch.testing.assert_close(product(x * 2.0**power) / 2.0**power, product(x), rtol=1e-5, atol=1e-2)
+
+
+@pytest.mark.parametrize("instructions", SETS)
+def test_eight_bit_weights_are_wide_only_where_pairs_could_saturate(instructions: str) -> None:
+    parts = cases.layer(48, 128, 8)
+    assert prepared(parts, instructions).wide == (instructions == "avx2")
+    assert not prepared(parts, instructions, exact=False).wide
+    assert not prepared(cases.layer(48, 128, 4), instructions).wide
+
+
+def twin(
+    x: torch.Tensor, products: list[NativeProduct], norms: list, heads: int, mask: torch.Tensor | None
+) -> torch.Tensor:
+    """One layer, [B, T, H], of torch's operators and single products."""
+    batch, tokens, width = x.shape
+    query, key, value = products[0](x).view(batch, tokens, 3, heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
+    mixed = F.scaled_dot_product_attention(query, key, value, mask).transpose(1, 2).reshape(x.shape)
+    y = F.layer_norm(products[1](mixed) + x, [width], *norms[0])
+    return F.layer_norm(products[3](F.gelu(products[2](y))) + y, [width], *norms[1])
+
+
+def some_layer(width: int, heads: int, inner: int, instructions: str) -> tuple[list[NativeProduct], list, int]:
+    shapes = ((3 * width, width), (width, width), (inner, width), (width, inner))
+    products = [
+        prepared(cases.layer(o, i, 4, "symmetric", seed=n), instructions, asymmetric=n % 2 == 0)
+        for n, (o, i) in enumerate(shapes)
+    ]
+    norms = [(torch.rand(width) + 0.5, torch.randn(width), 1e-12) for _ in range(2)]
+    return products, norms, heads
+
+
+@pytest.mark.parametrize("instructions", SETS)
+@pytest.mark.parametrize(("width", "heads", "inner"), [(48, 4, 96), (64, 2, 64), (130, 13, 70), (128, 2, 256)])
+def test_a_layer_is_its_pieces(width: int, heads: int, inner: int, instructions: str) -> None:
+    torch.manual_seed(0)
+    products, norms, _ = some_layer(width, heads, inner, instructions)
+    fast = NativeLayers([(products, norms, heads, 0)])
+    for batch, tokens in ((1, 1), (2, 7), (5, 33), (1, 150)):
+        x = torch.randn(batch, tokens, width)
+        seen = torch.rand(batch, 1, 1, tokens) > 0.3
+        seen[..., 0] = True
+        bias = torch.randn(1, heads, tokens, tokens)
+        for mask in (None, seen, bias, bias.masked_fill(~seen, -torch.inf)):
+            got, expected = fast(x, mask), twin(x, products, norms, heads, mask)
+            error = (got - expected).abs().amax(-1)  # a value between two codes may fall to either
+            assert float((error < 1e-3).float().mean()) > 0.95 and float(error.max()) < 0.3
+
+
+@pytest.mark.parametrize("instructions", SETS)
+def test_sequences_do_not_depend_on_each_other_nor_on_padding_or_threads(instructions: str, threads: int) -> None:
+    torch.manual_seed(0)
+    fast = NativeLayers([(*some_layer(48, 4, 96, instructions), 0)] * 2)
+    lengths = torch.tensor([5, 1, 40, 17, 130, 3])
+    x = torch.randn(int(lengths.sum()), 48)
+    whole = fast.run(x, lengths, lengths)
+    torch.set_num_threads(1)
+    for got, part in zip(whole.split(lengths.tolist()), x.split(lengths.tolist()), strict=True):
+        padded = F.pad(part, (0, 0, 0, 4), value=9.0)
+        alone = fast.run(padded, torch.tensor([len(padded)]), torch.tensor([len(part)]))[: len(part)]
+        torch.testing.assert_close(fast(part[None])[0], got, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(alone, got, rtol=1e-4, atol=1e-4)
+
+
+def test_a_query_that_sees_nothing_gets_zeros_from_attention() -> None:
+    products, norms, heads = some_layer(48, 4, 96, native.instruction_set())
+    x, mask = torch.randn(2, 5, 48), torch.ones(2, 1, 1, 5, dtype=torch.bool)
+    mask[1] = False
+    got = NativeLayers([(products, norms, heads, 0)])(x, mask)
+    torch.testing.assert_close(got, twin(x, products, norms, heads, mask), rtol=1e-3, atol=2e-3)
+
+
+def test_where_it_cannot_be_had_the_reason_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    isa = native.instruction_set()
+    monkeypatch.setenv("QBERT_CACHE", str(tmp_path))
+    monkeypatch.setattr(native.shutil, "which", lambda name: None)
+    with pytest.raises(RuntimeError, match="no C\\+\\+ compiler"):
+        native._built(isa)
+    broken = tmp_path / "compiler"
+    broken.write_text("#!/bin/sh\necho 'error: no sun today' >&2\nexit 1\n")
+    broken.chmod(broken.stat().st_mode | stat.S_IXUSR)
+    monkeypatch.setattr(native.shutil, "which", lambda name: str(broken))
+    with pytest.raises(RuntimeError, match="no sun today"):
+        native._built(isa)
+    assert not list((tmp_path / "native").glob("*.so"))
+    broken.write_text('#!/bin/sh\nfor a; do test "$b" = -o && echo > "$a"; b=$a; done\n')
+    made = native._built(isa)
+    os.chmod(made, 0o777)
+    with pytest.raises(RuntimeError, match="can be written by others"):
+        native._built(isa)
+    monkeypatch.setattr(native.platform, "machine", lambda: "riscv64")
+    with pytest.raises(RuntimeError, match="riscv64"):
+        native.instruction_set.__wrapped__()

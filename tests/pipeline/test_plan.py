@@ -1,0 +1,162 @@
+"""A plan keeps its budget, is the best of what it lists, and comes true when its pipeline is run."""
+
+import itertools
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_tasks import sentiment_rows, tiny_encoder, write_task
+from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer
+
+import qbert
+from qbert.pipeline import Depth, Distill, Prune, compress
+from qbert.pipeline import plan as plans
+from qbert.tasks import load_task
+from qbert.tasks.evaluation import fidelity
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """A classifier with decided outputs, its tokenizer, task and batches."""
+    folder = tmp_path_factory.mktemp("world")
+    tiny_encoder(folder / "encoder")
+    torch.manual_seed(0)
+    model = AutoModelForSequenceClassification.from_pretrained(folder / "encoder", num_labels=2).eval()
+    with torch.no_grad():
+        model.classifier.weight.mul_(30)
+    write_task(folder / "data", "sst2", {"train.jsonl": sentiment_rows(128), "dev.jsonl": sentiment_rows(40)})
+    tokenizer = AutoTokenizer.from_pretrained(folder / "encoder")
+    texts = [row["sentence"] for row in sentiment_rows(128)]
+    batches = [dict(tokenizer(texts[i : i + 16], padding=True, return_tensors="pt")) for i in range(0, 128, 16)]
+    return {
+        "model": model,
+        "tokenizer": tokenizer,
+        "data": load_task("sst2", data_dir=folder / "data"),
+        "batches": batches,
+        "folder": folder,
+    }
+
+
+@pytest.fixture(scope="module")
+def sized(world: dict[str, Any]) -> plans.Plan:
+    """A plan for two thirds of the way to the smallest file."""
+    return qbert.plan(world["model"], world["batches"], size_mb=0.022)
+
+
+def test_the_plan_keeps_its_size_and_is_the_nearest_of_those_made(sized: plans.Plan) -> None:
+    assert sized.best is sized.candidates[0]
+    assert all(c.megabytes <= 0.022 for c in sized.candidates)
+    made = [c for c in sized.candidates if c.measured is not None]
+    assert made and sized.best.measured == min(c.measured for c in made)  # type: ignore[type-var]
+    assert sized.candidates[len(made) :] == tuple(sorted(sized.candidates[len(made) :], key=lambda c: c.predicted))
+    assert "bits alone" in sized.front and "Plan for at most 0.022 MB" in str(sized)
+
+
+def test_the_file_has_the_size_that_was_planned(sized: plans.Plan, world: dict[str, Any], tmp_path: Path) -> None:
+    done = compress(world["model"], world["tokenizer"], world["data"], sized.pipeline, folder=tmp_path, progress=False)
+    size = (done.folder / "model.safetensors").stat().st_size / 1e6
+    assert size <= 0.022
+    assert size == pytest.approx(sized.best.megabytes, rel=0.05)
+
+
+def test_bits_alone_are_exact(world: dict[str, Any]) -> None:
+    found = qbert.plan(world["model"], world["batches"], size_mb=0.022, bits=(2, 8), structures=[])
+    planner = plans._Planner(world["model"], world["batches"], (2, 8), None, False, {})
+    (part,) = planner._parts([()], 0.022, None)
+    options = [range(len(item.options)) for item in part.files.items]
+    picked = part.files.choose(0.022)
+    best = part.files.damage(picked)
+    # Brute force over all changes of up to two items of the choice: none of the allowed ones is better.
+    for a, b in itertools.combinations(range(len(options)), 2):
+        for x, y in itertools.product(options[a], options[b]):
+            other = [x if i == a else y if i == b else p for i, p in enumerate(picked)]
+            if part.files.size(other) <= 0.022e6:
+                assert part.files.damage(other) >= best - 1e-12
+    assert found.best.predicted == pytest.approx(best)
+
+
+def test_what_is_measured_is_what_a_forward_pass_says(sized: plans.Plan, world: dict[str, Any]) -> None:
+    rest = [batch for i, batch in enumerate(world["batches"]) if i % 4 != 3]
+    model = world["model"]
+    for step in sized.best.structure:
+        if isinstance(step, Depth):
+            model = qbert.students.depth(model, step.layers)
+        elif isinstance(step, Prune):
+            model = qbert.prune(model, ffn=step.ffn, heads=step.heads, data=rest)
+    packed = qbert.pack(qbert.quantize_model(model, sized.best.config, calibration_data=rest))
+    outputs = []
+    with torch.no_grad():
+        for some in (world["model"], packed):
+            outputs.append(torch.cat([some(**batch).logits for batch in world["batches"][3::4]]))
+    assert sized.best.measured == pytest.approx(fidelity(*outputs).divergence, rel=1e-3)
+
+
+def test_within_gives_the_smallest_that_agrees(world: dict[str, Any]) -> None:
+    found = qbert.plan(world["model"], world["batches"], within=0.05, structures=[(Depth((1,)),)])
+    assert found.best.agreement is not None and found.best.agreement >= 95
+    assert found.best.megabytes == min(c.megabytes for c in found.candidates)
+
+
+def test_a_latency_budget_leaves_out_what_is_too_slow(world: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    def by_depth(self: Any, model: Any) -> float:
+        return float(len(model.base_model.encoder.layer))
+
+    monkeypatch.setattr(plans._Planner, "_latency", by_depth)
+    found = qbert.plan(world["model"], world["batches"], latency_ms=1.5, structures=[(Depth((1,)),)])
+    assert found.best.structure == (Depth((1,)),) and found.best.latency_ms == 1.0
+    assert any("bits alone: 2.00 ms are too slow" in line for line in found.left_out)
+    with pytest.raises(ValueError, match=r"latency_ms=0\.5: no plan keeps it"):
+        qbert.plan(world["model"], world["batches"], latency_ms=0.5, structures=[])
+
+
+def test_a_noisy_clock_is_named(world: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    ticks = iter(range(1000))
+    monkeypatch.setattr(plans.time, "perf_counter", lambda: float(next(ticks)) ** 3)
+    with pytest.raises(ValueError, match=r"longer than the fastest .* this machine's clock says little"):
+        qbert.plan(world["model"], world["batches"], latency_ms=10, structures=[])
+
+
+def test_an_encoder_without_a_head_is_planned_by_its_embeddings(world: dict[str, Any]) -> None:
+    model = AutoModel.from_pretrained(world["folder"] / "encoder").eval()
+    found = qbert.plan(model, world["batches"], size_mb=0.027, structures=[])
+    assert found.best.measured is not None and 0 <= found.best.measured < 1
+    assert found.best.agreement == pytest.approx(100 * (1 - found.best.measured))
+
+
+def test_the_front_is_drawn(sized: plans.Plan, tmp_path: Path) -> None:
+    sized.plot(tmp_path / "front.png")
+    assert (tmp_path / "front.png").stat().st_size > 5000
+    for points in sized.front.values():
+        assert all(a[0] < b[0] and a[1] >= b[1] - 1e-12 for a, b in itertools.pairwise(points))
+
+
+def test_training_goes_where_it_is_put(sized: plans.Plan) -> None:
+    steps = sized.with_training(after_bits=[Distill(steps=5)]).steps
+    assert [step.kind for step in steps[-3:]] == ["quantize", "distill", "pack"]
+
+
+@pytest.mark.parametrize(
+    ("budget", "sentence"),
+    [
+        ({}, "a plan needs a budget"),
+        ({"size_mb": 1000}, "is no budget: the float model has"),
+        ({"size_mb": 1e-4}, "no plan keeps it"),
+        ({"size_mb": 0.02, "within": 0.01}, "contradict"),
+        ({"within": 1.0}, "use a share such as 0.01"),
+        ({"latency_ms": -1}, "use a positive number"),
+        ({"size_mb": 0.022, "structures": [(Distill(steps=1),)]}, "give sequences of Depth and Prune"),
+    ],
+)
+def test_impossible_budgets_are_refused(world: dict[str, Any], budget: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        qbert.plan(world["model"], world["batches"], **{"structures": [], **budget})
+
+
+def test_too_few_batches_and_a_quantized_model_are_refused(world: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="at least 4 batches"):
+        qbert.plan(world["model"], world["batches"][:3], size_mb=0.022)
+    with pytest.raises(ValueError, match="plan for the float model"):
+        qbert.plan(qbert.quantize_model(world["model"], 4), world["batches"], size_mb=0.022)
+    assert re.match(r"\w+", plans.structure_name(()))
