@@ -81,7 +81,7 @@ def main() -> None:
     for name, model in itertools.chain([("teacher", tuned.model)], starts(tuned.model, batches, tables)):
         result = reference if model is tuned.model else measured(model)
         likeness = fidelity(reference.logits, result.logits, tuned.model.config.problem_type)
-        config = base_model(model)[1].config
+        config: Any = base_model(model)[1].config
         size = f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f}"
         row = [name, config.num_hidden_layers, config.hidden_size, size, f"{result.primary:.2f}"]
         lines.append([*row, f"{likeness.agreement:.1f} %", f"{likeness.divergence:.4f}"])
