@@ -94,6 +94,7 @@ class Study:
             epochs=min(max(epochs, 1), _MOST_EPOCHS),
             train_limit=labels,
             seed=self.arguments.seed,
+            progress=False,  # else every epoch of few rows is followed by a held-out score of many
         )
 
     def rows(self, tokenizer: Any, labels: int, way: str) -> Any:
