@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from qbert.kernels import formats
-from qbert.kernels.operands import InputGrid, PackedWeight, ProductWeight
+from qbert.kernels.operands import Heads, InputGrid, PackedWeight, ProductWeight
 
 ACTIVATIONS = (torch.float32, torch.float16, torch.bfloat16)
 CODES = (torch.int8, torch.float8_e4m3fn)
@@ -282,17 +282,9 @@ def check_embed_layernorm(
     check_codes(grid, weight.shape[0])
 
 
-def check_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    cu_seqlens: Tensor,
-    longest: int,
-    scale: float,
-    out: InputGrid,
-    out_row_sum: Tensor | None,
-) -> None:
+def check_attention(heads: Heads, out: InputGrid, out_row_sum: Tensor | None) -> None:
     """The arguments of `operators.attention`."""
+    query, key, value, cu_seqlens, *_ = heads
     check_dtype("query", query, *ACTIVATIONS)
     check_shape("query", query, "tokens", "heads", "head_dim")
     for name, tensor in (("key", key), ("value", value)):

@@ -1,4 +1,4 @@
-"""What passes through every kernel's arguments: a packed weight, as stored and as multiplied, and the grid of an input.
+"""What passes through every kernel's arguments: packed weights, as stored and as multiplied, grids, heads.
 
 torch operators take plain tensors and numbers; `registration` takes these apart there, in one place.
 
@@ -51,6 +51,21 @@ class InputGrid(NamedTuple):
 
 PER_TOKEN = InputGrid()  # int8, symmetric
 FLOAT = InputGrid(bits=0)
+
+
+class Heads(NamedTuple):
+    """What attention reads: query, key and value [T, H, D], unit stride over D, slices of one tensor or not.
+
+    Sequence s is the tokens cu_seqlens[s] to cu_seqlens[s + 1] (int32 [S + 1]), at most `longest` of them; scores are
+    multiplied by `scale`.
+    """
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    cu_seqlens: Tensor
+    longest: int
+    scale: float
 
 
 class PackedWeight(NamedTuple):

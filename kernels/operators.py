@@ -37,7 +37,7 @@ from qbert.kernels.checks import (
     check_matmul_a16,
     check_quantize_rows,
 )
-from qbert.kernels.operands import FLOAT, PER_TOKEN, InputGrid, PackedWeight, ProductWeight
+from qbert.kernels.operands import FLOAT, PER_TOKEN, Heads, InputGrid, PackedWeight, ProductWeight
 from qbert.kernels.registration import operator
 
 __all__ = [
@@ -206,31 +206,21 @@ def embed_layernorm(
 
 @operator(
     check_attention,
-    like=lambda query, key, value, cu_seqlens, longest, scale, out, out_row_sum: empty_like(
-        query, out.codes_dtype if out.bits else query.dtype
-    ),
+    like=lambda heads, out, out_row_sum: empty_like(heads.query, out.codes_dtype if out.bits else heads.query.dtype),
 )
-def attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    cu_seqlens: Tensor,
-    longest: int,
-    scale: float,
-    out: InputGrid = FLOAT,
-    out_row_sum: Tensor | None = None,
-) -> Tensor:
-    """Self-attention [T, H, D] inside the sequences cu_seqlens[s] to cu_seqlens[s + 1] (int32 [S + 1]).
+def attention(heads: Heads, out: InputGrid = FLOAT, out_row_sum: Tensor | None = None) -> Tensor:
+    """Self-attention [T, H, D] inside sequences of different lengths, packed one after the other.
 
-    `longest` bounds their lengths. In the dtype of query, or, with a static grid `out`, its codes; the sum of every
-    token's codes is then added to `out_row_sum` (int32 [T], zeroed by the caller), where given:
-    `torch.ops.qbert.attention_summed`. Tokens of no sequence: undefined.
+    In the dtype of query, or, with a static grid `out`, its codes; the sum of every token's codes is then added to
+    `out_row_sum` (int32 [T], zeroed by the caller), where given: `torch.ops.qbert.attention_summed`. Tokens of no
+    sequence: undefined.
     """
-    if dispatch.implementation(query.device) == "triton" and query.dtype != torch.float32:
+    dtype = heads.query.dtype
+    if dispatch.implementation(heads.query.device) == "triton" and dtype != torch.float32:
         from qbert.kernels.gpu.attention_ways import attend
 
-        return attend(query, key, value, cu_seqlens.contiguous(), longest, scale, out, out_row_sum)
-    y = reference.attention(query, key, value, cu_seqlens, scale)
+        return attend(heads._replace(cu_seqlens=heads.cu_seqlens.contiguous()), out, out_row_sum)
+    y = reference.attention(*heads[:4], heads.scale)
     if not out.bits:
-        return y.to(query.dtype)
+        return y.to(dtype)
     return reference.requantize(y, out.scale, out.zero, out_row_sum, out.codes_dtype)

@@ -19,7 +19,7 @@ from qbert.kernels import dispatch, formats, operators, reference
 from qbert.kernels.gpu import tiles as tile_table
 from qbert.kernels.gpu.products.matmul_a8 import matmul_a8
 from qbert.kernels.gpu.tiles import Tile, rule
-from qbert.kernels.operands import FLOAT, InputGrid, PackedWeight, ProductWeight
+from qbert.kernels.operands import FLOAT, Heads, InputGrid, PackedWeight, ProductWeight
 
 SMALL = MODE == "dry"
 FLOAT_BOUND = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.2e-2}
@@ -369,8 +369,8 @@ def attend() -> int:
             for dtype in (torch.float16, torch.bfloat16):
                 q, k, v = torch.randn(tokens, 3, heads, width, device=DEVICE).to(dtype).unbind(1)
                 what = f"{heads} heads of {width}, lengths {lengths}, {dtype}"
-                inputs = (q, k, v, starts, longest, width**-0.5)
-                compare(tally, what, operators.attention, *inputs)
+                inputs = Heads(q, k, v, starts, longest, width**-0.5)
+                compare(tally, what, operators.attention, inputs)
                 sums = torch.zeros(tokens, dtype=torch.int32, device=DEVICE)
                 # Softmax weights are rounded to the dtype of the values, which moves a few codes, and where values
                 # cancel by many steps between e4m3 codes.
@@ -379,16 +379,16 @@ def attend() -> int:
                     tally,
                     f"{what}, int8",
                     operators.attention,
-                    *inputs,
+                    inputs,
                     InputGrid(0.02, 5),
                     out_row_sum=sums,
                     codes_off=off,
                 )
                 with twins():
-                    sizes = v if MODE == "compile" else operators.attention(q, k, v.abs(), *inputs[3:])
+                    sizes = v if MODE == "compile" else operators.attention(inputs._replace(value=v.abs()))
                 off_by = sizes.double() * SOFTMAX[dtype] / 0.01
                 out = InputGrid(0.01, codes_dtype=E4M3)
-                compare(tally, f"{what}, e4m3", operators.attention, *inputs, out, out_row_sum=sums, off_by=off_by)
+                compare(tally, f"{what}, e4m3", operators.attention, inputs, out, out_row_sum=sums, off_by=off_by)
     return tally.end()
 
 

@@ -1,4 +1,4 @@
-"""Speed, error and file size of encoders on a CPU: torch, torch's dynamic int8, ONNX Runtime, and packed models.
+"""Speed, error and file size of encoders on a CPU: torch, its int8 and bfloat16, ONNX Runtime, OpenVINO, packed models.
 
 Every engine runs the same shapes in turn, round after round, so that a busy machine slows all alike; the smallest CPU
 time of the calling thread counts, of calls that follow one by the same engine. The error is the relative error of the
@@ -27,6 +27,7 @@ from torch import Tensor, nn
 import qbert
 from qbert.cli.arguments import positive, run_script
 from qbert.files import write_whole
+from qbert.inference.engines import ENGINES
 from qbert.kernels.cpu.gemm import available_engine, saturates
 from qbert.results import provenance
 from qbert.tasks.embedded import embedded_encoder
@@ -63,11 +64,13 @@ def main() -> None:
         vocabulary = model.config.vocab_size
         times = {shape: measure(engines, shape, arguments.seconds, vocabulary) for shape in arguments.shapes}
         times["real"] = measure_batch(engines, batch["input_ids"], batch["attention_mask"], arguments.seconds)
+        times["sorted"] = measure_sorted(engines, batch["input_ids"], batch["attention_mask"], arguments.seconds)
     layers = {shape: measure_layer(shape, arguments.activations) for shape in arguments.layers}
     limits = [f"{name}={os.environ[name]}" for name in _INSTRUCTION_LIMITS if name in os.environ]
     made_by = provenance() + (f", with {' '.join(limits)}" if limits else "")
     page = render(times, errors, sizes, missing, f"{len(texts)} sentences of {arguments.data}", batch, made_by)
     page += render_layers(layers)
+    page += render_choices(engines)
     print(page)
     write_whole(arguments.output, lambda aside: aside.write_text(page, encoding="utf-8"))
 
@@ -99,6 +102,14 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--sentences", type=positive, default=64, help="real sentences for the error; default: 64")
     parser.add_argument("--seconds", type=float, default=3.0, help="seconds a shape and engine; default: 3")
     parser.add_argument("--threads", type=positive, default=1, help="CPU threads; default: 1")
+    parser.add_argument(
+        "--engines",
+        nargs="*",
+        choices=ENGINES,
+        default=[],
+        help="engines that the widest packed models are forced to as well, beside the one they choose; default: none",
+    )
+    parser.add_argument("--compile", action="store_true", help="torch.compile too, which takes minutes")
     parser.add_argument("--torch-only", action="store_true", help="leave ONNX Runtime out")
     parser.add_argument("--output", default="outputs/inference_cpu.md", help="table; default: %(default)s")
     return parser.parse_args()
@@ -133,13 +144,22 @@ def build_engines(
     }
     dynamic = torch.ao.quantization.quantize_dynamic(copy.deepcopy(model), {nn.Linear}, dtype=torch.qint8)
     engines["torch dynamic int8"] = as_engine(dynamic)
+    engines["model.bfloat16()"] = as_engine(copy.deepcopy(model).bfloat16())
     missing = []
+    if arguments.compile:
+        engines["torch.compile, bfloat16"] = as_engine(torch.compile(copy.deepcopy(model).bfloat16(), dynamic=True))
+    else:
+        missing.append("torch.compile (ask with --compile)")
     if arguments.torch_only:
         missing.append("ONNX Runtime (left out on request)")
     elif all(importlib.util.find_spec(name) for name in ("onnx", "onnxruntime")):
         found, found_sizes = onnx_engines(model, folder, arguments.threads)
         engines |= found
         sizes |= found_sizes
+        if importlib.util.find_spec("openvino"):
+            engines |= openvino_engines(folder / "fp32.onnx", arguments.threads)
+        else:
+            missing.append("OpenVINO (not installed: pip install openvino)")
     else:
         missing.append("ONNX Runtime (not installed: pip install onnx onnxruntime)")
     for bits in arguments.bits:
@@ -149,20 +169,42 @@ def build_engines(
             packed.save_pretrained(folder / name)  # type: ignore[operator]
             sizes[name] = (folder / name / "model.safetensors").stat().st_size / 1e6
             engines[name] = as_engine(qbert.optimize_for_inference(packed, skip_padding=True))
+            for forced in arguments.engines if bits == max(arguments.bits) else ():
+                fast = qbert.optimize_for_inference(packed, skip_padding=True, engine=forced)
+                engines[f"{name}, engine={forced}"] = as_engine(fast)
             if bits == 8 and saturates(available_engine()):
                 fast = qbert.optimize_for_inference(packed, exact=False, skip_padding=True)
                 engines[f"{name}, exact=False"] = as_engine(fast)
     return engines, sizes, missing
 
 
-def as_engine(model: nn.Module) -> Engine:
-    """A torch model as a function of ids and mask."""
+def as_engine(model: Any) -> Engine:
+    """A torch model as a function of ids and mask to float32."""
 
     def run(ids: Tensor, mask: Tensor) -> Tensor:
         with torch.inference_mode():
-            return model(input_ids=ids, attention_mask=mask)[0]  # type: ignore[no-any-return]
+            return model(input_ids=ids, attention_mask=mask)[0].float()  # type: ignore[no-any-return]
 
+    run.model = model  # type: ignore[attr-defined]
     return run
+
+
+def openvino_engines(path: Path, threads: int) -> dict[str, Engine]:
+    """OpenVINO in float32 and bfloat16."""
+    import openvino
+
+    core = openvino.Core()
+    engines: dict[str, Engine] = {}
+    for name, hint in (("OpenVINO fp32", "f32"), ("OpenVINO bf16", "bf16")):
+        settings = {"INFERENCE_PRECISION_HINT": hint, "INFERENCE_NUM_THREADS": threads, "NUM_STREAMS": 1}
+        request = core.compile_model(str(path), "CPU", settings).create_infer_request()
+
+        def run(ids: Tensor, mask: Tensor, request: Any = request) -> Tensor:
+            done = request.infer([ids.numpy(), mask.numpy()], share_inputs=True)
+            return torch.from_numpy(next(iter(done.values())))
+
+        engines[name] = run
+    return engines
 
 
 def onnx_engines(model: nn.Module, folder: Path, threads: int) -> tuple[dict[str, Engine], dict[str, float]]:
@@ -224,6 +266,18 @@ def measure(engines: dict[str, Engine], shape: str, seconds: float, vocabulary: 
     return measure_batch(engines, ids, torch.ones_like(ids), seconds)
 
 
+def measure_sorted(engines: dict[str, Engine], ids: Tensor, mask: Tensor, seconds: float) -> dict[str, float]:
+    """Smallest milliseconds of the same sentences by length, in batches of 16 cut to their longest."""
+    order = mask.sum(1).argsort(descending=True)
+    parts = [(ids[rows, : int(mask[rows].sum(1).max())], mask[rows]) for rows in order.split(16)]
+    batches = [(part, seen[:, : part.shape[1]]) for part, seen in parts]
+
+    def whole(run: Engine) -> Engine:
+        return lambda *_: torch.cat([run(*batch).flatten() for batch in batches])
+
+    return measure_batch({name: whole(run) for name, run in engines.items()}, ids, mask, seconds)
+
+
 def measure_batch(engines: dict[str, Engine], ids: Tensor, mask: Tensor, seconds: float) -> dict[str, float]:
     """Smallest CPU milliseconds of the calling thread for one batch, engines in turn."""
     best = {name: float("inf") for name in engines}
@@ -278,6 +332,17 @@ def render_layers(layers: dict[str, dict[int, tuple[float, str]]]) -> str:
     return "\n".join(["", title, "", header, "|---|" + "---|" * len(FEW_TOKENS), *rows]) + "\n"
 
 
+def render_choices(engines: dict[str, Engine]) -> str:
+    """What packed models say about the engines they chose."""
+    lines = []
+    for name, run in engines.items():
+        text = repr(getattr(run, "model", None))
+        chosen = [line.strip() for line in text.splitlines() if "fused layers:" in line]
+        if chosen and "engine=" not in name:
+            lines.append(f"- {name}: {chosen[0].removeprefix('fused layers: ')}")
+    return "\n".join(["", "Engines that packed models chose:", "", *lines]) + "\n" if lines else ""
+
+
 def render(
     times: dict[str, dict[str, float]],
     errors: dict[str, float],
@@ -289,15 +354,16 @@ def render(
 ) -> str:
     """The results page in Markdown."""
     real = batch["attention_mask"]
-    columns = [s if s != "real" else f"real {real.shape[0]}x{real.shape[1]}" for s in times]
+    named = {"real": f"real {real.shape[0]}x{real.shape[1]}", "sorted": "real, sorted"}
+    columns = [named.get(s, s) for s in times]
     lines = [
         "# Inference on a CPU",
         "",
         made_by,
         "",
-        f"Times as fast as torch fp32 (milliseconds), batch x length. The last shape is {data}, padded to the longest: "
-        f"{100 * float(real.float().mean()):.0f} % of its tokens are real. Error: of the last hidden state on those "
-        "sentences, relative to torch fp32.",
+        f"Times as fast as torch fp32 (milliseconds), batch x length. The last two are {data}: padded to the longest, "
+        f"{100 * float(real.float().mean()):.0f} % of the tokens real, and by length in batches of 16. Error: of the "
+        "last hidden state on those sentences, relative to torch fp32.",
         "",
         "| engine | " + " | ".join(columns) + " | error | file MB |",
         "|---|" + "---|" * (len(times) + 2),

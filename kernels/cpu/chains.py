@@ -130,10 +130,11 @@ class FloatChain(nn.Module):
         self.real_weight, self.bias_row, self.quantize = weight, bias, quantize
 
     def forward(self, x: Tensor) -> Tensor:
-        """float32 [..., I] to [..., O]."""
+        """float32 [..., I] to [..., O]; in the dtype of the weights, if x comes in it."""
         if self.quantize is not None:
             x = self.quantize(x)
-        return torch.nn.functional.linear(x, self.real_weight, self.bias_row)
+        y = torch.nn.functional.linear(x.to(self.real_weight.dtype), self.real_weight, self.bias_row)
+        return y.to(x.dtype)
 
 
 class Rounding(nn.Module):

@@ -75,19 +75,22 @@ class _OnednnProduct(nn.Module):
 
 
 @functools.cache
-def available_engine() -> str:
-    """Which int8 operators this build of torch has and this CPU runs: "fbgemm", "onednn" or "none"; tried once."""
+def runs(engine: str) -> bool:
+    """Whether this build of torch has the int8 operators of `engine`, and this CPU runs them; tried once."""
     # Nothing that is tried may depend on torch's default dtype and device, since the answer is remembered.
     codes = torch.ones(16, 16, dtype=torch.int8, device="cpu")
     ones = codes[0].float()
-    for engine in ("fbgemm", "onednn"):
-        try:
-            got = Int8Gemm(codes, ones, codes.new_zeros(16, dtype=torch.int32), engine=engine)(codes[:2].float(), 1.0)
-        except (RuntimeError, AttributeError, NotImplementedError):
-            continue
-        if bool((got == 16).all()):
-            return engine
-    return "none"
+    try:
+        got = Int8Gemm(codes, ones, codes.new_zeros(16, dtype=torch.int32), engine=engine)(codes[:2].float(), 1.0)
+    except (RuntimeError, AttributeError, NotImplementedError):
+        return False
+    return bool((got == 16).all())
+
+
+@functools.cache
+def available_engine() -> str:
+    """Which int8 operators this build of torch has and this CPU runs: "fbgemm", "onednn" or "none"; tried once."""
+    return next(filter(runs, ("fbgemm", "onednn")), "none")
 
 
 @functools.cache

@@ -32,9 +32,11 @@ from torch import Tensor, nn
 from qbert.kernels import formats, reference
 from qbert.kernels.cpu.chains import AsymmetricChain, FloatChain, Rounding, StaticChain, SymmetricChain, compiled
 from qbert.kernels.cpu.gemm import Int8Gemm, available_engine, fit_pairs, saturates, takes_zero
+from qbert.kernels.cpu.native import NativeProduct
 from qbert.kernels.operands import PER_TOKEN, InputGrid, PackedWeight
 
 logger = logging.getLogger(__name__)
+Chain = nn.Module | NativeProduct
 
 _FOLD_LIMIT = 64  # 7 bits: wider operands could saturate 16-bit pair sums on CPUs without VNNI
 
@@ -42,7 +44,7 @@ _FOLD_LIMIT = 64  # 7 bits: wider operands could saturate 16-bit pair sums on CP
 class CpuLinear:
     """y = x W^T + b with low-bit W and int8 activations, prepared once and then called many times. Immutable."""
 
-    def __init__(self, chain: nn.Module, bias: Tensor, in_features: int, bits: int, engine: str, reason: str) -> None:
+    def __init__(self, chain: Chain, bias: Tensor, in_features: int, bits: int, engine: str, reason: str) -> None:
         """Use `prepare` or `from_packed`. `chain` computes the layer, see `chains`."""
         self.chain = chain
         self.in_features, self.out_features = in_features, len(bias)
@@ -65,6 +67,7 @@ class CpuLinear:
         activation_zero: int = 0,
         asymmetric: bool = False,
         exact: bool = True,
+        engine: str | None = None,
     ) -> CpuLinear:
         """Expands codes int8 [O, I] with scale, zero [G, K] and row_group [O] into the operand of the product.
 
@@ -73,7 +76,8 @@ class CpuLinear:
         None leaves x alone. More than one input group (K > 1) and `activation_bits` None run in float, as does a torch
         without int8 operators; `reason` and the log then say why. `exact` False rounds rows of 8-bit weights once more
         where this CPU would have to take them apart (`gemm.fit_pairs`): faster there, with a little more error; on
-        other CPUs and for fewer bits it changes nothing.
+        other CPUs and for fewer bits it changes nothing. `engine` is "native", "fbgemm" or "onednn"; "bf16" and "fp32"
+        multiply x as it is by expanded weights; None takes the first of torch's int8 operators that runs.
         Raises TypeError or ValueError for codes outside `bits` bits and for shapes that do not fit.
         """
         low, high = formats.code_range(bits)
@@ -96,17 +100,34 @@ class CpuLinear:
             raise ValueError(f"bias must have shape [{rows}], got {list(bias.shape)}.")
         bias = scale.new_zeros(rows) if bias is None else bias.detach().float().clone()
         offset = int(activation_zero) + 128
+        if engine in ("bf16", "fp32"):
+            dtype = torch.bfloat16 if engine == "bf16" else torch.float32
+            weight = reference.dequantize(codes, scale, zero).to(dtype)
+            return cls(FloatChain(weight, bias.to(dtype), None), bias, columns, bits, engine, "")
         reason = _reason_for_float(codes, scale, activation_bits)
+        if engine == "native" and not reason:
+            product = NativeProduct.prepare(
+                codes,
+                scale[:, 0],
+                zero[:, 0],
+                bias,
+                asymmetric=asymmetric,
+                activation_scale=activation_scale,
+                activation_zero=activation_zero,
+                exact=exact,
+            )
+            return cls(product, bias, columns, bits, engine, "")
         if reason:
             logger.info("a matrix [%d, %d] multiplies in float, at four bytes a weight: %s", rows, columns, reason)
             quantize = Rounding(asymmetric, activation_scale or 0.0, offset) if activation_bits else None
-            chain: nn.Module = FloatChain(reference.dequantize(codes, scale, zero), bias, quantize)
+            chain: Chain = FloatChain(reference.dequantize(codes, scale, zero), bias, quantize)
             return cls(chain, bias, columns, bits, "float", reason)
-        operand, row_scale, point, correction = _operand(codes, scale[:, 0], zero[:, 0])
-        if not exact and saturates(available_engine()) and not bool(point.any()):
+        engine = engine or available_engine()
+        operand, row_scale, point, correction = _operand(codes, scale[:, 0], zero[:, 0], engine)
+        if not exact and saturates(engine) and not bool(point.any()):
             operand, factor = fit_pairs(operand)
             row_scale = row_scale / factor
-        gemm = Int8Gemm(operand, row_scale, point)
+        gemm = Int8Gemm(operand, row_scale, point, engine=engine)
         if activation_scale is not None:
             chain = StaticChain(gemm, bias, correction, float(activation_scale), offset)
         elif asymmetric:
@@ -122,7 +143,8 @@ class CpuLinear:
         cls, weight: PackedWeight, bias: Tensor | None = None, grid: InputGrid = PER_TOKEN, **options: Any
     ) -> CpuLinear:
         """`prepare` from a packed weight, for an input on `grid`, with its other options."""
-        return cls.prepare(weight.unpacked(), *weight[1:4], bias, weight.bits, **grid.options, **options)
+        _, scale, zero, row_group, bits, _ = weight
+        return cls.prepare(weight.unpacked(), scale, zero, row_group, bias, bits, **grid.options, **options)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CpuLinear:
         return self  # immutable, and torch's packed operands cannot be copied
@@ -143,7 +165,7 @@ class CpuLinear:
         if x.dim() < 2 or not x.numel():
             return self._forward_rare(x)
         if self._run is None:
-            self._run = compiled(self.chain)
+            self._run = compiled(self.chain) if isinstance(self.chain, nn.Module) else self.chain
         # No reshape on the common path: at a few tokens each such call costs as much as a tenth of the product.
         return self._run(x) if x.dtype == torch.float32 else self._run(x.float()).to(x.dtype)
 
@@ -205,7 +227,7 @@ def _reason_for_float(codes: Tensor, scale: Tensor, activation_bits: int | None)
     return ""
 
 
-def _operand(codes: Tensor, scale: Tensor, zero: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+def _operand(codes: Tensor, scale: Tensor, zero: Tensor, engine: str) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Integer operand, its scale [O], its zero points [O] and what is left, scale * zero [O] or None."""
     none = torch.zeros_like(zero, dtype=torch.int32)
     for factor in (1, 2):
@@ -216,10 +238,10 @@ def _operand(codes: Tensor, scale: Tensor, zero: Tensor) -> tuple[Tensor, Tensor
                 return folded.to(torch.int8), scale / factor, none, None
     if bool((zero == zero.round()).all()):
         point = zero.to(torch.int32)
-        if saturates(available_engine()) and float(zero.abs().max()) <= 128:
+        if saturates(engine) and float(zero.abs().max()) <= 128:
             # What would saturate is fewest where codes are centred; the product takes such wide codes apart itself.
             return (codes.to(torch.int32) - point[:, None]).to(torch.int16), scale, none, None
-        if takes_zero(available_engine()) and _fits_point(zero, codes.shape[1]):
+        if takes_zero(engine) and _fits_point(zero, codes.shape[1]):
             return codes, scale, point, None
     return codes, scale, none, None if bool((zero == 0).all()) else scale * zero
 

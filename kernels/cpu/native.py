@@ -191,7 +191,6 @@ class NativeProduct:
     Attributes:
         matrix: what the library reads; points into `tensors`.
         tensors: the operand and the vectors of the epilogue, padded.
-        wide: whether the operand multiplies in 16 bits, which keeps 8-bit weights exact without VNNI.
     """
 
     matrix: _Matrix
@@ -252,6 +251,7 @@ class NativeProduct:
 
     @property
     def wide(self) -> bool:
+        """Whether the operand multiplies in 16 bits, which keeps 8-bit weights exact without VNNI."""
         return bool(self.matrix.wide)
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -318,7 +318,8 @@ class NativeLayers:
         torch.cumsum(lengths, 0, out=starts[1:])
         chunks = torch.tensor(_chunks(lengths.tolist(), torch.get_num_threads()))
         x, keys, y = x.contiguous(), keys.contiguous(), torch.empty(x.shape)
-        bias, strides = None, (0, 0, 0)
+        bias: Tensor | None = None
+        strides: tuple[int, ...] = (0, 0, 0)
         if mask is not None:
             bias = mask
             if mask.dtype == torch.bool:

@@ -9,7 +9,7 @@ sum (online softmax, arXiv 2205.14135, algorithm 1), products in fp16 with float
 slices of one fused [T, 3 H D] tensor. The output is fp16/bf16, or int8 (e4m3) with a static scale and zero and,
 summed over heads, the row sums that the next product needs.
 
-    out = attention(query, key, value, cu_seqlens, longest, scale=head_dim**-0.5)        # [T, H, D]
+    out = attention(Heads(query, key, value, cu_seqlens, longest, scale=head_dim**-0.5))        # [T, H, D]
 """
 
 # mypy: allow-untyped-defs
@@ -23,7 +23,7 @@ from torch import Tensor
 
 from qbert.kernels.gpu.quantize_rows import count, to_codes
 from qbert.kernels.gpu.tiles import Tile
-from qbert.kernels.operands import FLOAT, InputGrid
+from qbert.kernels.operands import FLOAT, Heads, InputGrid
 
 MAX_HEAD_DIM = 128
 
@@ -107,31 +107,23 @@ def default_tile(longest: int, head_dim: int) -> Tile:
 
 
 def attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    cu_seqlens: Tensor,
-    longest: int,
-    scale: float,
-    out: InputGrid = FLOAT,
-    out_row_sum: Tensor | None = None,
-    tile: Tile | None = None,
+    heads: Heads, out: InputGrid = FLOAT, out_row_sum: Tensor | None = None, tile: Tile | None = None
 ) -> Tensor:
-    """Launches `attention_kernel`: query, key, value [T, H, D], unit stride over D -> [T, H, D].
+    """Launches `attention_kernel`: [T, H, D] of every sequence; D up to 128.
 
-    cu_seqlens int32 [S + 1]: sequence s is the tokens cu_seqlens[s] to cu_seqlens[s + 1]. `longest` bounds the
-    sequence lengths. A static grid `out` makes the result its codes; every token's sum over heads is then added to
-    `out_row_sum` (int32 [T], zeroed) where given. D up to 128.
+    A static grid `out` makes the result its codes; every token's sum over heads is then added to `out_row_sum` (int32
+    [T], zeroed) where given.
     """
-    tokens, heads, head_dim = query.shape
+    query, key, value, cu_seqlens, longest, scale = heads
+    tokens, count, head_dim = query.shape
     if head_dim > MAX_HEAD_DIM:
         raise ValueError(f"attention takes head dimensions up to {MAX_HEAD_DIM}, got {head_dim}.")
     dtype = out.codes_dtype if out.bits else query.dtype
-    y = torch.empty((tokens, heads, head_dim), dtype=dtype, device=query.device)
+    y = torch.empty((tokens, count, head_dim), dtype=dtype, device=query.device)
     sequences = cu_seqlens.numel() - 1
     if tokens and sequences > 0:
         tile = default_tile(longest, head_dim) if tile is None else tile
-        attention_kernel[(triton.cdiv(longest, tile.bm), heads, sequences)](
+        attention_kernel[(triton.cdiv(longest, tile.bm), count, sequences)](
             query,
             key,
             value,

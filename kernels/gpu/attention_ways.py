@@ -8,7 +8,7 @@ output. The environment variable QBERT_ATTENTION decides: "triton" or "flash" fo
 measured. Measured ways are kept with the tiles (`tiles`, QBERT_TILES). "flash" needs a torch with
 `torch.nn.attention.varlen` (2.10 and later).
 
-    out = attend(query, key, value, cu_seqlens, longest, scale=0.125)
+    out = attend(Heads(query, key, value, cu_seqlens, longest, scale=0.125))
     measure_attention(sequences=32, longest=384, heads=12, head_dim=64)
 """
 
@@ -26,7 +26,7 @@ from triton.testing import do_bench_cudagraph
 from qbert.kernels.gpu.attention import attention, default_tile
 from qbert.kernels.gpu.quantize_rows import quantize_rows
 from qbert.kernels.gpu.tiles import Tile, device_name, known_tile, measure, token_bucket
-from qbert.kernels.operands import FLOAT, InputGrid
+from qbert.kernels.operands import FLOAT, Heads, InputGrid
 
 FLASH = Tile(0, 0, 0, warps=0, stages=0)  # stands for torch's in the table of measured tiles
 WAYS = [
@@ -39,16 +39,7 @@ WAYS = [
 ]
 
 
-def attend(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    cu_seqlens: Tensor,
-    longest: int,
-    scale: float,
-    out: InputGrid = FLOAT,
-    out_row_sum: Tensor | None = None,
-) -> Tensor:
+def attend(heads: Heads, out: InputGrid = FLOAT, out_row_sum: Tensor | None = None) -> Tensor:
     """As `attention`, in the way that is forced, measured or the default.
 
     Raises ValueError for another QBERT_ATTENTION, and for "flash" where torch has none for packed sequences.
@@ -60,10 +51,10 @@ def attend(
         raise ValueError(f"QBERT_ATTENTION=flash needs torch 2.10 or later, this is {torch.__version__}; unset it.")
     tile = FLASH if forced == "flash" else None
     if not forced:
-        tile = known_tile(*_shape(query, longest), device_name(query))
+        tile = known_tile(*_shape(heads), device_name(heads.query))
     if tile == FLASH:
-        return _flash(query, key, value, cu_seqlens, longest, scale, out, out_row_sum)
-    return attention(query, key, value, cu_seqlens, longest, scale, out, out_row_sum, tile=tile)
+        return _flash(heads, out, out_row_sum)
+    return attention(heads, out, out_row_sum, tile=tile)
 
 
 def has_flash() -> bool:
@@ -71,24 +62,16 @@ def has_flash() -> bool:
     return find_spec("torch.nn.attention.varlen") is not None
 
 
-def _shape(query: Tensor, longest: int) -> tuple[str, int, int, int, int]:
+def _shape(heads: Heads) -> tuple[str, int, int, int, int]:
     """What choices are kept by: tokens, heads, head dimension, and the power of two that holds the longest sequence."""
-    tokens, heads, head_dim = query.shape
-    return "attention", tokens, heads, head_dim, token_bucket(longest)
+    tokens, count, head_dim = heads.query.shape
+    return "attention", tokens, count, head_dim, token_bucket(heads.longest)
 
 
-def _flash(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    cu_seqlens: Tensor,
-    longest: int,
-    scale: float,
-    out: InputGrid,
-    out_row_sum: Tensor | None,
-) -> Tensor:
+def _flash(heads: Heads, out: InputGrid, out_row_sum: Tensor | None) -> Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
+    query, key, value, cu_seqlens, longest, scale = heads
     y = varlen_attn(query, key, value, cu_seqlens, cu_seqlens, longest, longest, scale=scale)
     assert isinstance(y, Tensor)
     if not out.bits:
@@ -111,7 +94,7 @@ def measure_attention(*, sequences: int, longest: int, heads: int, head_dim: int
     query, key, value = fused.unbind(1)
     starts = torch.arange(0, tokens + 1, longest, device="cuda", dtype=torch.int32)
     sums = torch.zeros(tokens, device="cuda", dtype=torch.int32)
-    given = (query, key, value, starts, longest, head_dim**-0.5, InputGrid(0.02), sums)
+    given = (Heads(query, key, value, starts, longest, head_dim**-0.5), InputGrid(0.02), sums)
 
     def milliseconds(tile: Tile) -> float:
         try:
@@ -122,4 +105,4 @@ def measure_attention(*, sequences: int, longest: int, heads: int, head_dim: int
             return float("inf")
 
     ways = [default_tile(longest, head_dim), *(w for w in WAYS if w != FLASH or has_flash())]
-    return measure(*_shape(query, longest), device_name(query), milliseconds, list(dict.fromkeys(ways)))
+    return measure(*_shape(given[0]), device_name(query), milliseconds, list(dict.fromkeys(ways)))

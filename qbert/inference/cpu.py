@@ -18,7 +18,7 @@ outputs differ by about the error that quantized activations have anyway.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from copy import copy, deepcopy
 from itertools import groupby
 from typing import Any, TypeVar
@@ -28,11 +28,12 @@ from torch import Tensor, nn
 
 from qbert.encoders.parts import LayerParts
 from qbert.encoders.targets import base_model
-from qbert.inference.cpu_layers import FusedLayers
+from qbert.inference.chosen import ChosenLayers, ChosenLinear, can_choose
 from qbert.inference.cpu_model import FusedModel, tokens_before_padding
+from qbert.inference.engines import check_engine
 from qbert.inference.fits import reason_not_four_products, reason_not_to_fuse_layer
 from qbert.inference.forward import FastForward, freeze, is_recording, reason_not_to_replace
-from qbert.kernels.cpu.chains import compiled
+from qbert.kernels.cpu.native import NativeLayers
 from qbert.layers.packed import PackedTensor, check_module
 
 logger = logging.getLogger(__name__)
@@ -49,16 +50,20 @@ def optimize_for_inference(
     exact: bool = True,
     operands: str = "int8",
     skip_padding: bool | None = None,
+    engine: str = "auto",
+    warm_up: Sequence[tuple[int, int]] = (),
 ) -> Model:
     """A packed model that runs fast on the device it is on: a CPU, or a GPU (`qbert.inference.gpu`).
 
-    On a CPU the int8 operands are made here and kept beside the packed tensors: one byte a weight, but four for
-    matrices that run in float, as is logged (float weights, activations that are not quantized, grouped input columns),
-    and for small tables. The model can still be saved, moved to another dtype, copied, and asked for hidden states or
-    attentions, for which it takes the slow path. Hidden states are those of the packed model wherever a mask is 0 too
-    (ColBERT's queries read them), unless padding is skipped. TorchScript compiles the layers during the first two
-    calls, a few tenths of a second. A layer that cannot be fused, such as one that was left in float, runs in its own
-    way between those that can; where none can, all do. The log says which, and why.
+    On a CPU the operands are made here and kept beside the packed tensors: one byte a weight and int8 engine, two for
+    "bf16" and four for "fp32" and for matrices that run in float, as is logged (float weights, activations that are not
+    quantized, grouped input columns), and for small tables. The engine that multiplies is chosen by measurement, for
+    each shape of layer and number of tokens (`qbert.inference.engines`); ``print`` of the result says which, and why.
+    The model can still be saved, moved to another dtype, copied, and asked for hidden states or attentions, for which
+    it takes the slow path. Hidden states are those of the packed model wherever a mask is 0 too (ColBERT's queries read
+    them), unless padding is skipped. Where torch's operators do the work, TorchScript compiles the layers during the
+    first two calls, a few tenths of a second. A layer that cannot be fused, such as one that was left in float, runs in
+    its own way between those that can; where none can, all do. The log says which, and why.
 
     The parameters of the encoder are frozen (``requires_grad`` off), since a wanted gradient leads to the slow path;
     those of a head are not. Hooks on modules inside of a fused layer are not called. Weights can no longer be loaded
@@ -85,9 +90,14 @@ def optimize_for_inference(
             ``True`` is for those who take the hidden states of an encoder and read those of tokens only, as pooling
             by mask does. A batch with a row of nothing but padding is computed in full. On a GPU padding of any mask is
             skipped, or the batch is computed layer by layer.
+        engine: on a CPU, "auto", or one of "native", "fbgemm", "onednn" (8-bit products, as the packed layers compute
+            them), "bf16" and "fp32" (inputs are not rounded to 8 bits: nearer to the float model, farther from the
+            packed one). "auto" takes the fastest, and one of the last two only if it is a quarter faster.
+        warm_up: shapes (batch, length) that are run three times each, so that no later call of them compiles anything.
 
     Raises:
-        ValueError: if the model has no packed layer, is on another device, or on one that cannot multiply `operands`
+        ValueError: for an engine that is unknown or cannot run on this machine, or a shape that is not two positive
+            numbers; if the model has no packed layer, is on another device, or on one that cannot multiply `operands`
             (a CPU takes "int8"); TypeError if it is not a torch module.
     """
     check_module("packed", packed)
@@ -100,6 +110,14 @@ def optimize_for_inference(
         raise ValueError(f"packed: the model is on {names}; move it to the CPU or to one CUDA device with .to()")
     if operands != "int8" and next(iter(devices)).type == "cpu":
         raise ValueError(f"operands={operands!r} is for GPUs, and the model is on the CPU; use 'int8'.")
+    on_gpu = next(iter(devices)).type == "cuda"
+    if on_gpu and engine != "auto":
+        raise ValueError(f"engine={engine!r} is for CPUs, and the model is on {next(iter(devices))}; use 'auto'.")
+    if not on_gpu:
+        check_engine(engine)
+    for shape in warm_up:
+        if len(shape) != 2 or not all(isinstance(n, int) and n > 0 for n in shape):
+            raise ValueError(f"warm_up: {shape!r} is not a batch and a length, such as (1, 16).")
     model = packed if inplace else deepcopy(packed)
     model.eval()
     _, base = base_model(model)
@@ -108,7 +126,7 @@ def optimize_for_inference(
         if isinstance(module, PackedTensor):
             module.register_load_state_dict_pre_hook(_refuse_to_load)
     skip = _never_reads_padding(model, base) if skip_padding is None else skip_padding
-    if next(iter(devices)).type == "cuda":
+    if on_gpu:
         from qbert.inference.gpu import fuse_for_gpu
 
         fuse_for_gpu(model, operands, skip)
@@ -117,7 +135,8 @@ def optimize_for_inference(
     reason = _reason_not_to_fuse(base, encoder)
     fused: set[int] = set()
     if encoder is not None and not reason:
-        fused_encoder = encoder.forward = FusedEncoder(encoder, exact, skip)
+        fused_encoder = encoder.forward = FusedEncoder(encoder, exact, skip, engine)
+        encoder.extra_repr = EngineReport(fused_encoder)
         altered = reason_not_to_replace([base])
         if altered:
             logger.info("%s keeps its own forward: %s", type(base).__name__, altered)
@@ -130,7 +149,17 @@ def optimize_for_inference(
     for module in model.modules():
         if isinstance(module, PackedTensor) and id(module) not in fused:
             module.prepare(exact)
+            if can_choose(module):
+                module._fast = ChosenLinear(module, exact, engine)  # type: ignore[arg-type]
+    for batch, length in warm_up:
+        _run_three_times(model, base, batch, length)
     return model
+
+
+def _run_three_times(model: nn.Module, base: Any, batch: int, length: int) -> None:
+    ids = torch.full((batch, length), 1 + (getattr(base.config, "pad_token_id", 0) or 0))
+    for _ in range(3):
+        base(input_ids=ids, attention_mask=torch.ones_like(ids))
 
 
 def _refuse_to_load(module: nn.Module, *_: Any) -> None:
@@ -140,19 +169,33 @@ def _refuse_to_load(module: nn.Module, *_: Any) -> None:
     )
 
 
+class EngineReport:
+    """What ``print`` shows of a fused encoder: the engine of each run of layers, and why."""
+
+    def __init__(self, encoder: FusedEncoder) -> None:
+        self._choices = [f"layer {s} in its own way" if isinstance(s, int) else str(s.choice) for s in encoder._stages]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> EngineReport:
+        return self
+
+    def __call__(self) -> str:
+        """One line for each run of layers."""
+        return "\n".join(f"fused layers: {text}" for text in self._choices)
+
+
 class FusedEncoder(FastForward):
     """``forward`` of an encoder of the BERT kind, in int8 (not a module: it adds nothing to the state of the model).
 
     Args:
         encoder: module whose ``layer`` is a list of layers, some of which can be fused.
-        exact, skip_padding: as for `optimize_for_inference`.
+        exact, skip_padding, engine: as for `optimize_for_inference`.
     """
 
     own = ("encoder",)
 
-    def __init__(self, encoder: Any, exact: bool = True, skip_padding: bool = False) -> None:
+    def __init__(self, encoder: Any, exact: bool = True, skip_padding: bool = False, engine: str = "auto") -> None:
         self.encoder, self.skip_padding = encoder, skip_padding
-        self._stages = stages_of(encoder, exact)
+        self._stages = stages_of(encoder, exact, engine)
         self._position_bias: Tensor | None = None
         self.cross_attention = any(hasattr(layer, "add_cross_attention") for layer in encoder.layer)
 
@@ -179,6 +222,9 @@ class FusedEncoder(FastForward):
         What stands behind the tokens of a sequence is padding, which nothing attends to.
         """
         longest = hidden_states.shape[1]
+        native = self._native_layers(hidden_states)
+        if native is not None:
+            return self._outside(hidden_states, lambda x: self._run_ragged(native, x, lengths))
         if lengths is None or not bool((lengths < longest).any()):
             return self._outside(hidden_states, lambda x: self._run_chunks(x, None))
         if self.skip_padding:
@@ -217,6 +263,26 @@ class FusedEncoder(FastForward):
 
     def _wants_gradient(self, x: Tensor) -> bool:
         return x.requires_grad or any(p.requires_grad for p in self.encoder.parameters())
+
+    def _native_layers(self, x: Tensor) -> NativeLayers | None:
+        """The whole stack of layers, if the native engine runs it and no bias is added to its scores."""
+        if len(self._stages) != 1 or isinstance(self._stages[0], int) or not x.numel():
+            return None
+        if hasattr(self.encoder, "relative_attention_bias"):
+            return None
+        return self._stages[0].native_at(x.shape[0] * x.shape[1])
+
+    def _run_ragged(self, native: NativeLayers, x: Tensor, lengths: Tensor | None) -> Tensor:
+        """x [B, T, H] in one call: only the tokens, if padding is skipped, else all, of which the first are seen."""
+        batch, longest, width = x.shape
+        whole = torch.full((batch,), longest)
+        if lengths is None or not self.skip_padding:
+            seen = whole if lengths is None else lengths
+            return native.run(x.reshape(-1, width), whole, seen).view(x.shape)
+        keep = torch.arange(longest) < lengths[:, None]
+        result = torch.zeros_like(x)
+        result[keep] = native.run(x[keep], lengths, lengths)
+        return result
 
     def _run_chunks(self, x: Tensor, mask: Tensor | None) -> Tensor:
         """All positions of x [B, T, H], a few sequences at a time; `mask` as for `_run`."""
@@ -320,21 +386,21 @@ def _never_reads_padding(model: nn.Module, base: nn.Module) -> bool:
     return False
 
 
-Stage = int | Callable[[Tensor, Tensor | None], Tensor]
+Stage = int | ChosenLayers
 
 
-def stages_of(encoder: Any, exact: bool = True) -> list[Stage]:
+def stages_of(encoder: Any, exact: bool = True, engine: str = "auto") -> list[Stage]:
     """The layers of `encoder` in their order: neighbours that fit as one program, others as their index.
 
     Args:
         encoder: module whose ``layer`` is a list of encoder layers.
-        exact: as for `qbert.kernels.cpu.CpuLinear.prepare`.
+        exact, engine: as for `optimize_for_inference`.
     """
     stages: list[Stage] = []
     for fits, indices in groupby(range(len(encoder.layer)), lambda i: not reason_not_to_fuse_layer(encoder.layer[i])):
         if fits:
             parts = [parts for i in indices if (parts := LayerParts.of(encoder.layer[i]))]
-            stages.append(compiled(FusedLayers(parts, exact)))
+            stages.append(ChosenLayers.of(parts, exact, engine))
         else:
             stages.extend(indices)
     return stages

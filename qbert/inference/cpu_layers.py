@@ -24,6 +24,7 @@ from qbert.inference.fits import maps_of, one_input
 from qbert.inference.forward import reason_not_to_replace
 from qbert.kernels.cpu import CpuLinear
 from qbert.kernels.cpu.chains import FloatChain
+from qbert.kernels.cpu.native import ACTIVATIONS, NativeLayers
 from qbert.layers.embedding import PackedEmbedding
 from qbert.layers.linear import PackedLinear
 from qbert.layers.tables import grids_of, is_packed_table
@@ -33,20 +34,26 @@ _SKIP_PADDING = ("RobertaEmbeddings", "XLMRobertaEmbeddings", "CamembertEmbeddin
 
 
 class FusedLayers(nn.Module):
-    """A stack of fused layers; `exact` as for `CpuLinear.prepare`."""
+    """A stack of fused layers; `exact` and `engine` as for `CpuLinear.prepare`.
 
-    def __init__(self, parts: Sequence[LayerParts], exact: bool = True) -> None:
+    With engine "bf16" all that passes through the layers is bfloat16.
+    """
+
+    def __init__(self, parts: Sequence[LayerParts], exact: bool = True, engine: str | None = None) -> None:
         super().__init__()
-        made = {id(p.query): FusedLayer(p, exact) for p in {id(p.query): p for p in parts}.values()}
+        made = {id(p.query): FusedLayer(p, exact, engine) for p in {id(p.query): p for p in parts}.values()}
         self.layers = nn.ModuleList(made[id(p.query)] for p in parts)  # one that is applied twice is prepared once
+        self.like = torch.zeros((), dtype=torch.bfloat16 if engine == "bf16" else torch.float32)
 
     def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
         """x float32 [B, T, H] to [B, T, H]; `mask` broadcasts to [B, heads, T, T], true or 0 where a key is seen."""
         shape = x.shape
-        y = x.reshape(-1, shape[2])
+        y = x.reshape(-1, shape[2]).to(self.like.dtype)
+        if mask is not None and mask.dtype != torch.bool:
+            mask = mask.to(self.like.dtype)
         for layer in self.layers:
             y = layer(y, shape[0], mask)
-        return y.view(shape)
+        return y.view(shape).to(x.dtype)
 
 
 class FusedLayer(nn.Module):
@@ -54,23 +61,27 @@ class FusedLayer(nn.Module):
 
     Args:
         parts: those of a layer for which `reason_not_to_fuse_layer` has none.
-        exact: as for `CpuLinear.prepare`.
+        exact, engine: as for `CpuLinear.prepare`; one of torch's engines.
     """
 
-    def __init__(self, parts: LayerParts, exact: bool = True) -> None:
+    def __init__(self, parts: LayerParts, exact: bool = True, engine: str | None = None) -> None:
         super().__init__()
         self.heads = parts.heads
         if one_input(parts):
-            self.qkv: nn.Module = _joined(parts.inputs, exact).chain
+            self.qkv: nn.Module = _joined(parts.inputs, exact, engine).chain  # type: ignore[assignment]
         else:
-            self.qkv = _Beside(*(_chain(p, exact) for p in parts.inputs))
-        self.attention_output = _chain(parts.attention_output, exact)
-        self.ffn_in, self.ffn_out = _chain(parts.ffn_in, exact), _chain(parts.ffn_out, exact)
+            self.qkv = _Beside(*(_chain(p, exact, engine) for p in parts.inputs))
+        self.attention_output = _chain(parts.attention_output, exact, engine)
+        self.ffn_in, self.ffn_out = (_chain(p, exact, engine) for p in (parts.ffn_in, parts.ffn_out))
         exact = type(parts.activation).__name__ == "GELUActivation"
         self.activation = _GeluInPlace() if exact else parts.activation
         # Copies, because the model may be moved to another dtype while its layers go on in float32.
         self.norm1, self.shift1, self.eps1 = _norm(parts.attention_norm)
         self.norm2, self.shift2, self.eps2 = _norm(parts.output_norm)
+        if engine == "bf16":
+            self.norm1, self.shift1, self.norm2, self.shift2 = (
+                v.bfloat16() for v in (self.norm1, self.shift1, self.norm2, self.shift2)
+            )
 
     def forward(self, x: Tensor, batch: int, mask: Tensor | None) -> Tensor:
         """x [B T, H] to [B T, H]; `mask` as for `FusedLayers`."""
@@ -175,19 +186,19 @@ class _Corrected(nn.Module):
         return self.whole(x).add_(self.up(self.down(x)))  # type: ignore[no-any-return]
 
 
-def _chain(linear: Any, exact: bool) -> nn.Module:
+def _chain(linear: Any, exact: bool, engine: str | None) -> nn.Module:
     if is_factored(linear):
-        chains = [_chain(part, exact) for part in maps_of(linear)]
+        chains = [_chain(part, exact, engine) for part in maps_of(linear)]
         return _Corrected(*chains) if len(chains) == 3 else nn.Sequential(*chains)
     if isinstance(linear, PackedLinear):
-        return linear.cpu_linear(exact).chain
+        return linear.cpu_linear(exact, engine).chain  # type: ignore[return-value]
     # A copy, as of the norms.
     weight = linear.weight.detach().float().clone()
     bias = weight.new_zeros(len(weight)) if linear.bias is None else linear.bias.detach().float().clone()
     return FloatChain(weight, bias, None)
 
 
-def _joined(parts: list[Any], exact: bool) -> CpuLinear:
+def _joined(parts: list[Any], exact: bool, engine: str | None) -> CpuLinear:
     """One product for several packed layers with the same input: their rows under each other."""
     grids = [p.row_grids() for p in parts]
     codes = torch.cat([p.int_codes() for p in parts])
@@ -201,7 +212,39 @@ def _joined(parts: list[Any], exact: bool) -> CpuLinear:
         max(p.layout.bits for p in parts),
         **parts[0].input_grid().options,
         exact=exact,
+        engine=engine,
     )
+
+
+def native_layers(parts: Sequence[LayerParts], exact: bool = True) -> NativeLayers:
+    """The stack by the native engine; `parts` of layers for which `reason_not_native_layers` has none."""
+    layers = []
+    for part in parts:
+        products = [_joined(part.inputs, exact, "native").chain]
+        products += [p.cpu_linear(exact, "native").chain for p in part.linears[3:]]
+        norms = [_norm(norm) for norm in part.norms]
+        layers.append((products, norms, part.heads, ACTIVATIONS[type(part.activation).__name__]))
+    return NativeLayers(layers)
+
+
+def reason_not_to_choose(parts: Sequence[LayerParts]) -> str:
+    """Why the engine of layers is settled beforehand; empty if all their products are int8, Q, K and V as one."""
+    for part in parts:
+        packed = [p for p in part.linears if isinstance(p, PackedLinear)]
+        if len(packed) < len(part.linears) or any(p.spec.activation_bits is None for p in packed):
+            return "some of its products are in float"
+        if any(p.layout.input_groups > 1 for p in packed) or not one_input(part):
+            return "its inputs are not quantized as one"
+    return ""
+
+
+def reason_not_native_layers(parts: Sequence[LayerParts]) -> str:
+    """Why the native engine cannot run layers that `reason_not_to_choose` lets choose; empty if it can."""
+    for part in parts:
+        kind = type(part.activation).__name__
+        if kind not in ACTIVATIONS:
+            return f"it does not know the activation function {kind}"
+    return ""
 
 
 def _norm(norm: nn.LayerNorm) -> tuple[Tensor, Tensor, float]:

@@ -81,6 +81,7 @@ def remove_fast_forwards(model: nn.Module) -> None:
                 parameter.requires_grad_()
         if _is_ours(module.__dict__.get("forward")):
             del module.forward
+            module.__dict__.pop("extra_repr", None)
 
 
 def reason_not_to_replace(modules: Iterable[nn.Module]) -> str:

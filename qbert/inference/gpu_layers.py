@@ -28,7 +28,7 @@ from qbert.inference.fits import reason_not_four_products, reason_not_to_fuse_la
 from qbert.inference.forward import reason_not_to_replace
 from qbert.kernels import operators
 from qbert.kernels.checks import E4M3_COLUMNS
-from qbert.kernels.operands import FLOAT, InputGrid
+from qbert.kernels.operands import FLOAT, Heads, InputGrid
 from qbert.kernels.terms import Terms
 from qbert.layers.embedding import PackedEmbedding
 from qbert.layers.linear import PackedLinear
@@ -129,9 +129,9 @@ class FusedGpuLayer:
         )
         count = fused.shape[0]
         query, key, value = fused.view(count, 3, self.heads, -1).unbind(1)
-        scale = query.shape[-1] ** -0.5
+        heads = Heads(query, key, value, starts, longest, query.shape[-1] ** -0.5)
         wanted = output.wanted(sums) if grid.bits else None
-        mixed = operators.attention(query, key, value, starts, longest, scale, grid, wanted).view(count, -1)
+        mixed = operators.attention(heads, grid, wanted).view(count, -1)
         return output.quantized(mixed, sums)
 
     def _expand(self, tokens: Tokens, sums: Tensor) -> tuple[Tensor, Tensor, Tensor]:

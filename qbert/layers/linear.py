@@ -114,12 +114,14 @@ class PackedLinear(PackedTensor):
         else:
             self._fast = self._gpu_linear()
 
-    def cpu_linear(self, exact: bool = True) -> CpuLinear:
-        """This layer, bias and activation quantization included, as an int8 product of `qbert.kernels.cpu`.
+    def cpu_linear(self, exact: bool = True, engine: str | None = None) -> CpuLinear:
+        """This layer, bias and activation quantization included, as a product of `qbert.kernels.cpu`.
 
-        `exact` False gives up some exactness of 8-bit weights for speed on CPUs without VNNI.
+        `exact` False gives up some exactness of 8-bit weights for speed on CPUs without VNNI; `engine` as for
+        `CpuLinear.prepare`.
         """
-        return CpuLinear.from_packed(self.packed_weight(), self.bias, self.input_grid(), exact=exact)
+        options = {"exact": exact, "engine": engine}
+        return CpuLinear.from_packed(self.packed_weight(), self.bias, self.input_grid(), **options)
 
     def _gpu_linear(self) -> Callable[[Tensor], Tensor]:
         bias = None if self.bias is None else self.bias.detach()

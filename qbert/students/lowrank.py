@@ -34,6 +34,7 @@ from qbert.encoders.inputs import to_device
 from qbert.encoders.replace import replace_everywhere
 from qbert.encoders.structure import record
 from qbert.encoders.targets import Target, find_targets
+from qbert.encoders.zeros import note_zeros, noted_zeros
 from qbert.quantize import quantize_model
 from qbert.quantizers.rounding import bias_change
 from qbert.students.curvature import Moments, has_head, layer_matrices, observe, roots, second_moments
@@ -86,6 +87,7 @@ def factorize(
             replace_everywhere(student, linear, factored(linear, ranks[target.name], down, up))
     if ranks:
         record(student, "factors", ranks=dict(ranks))
+        note_zeros(student, {name: zeros for name, zeros in noted_zeros(student).items() if name not in ranks})
     return student.eval()
 
 
@@ -138,6 +140,7 @@ def quantize_with_correction(
             linear = student.get_submodule(target.path)
             replace_everywhere(student, linear, corrected(linear, ranks[target.name]))
     record(student, "factors", ranks={}, corrections=dict(ranks))
+    note_zeros(student, {f"{n}.whole" if n in ranks else n: zeros for n, zeros in noted_zeros(student).items()})
     quantize_model(
         student, _with_factor_bits(config, specs, model, ranks, factor_bits), calibration_data=calibration, inplace=True
     )
@@ -161,10 +164,10 @@ def _move_biases(model: nn.Module, student: nn.Module, targets: Sequence[Target]
     modules = [cast(nn.Linear, t.module) for t in targets]
     seen = observe(model, modules, lambda: (run_batch(model, to_device(b, model)) for b in batches), batches)
     for target, module in zip(targets, modules, strict=True):
-        whole = cast(CorrectedLinear, student.get_submodule(target.path)).whole
+        layer = cast(CorrectedLinear, student.get_submodule(target.path))
         if module.bias is not None:
-            left = target.matrix.detach() - student.get_submodule(target.path).weight
-            whole.bias.copy_(module.bias.double() + bias_change(left, seen[module].mean))
+            left = target.matrix.detach() - layer.weight
+            cast(nn.Parameter, layer.whole.bias).copy_(module.bias.double() + bias_change(left, seen[module].mean))
     wanted, found = mean_logits(model, batches), mean_logits(student, batches)
     if wanted is not None and found is not None:
         bias = cast(nn.Parameter, student.get_submodule(found[0]).bias)

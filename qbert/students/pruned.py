@@ -177,6 +177,8 @@ def _kept_counts(model: nn.Module, heads: Any, ffn: Any) -> list[tuple[int, int]
     if not any(_is_asked(x) for x in (heads, ffn)):
         return []
     layers = encoder_layers(model)
+    if noted_zeros(model):
+        raise ValueError("model: it has zeros in a pattern; take heads and columns out first, or both in one call")
     if isinstance(main_layers(model)[1], SharedLayers):
         raise ValueError("model: its layers are applied at several depths; prune first, then share them")
     shares = [_shares(name, value, len(layers)) for name, value in (("heads", heads), ("ffn", ffn))]

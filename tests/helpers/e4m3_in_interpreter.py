@@ -17,7 +17,7 @@ from qbert.kernels.gpu.products.matmul_a8_mixed import matmul_a8_mixed
 from qbert.kernels.gpu.quantize_rows import quantize_rows
 from qbert.kernels.gpu.tiles import Tile
 from qbert.kernels.gpu.tune import KERNELS, encoder_launch
-from qbert.kernels.operands import InputGrid, ProductWeight
+from qbert.kernels.operands import Heads, InputGrid, ProductWeight
 
 E4M3 = torch.float8_e4m3fn
 IN_E4M3 = InputGrid(codes_dtype=E4M3)
@@ -200,7 +200,7 @@ def test_attention_in_e4m3():
     query, key, value = torch.randn(45, 3, 4, 32).half().unbind(1)
     expected = reference.attention(query, key, value, starts, 0.2)
     sums = torch.zeros(45, dtype=torch.int32)
-    got = attention(query, key, value, starts, 40, 0.2, InputGrid(0.01, codes_dtype=E4M3), sums)
+    got = attention(Heads(query, key, value, starts, 40, 0.2), InputGrid(0.01, codes_dtype=E4M3), sums)
     assert got.dtype == E4M3 and torch.equal(sums, reference.e4m3_sum(got))
     # Half a step of e4m3 (1/16), and what fp16 products lose.
     assert bool(((got.double() * 0.01 - expected).abs() <= expected.abs() / 15 + 2e-3).all())

@@ -21,7 +21,7 @@ from qbert.kernels.gpu.products.matmul_a8_mixed import matmul_a8_mixed
 from qbert.kernels.gpu.products.matmul_a16 import matmul_a16
 from qbert.kernels.gpu.quantize_rows import quantize_rows
 from qbert.kernels.gpu.tiles import Tile
-from qbert.kernels.operands import FLOAT, InputGrid, PackedWeight, ProductWeight
+from qbert.kernels.operands import FLOAT, Heads, InputGrid, PackedWeight, ProductWeight
 
 
 def problem(tokens, rows, columns, bits, adversarial=False):
@@ -258,10 +258,11 @@ def test_attention_over_sequences_of_different_lengths(lengths, head_dim):
     fused = torch.randn(sum(lengths), 3, 2, head_dim).half()
     query, key, value = fused.unbind(1)
     expected = reference.attention(query, key, value, starts, head_dim**-0.5)
-    got = attention(query, key, value, starts, max(lengths), head_dim**-0.5)
+    heads = Heads(query, key, value, starts, max(lengths), head_dim**-0.5)
+    got = attention(heads)
     torch.testing.assert_close(got.double(), expected, rtol=2e-3, atol=2e-3)
     sums = torch.zeros(sum(lengths), dtype=torch.int32)
-    codes = attention(query, key, value, starts, max(lengths), head_dim**-0.5, InputGrid(0.02, -60), sums)
+    codes = attention(heads, InputGrid(0.02, -60), sums)
     assert int((codes.int() - reference.requantize(expected, 0.02, -60).int()).abs().max()) <= 1
     assert torch.equal(sums, codes.sum((1, 2), dtype=torch.int32))
 
@@ -355,7 +356,7 @@ def test_strided_arguments_give_the_same(monkeypatch):
         yield operators.layernorm_quantize(*some(x, x, norm, norm), 1e-5)
         stored = PackedWeight(*some(packed, scale[:, None], zero[:, None], None), 4, columns)
         yield operators.embed_layernorm([of(ids)], [stored], of(norm), of(norm), 1e-5)
-        yield operators.attention(*fused, of(starts), tokens, 0.25)
+        yield operators.attention(Heads(*fused, of(starts), tokens, 0.25))
         yield dispatch.linear(of(x), stored, of(bias))
         yield dispatch.linear(of(x), stored, of(bias), FLOAT)
         yield dispatch.embedding(of(ids), stored)
@@ -397,14 +398,14 @@ def test_attention_takes_the_way_that_is_forced_or_was_measured(monkeypatch):
     monkeypatch.setattr(tiles, "_measured", {})
     monkeypatch.setattr(attention_ways, "has_flash", lambda: True)
     starts = torch.tensor([0, 5, 45], dtype=torch.int32)
-    given = (*torch.randn(45, 3, 4, 32).half().unbind(1), starts, 40, 0.2)
+    given = Heads(*torch.randn(45, 3, 4, 32).half().unbind(1), starts, 40, 0.2)
     used = []
     monkeypatch.setattr(attention_ways, "attention", lambda *a, tile: used.append(tile) or attention(*a, tile=tile))
     monkeypatch.setitem(sys.modules, "torch.nn.attention.varlen", Flash)
 
     def attend(**options):
         sums = torch.zeros(45, dtype=torch.int32)
-        codes = attention_ways.attend(*given, InputGrid(0.02, 3), sums, **options)
+        codes = attention_ways.attend(given, InputGrid(0.02, 3), sums, **options)
         return codes, sums
 
     ours, sums = attend()

@@ -16,6 +16,7 @@ from transformers import AutoModel
 import qbert
 from qbert.encoders.parts import LayerParts
 from qbert.inference import cpu as inference
+from qbert.inference.chosen import ChosenLayers
 from qbert.inference.cpu import FusedEncoder, optimize_for_inference
 from qbert.inference.cpu_layers import FusedLayers
 from qbert.inference.cpu_model import FusedModel
@@ -55,7 +56,7 @@ def test_every_family_gives_the_outputs_of_the_packed_model(family: str) -> None
     assert isinstance(getattr(stack, "forward", None), FusedEncoder) == (family in FUSED)
     assert isinstance(fast.forward, FusedModel) == (family in FUSED)
     if family in FUSED:
-        assert len(stack.forward._stages) == 1 and isinstance(stack.forward._stages[0], torch.ScriptMethod)
+        assert len(stack.forward._stages) == 1 and isinstance(stack.forward._stages[0], ChosenLayers)
     assert torch.allclose(hidden(fast, batch)[keep], hidden(exact, batch)[keep], rtol=1e-4, atol=1e-5)
     packed = encoder(family)
     expected = hidden(packed, batch)[keep]
@@ -163,18 +164,21 @@ def test_word_embeddings_of_every_kind_are_fused(name: str) -> None:
 def test_exactness_is_given_up_only_on_request_and_where_it_costs(bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
     config = qbert.BitsConfig(bits, activation_range="asymmetric")
     packed = pack(qbert.quantize_model(AutoModel.from_config(build("bert").config).eval(), config))
+    engine = available_engine()
     batch = {"input_ids": torch.randint(5, 100, (4, 9))}
-    plain = hidden(optimize_for_inference(packed), batch)
-    given_up = hidden(optimize_for_inference(packed, exact=False), batch)
+    plain = hidden(optimize_for_inference(packed, engine=engine), batch)
+    given_up = hidden(optimize_for_inference(packed, exact=False, engine=engine), batch)
     assert torch.equal(given_up, plain) or saturates(available_engine())
     for module in ("linear", "gemm"):
         monkeypatch.setattr(f"qbert.kernels.cpu.{module}.saturates", lambda engine: True)
-    exact, fast = (hidden(optimize_for_inference(packed, exact=e), batch) for e in (True, False))
+    exact, fast = (hidden(optimize_for_inference(packed, exact=e, engine=engine), batch) for e in (True, False))
     error = float((fast - exact).norm() / exact.norm())
     assert error == 0 if bits == 4 else 1e-4 < error < 0.03
     assert (exact - plain).norm() / plain.norm() < 0.005
-    one = optimize_for_inference(pack(qbert.quantize_model(nn.Sequential(nn.Linear(48, 24)), config)), exact=False)
-    assert not one[0]._fast.chain.gemm.has_excess
+    one = optimize_for_inference(
+        pack(qbert.quantize_model(nn.Sequential(nn.Linear(48, 24)), config)), exact=False, engine=engine
+    )
+    assert not one[0]._fast.at(1).chain.gemm.has_excess
 
 
 def test_a_copy_of_an_optimized_model_stands_alone() -> None:

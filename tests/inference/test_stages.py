@@ -15,6 +15,7 @@ from transformers.models.bert import modeling_bert
 import qbert
 from qbert.encoders.parts import LayerParts
 from qbert.inference import cpu as inference
+from qbert.inference.chosen import ChosenLayers
 from qbert.inference.cpu import FusedEncoder, optimize_for_inference, run_alone
 from qbert.inference.cpu_layers import FusedLayers
 from qbert.inference.cpu_model import FusedModel
@@ -82,7 +83,7 @@ def stages(fast: Any) -> list[int | None]:
     """Index of each layer in its own way, ``None`` for each program of fused ones."""
     forward = stack(fast).forward
     assert isinstance(fast.forward, FusedModel) and isinstance(forward, FusedEncoder)
-    assert all(isinstance(s, int | torch.ScriptMethod) for s in forward._stages)
+    assert all(isinstance(s, int | ChosenLayers) for s in forward._stages)
     return [s if isinstance(s, int) else None for s in forward._stages]
 
 

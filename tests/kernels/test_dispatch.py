@@ -8,7 +8,7 @@ import torch
 
 from qbert.kernels import dispatch, formats, operators, reference
 from qbert.kernels.dispatch import PreparedCache
-from qbert.kernels.operands import FLOAT, InputGrid, PackedWeight, ProductWeight
+from qbert.kernels.operands import FLOAT, Heads, InputGrid, PackedWeight, ProductWeight
 from qbert.kernels.terms import Terms
 
 E4M3 = torch.float8_e4m3fn
@@ -107,7 +107,7 @@ def operator_calls():
     x = torch.randn(5, 96)
     quantized, affine = reference.quantize_rows(x), reference.quantize_rows(x, asymmetric=True)
     query, key, value = torch.randn(7, 3, 2, 16).unbind(1)
-    sequences = (query, key, value, torch.tensor([0, 3, 7], dtype=torch.int32), 4, 0.25)
+    heads = Heads(query, key, value, torch.tensor([0, 3, 7], dtype=torch.int32), 4, 0.25)
     ids = [torch.tensor([1, 2]), torch.tensor([23, 0], dtype=torch.int32)]
     tables = [weight, PackedWeight(weight.codes, weight.scale[:1], weight.zero[:1], None, 4, 96)]
     norm = (torch.ones(96), torch.ones(96), 1e-5)
@@ -128,10 +128,10 @@ def operator_calls():
         (operators.matmul_a8_mixed, (*quantized, product_weight(weight, count=3))),
         (operators.matmul_a8_mixed, (*affine, product_weight(weight, weight_sum=bias, count=3))),
         (operators.matmul_a16, (x.half(), product_weight(weight))),
-        (operators.attention, sequences),
-        (operators.attention, (*sequences, InputGrid(0.1))),
-        (operators.attention, (*sequences, InputGrid(0.1, 5), sums)),
-        (operators.attention, (*sequences, static_e4m3)),
+        (operators.attention, (heads,)),
+        (operators.attention, (heads, InputGrid(0.1))),
+        (operators.attention, (heads, InputGrid(0.1, 5), sums)),
+        (operators.attention, (heads, static_e4m3)),
     ]
 
 
@@ -387,11 +387,11 @@ def test_bad_rows_tables_and_sequences_are_refused_by_name():
     query = torch.randn(4, 2, 8)
     starts = torch.tensor([0, 4], dtype=torch.int32)
     with pytest.raises(ValueError, match="unit stride"):
-        operators.attention(query.transpose(1, 2), query.transpose(1, 2), query.transpose(1, 2), starts, 4, 1.0)
+        operators.attention(Heads(*[query.transpose(1, 2)] * 3, starts, 4, 1.0))
     with pytest.raises(TypeError, match="key must be float32"):
-        operators.attention(query, query.half(), query, starts, 4, 1.0)
+        operators.attention(Heads(query, query.half(), query, starts, 4, 1.0))
     with pytest.raises(ValueError, match="cu_seqlens must hold at least the 0"):
-        operators.attention(query, query, query, starts[:0], 4, 1.0)
+        operators.attention(Heads(query, query, query, starts[:0], 4, 1.0))
 
 
 def test_empty_batches_and_unusual_strides():
@@ -409,8 +409,8 @@ def test_empty_batches_and_unusual_strides():
     assert operators.matmul_a16(none.half(), product_weight(weight)).shape == (0, 24)
     assert [t.shape[0] for t in operators.layernorm_quantize(none, none, *norm)] == [0] * 4
     tokens = torch.zeros(0, 2, 16)
-    sequences = (tokens, tokens, tokens, torch.zeros(3, dtype=torch.int32), 0, 1.0)
-    assert operators.attention(*sequences, InputGrid(0.1)).shape == (0, 2, 16)
+    heads = Heads(tokens, tokens, tokens, torch.zeros(3, dtype=torch.int32), 0, 1.0)
+    assert operators.attention(heads, InputGrid(0.1)).shape == (0, 2, 16)
     assert operators.embed_layernorm([torch.zeros(0, dtype=torch.int64)], [weight], *norm)[0].shape == (0, 96)
     no_rows = PackedWeight(weight.codes[:0], torch.ones(1, 1), torch.ones(1, 1), None, 4, 96)
     assert dispatch.linear(torch.ones(2, 96), no_rows).shape == (2, 0) and no_rows.unpacked().shape == (0, 96)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from qbert.kernels import dispatch, formats, operators, reference
-from qbert.kernels.operands import FLOAT, InputGrid, PackedWeight, ProductWeight
+from qbert.kernels.operands import FLOAT, Heads, InputGrid, PackedWeight, ProductWeight
 
 pytestmark = [
     pytest.mark.gpu,
@@ -89,7 +89,7 @@ def test_other_kernels_equal_the_reference():
     starts = torch.tensor([0, 5, 133, 133, 140, 652], dtype=torch.int32)
     fused = torch.randn(652, 3, 12, 64).half()
     query, key, value = fused.unbind(1)
-    got = operators.attention(*(t.to(DEVICE) for t in (query, key, value, starts)), 512, 0.125)
+    got = operators.attention(Heads(*(t.to(DEVICE) for t in (query, key, value, starts)), 512, 0.125))
     wanted = reference.attention(query, key, value, starts, 0.125)
     torch.testing.assert_close(got.double().cpu(), wanted, rtol=5e-3, atol=5e-3)
     codes, packed = random_weight(100, 384, 4)

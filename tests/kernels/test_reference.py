@@ -84,7 +84,9 @@ def test_asymmetric_rows_are_within_half_a_step_and_are_those_of_the_quantizer(w
 def test_the_asymmetric_product_is_that_of_dequantized_matrices(groups):
     _, codes, scale, zero, bias = problem(12, 8, 64, 4, groups)
     x = adversarial_rows()
-    expected = reference.matmul_a16(reference.fake_quantize(x.double(), InputGrid(asymmetric=True)), codes, scale, zero, bias)
+    expected = reference.matmul_a16(
+        reference.fake_quantize(x.double(), InputGrid(asymmetric=True)), codes, scale, zero, bias
+    )
     grid = reference.quantize_rows(x, asymmetric=True)[:2]
     got = reference.matmul_a8(*grid, codes, scale, zero, bias)
     assert bool(((got - expected).abs() <= 1e-6 * expected.abs().amax(1, keepdim=True)).all())

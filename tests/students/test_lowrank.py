@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 import qbert
 from qbert.encoders.factors import CorrectedLinear, FactoredLinear
+from qbert.encoders.zeros import noted_zeros
 from qbert.students.curvature import layer_matrices, second_moments
 from qbert.students.lowrank import Spectrum, paying_rank, quantize_with_correction, ranks_within
 
@@ -154,6 +155,15 @@ def test_corrections_bring_the_outputs_nearer_and_can_be_packed(rounding: str, t
     packed.save_pretrained(tmp_path)
     assert torch.equal(outputs(qbert.load(tmp_path), batch), outputs(packed, batch))
     torch.testing.assert_close(outputs(packed, batch), outputs(student, batch), rtol=1e-5, atol=1e-6)
+
+
+def test_zeros_are_noted_where_they_still_are() -> None:
+    pruned = qbert.prune(model_and_data()[0], pattern="2:4", names=[QUERY, FFN])
+    assert set(noted_zeros(qbert.factorize(pruned, {QUERY: 8}))) == {FFN}
+    student = quantize_with_correction(pruned, qbert.BitsConfig(3, embedding_bits=32), {QUERY: 8})
+    assert set(noted_zeros(student)) == {f"{QUERY}.whole", FFN}
+    whole = student.bert.get_submodule(f"{QUERY}.whole")
+    assert not whole.quantized_weight()[pruned.bert.get_submodule(QUERY).weight == 0].any()
 
 
 def test_a_share_for_corrections_is_an_upper_bound() -> None:

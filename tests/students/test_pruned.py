@@ -201,6 +201,14 @@ def test_what_cannot_be_pruned_is_refused(how: dict[str, Any], message: str) -> 
         qbert.prune(build("bert"), **how)
 
 
+def test_columns_of_a_pattern_are_not_taken_out_afterwards() -> None:
+    with pytest.raises(ValueError, match="zeros in a pattern; take heads and columns out first"):
+        qbert.prune(qbert.prune(build("bert"), pattern="2:4"), ffn=0.5)
+    both = qbert.prune(build("bert"), pattern="2:4", ffn=0.5)
+    matrix = both.bert.encoder.layer[0].output.dense.weight
+    assert matrix.shape == (48, 48) and int((matrix == 0).sum()) * 2 == matrix.numel()
+
+
 def test_families_that_cannot_lose_heads_are_refused() -> None:
     with pytest.raises(ValueError, match="adds a bias of all heads"):
         qbert.prune(build("mpnet"), heads=0.5)

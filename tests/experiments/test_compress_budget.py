@@ -1,0 +1,52 @@
+"""compress.py under a budget: the plan, simpler choices of equal size, and what is kept after an interrupt."""
+
+import json
+from pathlib import Path
+
+import pytest
+from scripts import run_here
+from tiny_tasks import sentiment_rows, tiny_encoder, write_task
+
+import qbert
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a tiny encoder, a tiny task and a cache of its own."""
+    folder = tmp_path_factory.mktemp("world")
+    tiny_encoder(folder / "encoder")
+    rows = {"train.jsonl.gz": sentiment_rows(160), "dev.jsonl.gz": sentiment_rows(40)}
+    write_task(folder / "data", "sst2", rows)
+    return folder
+
+
+def arguments_for(world: Path, *more: str) -> list[str]:
+    return [
+        *("--model", str(world / "encoder"), "--task", "sst2", "--data-dir", str(world / "data")),
+        *("--output-dir", str(world / "out"), "--calibration-rows", "160", "--draws", "2", "--teacher-epochs", "1"),
+        *more,
+    ]
+
+
+def test_the_plan_stands_beside_its_rivals_and_is_not_made_again(world: Path) -> None:
+    pytest.importorskip("accelerate")
+    asked = arguments_for(world, "--size-mb", "0.03", "--recipe", "qbert_kd", "--steps", "2", "--seeds", "0", "1")
+    first = run_here("compress.py", *asked, QBERT_CACHE=str(world / "cache"))
+    assert first.returncode == 0, first.stderr
+    content = json.loads((world / "out" / "budget.json").read_text())
+    names = [name.split(" (")[0].split(",")[0] for name in content["rows"]]
+    assert {"plan", "uniform bits", "paper's ranking", "chance"} <= set(names)
+    trained = next(rows for name, rows in content["rows"].items() if name.endswith("then qbert_kd"))
+    assert [row["seed"] for row in trained] == [0, 1]
+    assert all(row["megabytes"] <= 0.03 for rows in content["rows"].values() for row in rows)
+    assert "median of 2 random choices (0.0 MB)" in (world / "out" / "budget.md").read_text()
+    (place,) = (path for path in (world / "out").iterdir() if path.is_dir())
+    assert (place / "front.png").is_file() and qbert.Pipeline.load(place / "plan.json").steps[-1].kind == "pack"
+    again = run_here("compress.py", *asked, "--resume", QBERT_CACHE=str(world / "cache"))
+    assert again.returncode == 0, again.stderr
+    assert json.loads((world / "out" / "budget.json").read_text())["rows"] == content["rows"]
+
+
+def test_students_and_budgets_exclude_each_other(world: Path) -> None:
+    done = run_here("compress.py", *arguments_for(world, "--student", "small", "--size-mb", "1"))
+    assert done.returncode == 2 and "--student trains a student; --size-mb" in done.stderr
