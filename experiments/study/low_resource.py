@@ -94,6 +94,7 @@ class Study:
             epochs=min(max(epochs, 1), _MOST_EPOCHS),
             train_limit=labels,
             seed=self.arguments.seed,
+            progress=False,  # else every epoch of few rows is followed by a held-out score of many
         )
 
     def rows(self, tokenizer: Any, labels: int, way: str) -> Any:
@@ -221,10 +222,9 @@ def report(results: Record) -> str:
     body = []
     for count in labels:
         teacher = results[f"teacher {count}"]
-        score = teacher[0]["score"] if teacher else None
-        for name in names:
+        for name in names if teacher else ():
             found = [results[key_of(name, count, way)] for way in WAYS]
-            scores = [mean_and_spread(rows, score) for rows in found]
+            scores = [mean_and_spread(rows, teacher[0]["score"]) for rows in found]
             body.append([f"{count:,}", mean_and_spread(teacher), TITLES[name], *scores])
     header = ["labels", "teacher", "student", *WAYS.values()]
     found = [results[key_of(name, labels[-1], "labels")] for name in names]
@@ -233,13 +233,14 @@ def report(results: Record) -> str:
         for name, rows in zip(names, found, strict=True)
         if rows
     )
+    fewer = " (3 layers, which start as the teacher's: a fifth of them)" if "layers" in names else ""
     copies = f", or on these and {asked['copies']:,} altered copies of them" if asked["copies"] else ""
     return (
         "# Students of few labels\n\n"
         f"{content['data']}. Held-out {content['metric']}, mean and standard deviation over students' seeds "
         f"{', '.join(map(str, asked['seeds']))}; in brackets the percent of the teacher's score. One teacher for each "
-        f"number of labels, tuned on those rows alone. Every student: {asked['steps']} steps of {asked['batch size']} "
-        f"(3 layers, which start as the teacher's: a fifth of them); with the teacher, its probabilities on "
+        f"number of labels, tuned on those rows alone. Every student: {asked['steps']} steps of {asked['batch size']}"
+        f"{fewer}; with the teacher, its probabilities on "
         f"{asked['rows seen']:,} rows, of which only the labelled ones bring a label{copies}.\n\n"
         f"{markdown_table(header, body)}\n\n"
         f"MB with 8-bit weights and tables: {sizes}.\n\n{content['made by']}\n"
