@@ -11,7 +11,7 @@ from distilling import distiller, rows
 from encoders import FAMILIES, build, inputs_for
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence
-from transformers import BertConfig, BertForMaskedLM, BertForSequenceClassification
+from transformers import AutoModel, AutoTokenizer, BertConfig, BertForMaskedLM, BertForSequenceClassification
 from transformers.pytorch_utils import Conv1D
 
 import qbert
@@ -21,6 +21,8 @@ from qbert.layers.kind import TrainableLayer
 from qbert.layers.linear import QuantLinear
 from qbert.layers.quantizer import WeightQuantizer
 from qbert.layers.recurrent import GateRecurrence
+from qbert.tasks import load_task
+from qbert.tasks.embedded import embedded_encoder
 
 COMPENSATED = {"rounding": "compensated"}
 
@@ -476,3 +478,48 @@ def test_an_interrupted_rounding_goes_on_after_the_layers_that_are_finished(
     file.write_bytes(file.read_bytes()[:-7])
     with pytest.raises(ValueError, match="damaged"):
         qbert.quantize_model(model, config, calibration_data=data, checkpoint=tmp_path / "kept")
+
+
+@pytest.fixture(scope="module")
+def real() -> tuple[nn.Module, list[dict[str, Tensor]], list[dict[str, Tensor]]]:
+    """Two layers of real weights, and batches of real sentences to calibrate on and to compare on."""
+    try:
+        path = embedded_encoder()
+    except (FileNotFoundError, ImportError) as error:
+        pytest.skip(f"the embedded encoder is not installed: {error}")
+    model = AutoModel.from_pretrained(path).eval()
+    model.encoder.layer = model.encoder.layer[:2]
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    texts = [row["text"] for row in load_task("reviews").splits["train"]]
+    parts = []
+    for chosen in (texts[:96], texts[96:144]):
+        chosen = sorted(chosen, key=len)
+        cut = [chosen[at : at + 24] for at in range(0, len(chosen), 24)]
+        parts.append(
+            [dict(tokenizer(c, padding=True, truncation=True, max_length=48, return_tensors="pt")) for c in cut]
+        )
+    return model, parts[0], parts[1]
+
+
+@pytest.mark.filterwarnings("ignore:calibration_data")
+@pytest.mark.parametrize(
+    ("bits", "settings"),
+    [
+        (2, {"scheme": "asymmetric"}),
+        (3, {"scheme": "offset"}),
+        (3, {"scheme": "midrise"}),
+        (4, {"range_method": "minmax"}),
+        (8, {"scheme": "symmetric", "input_group_size": 64}),
+    ],
+)
+def test_nothing_gets_worse_than_nearest_rounding_on_other_sentences(real: Any, bits: int, settings: Any) -> None:
+    model, calibration, others = real
+    errors = []
+    for rounding in ("nearest", "compensated"):
+        config = qbert.BitsConfig(bits, embedding_bits=32, activation_bits=None, rounding=rounding, **settings)
+        student = qbert.quantize_model(model, config, calibration_data=calibration).eval()
+        with torch.no_grad():
+            pairs = [[m(**b).last_hidden_state[b["attention_mask"].bool()] for m in (model, student)] for b in others]
+        off = sum(float((a - b).square().sum()) for a, b in pairs)
+        errors.append((off / sum(float(a.square().sum()) for a, _ in pairs)) ** 0.5)
+    assert errors[1] < 1.02 * errors[0], errors
