@@ -137,13 +137,14 @@ def _panel(axis: Any, contents: list[dict[str, Any]]) -> None:
     """One task; what has collapsed is written at the bottom instead of flattening all else."""
     trained = [100.0]
     collapsed = []
+    joined = "-" if len({_start(c) for c in contents}) == 1 else "none"  # points of different starts are no curve
     axis.axhline(100, color="gray", linewidth=0.8, linestyle="--")
     for shift, name in zip((-0.12, -0.04, 0.04, 0.12), _METHODS, strict=True):
         values = [[r["retention"] for r in c["rows"].get(name, [])] for c in contents]
         x = [i + shift for i, v in enumerate(values) if v]
         y = [fmean(v) for v in values if v]
         error = [stdev(v) if len(v) > 1 else 0.0 for v in values if v]
-        line = axis.errorbar(x, y, yerr=error, marker="o", capsize=3, label=name)[0]
+        line = axis.errorbar(x, y, yerr=error, marker="o", linestyle=joined, capsize=3, label=name)[0]
         if name not in POST_TRAINING.values():
             trained += y
             continue
