@@ -65,7 +65,10 @@ class Bench:
         from qbert.tasks.task import subset
 
         self.arguments, self.folder = arguments, folder
-        self.task, self.teacher, self.tokenizer = load_teacher(arguments)
+        task, teacher, tokenizer = load_teacher(arguments)
+        self.task: Any = task
+        self.teacher: Any = teacher
+        self.tokenizer: Any = tokenizer
         self.depths: dict[int, DepthTable] = {}
         self.depth = arguments.layers or max(self._teacher_depth() // 2, 1)
         data = prepare(self.task, self.tokenizer, "train")

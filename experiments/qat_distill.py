@@ -198,6 +198,7 @@ def heading(comparison: Comparison) -> dict[str, Any]:
         "data": comparison.task.describe(),
         "metric": comparison.task.primary_metric,
         "widths": comparison.widths(),
+        "start": arguments.start,
         "budget": f"{steps}, rate {rates}, recipe {arguments.recipe}, {comparison.bits[arguments.start]}",
         "teacher": comparison.reference.primary,
         "elsewhere": {domain.name: result.primary for domain, result in comparison.elsewhere},

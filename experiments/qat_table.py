@@ -22,7 +22,7 @@ _COLUMNS = (("score", 2, ""), ("retention", 1, " %"), ("agreement", 1, " %"), ("
 _ELSEWHERE = [column for column in _COLUMNS if column[0] != "agreement"]
 _METHODS = (*POST_TRAINING.values(), "QAT", "KD-QAT")
 _LAST = ("PTQ, compensated", "QAT", "KD-QAT")
-_SUMMARY = ("task", "bits", "teacher", *_METHODS, "KD retention", "KD - QAT", "KD - PTQ")
+_SUMMARY = ("task", "bits", "start", "teacher", *_METHODS, "KD retention", "KD - QAT", "KD - PTQ")
 _COMPARED = ("divergence", "elsewhere")  # of the three last methods
 _PANELS_A_ROW = 3
 _DEPTH = 12  # % of the teacher's score that a panel shows below the worst trained student
@@ -82,7 +82,6 @@ def comparison_table(contents: list[dict[str, Any]]) -> tuple[list[str], list[li
 def summary_table(contents: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
     """(header, lines): one line a result."""
     lines = []
-    trained = " / ".join(_LAST)
     for content in contents:
         rows = content["rows"]
         scores = [spread([r["score"] for r in rows[name]], 2) if rows.get(name) else "" for name in _METHODS]
@@ -92,9 +91,14 @@ def summary_table(contents: list[dict[str, Any]]) -> tuple[list[str], list[list[
         task = f"{content['task']} ({content['metric']})"
         untrained = next((name for name in reversed(POST_TRAINING.values()) if rows.get(name)), "PTQ")
         gains = [paired(rows, "KD-QAT", "QAT"), paired(rows, "KD-QAT", untrained)]
-        line = [task, content["widths"], f"{content['teacher']:.2f}", *scores, retention, *gains]
+        line = [task, content["widths"], _start(content), f"{content['teacher']:.2f}", *scores, retention, *gains]
         lines.append([*line, " / ".join(off), _retained_elsewhere(content), size])
-    return [*_SUMMARY, *(f"{name}, {trained}" for name in _COMPARED), "MB"], lines
+    return [*_SUMMARY, *(f"{name}: {' / '.join(_LAST)}" for name in _COMPARED), "MB"], lines
+
+
+def _start(content: dict[str, Any]) -> str:
+    """The codes that its trainings started from; results of before there was a choice started from nearest ones."""
+    return str(content.get("start", "nearest"))
 
 
 def _retained_elsewhere(content: dict[str, Any]) -> str:
@@ -120,7 +124,7 @@ def plot(contents: list[dict[str, Any]], path: Path) -> None:
         chosen = sorted((c for c in contents if c["task"] == task), key=lambda c: _order(c["widths"]))
         _panel(axis, chosen)
         axis.set_title(f"{task} ({chosen[0]['metric']} {chosen[0]['teacher']:.1f})")
-        axis.set_xlabel("bits")
+        axis.set_xlabel("bits, and the codes that training starts from")
     for axis in axes.flat[len(tasks) :]:
         axis.set_visible(False)
     for axis in axes[:, 0]:
@@ -152,7 +156,7 @@ def _panel(axis: Any, contents: list[dict[str, Any]]) -> None:
             axis.annotate(
                 f"{share:.0f} %", (place, bottom), (0, 4), textcoords="offset points", color=color, ha="center"
             )
-    widths = [c["widths"].replace(" mixed", "") for c in contents]
+    widths = [f"{c['widths'].replace(' mixed', '')}\n{_start(c)}" for c in contents]
     axis.set_xticks(range(len(widths)), widths)
     axis.set_xlim(-0.5, len(widths) - 0.5)
 
@@ -172,9 +176,8 @@ def report_text(contents: list[dict[str, Any]]) -> str:
         markdown_table(*summary_table(contents)),
     ]
     for content in contents:
-        parts.append(
-            f"\n## {content['task']}, {content['widths']} bits\n\n{markdown_table(*comparison_table([content]))}"
-        )
+        parts.append(f"\n## {content['task']}, {content['widths']} bits, from {_start(content)} codes\n")
+        parts.append(markdown_table(*comparison_table([content])))
         parts.append(f"\n{content['data']}. Students: {content['budget']}. {content['made by']}")
     return "\n".join(parts) + "\n"
 

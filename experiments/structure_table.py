@@ -98,7 +98,7 @@ def students(model: Any, data: Any) -> dict[str, Callable[[], Any]]:
     for what in ("heads", "ffn"):
         for share in (0.25, 0.5):
             for how, options in ways.items():
-                made[f"{what} {share:.0%} out, {how}"] = partial(qbert.prune, model, **{what: share}, **options)
+                made[f"{what} {share:.0%} out, {how}"] = partial(qbert.prune, model, **{what: share, **options})
     made["heads 25% and ffn 50% out, compensated"] = lambda: qbert.prune(model, heads=0.25, ffn=0.5, data=data)
     return made
 
@@ -164,7 +164,8 @@ def bits_a_weight(student: Any, before: int) -> float:
     total = 8.0 * sum(t.weight_bytes + t.metadata_bytes for t in model_size(student).tensors if t.part == "encoder")
     _, base = base_model(student)
     for name, noted in noted_zeros(student).items():
-        module, pattern = base.get_submodule(name), Pattern.parse(noted)
+        module: Any = base.get_submodule(name)
+        pattern = Pattern.parse(noted)
         quantizer = getattr(module, "weight_quantizer", None)
         places = math.log2(math.comb(pattern.of, pattern.zeros)) / pattern.of if pattern.of else 1.0
         total -= module.weight.numel() * (pattern.share * (quantizer.bits if quantizer else 32) - places)

@@ -9,6 +9,7 @@ prediction stage for 3. Difference: means over real tokens.
 from __future__ import annotations
 
 from collections.abc import Collection
+from typing import Literal
 
 from qbert.distill.mapping import LayerMap
 from qbert.distill.recipe import Match, Recipe, Stage
@@ -37,7 +38,7 @@ def tinybert(
     for name in without:
         if name not in _TERMS:
             raise ValueError(f"without={name!r} is no term of TinyBERT's; use some of {', '.join(_TERMS)}")
-    mapped = "shared" if projection else None
+    mapped: Literal["shared"] | None = "shared" if projection else None
     matches = []
     if "hidden" not in without:
         states = Match(

@@ -379,7 +379,7 @@ def attend() -> int:
                     tally,
                     f"{what}, int8",
                     operators.attention,
-                    *inputs,
+                    inputs,
                     InputGrid(0.02, 5),
                     out_row_sum=sums,
                     codes_off=off,

@@ -318,7 +318,8 @@ class NativeLayers:
         torch.cumsum(lengths, 0, out=starts[1:])
         chunks = torch.tensor(_chunks(lengths.tolist(), torch.get_num_threads()))
         x, keys, y = x.contiguous(), keys.contiguous(), torch.empty(x.shape)
-        bias, strides = None, (0, 0, 0)
+        bias: Tensor | None = None
+        strides: tuple[int, ...] = (0, 0, 0)
         if mask is not None:
             bias = mask
             if mask.dtype == torch.bool:

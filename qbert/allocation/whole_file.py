@@ -332,7 +332,7 @@ def _matrix_changes(
     """First module of every matrix -> dW [O, I] of each of its rules, bfloat16; None where it stays as it is."""
     found: dict[nn.Module, list[Tensor | None]] = {}
     known = set(model.modules())
-    linear = {m: r for r in rules for m in r.modules if type(m) is nn.Linear and m in known}
+    linear: dict[nn.Module, _Rules] = {m: r for r in rules for m in r.modules if type(m) is nn.Linear and m in known}
     pending = {r.first.module: r for r in rules}
     if linear and any(
         s is not None and s.rounding == "compensated" for r in rules for s in map(r.spec, r.matrix_rules)

@@ -18,8 +18,6 @@ from torch import Tensor, nn
 
 from qbert.encoders.replace import replace_everywhere
 
-PARTS = ("whole", "down", "up")
-
 
 class FactoredLinear(nn.Module):
     """``up(down(x))``: a linear map [O, I] of rank r as two, [r, I] and [O, r].
@@ -133,12 +131,6 @@ def _fill(made: FactoredLinear | CorrectedLinear, down: Tensor | None, up: Tenso
 def is_factored(module: nn.Module) -> bool:
     """Whether `module` is made of factors."""
     return isinstance(module, (FactoredLinear, CorrectedLinear))
-
-
-def part_of_factors(name: str) -> tuple[str, str]:
-    """(dotted name without its last part, that part) for a name that may be a part of factors; else (name, "")."""
-    stem, _, leaf = name.rpartition(".")
-    return (stem, leaf) if stem and leaf in PARTS else (name, "")
 
 
 def build(base: nn.Module, ranks: Mapping[str, int], corrections: Mapping[str, int] | None = None) -> None:

@@ -25,6 +25,7 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from qbert.bits import TensorSpec
 from qbert.encoders.replace import replace_everywhere
 from qbert.encoders.targets import base_model
 from qbert.encoders.weights import weight_matrix
@@ -152,7 +153,8 @@ class QBertHfQuantizer(HfQuantizer):  # type: ignore[misc]
             return
         if self.quantization_config.form == "float":
             return
-        open_parts(model, self.quantization_config)
+        # Recurrent modules are opened later: the file holds their weights under the names of the float module.
+        open_recorded(model, recorded_specs(model, self.quantization_config))
         self.files = [Path(file) for file in checkpoint_files or ()]
         known: Any = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
         ours = {rf"\.{part.strip('.')}\." for part in GRID_PARTS}
@@ -204,12 +206,10 @@ class QBertHfQuantizer(HfQuantizer):  # type: ignore[misc]
         return True
 
 
-def open_parts(model: nn.Module, config: QBertConfig) -> None:
-    """Open the modules of `model` whose parts, and not they themselves, have a layout in `config`."""
+def recorded_specs(model: nn.Module, config: QBertConfig) -> dict[str, TensorSpec]:
+    """What `config` says of each tensor, under its name and under its path in `model`."""
     prefix, _ = base_model(model)
-    specs = {path: config.layout(name).spec for name in config.tensors for path in (name, f"{prefix}.{name}")}
-    open_recurrent(model, specs.keys())
-    open_recorded(model, specs)
+    return {path: config.layout(name).spec for name in config.tensors for path in (name, f"{prefix}.{name}")}
 
 
 def swap_in_packed(model: nn.Module, config: QBertConfig) -> None:
@@ -221,7 +221,9 @@ def swap_in_packed(model: nn.Module, config: QBertConfig) -> None:
         ValueError: if a name does not fit the model.
     """
     prefix, base = base_model(model)
-    open_parts(model, config)
+    specs = recorded_specs(model, config)
+    open_recurrent(model, specs.keys())
+    open_recorded(model, specs)
     placed: dict[str, PackedTensor] = {}
     for name in sorted(config.tensors, key=lambda n: n in config.tied):
         path = find_module(model, prefix, base, name)

@@ -224,7 +224,7 @@ def _outputs(model: nn.Module, batches: Sequence[Batch]) -> Tensor:
 
 def _compares_values(model: nn.Module) -> bool:
     """Whether the outputs are numbers, or none at all, rather than classes that exclude each other."""
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     kind = getattr(config, "problem_type", None)
     has_classes = type(model).__name__.endswith(("Classification", "ForMaskedLM", "ForMultipleChoice"))
     return not has_classes or kind in ("regression", "multi_label_classification") or config.num_labels == 1

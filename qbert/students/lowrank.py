@@ -164,10 +164,10 @@ def _move_biases(model: nn.Module, student: nn.Module, targets: Sequence[Target]
     modules = [cast(nn.Linear, t.module) for t in targets]
     seen = observe(model, modules, lambda: (run_batch(model, to_device(b, model)) for b in batches), batches)
     for target, module in zip(targets, modules, strict=True):
-        whole = cast(CorrectedLinear, student.get_submodule(target.path)).whole
+        layer = cast(CorrectedLinear, student.get_submodule(target.path))
         if module.bias is not None:
-            left = target.matrix.detach() - student.get_submodule(target.path).weight
-            whole.bias.copy_(module.bias.double() + bias_change(left, seen[module].mean))
+            left = target.matrix.detach() - layer.weight
+            cast(nn.Parameter, layer.whole.bias).copy_(module.bias.double() + bias_change(left, seen[module].mean))
     wanted, found = mean_logits(model, batches), mean_logits(student, batches)
     if wanted is not None and found is not None:
         bias = cast(nn.Parameter, student.get_submodule(found[0]).bias)

@@ -82,3 +82,16 @@ def test_a_student_from_end_to_end(tmp_path: Path) -> None:
     assert foreign.returncode == 2 and "was made with another steps" in foreign.stderr
     table = run_here("compress_table.py", str(tmp_path / "out" / "results.json"), "--report", str(tmp_path / "page.md"))
     assert table.returncode == 0 and "| PKD |" in (tmp_path / "page.md").read_text()
+
+
+def test_starting_points_are_measured_before_any_training(tmp_path: Path) -> None:
+    tiny_encoder(tmp_path / "encoder")
+    rows = sentiment_rows(64)
+    write_task(tmp_path / "data", "mood", {"train.jsonl": rows, "dev.jsonl": rows[:40]})
+    arguments = ["--model", str(tmp_path / "encoder"), "--task", "mood", "--data-dir", str(tmp_path / "data")]
+    arguments += ["--train-limit", "32", "--teacher-epochs", "1", "--output-dir", str(tmp_path / "out")]
+    done = run_here("study/student_starts.py", *arguments, QBERT_CACHE=str(tmp_path / "cache"))
+    assert done.returncode == 0, done.stderr[-2000:]
+    page = (tmp_path / "out" / "student_starts.md").read_text()
+    assert re.search(r"\| teacher \| 2 \| 32 \| .* \| 100\.0 % \| 0\.0000 \|", page)
+    assert page.count("| narrower |") == 2 and "| fewer layers " in page and "layers applied" in page

@@ -211,9 +211,26 @@ def test_results_are_put_together(tmp_path: Path) -> None:
     # The differences 3 and 2 have mean 2.5 and a standard error of 0.5; the post-training row has no seed of its own.
     assert "2/3 mixed" in mixed and "+2.50 ± 0.50" in mixed and "+2.50 ± 0.50" in two and "+8.50 ± 0.50" in two
     assert (tmp_path / "page.png").stat().st_size > 5000
+    assert "sst2, 2/3 mixed bits, from nearest codes" in page
     files[0].write_text('{"rows": 1}')
     done = run_here("qat_table.py", *arguments)
     assert done.returncode == 2 and "is no results file of qat_distill.py" in done.stderr
+
+
+def test_a_result_from_compensated_codes_is_compared_with_them_here_and_elsewhere(tmp_path: Path) -> None:
+    scores = {"PTQ": [80.0], "PTQ, compensated": [86.0], "KD-QAT": [88.0, 89.0]}
+    result = _result("sst2", "2", scores) | {"start": "compensated", "elsewhere": {"reviews": 70.0}}
+    del result["rows"]["PTQ, compensated"][0]["seed"]
+    for rows, score in (("PTQ, compensated", 63.0), ("KD-QAT", 66.5)):
+        for row in result["rows"][rows]:
+            row["elsewhere"] = {"reviews": {"score": score, "retention": score / 0.7, "divergence": 0.2}}
+    (tmp_path / "a.json").write_text(json.dumps(result))
+    done = run_here("qat_table.py", str(tmp_path / "a.json"), "--report", str(tmp_path / "page.md"))
+    assert done.returncode == 0, done.stderr
+    page = (tmp_path / "page.md").read_text()
+    line = next(line for line in page.splitlines() if line.startswith("| sst2"))
+    assert "| compensated |" in line and "+2.50 ± 0.50" in line and "reviews 90.0 / - / 95.0" in line
+    assert "| reviews | reviews: retention | reviews: divergence |" in page and "| 66.50 ± 0.00 |" in page
 
 
 def test_fidelity_of_equal_and_of_opposite_models() -> None:

@@ -69,6 +69,18 @@ def test_a_student_goes_all_the_way(family: str, table: str, bits: int, tmp_path
     assert [t.name for t in size.left_in_float] == ["classifier.weight"]
 
 
+@pytest.mark.parametrize("table", TABLES)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_student_in_training_comes_back_as_it_was_saved(family: str, table: str, tmp_path: Path) -> None:
+    student = qbert.quantize_model(make(family, **TABLES[table]), qbert.BitsConfig(4, groups=4))
+    expected = logits(student.eval(), batch())
+    student.save_pretrained(tmp_path)
+    for load in (qbert.load, AutoModelForSequenceClassification.from_pretrained):
+        loaded = load(tmp_path)
+        torch.testing.assert_close(logits(loaded, batch()), expected, rtol=0, atol=1e-6)
+        assert type(loaded) is type(student) and qbert.pack(loaded) is not None
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_float_students_are_saved_with_what_is_frozen(family: str, tmp_path: Path) -> None:
     model = make(family)
