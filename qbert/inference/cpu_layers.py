@@ -244,6 +244,10 @@ def reason_not_native_layers(parts: Sequence[LayerParts]) -> str:
         kind = type(part.activation).__name__
         if kind not in ACTIVATIONS:
             return f"it does not know the activation function {kind}"
+        if part.attention_output.columns != part.attention_output.rows:
+            return "it has fewer heads than its width has room for"
+    if len({(part.heads, part.attention_output.rows, part.ffn_in.rows) for part in parts}) > 1:
+        return "its layers are of several widths, and one room is laid out for all"
     return ""
 
 

@@ -12,8 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import qbert
+from qbert.encoders.parts import LayerParts
 from qbert.encoders.targets import encoder_layers
 from qbert.encoders.widths import layer_widths
+from qbert.inference.cpu_layers import reason_not_native_layers
 from qbert.inference.gpu import GpuEncoder
 from qbert.inference.gpu_layers import reason_not_to_fuse_on_gpu
 from qbert.quantizers.rounding import damped, output_error
@@ -233,3 +235,17 @@ def test_the_gpu_encoder_leaves_layers_in_factors_alone() -> None:
     model = build("bert").eval()
     packed = qbert.pack(qbert.quantize_model(qbert.factorize(model, 8), 4))
     assert "factors" in reason_not_to_fuse_on_gpu(packed.bert.encoder.layer[0])
+
+
+def test_the_native_engine_takes_layers_of_one_width_only() -> None:
+    """It lays out one room for all layers, and heads as wide as the states together."""
+    teacher = build("bert").eval()
+    for how, message in (
+        ({"heads": 0.25}, "fewer heads"),
+        ({"ffn": [0.5, 0.25]}, "several widths"),
+        ({"ffn": 0.5}, ""),
+    ):
+        packed = qbert.pack(qbert.quantize_model(qbert.prune(teacher.bert, **how), 4))  # type: ignore[arg-type]
+        parts = [LayerParts.of(layer) for layer in packed.encoder.layer]
+        reason = reason_not_native_layers([p for p in parts if p is not None])
+        assert message in reason and bool(message) == bool(reason)
