@@ -124,7 +124,14 @@ def _layer_candidate(
     def candidate(tokens: int) -> tuple[Run, Callable[[], Run]]:
         if not made:
             made.append(native_layers([part], exact) if engine == "native" else FusedLayers([part], exact, engine))
-        x = torch.randn(max(tokens // _SEQUENCE, 1), min(tokens, _SEQUENCE), width, generator=_seeded())
+        x = torch.randn(
+            max(tokens // _SEQUENCE, 1),
+            min(tokens, _SEQUENCE),
+            width,
+            generator=_seeded(),
+            dtype=torch.float32,
+            device="cpu",
+        )
 
         def compile_it() -> Run:
             if isinstance(made[0], nn.Module):
@@ -144,7 +151,7 @@ def _linear_candidate(linear: PackedLinear, exact: bool, engine: str) -> Callabl
     def candidate(tokens: int) -> tuple[Run, Callable[[], Run]]:
         if not made:
             made.append(linear.cpu_linear(exact, engine))
-        x = torch.randn(tokens, linear.columns, generator=_seeded())
+        x = torch.randn(tokens, linear.columns, generator=_seeded(), dtype=torch.float32, device="cpu")
         return lambda: made[0](x), lambda: lambda: made[0](x)
 
     return candidate
