@@ -96,15 +96,14 @@ def instruction_set() -> str:
     """
     if platform.system() != "Linux" or platform.machine() not in ("x86_64", "AMD64"):
         raise RuntimeError(f"it is written for Linux on x86-64, and this is {platform.system()} {platform.machine()}")
-    flags = processor()[1]
-    limited = torch.backends.cpu.get_cpu_capability() != "AVX512"
-    isa = os.environ.get("ONEDNN_MAX_CPU_ISA", "").upper()
-    limited |= isa.startswith(("SSE", "AVX2"))
-    if {"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vnni"} <= flags and not limited:
+    flags, reached = processor()[1], torch.backends.cpu.get_cpu_capability()
+    allowed = os.environ.get("ONEDNN_MAX_CPU_ISA", "").upper()
+    with_vnni = allowed not in ("SSE41", "AVX", "AVX2", "AVX512_CORE")
+    if with_vnni and reached == "AVX512" and {"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vnni"} <= flags:
         return "avx512_vnni"
-    if {"avx2", "fma", "avx_vnni"} <= flags and isa not in ("AVX2", "SSE41") and not _told_avx2():
+    if with_vnni and {"avx2", "fma", "avx_vnni"} <= flags and not _told_avx2():
         return "avx_vnni"
-    if {"avx2", "fma"} <= flags and torch.backends.cpu.get_cpu_capability() != "DEFAULT":
+    if {"avx2", "fma"} <= flags and reached != "DEFAULT" and allowed not in ("SSE41", "AVX"):
         return "avx2"
     raise RuntimeError("this processor has no AVX2, or was told not to use it")
 
@@ -232,6 +231,7 @@ class NativeProduct:
         rows, columns = codes.shape
         operand, factor, correction = _operand(codes, zero)
         row_scale = (scale / factor).float()
+        left = torch.zeros_like(scale) if correction is None else row_scale * correction
         wide = False
         if instructions == "avx2" and bool((split_excess(operand)[1] != 0).any()):
             wide = exact
@@ -245,7 +245,6 @@ class NativeProduct:
         kind = "static" if activation_scale is not None else "asymmetric" if asymmetric else "symmetric"
         offset = 0 if asymmetric else 128 + (activation_zero if activation_scale is not None else 0)
         sums = operand.sum(1, dtype=torch.int64)
-        left = torch.zeros_like(scale) if correction is None else row_scale * correction
 
         def wider(values: Tensor) -> Tensor:
             return F.pad(values, (0, height - rows)).contiguous()

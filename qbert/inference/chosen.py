@@ -47,7 +47,8 @@ class ChosenLayers:
         if settled:
             if engine not in ("auto", "fp32"):
                 raise ValueError(f"engine={engine!r} cannot run these layers: {settled}; use engine='auto'")
-            return cls(forced("torch", settled), {"torch": compiled(FusedLayers(parts, exact))})
+            only = "fp32" if engine == "fp32" else None
+            return cls(forced("torch", settled), {"torch": compiled(FusedLayers(parts, exact, only))})
         not_native = reason_not_native_layers(parts)
         if engine == "native" and not_native:
             raise ValueError(f"engine='native' cannot run these layers: {not_native}; use engine='auto'")
@@ -56,7 +57,10 @@ class ChosenLayers:
             first = parts[0]
             width, inner = len(first.attention_norm.weight), first.ffn_in.rows
             bits = max(p.layout.bits for p in first.linears)
-            shape = f"layer {width} x {inner}, {first.heads} heads, {first.query.spec.activation_range} ranges, "
+            ranges = first.inputs[0].spec.activation_range
+            shape = (
+                f"layer {width} x {inner}, {first.heads} heads, {type(first.activation).__name__}, {ranges} ranges, "
+            )
             shape += f"{bits} bits" + ("" if exact else ", not exact")
             choice = choose(shape, {n: _layer_candidate(first, width, exact, n) for n in names})
         else:

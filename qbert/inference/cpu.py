@@ -153,7 +153,7 @@ def optimize_for_inference(
         if isinstance(module, PackedTensor) and id(module) not in fused:
             module.prepare(exact)
             if can_choose(module):
-                module._fast = ChosenLinear(module, exact, engine)  # type: ignore[arg-type]
+                module._fast = ChosenLinear(module, exact, engine)  # type: ignore[arg-type,assignment]
     for batch, length in warm_up:
         _run_three_times(model, base, batch, length)
     return model
