@@ -43,6 +43,8 @@ INSTRUCTIONS = {
 _OPTIONS = ("-O3", "-std=c++17", "-ffp-contract=fast", "-fPIC", "-shared", "-fopenmp")
 _RANGES = {"symmetric": 0, "asymmetric": 1, "static": 2}
 ACTIVATIONS = {"GELUActivation": 0, "NewGELUActivation": 1, "GELUTanh": 1, "ReLU": 2}
+# Whatever torch's defaults are.
+_PLAIN: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}
 _CHUNK_TOKENS = 128  # that pass through all layers before the next ones, so that they stay in the cache
 
 
@@ -94,15 +96,14 @@ def instruction_set() -> str:
     """
     if platform.system() != "Linux" or platform.machine() not in ("x86_64", "AMD64"):
         raise RuntimeError(f"it is written for Linux on x86-64, and this is {platform.system()} {platform.machine()}")
-    flags = processor()[1]
-    limited = torch.backends.cpu.get_cpu_capability() != "AVX512"
-    isa = os.environ.get("ONEDNN_MAX_CPU_ISA", "").upper()
-    limited |= isa.startswith(("SSE", "AVX2"))
-    if {"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vnni"} <= flags and not limited:
+    flags, reached = processor()[1], torch.backends.cpu.get_cpu_capability()
+    allowed = os.environ.get("ONEDNN_MAX_CPU_ISA", "").upper()
+    with_vnni = allowed not in ("SSE41", "AVX", "AVX2", "AVX512_CORE")
+    if with_vnni and reached == "AVX512" and {"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vnni"} <= flags:
         return "avx512_vnni"
-    if {"avx2", "fma", "avx_vnni"} <= flags and isa not in ("AVX2", "SSE41") and not _told_avx2():
+    if with_vnni and {"avx2", "fma", "avx_vnni"} <= flags and not _told_avx2():
         return "avx_vnni"
-    if {"avx2", "fma"} <= flags and torch.backends.cpu.get_cpu_capability() != "DEFAULT":
+    if {"avx2", "fma"} <= flags and reached != "DEFAULT" and allowed not in ("SSE41", "AVX"):
         return "avx2"
     raise RuntimeError("this processor has no AVX2, or was told not to use it")
 
@@ -171,11 +172,18 @@ def _built(instructions: str) -> Path:
 
 def _try(library: ctypes.CDLL, instructions: str) -> None:
     """Raises RuntimeError unless products of whole numbers come out exactly, the largest included."""
-    codes = torch.arange(40 * 37, dtype=torch.int32).mul_(89).remainder_(255).sub_(127).view(40, 37).to(torch.int8)
+    codes = (
+        torch.arange(40 * 37, dtype=torch.int32, device="cpu")
+        .mul_(89)
+        .remainder_(255)
+        .sub_(127)
+        .view(40, 37)
+        .to(torch.int8)
+    )
     codes[0], codes[1] = 127, -128
-    x = torch.arange(13 * 37).mul_(53).remainder_(255).sub_(127).view(13, 37).float()
+    x = torch.arange(13 * 37, device="cpu").mul_(53).remainder_(255).sub_(127).view(13, 37).float()
     x[:, 0], x[3] = 127, 127
-    ones = torch.ones(40)
+    ones = torch.ones(40, **_PLAIN)
     product = NativeProduct.prepare(codes, ones, ones * 0, ones * 0, instructions=instructions, library=library)
     if not torch.equal(product(x), (x.double() @ codes.double().T).float()):
         raise RuntimeError(f"the library built for {instructions} multiplies wrongly here")
@@ -223,6 +231,7 @@ class NativeProduct:
         rows, columns = codes.shape
         operand, factor, correction = _operand(codes, zero)
         row_scale = (scale / factor).float()
+        left = torch.zeros_like(scale) if correction is None else row_scale * correction
         wide = False
         if instructions == "avx2" and bool((split_excess(operand)[1] != 0).any()):
             wide = exact
@@ -236,7 +245,6 @@ class NativeProduct:
         kind = "static" if activation_scale is not None else "asymmetric" if asymmetric else "symmetric"
         offset = 0 if asymmetric else 128 + (activation_zero if activation_scale is not None else 0)
         sums = operand.sum(1, dtype=torch.int64)
-        left = torch.zeros_like(scale) if correction is None else row_scale * correction
 
         def wider(values: Tensor) -> Tensor:
             return F.pad(values, (0, height - rows)).contiguous()
@@ -255,9 +263,11 @@ class NativeProduct:
         return bool(self.matrix.wide)
 
     def __call__(self, x: Tensor) -> Tensor:
-        """float32 [..., I] to [..., O]."""
+        """float32 [..., I] to [..., O]. Raises RuntimeError in a trace, which cannot record it."""
+        if torch.jit.is_tracing():
+            raise RuntimeError("a trace cannot record products of the native engine")
         x = x.contiguous()
-        y = torch.empty((*x.shape[:-1], self.matrix.rows))
+        y = torch.empty((*x.shape[:-1], self.matrix.rows), **_PLAIN)
         tokens = x.numel() // self.matrix.columns
         threads = torch.get_num_threads()
         if tokens and self.library.qbert_linear(ctypes.byref(self.matrix), x.data_ptr(), tokens, y.data_ptr(), threads):
@@ -304,7 +314,7 @@ class NativeLayers:
     def __call__(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """float32 [B, T, H] to [B, T, H]; `mask` broadcasts to [B, heads, T, T], true or 0 where a key is seen."""
         batch, length, _ = x.shape
-        whole = torch.full((batch,), length, dtype=torch.int64)
+        whole = torch.full((batch,), length, dtype=torch.int64, device="cpu")
         return self.run(x.reshape(-1, self.width), whole, whole, mask).view(x.shape)
 
     def run(self, x: Tensor, lengths: Tensor, keys: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -314,16 +324,16 @@ class NativeLayers:
             lengths, keys: int64 [B], tokens of each sequence, and how many of them, from the first, are seen.
             mask: for sequences of equal lengths T, as for `__call__`.
         """
-        starts = torch.zeros(len(lengths) + 1, dtype=torch.int64)
+        starts = torch.zeros(len(lengths) + 1, dtype=torch.int64, device="cpu")
         torch.cumsum(lengths, 0, out=starts[1:])
-        chunks = torch.tensor(_chunks(lengths.tolist(), torch.get_num_threads()))
-        x, keys, y = x.contiguous(), keys.contiguous(), torch.empty(x.shape)
+        chunks = torch.tensor(_chunks(lengths.tolist(), torch.get_num_threads()), dtype=torch.int64, device="cpu")
+        x, keys, y = x.contiguous(), keys.contiguous(), torch.empty(x.shape, **_PLAIN)
         bias: Tensor | None = None
         strides: tuple[int, ...] = (0, 0, 0)
         if mask is not None:
             bias = mask
             if mask.dtype == torch.bool:
-                bias = torch.zeros(mask.shape).masked_fill_(~mask, float("-inf"))
+                bias = torch.zeros(mask.shape, **_PLAIN).masked_fill_(~mask, float("-inf"))
             bias = bias.float()
             bias = bias if bias.stride(3) == 1 else bias.contiguous()
             strides = tuple(0 if n == 1 else s for n, s in zip(bias.shape[:3], bias.stride()[:3], strict=True))

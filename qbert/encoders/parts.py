@@ -38,6 +38,12 @@ class LayerParts(NamedTuple):
                 attention.n_heads, attention.q_lin, attention.k_lin, attention.v_lin, attention.out_lin,
                 layer.sa_layer_norm, ffn.lin1, ffn.activation, ffn.lin2, layer.output_layer_norm,
             )  # fmt: skip
+        if kind == "AlbertLayer" and not layer.chunk_size_feed_forward:
+            attention = layer.attention
+            return cls(
+                attention.num_attention_heads, attention.query, attention.key, attention.value, attention.dense,
+                attention.LayerNorm, layer.ffn, layer.activation, layer.ffn_output, layer.full_layer_layer_norm,
+            )  # fmt: skip
         if kind == "MPNetLayer":
             attention = layer.attention.attn
             first = (attention.q, attention.k, attention.v, attention.o, layer.attention.LayerNorm)

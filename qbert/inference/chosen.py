@@ -47,7 +47,8 @@ class ChosenLayers:
         if settled:
             if engine not in ("auto", "fp32"):
                 raise ValueError(f"engine={engine!r} cannot run these layers: {settled}; use engine='auto'")
-            return cls(forced("torch", settled), {"torch": compiled(FusedLayers(parts, exact))})
+            only = "fp32" if engine == "fp32" else None
+            return cls(forced("torch", settled), {"torch": compiled(FusedLayers(parts, exact, only))})
         not_native = reason_not_native_layers(parts)
         if engine == "native" and not_native:
             raise ValueError(f"engine='native' cannot run these layers: {not_native}; use engine='auto'")
@@ -56,7 +57,10 @@ class ChosenLayers:
             first = parts[0]
             width, inner = len(first.attention_norm.weight), first.ffn_in.rows
             bits = max(p.layout.bits for p in first.linears)
-            shape = f"layer {width} x {inner}, {first.heads} heads, {first.query.spec.activation_range} ranges, "
+            ranges = first.inputs[0].spec.activation_range
+            shape = (
+                f"layer {width} x {inner}, {first.heads} heads, {type(first.activation).__name__}, {ranges} ranges, "
+            )
             shape += f"{bits} bits" + ("" if exact else ", not exact")
             choice = choose(shape, {n: _layer_candidate(first, width, exact, n) for n in names})
         else:
@@ -124,7 +128,14 @@ def _layer_candidate(
     def candidate(tokens: int) -> tuple[Run, Callable[[], Run]]:
         if not made:
             made.append(native_layers([part], exact) if engine == "native" else FusedLayers([part], exact, engine))
-        x = torch.randn(max(tokens // _SEQUENCE, 1), min(tokens, _SEQUENCE), width, generator=_seeded())
+        x = torch.randn(
+            max(tokens // _SEQUENCE, 1),
+            min(tokens, _SEQUENCE),
+            width,
+            generator=_seeded(),
+            dtype=torch.float32,
+            device="cpu",
+        )
 
         def compile_it() -> Run:
             if isinstance(made[0], nn.Module):
@@ -144,7 +155,7 @@ def _linear_candidate(linear: PackedLinear, exact: bool, engine: str) -> Callabl
     def candidate(tokens: int) -> tuple[Run, Callable[[], Run]]:
         if not made:
             made.append(linear.cpu_linear(exact, engine))
-        x = torch.randn(tokens, linear.columns, generator=_seeded())
+        x = torch.randn(tokens, linear.columns, generator=_seeded(), dtype=torch.float32, device="cpu")
         return lambda: made[0](x), lambda: lambda: made[0](x)
 
     return candidate

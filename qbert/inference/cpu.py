@@ -1,11 +1,13 @@
 """Fast inference of packed encoders on a CPU: int8 matrix products, one input quantization for Q, K and V, no padding.
 
-`optimize_for_inference` prepares every packed layer for the exact int8 products of `qbert.kernels.cpu`. Encoders of the
-BERT kind (BERT, RoBERTa, XLM-R, ELECTRA, CamemBERT, DistilBERT, MPNet) get more: a whole layer runs as four products
-with as few passes over memory as torch's operators allow, Q, K and V in one, and all layers as one compiled program
-(`qbert.inference.cpu_layers`). Sequences run in chunks that stay in the cache. Where nobody reads the outputs of
-padding they are sorted by length and each chunk is cut to its longest member, so that padding costs next to nothing. A
-layer that does not fit runs between the others in its own way (`qbert.inference.cpu`).
+`optimize_for_inference` prepares every packed layer for the products of `qbert.kernels.cpu`, by the engine that is
+fastest on this machine (`qbert.inference.engines`). Encoders of the BERT kind (BERT, RoBERTa, XLM-R, ELECTRA,
+CamemBERT, DistilBERT, MPNet, ALBERT) get more: Q, K and V are one product, and all layers run as one program, the
+native library (`qbert.kernels.cpu.native`) or torch's operators (`qbert.inference.cpu_layers`). The first takes
+sequences of any lengths without padding between them. For the second, sequences run in chunks that stay in the cache;
+where nobody reads the outputs of padding they are sorted by length and each chunk is cut to its longest member, so that
+padding costs next to nothing. A layer that does not fit runs between the others in its own way
+(`qbert.inference.cpu`).
 
     >>> fast = optimize_for_inference(packed)
     >>> fast(**tokenizer(texts, padding=True, return_tensors="pt"))
@@ -140,24 +142,25 @@ def optimize_for_inference(
         altered = reason_not_to_replace([base])
         if altered:
             logger.info("%s keeps its own forward: %s", type(base).__name__, altered)
-        elif hasattr(base, "embeddings"):
+        elif hasattr(base, "embeddings") and hasattr(encoder, "layer"):
             base.forward = FusedModel(base, fused_encoder.run, fused_encoder.cross_attention)  # type: ignore[method-assign]
         own_layers = _log_layers(type(base).__name__, encoder)
         fused = {id(m) for m in encoder.modules()} - {id(m) for layer in own_layers for m in layer.modules()}
+        fused -= {id(getattr(encoder, _MAPPING, None))}
     else:
         logger.info("%s is not fused: %s; its layers run one by one", type(base).__name__, reason)
     for module in model.modules():
         if isinstance(module, PackedTensor) and id(module) not in fused:
             module.prepare(exact)
             if can_choose(module):
-                module._fast = ChosenLinear(module, exact, engine)  # type: ignore[arg-type]
+                module._fast = ChosenLinear(module, exact, engine)  # type: ignore[arg-type,assignment]
     for batch, length in warm_up:
         _run_three_times(model, base, batch, length)
     return model
 
 
 def _run_three_times(model: nn.Module, base: Any, batch: int, length: int) -> None:
-    ids = torch.full((batch, length), 1 + (getattr(base.config, "pad_token_id", 0) or 0))
+    ids = torch.full((batch, length), 1 + (getattr(base.config, "pad_token_id", 0) or 0), device="cpu")
     for _ in range(3):
         base(input_ids=ids, attention_mask=torch.ones_like(ids))
 
@@ -197,7 +200,7 @@ class FusedEncoder(FastForward):
         self.encoder, self.skip_padding = encoder, skip_padding
         self._stages = stages_of(encoder, exact, engine)
         self._position_bias: Tensor | None = None
-        self.cross_attention = any(hasattr(layer, "add_cross_attention") for layer in encoder.layer)
+        self.cross_attention = any(hasattr(layer, "add_cross_attention") for layer in layers_of(encoder))
 
     def __call__(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Any:
         """[B, T, H] to transformers' output with ``last_hidden_state`` [B, T, H]."""
@@ -205,6 +208,8 @@ class FusedEncoder(FastForward):
 
         if not self._can_run(hidden_states, attention_mask, kwargs):
             return type(self.encoder).forward(self.encoder, hidden_states, attention_mask, **kwargs)
+        if hasattr(self.encoder, _MAPPING):
+            hidden_states = getattr(self.encoder, _MAPPING)(hidden_states)
         lengths = None
         if attention_mask is not None and self.skip_padding:
             lengths = _lengths(attention_mask, hidden_states.shape[:2])
@@ -275,11 +280,11 @@ class FusedEncoder(FastForward):
     def _run_ragged(self, native: NativeLayers, x: Tensor, lengths: Tensor | None) -> Tensor:
         """x [B, T, H] in one call: only the tokens, if padding is skipped, else all, of which the first are seen."""
         batch, longest, width = x.shape
-        whole = torch.full((batch,), longest)
+        whole = torch.full((batch,), longest, dtype=torch.int64, device=x.device)
         if lengths is None or not self.skip_padding:
             seen = whole if lengths is None else lengths
             return native.run(x.reshape(-1, width), whole, seen).view(x.shape)
-        keep = torch.arange(longest) < lengths[:, None]
+        keep = torch.arange(longest, device=x.device) < lengths[:, None]
         result = torch.zeros_like(x)
         result[keep] = native.run(x[keep], lengths, lengths)
         return result
@@ -333,8 +338,8 @@ class FusedEncoder(FastForward):
 
 
 def _reason_not_to_fuse(base: Any, encoder: Any) -> str:
-    layers = getattr(encoder, "layer", None)
-    if not isinstance(layers, nn.ModuleList) or not len(layers):
+    layers = layers_of(encoder)
+    if not layers:
         return "it has no list of encoder layers"
     altered = reason_not_to_replace([encoder])
     if altered:
@@ -343,13 +348,29 @@ def _reason_not_to_fuse(base: Any, encoder: Any) -> str:
     attention = getattr(getattr(base, "config", None), "_attn_implementation", "eager")
     if reasons and attention not in ("sdpa", "eager"):
         return f"{reasons[0]}, and {attention} attention takes no mask of its own"
+    if not hasattr(encoder, "layer"):  # whose layers cannot be run by one of them alone
+        return next(iter(reasons), "")
     return reasons[0] if len(reasons) == len(layers) else ""
+
+
+_MAPPING = "embedding_hidden_mapping_in"  # ALBERT's encoder begins with it
+
+
+def layers_of(encoder: Any) -> list[Any]:
+    """The layers of an encoder in the order in which they run, ALBERT's as often as they do; empty if unknown."""
+    layers = getattr(encoder, "layer", None)
+    if isinstance(layers, nn.ModuleList):
+        return list(layers)
+    if type(encoder).__name__ != "AlbertTransformer":
+        return []
+    groups, count = encoder.albert_layer_groups, encoder.config.num_hidden_layers
+    return [layer for i in range(count) for layer in groups[int(i / (count / len(groups)))].albert_layers]
 
 
 def _log_layers(model: str, encoder: Any) -> list[nn.Module]:
     """Say which layers of a fused `encoder` are less than they could be; returns those that run in their own way."""
     own_layers = []
-    for index, layer in enumerate(encoder.layer):
+    for index, layer in enumerate(layers_of(encoder)):
         reason = reason_not_to_fuse_layer(layer)
         if reason:
             logger.info("layer %d of %s is not fused: %s; it runs in its own way", index, model, reason)
@@ -397,9 +418,10 @@ def stages_of(encoder: Any, exact: bool = True, engine: str = "auto") -> list[St
         exact, engine: as for `optimize_for_inference`.
     """
     stages: list[Stage] = []
-    for fits, indices in groupby(range(len(encoder.layer)), lambda i: not reason_not_to_fuse_layer(encoder.layer[i])):
+    layers = layers_of(encoder)
+    for fits, indices in groupby(range(len(layers)), lambda i: not reason_not_to_fuse_layer(layers[i])):
         if fits:
-            parts = [parts for i in indices if (parts := LayerParts.of(encoder.layer[i]))]
+            parts = [parts for i in indices if (parts := LayerParts.of(layers[i]))]
             stages.append(ChosenLayers.of(parts, exact, engine))
         else:
             stages.extend(indices)

@@ -24,7 +24,7 @@ from qbert.inference.fits import maps_of, one_input
 from qbert.inference.forward import reason_not_to_replace
 from qbert.kernels.cpu import CpuLinear
 from qbert.kernels.cpu.chains import FloatChain
-from qbert.kernels.cpu.native import ACTIVATIONS, NativeLayers
+from qbert.kernels.cpu.native import ACTIVATIONS, NativeLayers, NativeProduct
 from qbert.layers.embedding import PackedEmbedding
 from qbert.layers.linear import PackedLinear
 from qbert.layers.tables import grids_of, is_packed_table
@@ -41,9 +41,12 @@ class FusedLayers(nn.Module):
 
     def __init__(self, parts: Sequence[LayerParts], exact: bool = True, engine: str | None = None) -> None:
         super().__init__()
-        made = {id(p.query): FusedLayer(p, exact, engine) for p in {id(p.query): p for p in parts}.values()}
-        self.layers = nn.ModuleList(made[id(p.query)] for p in parts)  # one that is applied twice is prepared once
-        self.like = torch.zeros((), dtype=torch.bfloat16 if engine == "bf16" else torch.float32)
+        made: dict[int, FusedLayer] = {}  # ALBERT runs the same layer many times
+        for part in parts:
+            if id(part.query) not in made:
+                made[id(part.query)] = FusedLayer(part, exact, engine)
+        self.layers = nn.ModuleList(made[id(part.query)] for part in parts)
+        self.like = torch.zeros((), dtype=torch.bfloat16 if engine == "bf16" else torch.float32, device="cpu")
 
     def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
         """x float32 [B, T, H] to [B, T, H]; `mask` broadcasts to [B, heads, T, T], true or 0 where a key is seen."""
@@ -218,13 +221,16 @@ def _joined(parts: list[Any], exact: bool, engine: str | None) -> CpuLinear:
 
 def native_layers(parts: Sequence[LayerParts], exact: bool = True) -> NativeLayers:
     """The stack by the native engine; `parts` of layers for which `reason_not_native_layers` has none."""
-    layers = []
+    made: dict[int, tuple[list[NativeProduct], list[Any], int, int]] = {}
     for part in parts:
-        products = [_joined(part.inputs, exact, "native").chain]
+        if id(part.query) in made:
+            continue
+        products: list[Any] = [_joined(part.inputs, exact, "native").chain]
         products += [p.cpu_linear(exact, "native").chain for p in part.linears[3:]]
         norms = [_norm(norm) for norm in part.norms]
-        layers.append((products, norms, part.heads, ACTIVATIONS[type(part.activation).__name__]))
-    return NativeLayers(layers)
+        activation = ACTIVATIONS[type(part.activation).__name__]
+        made[id(part.query)] = (products, norms, part.heads, activation)
+    return NativeLayers([made[id(part.query)] for part in parts])
 
 
 def reason_not_to_choose(parts: Sequence[LayerParts]) -> str:

@@ -20,6 +20,7 @@ from qbert.inference.chosen import ChosenLayers
 from qbert.inference.cpu import FusedEncoder, optimize_for_inference
 from qbert.inference.cpu_layers import FusedLayers
 from qbert.inference.cpu_model import FusedModel
+from qbert.inference.engines import INT8, reason_not
 from qbert.kernels.cpu.gemm import available_engine, saturates
 from qbert.layers.embedding import PackedEmbedding
 from qbert.layers.linear import PackedLinear
@@ -53,7 +54,7 @@ def test_every_family_gives_the_outputs_of_the_packed_model(family: str) -> None
     exact = encoder(family, **EXACT)
     fast = optimize_for_inference(exact)
     stack = getattr(fast, "transformer" if family == "distilbert" else "encoder", None)
-    assert isinstance(getattr(stack, "forward", None), FusedEncoder) == (family in FUSED)
+    assert isinstance(getattr(stack, "forward", None), FusedEncoder) == (family in (*FUSED, "albert"))
     assert isinstance(fast.forward, FusedModel) == (family in FUSED)
     if family in FUSED:
         assert len(stack.forward._stages) == 1 and isinstance(stack.forward._stages[0], ChosenLayers)
@@ -421,3 +422,20 @@ def test_small_tables_are_read_in_float_with_the_same_values() -> None:
     assert isinstance(table, PackedEmbedding) and table._float_table is not None
     ids = torch.randint(0, 100, (3, 4))
     assert torch.equal(table(ids), slow(ids))
+
+
+@pytest.mark.parametrize("engine", [e for e in INT8 if not reason_not(e)])
+@pytest.mark.parametrize("mask", ["right", "holes"])
+def test_albert_runs_its_layers_as_often_as_it_does(mask: str, engine: str) -> None:
+    config = build("albert").config
+    config.num_hidden_layers, config.num_hidden_groups, config.inner_group_num = 4, 2, 2
+    model = AutoModel.from_config(config).eval()
+    packed = pack(qbert.quantize_model(model, qbert.BitsConfig(4, activation_range="asymmetric")))
+    seen = masks(9)[mask]
+    batch = {"input_ids": torch.randint(5, 100, seen.shape), "attention_mask": seen}
+    for skip in (False, True):
+        fast = optimize_for_inference(packed, engine=engine, skip_padding=skip)
+        assert isinstance(fast.encoder.forward, FusedEncoder) and len(inference.layers_of(fast.encoder)) == 8
+        keep = seen.bool()
+        got, expected = hidden(fast, batch), hidden(packed, batch)
+        assert (got - expected)[keep].norm() < 0.02 * expected[keep].norm()

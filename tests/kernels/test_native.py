@@ -100,6 +100,17 @@ def test_eight_bit_weights_are_wide_only_where_pairs_could_saturate(instructions
     assert not prepared(cases.layer(48, 128, 4), instructions).wide
 
 
+@pytest.mark.parametrize("instructions", SETS)
+@pytest.mark.parametrize("zero", ["symmetric", "integer", "real"])
+@pytest.mark.parametrize("kind", [{}, {"asymmetric": True}, {"activation_scale": 0.03, "activation_zero": -9}])
+def test_weights_rounded_once_more_cost_little(kind: dict, zero: str, instructions: str) -> None:
+    parts = cases.layer(48, 128, 8, zero, groups=4)
+    x = torch.randn(20, 128)
+    exact, fast = (prepared(parts, instructions, exact=e, **kind)(x) - parts[4] for e in (True, False))
+    error = float((fast - exact).norm() / exact.norm())
+    assert error < 0.02 if instructions == "avx2" else error == 0
+
+
 def twin(
     x: torch.Tensor, products: list[NativeProduct], norms: list, heads: int, mask: torch.Tensor | None
 ) -> torch.Tensor:
