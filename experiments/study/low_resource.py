@@ -234,7 +234,7 @@ def report(results: Record) -> str:
         if rows
     )
     fewer = " (3 layers, which start as the teacher's: a fifth of them)" if "layers" in names else ""
-    copies = f", or on these and {asked['copies']:,} altered copies of them" if asked["copies"] else ""
+    copies = f", or on these and at most {asked['copies']:,} altered copies of them" if asked["copies"] else ""
     return (
         "# Students of few labels\n\n"
         f"{content['data']}. Held-out {content['metric']}, mean and standard deviation over students' seeds "
