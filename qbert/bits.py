@@ -72,7 +72,7 @@ class TensorSpec:
         column_order: the columns that are rounded first: those with the largest inputs (``activity``), or as they
             stand (``given``).
         refits: how often compensated rounding fits its ranges anew to the codes found; 0 keeps those of
-            `range_method`, as ``midrise`` always does.
+            `range_method`, as ``midrise`` and a single group always do.
     """
 
     bits: int = 4
