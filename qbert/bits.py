@@ -72,7 +72,7 @@ class TensorSpec:
         column_order: the columns that are rounded first: those with the largest inputs (``activity``), or as they
             stand (``given``).
         refits: how often compensated rounding fits its ranges anew to the codes found; 0 keeps those of
-            `range_method`, as ``midrise`` always does.
+            `range_method`, as ``midrise`` and a single group always do.
         rank: of a word table [V, D] alone: store V rows of this length, in `bits` bits, and a matrix that makes rows
             of length D of them, in 8 bits, fitted to the rows that calibration data looks up.
         row_bits: of a word table alone: pairs (bits, number of rows), most bits first. The rows that matter most on

@@ -250,7 +250,8 @@ def round_compensated(
         by_activity: round the columns with the largest C_jj first, whose errors the others can then make good.
         refits: how often the grids are refitted, each time followed by a round of descent; 0 keeps the given ranges, as
             ``midrise`` always does: its levels nearest to 0 move with the scale, so that a few inputs much larger than
-            the rest would have it shrunk for their small weights, at the cost of all others.
+            the rest would have it shrunk for their small weights, at the cost of all others; so it is with a
+            single range for all rows.
 
     Returns:
         `Rounded`; every group has at most the error tr(dW C dW^T) of nearest rounding on `ranges`.
@@ -262,7 +263,7 @@ def round_compensated(
     if moment.shape != (columns, columns):
         raise ValueError(f"moment: expected [{columns}, {columns}], got {list(moment.shape)}")
     order = torch.argsort(moment.diagonal(), descending=True, stable=True) if by_activity else None
-    if scheme == "midrise":
+    if scheme == "midrise" or len(ranges.scale) == 1:
         refits = 0
     problem = _Columns.of(weight, damped(moment, damping), order, input_groups)
     limits = code_range(bits, scheme)
