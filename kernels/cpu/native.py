@@ -230,6 +230,10 @@ class NativeProduct:
         tile = library.qbert_columns_of_a_tile()
         rows, columns = codes.shape
         operand, factor, correction = _operand(codes, zero)
+        whole = bool((zero == zero.round()).all()) and float(zero.abs().max()) <= 128
+        if instructions == "avx2" and not exact and correction is not None and whole:
+            # Fewest pairs could saturate where codes are centred, and they are rounded once more anyway.
+            operand, correction = codes.to(torch.int16) - zero.to(torch.int16)[:, None], None
         row_scale = (scale / factor).float()
         left = torch.zeros_like(scale) if correction is None else row_scale * correction
         wide = False
