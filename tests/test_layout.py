@@ -57,6 +57,7 @@ FLOORS = (
     ("quantizers",),
     ("layers", "hessian"),
     ("calibration", "sizes", "inference"),
+    ("rounded",),
     ("quantize", "distill"),
     ("allocation", "saving", "onnx"),
     ("packing",),
