@@ -24,7 +24,7 @@ SCRIPT = EXPERIMENTS / "qat_distill.py"
     ("arguments", "message"),
     [
         (["--bits", "5"], "bits=5 is not possible"),
-        (["--recipe", "magic"], "--recipe magic is not known; use one of distilbert"),
+        (["--recipe", "magic"], "--recipe magic is not known; use one of "),
         (["--bits-config", "nowhere.json"], "--bits-config nowhere.json is no file"),
         (["--epochs", "-1"], "--epochs -1 is not possible"),
         (["--seeds", "3", "3"], "--seeds 3 3 names a seed twice"),
