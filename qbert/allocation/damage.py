@@ -43,7 +43,7 @@ def target_specs(model: nn.Module, bits: int, **settings: Any) -> dict[str, Tens
 
 @torch.no_grad()
 def quantized_weight(target: Target, spec: TensorSpec) -> Tensor:
-    """The dequantized weight that `quantize_model` would compute with, in the layout and dtype of `target.weight`."""
+    """The dequantized weight of nearest rounding, in the layout and dtype of `target.weight`."""
     weight = target.matrix.detach()
     row_group, input_groups = group_layout(target, spec)
     quantizer = WeightQuantizer(row_group, input_groups, spec).to(weight.device)
@@ -54,7 +54,7 @@ def quantized_weight(target: Target, spec: TensorSpec) -> Tensor:
 def weight_errors(
     model: nn.Module, bits: Sequence[int], *, names: Iterable[str] | None = None, **settings: Any
 ) -> dict[str, dict[int, float]]:
-    """Squared error ||W - Q_b(W)||^2 by target name and bit width; 0 at 16 and 32 bits.
+    """Squared error ||W - Q_b(W)||^2 by target name and bit width, rounded to nearest; 0 at 16 and 32 bits.
 
     Args:
         model: a float encoder.

@@ -85,6 +85,11 @@ def sensitivity(
         if not isinstance(spectrum, HessianSpectrum):
             raise TypeError(f"spectrum: expected a HessianSpectrum or None, got {type(spectrum).__name__}")
         granularity = str(spectrum.settings.get("granularity", granularity))
+    if settings.get("rounding") == "compensated":
+        raise ValueError(
+            "rounding='compensated' depends on calibration data, which this does not see; leave it out, or measure "
+            "compensated codes by allocate_bits(model, size_mb=..., calibration_data=...)"
+        )
     if granularity == "group":
         raise ValueError("granularity: 'group' is finer than what gets bits of its own; use layer, block or matrix")
     targets = {t.name: t for t in find_targets(model)}

@@ -264,6 +264,11 @@ def test_bad_input(kwargs: dict[str, Any], message: str) -> None:
         sensitivity(tiny(), labelled(), **(FAST | kwargs))
 
 
+def test_compensated_rounding_is_refused_since_its_codes_hang_on_data() -> None:
+    with pytest.raises(ValueError, match="rounding='compensated' depends on calibration data"):
+        sensitivity(tiny(), labelled(), bits=(2,), **{**FAST, "rounding": "compensated"})
+
+
 def test_a_foreign_spectrum_is_refused() -> None:
     batches = labelled()
     spectrum = hessian_spectrum(tiny(num_hidden_layers=2), batches, runs=1, fraction=1.0, progress=False)
