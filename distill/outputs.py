@@ -84,11 +84,13 @@ class TeacherOutputs:
         path, digest = Path(folder), teacher_digest(teacher)
         names = [name for name in forward_arguments(teacher) if name not in _LABELS]
         outputs = cls(path, digest, names, _read(path, digest))
+        rank, processes = _place()
+        if processes > 1:
+            torch.distributed.barrier()  # all have looked before one writes
         missing: dict[bytes, int] = {}
         for index in range(len(rows)):
             missing.setdefault(outputs.key(rows[index]), index)
         missing = {key: index for key, index in missing.items() if key not in outputs._logits}
-        rank, processes = _place()
         if missing:
             if rank == 0 and not (path / "teacher.json").is_file():
                 write_json(path / "teacher.json", {"format": _FORMAT, "teacher": digest})

@@ -121,13 +121,20 @@ def allocate_bits(
                 "spectrum"
             )
         check_bounds(size_mb=size_mb)
-        plan = FilePlan(spectrum, calibration_data, bits or _FILE_WIDTHS, fixed=fixed, progress=progress, **settings)
+        plan = FilePlan(
+            spectrum,
+            calibration_data,
+            _FILE_WIDTHS if bits is None else bits,
+            fixed=fixed,
+            progress=progress,
+            **settings,
+        )
         return plan.config(size_mb)
     if calibration_data is not None:
         raise ValueError("calibration_data: it is for a model as the first argument; a spectrum was measured already")
     problem = Problem(
         spectrum,
-        bits or _RANKED_WIDTHS,
+        _RANKED_WIDTHS if bits is None else bits,
         bounds={
             "size_mb": size_mb,
             "average_bits": average_bits,

@@ -351,7 +351,7 @@ def _some_samples(batches: Sequence[Batch], count: int) -> list[Batch]:
     position = 0
     for batch in batches:
         size = batch_size(batch)
-        rows = torch.tensor(range(-position % step, size, step), dtype=torch.int64)  # none of a small batch between two
+        rows = torch.tensor(range(-position % step, size, step), dtype=torch.int64, device="cpu")
         position += size
         if len(rows):
             chosen.append(

@@ -129,7 +129,7 @@ def test_predicted_damage_is_the_divergence_of_small_changes() -> None:
     data = batches(count=40)
     plan = FilePlan(model, data, (4,), rounding="nearest", activation_bits=None, groups=48)
     picked = [next(i for i, o in enumerate(item.options) if o.rule["bits"] == 4) for item in plan.items]
-    student = quantize_model(model, plan._config(picked), calibration_data=data)
+    student = quantize_model(model, plan.configuration(picked), calibration_data=data)
     total = 0.0
     with torch.no_grad():
         for batch in data[1::2]:
