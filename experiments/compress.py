@@ -27,7 +27,7 @@ from compress_budget import add_budget_arguments, budgets_of, run_budgets
 from compress_plans import PLANS, Plan, hard_labels
 from compress_table import report_text, students_table
 
-from qbert.cli.arguments import add_task_arguments, positive, prepare_run, run_script
+from qbert.cli.arguments import add_task_arguments, check_training, positive, prepare_run, run_script
 from qbert.results import Record, provenance, text_table
 from qbert.students.depth import DepthTable
 
@@ -76,12 +76,7 @@ def check_request(arguments: argparse.Namespace) -> list[str]:
     for name in arguments.student or ():
         if name not in PLANS:
             raise ValueError(f"--student {name} is not known; use one of {', '.join(sorted(PLANS))}")
-    if arguments.no_fine_tune and arguments.model is None:
-        raise ValueError("--no-fine-tune needs --model, a checkpoint that is fine-tuned on the task")
-    if not arguments.epochs > 0:
-        raise ValueError(f"--epochs {arguments.epochs:g} is not possible; use a positive number")
-    if arguments.learning_rate is not None and not 0 < arguments.learning_rate < 1:
-        raise ValueError(f"--learning-rate {arguments.learning_rate:g} is not possible; use a number such as 1e-4")
+    check_training(arguments)
     for flag, values in (("--seeds", arguments.seeds), ("--student", arguments.student or [])):
         if len(set(values)) < len(values):
             raise ValueError(f"{flag} {' '.join(map(str, values))} names one twice; name each once")

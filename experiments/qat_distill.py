@@ -24,7 +24,7 @@ from typing import Any
 from qat_comparison import METHODS, POST_TRAINING, Comparison, describe, save_packed
 from qat_table import comparison_table
 
-from qbert.cli.arguments import add_task_arguments, positive, prepare_run, run_script
+from qbert.cli.arguments import add_task_arguments, check_training, positive, prepare_run, run_script
 from qbert.results import Record, provenance
 
 
@@ -83,12 +83,7 @@ def check_request(arguments: argparse.Namespace) -> tuple[Any, Any]:
 
     if arguments.recipe not in RECIPES:
         raise ValueError(f"--recipe {arguments.recipe} is not known; use one of {', '.join(sorted(RECIPES))}")
-    if arguments.no_fine_tune and arguments.model is None:
-        raise ValueError("--no-fine-tune needs --model, a checkpoint that is fine-tuned on the task")
-    if not arguments.epochs > 0:
-        raise ValueError(f"--epochs {arguments.epochs:g} is not possible; use a positive number")
-    if arguments.learning_rate is not None and not 0 < arguments.learning_rate < 1:
-        raise ValueError(f"--learning-rate {arguments.learning_rate:g} is not possible; use a number such as 1e-4")
+    check_training(arguments)
     if len(set(arguments.seeds)) < len(arguments.seeds):
         raise ValueError(f"--seeds {' '.join(map(str, arguments.seeds))} names a seed twice; name each once")
     if not 0 < arguments.unlabelled_share < 1:

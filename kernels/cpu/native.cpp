@@ -665,44 +665,11 @@ void run_some(const Layer* layers, int64_t count, const Batch& batch, int64_t be
 
 thread_local Arena arena;
 
-}  // namespace
-
-extern "C" {
-
-int32_t qbert_columns_of_a_tile() { return NB; }
-
-// y [tokens, rows] = the linear map of x [tokens, columns]; 0, or 1 if there is no memory.
-int32_t qbert_linear(const Matrix* m, const float* x, int64_t tokens, float* y, int32_t threads) {
-  const int64_t rows = padded(m->rows, NB), stride = padded(m->wide ? m->columns * 2 : m->columns, 64);
-  const int64_t columns = padded(m->columns, W);
-  const int64_t at_once = std::min<int64_t>(tokens, ROWS_AT_ONCE);
-  const int64_t blocks = (tokens + at_once - 1) / at_once;
-  const bool alone = blocks >= threads;
+// some(memory, block, team) for every block, in this many bytes of memory: by one thread, by one thread each if `alone`, or
+// by all threads together. 0, or 1 if there is no memory.
+template <class Some>
+int32_t in_blocks(int64_t blocks, int32_t threads, bool alone, size_t bytes, const Some& some) {
   int32_t failed = 0;
-  const size_t bytes = padded(at_once * stride, 64) + padded(at_once * sizeof(RowGrid), 64) + at_once * rows * 4 + columns * 4 + 256;
-  auto some = [&](char* memory, int64_t block, Team team) {
-    const int64_t row = tokens * block / blocks, count = tokens * (block + 1) / blocks - row;
-    Codes codes = {reinterpret_cast<uint8_t*>(memory), reinterpret_cast<RowGrid*>(memory + padded(at_once * stride, 64)), stride};
-    float* whole = reinterpret_cast<float*>(memory + padded(at_once * stride, 64) + padded(at_once * sizeof(RowGrid), 64));
-    float* last = whole + at_once * rows;
-    // The last row may be read behind its end: it is copied where that is not memory of x.
-    const bool copied = row + count == tokens && columns != m->columns;
-    quantize(x + row * m->columns, m->columns, copied ? count - 1 : count, *m, codes, team);
-    if (copied && team.place == 0) {
-      std::memcpy(last, x + (tokens - 1) * m->columns, m->columns * sizeof(float));
-      Codes one = {codes.at + (count - 1) * stride, codes.grids + count - 1, stride};
-      quantize(last, columns, 1, *m, one, {0, 1});
-    }
-    team.wait();
-    if (rows == m->rows) {
-      multiply(codes, count, *m, {y + row * rows, rows, false}, team);
-    } else {
-      multiply(codes, count, *m, {whole, rows, false}, team);
-      team.wait();
-      for (int64_t r = team.first(count); r < team.last(count); r++)
-        std::memcpy(y + (row + r) * m->rows, whole + r * rows, m->rows * sizeof(float));
-    }
-  };
   try {
     if (threads <= 1) {
       arena.reserve(bytes);
@@ -732,10 +699,49 @@ int32_t qbert_linear(const Matrix* m, const float* x, int64_t tokens, float* y, 
   return failed;
 }
 
+}  // namespace
+
+extern "C" {
+
+int32_t qbert_columns_of_a_tile() { return NB; }
+
+// y [tokens, rows] = the linear map of x [tokens, columns]; 0, or 1 if there is no memory.
+int32_t qbert_linear(const Matrix* m, const float* x, int64_t tokens, float* y, int32_t threads) {
+  const int64_t rows = padded(m->rows, NB), stride = padded(m->wide ? m->columns * 2 : m->columns, 64);
+  const int64_t columns = padded(m->columns, W);
+  const int64_t at_once = std::min<int64_t>(tokens, ROWS_AT_ONCE);
+  const int64_t blocks = (tokens + at_once - 1) / at_once;
+  const bool alone = blocks >= threads;
+  const size_t bytes = padded(at_once * stride, 64) + padded(at_once * sizeof(RowGrid), 64) + at_once * rows * 4 + columns * 4 + 256;
+  auto some = [&](char* memory, int64_t block, Team team) {
+    const int64_t row = tokens * block / blocks, count = tokens * (block + 1) / blocks - row;
+    Codes codes = {reinterpret_cast<uint8_t*>(memory), reinterpret_cast<RowGrid*>(memory + padded(at_once * stride, 64)), stride};
+    float* whole = reinterpret_cast<float*>(memory + padded(at_once * stride, 64) + padded(at_once * sizeof(RowGrid), 64));
+    float* last = whole + at_once * rows;
+    // The last row may be read behind its end: it is copied where that is not memory of x.
+    const bool copied = row + count == tokens && columns != m->columns;
+    quantize(x + row * m->columns, m->columns, copied ? count - 1 : count, *m, codes, team);
+    if (copied && team.place == 0) {
+      std::memcpy(last, x + (tokens - 1) * m->columns, m->columns * sizeof(float));
+      Codes one = {codes.at + (count - 1) * stride, codes.grids + count - 1, stride};
+      quantize(last, columns, 1, *m, one, {0, 1});
+    }
+    team.wait();
+    if (rows == m->rows) {
+      multiply(codes, count, *m, {y + row * rows, rows, false}, team);
+    } else {
+      multiply(codes, count, *m, {whole, rows, false}, team);
+      team.wait();
+      for (int64_t r = team.first(count); r < team.last(count); r++)
+        std::memcpy(y + (row + r) * m->rows, whole + r * rows, m->rows * sizeof(float));
+    }
+  };
+  return in_blocks(blocks, threads, alone, bytes, some);
+}
+
 // x [tokens, width] through `count` layers of one width into y; chunks[i] to chunks[i + 1] are sequences that run together.
 int32_t qbert_layers(const Layer* layers, int64_t count, const Batch* batch, const int64_t* chunks, int64_t chunk_count,
                      const float* x, float* y, int32_t threads) {
-  int32_t failed = 0;
   int64_t longest = 1, most = 1;
   for (int64_t s = 0; s < batch->sequences; s++) longest = std::max(longest, batch->keys[s]);
   for (int64_t c = 0; c < chunk_count; c++)
@@ -748,33 +754,7 @@ int32_t qbert_layers(const Layer* layers, int64_t count, const Batch* batch, con
     Room::lay_out(&room, memory, layers[0], tokens, longest, members);
     run_some(layers, count, *batch, chunks[chunk], chunks[chunk + 1], x, y, room, team);
   };
-  try {
-    if (threads <= 1) {
-      arena.reserve(bytes);
-      for (int64_t c = 0; c < chunk_count; c++) some(arena.memory, c, {0, 1});
-    } else if (members == 1) {
-#pragma omp parallel for num_threads(threads) schedule(dynamic) reduction(| : failed)
-      for (int64_t c = 0; c < chunk_count; c++) {
-        try {
-          arena.reserve(bytes);
-          some(arena.memory, c, {0, 1});
-        } catch (const std::bad_alloc&) {
-          failed = 1;
-        }
-      }
-    } else {
-      arena.reserve(bytes);
-      char* memory = arena.memory;
-#pragma omp parallel num_threads(threads)
-      for (int64_t c = 0; c < chunk_count; c++) {
-        some(memory, c, {omp_get_thread_num(), omp_get_num_threads()});
-#pragma omp barrier
-      }
-    }
-  } catch (const std::bad_alloc&) {
-    failed = 1;
-  }
-  return failed;
+  return in_blocks(chunk_count, threads, members == 1, bytes, some);
 }
 
 }  // extern "C"

@@ -44,6 +44,20 @@ def add_tuning_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--eval-limit", type=positive, help="score on at most this many held-out rows")
 
 
+def check_training(arguments: argparse.Namespace) -> None:
+    """Refuse a teacher that is not there, and passes or a rate that cannot train a student.
+
+    Raises:
+        ValueError: naming the argument and the mend.
+    """
+    if arguments.no_fine_tune and arguments.model is None:
+        raise ValueError("--no-fine-tune needs --model, a checkpoint that is fine-tuned on the task")
+    if not arguments.epochs > 0:
+        raise ValueError(f"--epochs {arguments.epochs:g} is not possible; use a positive number")
+    if arguments.learning_rate is not None and not 0 < arguments.learning_rate < 1:
+        raise ValueError(f"--learning-rate {arguments.learning_rate:g} is not possible; use a number such as 1e-4")
+
+
 def fine_tuned(task: Any, arguments: argparse.Namespace) -> Any:
     """The `FineTuned` encoder of the arguments, from the cache if it is there; says how and how good it is."""
     from qbert.tasks import fine_tune
