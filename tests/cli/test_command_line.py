@@ -26,6 +26,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model.save_pretrained(folder / "model")
     AutoTokenizer.from_pretrained(folder / "encoder").save_pretrained(folder / "model")
     write_task(folder / "data", "sst2", {"train.jsonl.gz": sentiment_rows(64), "dev.jsonl.gz": sentiment_rows(40)})
+    (folder / "long.txt").write_text("\n".join(row["sentence"] for row in sentiment_rows(160)))
     (folder / "texts.txt").write_text("\n".join(row["sentence"] for row in sentiment_rows(64)) + "\n\n")
     return folder
 
@@ -89,6 +90,20 @@ def test_from_spectrum_to_bits_to_a_folder_to_a_score(
     assert code == 0, err
     scores = json.loads(text)
     assert 0 <= scores["agreement"] <= 100 and scores["scores"][str(out)]["examples"] == 40
+
+
+def test_a_plan_is_made_saved_and_run(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    size = 0.4 * qbert.model_size(AutoModelForSequenceClassification.from_pretrained(world / "model")).mb
+    saved = tmp_path / "plan.json"
+    asked = ["--size-mb", size, "--texts", world / "long.txt", "--save", saved, "--plot", tmp_path / "front.png"]
+    code, out, err = run(capsys, "plan", world / "model", *asked)
+    assert code == 0, err
+    assert "bits alone" in out and (tmp_path / "front.png").is_file()
+    code, out, err = run(capsys, "compress", world / "model", tmp_path / "out", *task(world), "--plan", saved, "--json")
+    assert code == 0, err
+    content = json.loads(out)
+    assert content["steps"][-1]["megabytes"] <= size and content["steps"][0]["step"] == "float"
+    assert qbert.load(content["folder"]) is not None
 
 
 def test_inspect_counts_what_the_files_hold(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -155,6 +170,9 @@ def test_export_writes_a_file_that_runs(world: Path, tmp_path: Path, capsys: pyt
         (["evaluate", "WORLD/encoder", "--task", "sst2", "--data-dir", "WORLD/data"], "no head tuned for task"),
         (["evaluate", "WORLD/model", "--task", "nothing"], "unknown task 'nothing'"),
         (["allocate", "WORLD/model/config.json"], "config.json"),
+        (["plan", "WORLD/model", "--size-mb", "1"], "give --texts FILE or --task NAME"),
+        (["plan", "WORLD/model", "--shape", "8", "--texts", "WORLD/long.txt"], "--shape 8 is no shape"),
+        (["plan", "WORLD/model", "--texts", "WORLD/long.txt"], "a plan needs a budget"),
         (["nothing"], "No such command 'nothing'"),
     ],
 )
