@@ -28,6 +28,10 @@ class _Lines(_Plain):  # type: ignore[type-arg]
             self.fp.flush()
         return msg != ""
 
+    def set_postfix(self, ordered_dict: Any = None, refresh: bool | None = True, **kwargs: Any) -> None:
+        # Words beside the bar, such as the number of the run, are no reason for a line of their own.
+        super().set_postfix(ordered_dict, refresh=False, **kwargs)
+
     def close(self) -> None:
         if not self.disable and self.last_print_t >= self.start_t + self.delay and self.last_print_n < self.n:
             self.display()

@@ -39,6 +39,7 @@ def test_long_work_in_a_pipe_is_a_line_a_minute(clock: list[float]) -> None:
     shown = progress.progress_bar(total=30, desc="long", file=out)
     for _ in range(30):
         clock[0] += 10
+        shown.set_postfix(run=1)
         shown.update()
     shown.close()
     lines = out.getvalue().splitlines()
