@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from qbert.allocation.whole_file import FilePlan
+from qbert.encoders.inputs import without_labels
 from qbert.results import Record, markdown_table, provenance, text_table
 
 _DRAWS = 5
@@ -73,8 +74,7 @@ class Budget:
         self.task, self.model, self.tokenizer = task, model, tokenizer
         data = prepare(task, tokenizer, "train", limit=arguments.calibration_rows, seed=arguments.seed)
         self.labelled = data.batches(32, seed=arguments.seed)
-        gone = ("labels", "start_positions", "end_positions")
-        self.batches = [{k: v for k, v in batch.items() if k not in gone} for batch in self.labelled]
+        self.batches = [without_labels(batch) for batch in self.labelled]
 
         def scored(candidate: Any) -> Any:
             split, limit = task.evaluation_splits[0], arguments.eval_limit

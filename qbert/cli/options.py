@@ -119,16 +119,24 @@ def build_for(task: Any, source: str) -> tuple[Any, Any]:
     return build_model(task, source, tuned=True)
 
 
-def task_batches(task: Any, tokenizer: Any, rows: int, seed: int, pairs: bool = False, labels: bool = False) -> Any:
-    """Batches of 32 of `rows` training rows, drawn by `seed`; without labels unless asked for."""
-    from qbert.tasks import prepare
+def unlabelled_batches(asked: Mapping[str, Any], tokenizer: Any) -> list[dict[str, Any]] | None:
+    """Batches of 32 of the ``rows`` that ``--texts`` or ``--task`` name; None where neither does.
 
-    data = prepare(task, tokenizer, "train", limit=rows, seed=seed, as_pairs=pairs)
-    batches = data.batches(32, seed=seed)
-    if labels:
-        return batches
-    gone = ("labels", "start_positions", "end_positions")
-    return [{key: value for key, value in batch.items() if key not in gone} for batch in batches]
+    Raises:
+        ValueError: both are given, or the text file has no text.
+    """
+    if asked["texts"] and asked["task"]:
+        raise ValueError("--texts and --task both name calibration data; give one of them")
+    if asked["texts"]:
+        return text_batches(asked["texts"], tokenizer, asked["rows"])
+    if asked["task"]:
+        from qbert.encoders.inputs import without_labels
+        from qbert.tasks import load_task, prepare
+
+        task = load_task(asked["task"], data_dir=asked["data_dir"])
+        data = prepare(task, tokenizer, "train", limit=asked["rows"], seed=asked["seed"])
+        return [without_labels(batch) for batch in data.batches(32, seed=asked["seed"])]
+    return None
 
 
 def text_batches(path: str, tokenizer: Any, rows: int) -> list[dict[str, Any]]:

@@ -14,9 +14,8 @@ from qbert.cli.options import (
     machine_options,
     set_machine,
     show,
-    task_batches,
     task_options,
-    text_batches,
+    unlabelled_batches,
 )
 
 
@@ -53,13 +52,7 @@ def plan(model: str, shape: str, save: str | None, plot: str | None, **asked: An
     if bool(asked["texts"]) == bool(asked["task"]):
         raise ValueError("give --texts FILE or --task NAME; a plan is made on one of them")
     tokenizer = load_tokenizer(model)
-    if asked["texts"]:
-        batches = text_batches(asked["texts"], tokenizer, asked["rows"])
-    else:
-        from qbert.tasks import load_task
-
-        task = load_task(asked["task"], data_dir=asked["data_dir"])
-        batches = task_batches(task, tokenizer, asked["rows"], asked["seed"])
+    batches = unlabelled_batches(asked, tokenizer)
     found = make_plan(
         load_any(model).to(asked["device"]),
         batches,

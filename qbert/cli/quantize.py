@@ -16,9 +16,8 @@ from qbert.cli.options import (
     machine_options,
     set_machine,
     show,
-    task_batches,
     task_options,
-    text_batches,
+    unlabelled_batches,
 )
 
 
@@ -115,16 +114,7 @@ def _tokenizer(model: str, needed: bool) -> Any:
 
 
 def _calibration(asked: dict[str, Any], tokenizer: Any) -> Any:
-    if asked["texts"] and asked["task"]:
-        raise ValueError("--texts and --task both name calibration data; give one of them")
-    if asked["texts"]:
-        return text_batches(asked["texts"], tokenizer, asked["rows"])
-    if asked["task"]:
-        from qbert.tasks import load_task
-
-        return task_batches(
-            load_task(asked["task"], data_dir=asked["data_dir"]), tokenizer, asked["rows"], asked["seed"]
-        )
-    if asked["rounding"] == "compensated":
+    batches = unlabelled_batches(asked, tokenizer)
+    if batches is None and asked["rounding"] == "compensated":
         raise ValueError("--rounding compensated needs data; add --texts FILE (a sentence a line), or --task NAME")
-    return None
+    return batches

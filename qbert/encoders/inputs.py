@@ -30,6 +30,11 @@ def to_device(batch: Mapping[str, Any], model: nn.Module) -> dict[str, Any]:
     return {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
 
 
+def without_labels(batch: Mapping[str, Any]) -> dict[str, Any]:
+    """`batch` without what it is labelled with: classes, values or tags, or the places of an answer."""
+    return {k: v for k, v in batch.items() if k not in ("labels", "start_positions", "end_positions")}
+
+
 def unmasked(x: Tensor, mask: Tensor | None) -> Tensor:
     """The rows of `x` that are no padding.
 

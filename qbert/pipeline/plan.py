@@ -23,7 +23,7 @@ import os
 import statistics
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -315,23 +315,14 @@ class _Planner:
         size = size_mb if size_mb is not None else part.largest_mb
         picked = part.files.choose(min(size, part.largest_mb))
         harm = part.start + part.files.damage(picked)
-        return Candidate(
-            part.steps, part.files.config(min(size, part.largest_mb)), part.files.size(picked) / 1e6, part.latency, harm
-        )
+        files = part.files
+        return Candidate(part.steps, files.configuration(picked), files.size(picked) / 1e6, part.latency, harm)
 
     def _made(self, candidate: Candidate, part: _Part) -> Candidate:
         """The same plan with what a forward pass says of it."""
         packed = pack(quantize_model(part.model, candidate.config, calibration_data=self.rest))
         divergence, agreement = self._likeness(packed, self.check, "check")
-        return Candidate(
-            candidate.structure,
-            candidate.config,
-            candidate.megabytes,
-            candidate.latency_ms,
-            candidate.predicted,
-            divergence,
-            agreement,
-        )
+        return replace(candidate, measured=divergence, agreement=agreement)
 
     def _smallest(self, part: _Part, within: float) -> Candidate | None:
         """The smallest plan of a structure that agrees on all but a share of the rows, by bisection over sizes."""

@@ -16,6 +16,7 @@ from torch import nn
 
 from qbert.arguments import is_whole
 from qbert.bits import BitsConfig
+from qbert.encoders.inputs import without_labels
 
 
 @dataclass(frozen=True)
@@ -44,10 +45,8 @@ class Context:
 
     def batches(self, rows: int, size: int = 32) -> list[dict[str, Any]]:
         """Batches of the first `rows` rows, without labels."""
-        gone = ("labels", "start_positions", "end_positions")
         chosen = [self.rows[i] for i in range(min(rows, len(self.rows)))]
-        found = [self.collate(chosen[i : i + size]) for i in range(0, len(chosen), size)]
-        return [{key: value for key, value in batch.items() if key not in gone} for batch in found]
+        return [without_labels(self.collate(chosen[i : i + size])) for i in range(0, len(chosen), size)]
 
 
 class Step:
