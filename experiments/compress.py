@@ -22,10 +22,10 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from compress_bench import Bench, load_teacher
+from compress_bench import FORMS, Bench, form_name, load_teacher
 from compress_budget import add_budget_arguments, budgets_of, run_budgets
 from compress_plans import PLANS, Plan, hard_labels
-from compress_table import report_text, students_table
+from compress_table import forms_table, report_text, students_table
 
 from qbert.cli.arguments import add_task_arguments, check_training, positive, prepare_run, run_script
 from qbert.results import Record, provenance, text_table
@@ -142,6 +142,7 @@ def heading(bench: Bench) -> dict[str, Any]:
             "agreement": 100.0,
             "divergence": 0.0,
             "other domain": bench.evaluate_elsewhere(bench.teacher),
+            "stored": bench.stored(bench.teacher),
             **bench.shape(bench.teacher),
         },
         "depths": {},
@@ -149,21 +150,21 @@ def heading(bench: Bench) -> dict[str, Any]:
     }
 
 
-def add_bits_alone(bench: Bench, results: Record, limit: int) -> None:
+def add_bits_alone(bench: Bench, results: Record, limit: float) -> None:
     """The row of the teacher in at most `limit` bytes by bits alone."""
     from qbert import model_size, pack
 
     bits, tables = bench.bits_alone(limit)
     title = f"{bits} bits, tables {tables}, no training"
-    if title in results:
+    if title in results or (bits, tables) in FORMS:
         return
     start = time.monotonic()
-    student = bench.quantized(bench.teacher, bits, tables)
-    row = bench.row(student, time.monotonic() - start)
-    packed = pack(student)
-    speed = bench.speed(bench.teacher, packed)
-    fused = {key: value for key, value in speed.items() if key.startswith("fused")}
-    results.add(title, {**row, "4 bits bytes": model_size(packed).total, **fused})
+    packed = pack(bench.quantized(bench.teacher, bits, tables))
+    row = bench.row(packed, time.monotonic() - start)
+    speed = {key: value for key, value in bench.speed(bench.teacher, packed).items() if key.startswith("fused")}
+    quality = {key: value for key, value in row.items() if key not in ("other domain", "minutes")}
+    stored = {form_name(bits, tables): {**quality, "bytes": model_size(packed).total}}
+    results.add(title, {**row, **speed, "stored": stored})
 
 
 def main() -> None:
@@ -197,12 +198,13 @@ def main() -> None:
             row, student = bench.train(name, plan, seed)
             shape = {} if results[plan.title] else bench.shape(student)
             depths = {str(count): table.to_list() for count, table in bench.depths.items()}
-            results.add(plan.title, {"seed": seed, **row, **shape}, depths=depths)
+            results.add(plan.title, {"seed": seed, **row, **shape, "stored": bench.stored(student)}, depths=depths)
             bench.drop_checkpoints(name, seed)
             print(f"{plan.title}, seed {seed}: {row['score']:.2f}, {row['retention']:.1f} % of the teacher", flush=True)
         if name in names and not arguments.no_controls:
-            add_bits_alone(bench, results, results[plan.title][0]["4 bits bytes"])
-    print(f"\n{text_table(*students_table(results.content))}\n")
+            for form in results[plan.title][0]["stored"].values():
+                add_bits_alone(bench, results, form["bytes"])
+    print(f"\n{text_table(*students_table(results.content))}\n\n{text_table(*forms_table(results.content))}\n")
     target = Path(arguments.report or folder / "students.md")
     write_whole(target, lambda aside: aside.write_text(report_text(results.content), encoding="utf-8"))
     print(f"written: {target}")

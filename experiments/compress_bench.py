@@ -28,7 +28,8 @@ from qbert.students.depth import DepthTable, compare_depths
 if TYPE_CHECKING:
     from compress_plans import Phase, Plan
 
-PACKED_BITS = (8, 4)
+# (encoder, tables) in which every student is stored and scored, from the largest
+FORMS = ((8, 8), (4, 4), (2, 4))
 SHAPES = ((1, 16), (32, 64))  # (sequences, tokens)
 _SEARCH_ROWS = 256
 _CALIBRATION_ROWS = 384
@@ -281,24 +282,30 @@ class Bench:
     # ---- measuring ----
 
     def row(self, student: nn.Module, seconds: float) -> dict[str, Any]:
-        """Score, likeness to the teacher, score in another domain and at 4 bits, and time of one student."""
+        """Score, likeness to the teacher, score in another domain, and time of one student."""
+        return {**self.quality(student), "other domain": self.evaluate_elsewhere(student), "minutes": seconds / 60}
+
+    def quality(self, model: nn.Module) -> dict[str, Any]:
+        """Held-out score, percent of the teacher's, and likeness to the teacher's outputs."""
         from qbert.tasks.evaluation import fidelity
 
-        result = self.evaluate(student)
+        result = self.evaluate(model)
         kind = getattr(getattr(self.teacher, "config", None), "problem_type", None)
         likeness = fidelity(self.reference.logits, result.logits, kind)
         return {
             "score": result.primary,
-            "retention": self.retention(result.primary),
+            "retention": 100 * result.primary / self.reference.primary if self.reference.primary else 0.0,
             "agreement": likeness.agreement,
             "divergence": likeness.divergence,
-            "other domain": self.evaluate_elsewhere(student),
-            "minutes": seconds / 60,
         }
 
-    def retention(self, score: float) -> float:
-        """Percent of the teacher's score."""
-        return 100 * score / self.reference.primary if self.reference.primary else 0.0
+    def stored(self, student: nn.Module) -> dict[str, dict[str, Any]]:
+        """Quality and bytes of a student in each of `FORMS`, rounded after training, by `form_name`."""
+        found = {}
+        for bits, tables in FORMS:
+            packed = pack(self.quantized(student, bits, tables))
+            found[form_name(bits, tables)] = {**self.quality(packed), "bytes": model_size(packed).total}
+        return found
 
     def evaluate(self, model: nn.Module) -> Any:
         """Held-out score of a model."""
@@ -338,15 +345,11 @@ class Bench:
         return quantize_model(model, config, calibration_data=self.unlabelled(), progress=False)
 
     def shape(self, student: nn.Module) -> dict[str, Any]:
-        """What depends on the shape alone: parameters, bytes, milliseconds; and the score at 4 bits."""
-        packed = {bits: pack(self.quantized(student, bits, bits)) for bits in PACKED_BITS}
-        low = self.evaluate(packed[4])
+        """What depends on the shape alone: parameters, bytes, milliseconds."""
         return {
             "parameters": sum(p.numel() for p in student.parameters()),
             "float bytes": model_size(student).total,
-            **{f"{bits} bits bytes": model_size(model).total for bits, model in packed.items()},
-            "score at 4 bits": low.primary,
-            **self.speed(student, packed[8]),
+            **self.speed(student, pack(self.quantized(student, 8, 8))),
         }
 
     def speed(self, student: nn.Module, packed: nn.Module) -> dict[str, Any]:
@@ -362,7 +365,7 @@ class Bench:
             for (batch, length), found in times.items()
         }
 
-    def bits_alone(self, limit: int) -> tuple[int, int]:
+    def bits_alone(self, limit: float) -> tuple[int, int]:
         """(encoder bits, table bits) of the largest version of the teacher within `limit` bytes, or the smallest."""
         sizes = {b: model_size(self.teacher, BitsConfig(b[0], embedding_bits=b[1])).total for b in BITS_ALONE}
         within = [b for b in BITS_ALONE if sizes[b] <= limit]
@@ -394,6 +397,11 @@ def load_teacher(arguments: argparse.Namespace) -> tuple[Any, Any, Any]:
     )
     print(f"teacher: {'from the cache' if tuned.from_cache else f'tuned in {tuned.seconds:.0f} s'}")
     return task, tuned.model, tuned.tokenizer
+
+
+def form_name(bits: int, tables: int) -> str:
+    """What a table calls an encoder of `bits` with tables of `tables`."""
+    return f"W{bits} E{tables}"
 
 
 def lines_of(file: Path) -> list[str]:

@@ -1,4 +1,4 @@
-"""The table of students: each beside its controls, with score, likeness, size and speed.
+"""The tables of students: each beside its controls, with score, likeness and speed; and in few bits, by size.
 
     python experiments/compress_table.py outputs/compress-*/results.json --report experiments/results/students.md
 
@@ -12,7 +12,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from compress_bench import PACKED_BITS, SHAPES
+from compress_bench import SHAPES
 from qat_table import spread
 
 from qbert.cli.arguments import run_script
@@ -25,7 +25,6 @@ _QUALITY = (
     ("agreement", "agreement", 1, " %"),
     ("divergence", "KL", 4, ""),
     ("other domain", "other domain", 2, ""),
-    ("score at 4 bits", "at 4 bits", 2, ""),
 )
 
 
@@ -34,7 +33,6 @@ def students_table(content: dict[str, Any]) -> tuple[list[str], list[list[str]]]
     rows = {"teacher": [content["teacher"]], **content["rows"]}
     shown = [part for part in _QUALITY if any(row.get(part[0]) is not None for found in rows.values() for row in found)]
     header = ["", *(name for _, name, _, _ in shown), "parameters, M", "MB float"]
-    header += [f"MB {bits} bits" for bits in PACKED_BITS]
     header += [f"ms {batch}x{length} (fused)" for batch, length in SHAPES] + ["minutes", "seeds"]
     lines = []
     for title, found in rows.items():
@@ -45,11 +43,24 @@ def students_table(content: dict[str, Any]) -> tuple[list[str], list[list[str]]]
         shape = found[0]
         cells.append(_number(shape.get("parameters"), 1e6, 2))
         cells.append(_number(shape.get("float bytes"), 1e6, 1))
-        cells += [_number(shape.get(f"{bits} bits bytes"), 1e6, 2) for bits in PACKED_BITS]
         cells += [_milliseconds(shape, f"{batch}x{length}") for batch, length in SHAPES]
         minutes = [row["minutes"] for row in found if row.get("minutes")]
         lines.append([*cells, f"{fmean(minutes):.1f}" if minutes else "", str(len(found)) if minutes else ""])
     return header, lines
+
+
+def forms_table(content: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """(header, lines) of all that was stored in few bits, from the largest file to the smallest."""
+    kinds = [part for part in _QUALITY if part[0] != "other domain"]
+    header = ["", "form", *(name for _, name, _, _ in kinds), "MB", "seeds"]
+    sized: list[tuple[float, list[str]]] = []
+    for title, rows in {"teacher": [content["teacher"]], **content["rows"]}.items():
+        for form in rows[0].get("stored", {}):
+            found = [row["stored"][form] for row in rows]
+            size = fmean(row["bytes"] for row in found)
+            quality = [spread([row[key] for row in found], digits) + unit for key, _, digits, unit in kinds]
+            sized.append((-size, [title, form, *quality, f"{size / 1e6:.2f}", str(len(rows))]))
+    return header, [line for _, line in sorted(sized, key=lambda item: item[0])]
 
 
 def _number(value: float | None, unit: float, digits: int) -> str:
@@ -71,10 +82,16 @@ def report_text(content: dict[str, Any]) -> str:
         f"\nKeeping {count} layers, before any training:\n\n```\n{DepthTable.from_list(table)}\n```\n"
         for count, table in content["depths"].items()
     )
-    return (
-        f"## {content['task']}\n\n{markdown_table(header, lines)}\n\n{content['data']}. Score: {content['metric']}"
-        f"{content['elsewhere']}. Students: {content['budget']}. {content['made by']}\n{search}"
-    )
+    return f"""## {content["task"]}
+
+{markdown_table(header, lines)}
+
+Stored in few bits, rounded after training (W: encoder, E: tables), by size:
+
+{markdown_table(*forms_table(content))}
+
+{content["data"]}. Score: {content["metric"]}{content["elsewhere"]}. Students: {content["budget"]}. {content["made by"]}
+{search}"""
 
 
 def main() -> None:
@@ -91,7 +108,7 @@ def main() -> None:
         if not isinstance(content, dict) or not {"rows", "task", "teacher", "budget", "depths"} <= set(content):
             raise ValueError(f"{path} is no results file of compress.py; name its results.json")
     for content in contents:
-        print(f"{content['task']}\n{text_table(*students_table(content))}\n")
+        print(f"{content['task']}\n{text_table(*students_table(content))}\n\n{text_table(*forms_table(content))}\n")
     text = "# Students\n\n" + "\n".join(report_text(content) for content in contents)
     write_whole(Path(arguments.report), lambda aside: aside.write_text(text, encoding="utf-8"))
     print(f"written: {arguments.report}")

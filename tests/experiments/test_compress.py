@@ -70,11 +70,13 @@ def test_a_student_from_end_to_end(tmp_path: Path) -> None:
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert {"PKD", "fewer layers, hard labels"} < set(results["rows"]) and len(results["rows"]) == 3
     row = results["rows"]["PKD"][0]
-    assert {"score", "agreement", "divergence", "parameters", "4 bits bytes", "ms 1x16", "fused ms 32x64"} <= set(row)
-    assert row["4 bits bytes"] < row["8 bits bytes"] < row["float bytes"]
+    assert {"score", "agreement", "divergence", "parameters", "ms 1x16", "fused ms 32x64"} <= set(row)
+    forms = row["stored"]
+    assert forms["W2 E4"]["bytes"] < forms["W4 E4"]["bytes"] < forms["W8 E8"]["bytes"] < row["float bytes"]
+    assert all({"score", "divergence", "agreement"} <= set(form) for form in forms.values())
     assert "1 of 2 layers, before any training" in done.stdout and f"{row['score']:.2f}" in done.stdout
     page = (tmp_path / "out" / "students.md").read_text()
-    assert "| PKD |" in page and "bits, tables" in page and "layers applied" in page
+    assert "| PKD |" in page and "| PKD | W2 E4 |" in page and "bits, tables" in page and "layers applied" in page
     again = run("--student", "pkd", "layers", "--no-controls", "--resume")
     assert again.returncode == 0 and "PKD, seed 0" not in again.stdout and "layers dropped" in again.stdout
     assert "before any training\n" not in again.stdout
