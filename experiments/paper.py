@@ -9,7 +9,8 @@
 ``paper.json`` beside this script holds the recipes and each task's budget (rows to train and to score on); ``--recipe``
 takes another such file, options given here go before the budget, and ``--whole`` leaves it out. What the work will take
 is said before it starts. Every finished row is kept, and ``--resume`` goes on from it, or from the last checkpoint of a
-training. Writes page.md and page.png.
+training. Writes a page and its picture (table-1.md, table-1.png, ...). Runs that name one --output-dir and the same
+Hessian settings share the spectra of their teachers.
 Reference: Shen et al. 2020 (Q-BERT), tables 1-3, figures 1-3.
 """
 
@@ -176,7 +177,7 @@ def fill(arguments: argparse.Namespace, recipe: dict[str, Any], folder: Path) ->
 
     comparison = Comparison(arguments, RECIPES["qbert_kd"](), bits_of({"bits": 8}, None, None), folder)
     asked = {key: value for key, value in asked_of(comparison).items() if key not in ("bits", "start", "learning rate")}
-    record = Record(folder / "rows.json", asked, resume=arguments.resume)
+    record = Record(folder / f"table-{arguments.table}.json", asked, resume=arguments.resume)
     work = [(row, seed) for row in recipe["rows"] for seed in _seeds(row, arguments)]
     for row, _ in work:
         for kept in record[row["label"]]:
@@ -340,7 +341,9 @@ def write_page(recipe: dict[str, Any], heading: str, parts: list[str], path: Pat
     write_whole(path, lambda aside: aside.write_text(text, encoding="utf-8"))
 
 
-def make_table(arguments: argparse.Namespace, recipe: dict[str, Any], tasks: list[str], folder: Path) -> None:
+def make_table(
+    arguments: argparse.Namespace, recipe: dict[str, Any], tasks: list[str], folder: Path, page: Path
+) -> None:
     """Every task's rows, the page after each, and the picture."""
     contents: list[dict[str, Any]] = []
     labels = [row["label"] for row in recipe["rows"]]
@@ -356,11 +359,13 @@ def make_table(arguments: argparse.Namespace, recipe: dict[str, Any], tasks: lis
             parts += [f"## {content['task']}", "", markdown_table(header, lines), ""]
             parts += [f"{content['data']}; {content['budget']}. {content['made by']}", ""]
         print(f"\n{text_table(*table_of(contents[-1], labels))}")
-        write_page(recipe, f"Table {arguments.table}", parts, folder / "page.md")
-        plot_table(contents, labels, folder / "page.png")
+        write_page(recipe, f"Table {arguments.table}", parts, page)
+        plot_table(contents, labels, page.with_suffix(".png"))
 
 
-def make_figure(arguments: argparse.Namespace, recipe: dict[str, Any], tasks: list[str], folder: Path) -> None:
+def make_figure(
+    arguments: argparse.Namespace, recipe: dict[str, Any], tasks: list[str], folder: Path, page: Path
+) -> None:
     """Spectrum, and landscapes where they are asked for, of every task's teacher; under torchrun the work is shared."""
     from qbert.tasks import load_task, prepare
 
@@ -386,7 +391,7 @@ def make_figure(arguments: argparse.Namespace, recipe: dict[str, Any], tasks: li
             print(spectrum)
             parts += [f"## {name}", "", f"![{recipe['title']}]({name}/{picture.name})", ""]
             parts += ["```", str(spectrum), "```", "", f"{task.describe()}. {provenance()}", ""]
-            write_page(recipe, f"Figure {arguments.figure}", parts, folder / "page.md")
+            write_page(recipe, f"Figure {arguments.figure}", parts, page)
 
 
 def main() -> None:
@@ -423,8 +428,9 @@ def main() -> None:
     if arguments.dry_run:
         return
     make = make_table if kind == "table" else make_figure
-    make(arguments, recipe, tasks, folder)
-    print(f"\nwritten: {folder / 'page.md'}" + (f", {folder / 'page.png'}" if kind == "table" else ""))
+    page = folder / f"{kind}-{name}.md"
+    make(arguments, recipe, tasks, folder, page)
+    print(f"\nwritten: {page}" + (f", {page.with_suffix('.png')}" if kind == "table" else ""))
 
 
 if __name__ == "__main__":

@@ -40,16 +40,16 @@ def test_a_table_is_made_and_goes_on_from_the_rows_that_are_there(world: Path) -
     first = run(world, recipes(ROWS), "--table", "h", "--rows", "lower", "random")
     assert first.returncode == 0, first.stderr[-2000:]
     assert "sst2: about" in first.stdout and first.stdout.index("in all about") < first.stdout.index("[1/2] lower half")
-    kept = json.loads((world / "out" / "sst2" / "rows.json").read_text())["rows"]
+    kept = json.loads((world / "out" / "sst2" / "table-h.json").read_text())["rows"]
     again = run(world, recipes(ROWS), "--table", "h", "--resume")
     assert again.returncode == 0, again.stderr[-2000:]
     assert "[1/1] 4 bits" in again.stdout and "lower half, " not in again.stdout
-    rows = json.loads((world / "out" / "sst2" / "rows.json").read_text())["rows"]
+    rows = json.loads((world / "out" / "sst2" / "table-h.json").read_text())["rows"]
     assert {label: rows[label] for label in kept} == kept and set(rows) == {"lower half", "random half", "4 bits"}
     assert rows["4 bits"][0]["widths"] == "4/8 mixed" and rows["lower half"][0]["widths"] == "2/3 mixed"
-    page = (world / "out" / "page.md").read_text()
+    page = (world / "out" / "table-h.md").read_text()
     assert page.startswith("# Table h: halves") and "| 4 bits |" in page and "trained on 32 rows" in page
-    assert (world / "out" / "page.png").stat().st_size > 5000
+    assert (world / "out" / "table-h.png").stat().st_size > 5000
     other = run(world, recipes([{**ROWS[0], "mixed": [2, 4]}]), "--table", "h", "--resume")
     assert other.returncode == 2 and "was made with another mixed" in other.stderr
 
