@@ -9,6 +9,7 @@ feature                   tensors, one a layer
 ``scores``                attention scores before the softmax Q K^T / sqrt(d), [B, H, T, T]
 ``relations.query``       Q Q^T / sqrt(d) over `heads` relation heads; also ``.key`` and ``.value`` (MiniLMv2)
 ``module:PATH``           the output of any module, one entry a call
+``probes``                what a classifier on each layer says, [B, C] (`qbert.distill.probes`)
 ``logits``                the model's outputs: [B, C], [B, T, C] or [2, B, T] (start and end of a span)
 ========================  =========================================================================================
 
@@ -37,7 +38,9 @@ from qbert.encoders.targets import attention_heads, base_model, join_path, linea
 
 _RELATIONS = {"relations.query": "query", "relations.key": "key", "relations.value": "value"}
 _STATES = frozenset({"hidden", "embeddings", "cls"})
-FEATURES = (*sorted(_STATES), "scores", *_RELATIONS, "logits", "labels")
+# What has no counterpart at the teacher: the task's own loss, and the price of an architecture under search.
+OWN = frozenset({"labels", "cost"})
+FEATURES = (*sorted(_STATES), "scores", *_RELATIONS, "probes", "logits", *sorted(OWN, reverse=True))
 
 
 def check_feature(name: str) -> str:
@@ -74,12 +77,15 @@ class Recorder:
     @property
     def arguments(self) -> dict[str, Any]:
         """Extra keyword arguments for the model's forward."""
-        return {"output_hidden_states": True} if self.wanted & _STATES else {}
+        states = {"output_hidden_states": True} if self.wanted & _STATES else {}
+        return states | ({"output_probes": True} if "probes" in self.wanted else {})
 
     def features(self, name: str, output: Any) -> list[Tensor]:
         """The tensors of one feature, after the forward pass that gave `output`."""
         if name == "logits":
             return [model_logits(output)]
+        if name == "probes":
+            return list(output.probes)
         if name in _STATES:
             states = getattr(output, "hidden_states", None)
             if states is None:
@@ -133,6 +139,11 @@ class Recorder:
             "output_hidden_states" in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
         ):
             raise ValueError(f"{type(self.model).__name__} returns no hidden states; match 'module:PATH' instead")
+        if "probes" in self.wanted and "output_probes" not in parameters:
+            raise ValueError(
+                f"{type(self.model).__name__} has no probes on its layers; make a teacher's by "
+                "qbert.distill.probes.probe_layers, and match 'hidden' or 'logits' of other students"
+            )
         roles = {_RELATIONS[name] for name in self.wanted & _RELATIONS.keys()}
         if "scores" in self.wanted:
             roles |= {"query", "key"}

@@ -208,6 +208,21 @@ def mse(student: Tensor, teacher: Tensor, mask: Tensor | None = None) -> Tensor:
     return masked_mean((student - teacher).float().square(), mask)
 
 
+def task_loss(logits: Tensor, labels: Tensor, kind: str | None = None) -> Tensor:
+    """A sequence classifier's own loss of logits [B, C], as transformers has it.
+
+    Args:
+        labels: classes [B]; values [B] or [B, 1] of a regression; yes or no [B, C], float, where labels are many.
+        kind: ``config.problem_type``; guessed from dtype and shape of the labels where None.
+    """
+    several = labels.is_floating_point() and labels.shape == logits.shape and logits.shape[1] > 1
+    if kind == "multi_label_classification" or (kind is None and several):
+        return F.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype))
+    if kind == "regression" or logits.shape[1] == 1:
+        return F.mse_loss(logits.reshape(labels.shape), labels.to(logits.dtype))
+    return F.cross_entropy(logits, labels)
+
+
 def span_cross_entropy(student: Tensor, teacher: Tensor, mask: Tensor, *, temperature: float = 1.0) -> Tensor:
     """Soft cross-entropy of start and end positions, [2, B, T] logits, over real tokens; the mean of the two.
 

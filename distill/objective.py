@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qbert.distill.aside import Rates, left_as_it_is, problem_type_kept, restore, train_without_dropout
-from qbert.distill.features import Recorder
+from qbert.distill.features import OWN, Recorder
 from qbert.distill.losses import (
     ITEMS,
     LOSSES,
@@ -244,7 +244,7 @@ class Distillation(nn.Module):
     def _run(self, model: nn.Module, inputs: dict[str, Any], stage: Stage) -> tuple[Recorder, Any]:
         key = (self.stage_index, model is self.teacher)
         if key not in self._recorders:
-            wanted = {match.feature for match in stage.matches} - {"labels"}
+            wanted = {match.feature for match in stage.matches} - OWN
             heads = {m.options["heads"] for m in stage.matches if "heads" in m.options}
             self._recorders[key] = Recorder(model, wanted, relation_heads=max(heads) if heads else None)
         with self._recorders[key] as recorder:
@@ -262,6 +262,8 @@ class Distillation(nn.Module):
         recorder, output = recorded
         if match.feature == "labels":
             return self._label_loss(output, inputs), "labels"
+        if match.feature == "cost":
+            return _cost(output), "rows"
         student = recorder.features(match.feature, output)
         teacher = [x.to(student[0].dtype) for x in target[0].features(match.feature, target[1])]
         if match.feature == "logits":
@@ -271,6 +273,9 @@ class Distillation(nn.Module):
         if pairs is None:
             pairs = self._pair(match, student, teacher)
             self._pairs[self.stage_index, match.term] = pairs
+        if match.feature == "probes":
+            said = [self._logits_term(match, output, student[s], teacher[t], inputs)[0] for s, t in pairs]
+            return torch.stack(said).sum() if match.reduction == "sum" else torch.stack(said).mean(), "rows"
         mask = token_mask(inputs)
         values = [self._pair_loss(match, s, student[s], teacher[t], mask) for s, t in pairs]
         if torch.is_grad_enabled() and not values[0].requires_grad:
@@ -380,7 +385,7 @@ class Distillation(nn.Module):
 
     def _check_features(self, stage: Stage, recorded: Any, target: Any, device: torch.device) -> None:
         for match in stage.matches:
-            if match.feature not in ("labels", "logits"):
+            if match.feature not in OWN | {"logits"}:
                 ours, theirs = (recorder.features(match.feature, output) for recorder, output in (recorded, target))
                 self._check_widths(match, ours, theirs, device)
 
@@ -409,6 +414,14 @@ class _KeptOutputs:
 
     def forget(self) -> None:
         """Nothing is recorded."""
+
+
+def _cost(output: Any) -> Tensor:
+    """What the architecture under search costs."""
+    cost = getattr(output, "cost", None)
+    if cost is None:
+        raise ValueError("a term 'cost' prices an architecture under search, and the student is none; leave it out")
+    return cast(Tensor, cost)
 
 
 def _misfit(match: Match, ours: list[int], theirs: list[int]) -> str:

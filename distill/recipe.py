@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from qbert.bits import BitsConfig, TensorSpec
-from qbert.distill.features import check_feature
+from qbert.distill.features import OWN, check_feature
 from qbert.distill.losses import LOSSES, Loss
 from qbert.distill.mapping import LAYER_MAPS, LayerMap
 from qbert.quantizers.sparsity import Pattern
@@ -36,7 +36,8 @@ class Match:
     """One term of the loss.
 
     Attributes:
-        feature: see `qbert.distill.features`; ``labels`` is the task's own loss on the data's labels.
+        feature: see `qbert.distill.features`; ``labels`` is the task's own loss on the data's labels, ``cost`` what
+            a student under search says it costs (`qbert.distill.search`).
         loss: a name from `qbert.distill.losses.LOSSES`, or a callable (student, teacher, mask) -> scalar, a mean
             over rows [B, D] or real tokens (over what else its attribute ``items`` says: "rows" or "pairs"). Where
             None, the feature's usual one; for ``logits`` by the head: soft cross-entropy (over positions for a span),
@@ -143,7 +144,7 @@ class Stage:
     @property
     def uses_teacher(self) -> bool:
         """Whether a term needs the teacher's outputs."""
-        return any(match.feature != "labels" for match in self.matches)
+        return any(match.feature not in OWN for match in self.matches)
 
     @property
     def takes_kept_outputs(self) -> bool:

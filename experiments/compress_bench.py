@@ -35,6 +35,8 @@ _SEARCH_ROWS = 256
 _CALIBRATION_ROWS = 384
 _COPIES, _MOST_COPIES = 4, 12_000  # of each row, altered; of all rows together, since the teacher labels every copy
 _HEAD_STEPS = 300
+_PROBE_ROWS = 2000
+_SEARCH_STEPS = 300  # of weights and choices together
 # (encoder, tables) of models that are made smaller by bits alone, from the smallest
 BITS_ALONE = ((2, 2), (2, 3), (2, 4), (3, 3), (3, 4), (4, 4), (4, 8), (8, 8))
 _OTHER_DOMAIN = {"sst2": "reviews", "reviews": "sst2"}
@@ -59,6 +61,7 @@ class Bench:
         reference: held-out result of the teacher.
         depth: layers of a shallow student.
         depths: choices of layers that were compared, by their number.
+        student: what is trained now.
     """
 
     def __init__(self, arguments: argparse.Namespace, folder: Path) -> None:
@@ -71,6 +74,7 @@ class Bench:
         self.teacher: Any = teacher
         self.tokenizer: Any = tokenizer
         self.depths: dict[int, DepthTable] = {}
+        self.student: Any = None
         self.depth = arguments.layers or max(self._teacher_depth() // 2, 1)
         data = prepare(self.task, self.tokenizer, "train")
         self.rows = Rows(list(subset(data.examples, arguments.train_limit, arguments.seed)), data.collate)
@@ -201,6 +205,73 @@ class Bench:
         data = prepare(longer.task, self.tokenizer, "train")
         return Rows(data.examples, data.collate)
 
+    @functools.cached_property
+    def probed(self) -> Any:
+        """The teacher with a probe on every layer, trained on some of the rows."""
+        from qbert.distill.probes import probe_layers
+
+        examples = self.rows.examples
+        chosen = [examples[i] for i in range(0, len(examples), max(len(examples) // _PROBE_ROWS, 1))]
+        probed = probe_layers(self.teacher, chosen, collate=self.rows.collate, progress=False)
+        print("probes of the teacher's layers, loss: " + ", ".join(f"{loss:.3f}" for loss in probed.losses), flush=True)
+        return probed
+
+    @functools.cache  # noqa: B019
+    def searched(self, seed: int) -> tuple[Any, int]:
+        """(cell, layers) that a search for this task comes to, taken up again where it was interrupted."""
+        from transformers import TrainingArguments
+
+        from qbert import students
+        from qbert.distill import recipes
+        from qbert.distill.checkpoint import last_good_checkpoint
+        from qbert.distill.search import Search
+        from qbert.files import read_json, write_json
+        from qbert.students.cells import Cell
+
+        arguments, folder = self.arguments, self.folder / f"search-{seed}"
+        done = folder / "cell.json"
+        if arguments.resume and done.is_file():
+            found = read_json(done)
+            return Cell.parse(found["cell"]), int(found["depth"])
+        most = max(self._teacher_depth() * 2 // 3, 1)
+        space = students.adabert_space(self.teacher, depth=most, width=self.table_width, seed=seed, **self.word_table)
+        search = Search(
+            self.probed,
+            space.to(arguments.device),
+            recipes.adabert_search(self.probed.losses, depth=most),
+            TrainingArguments(
+                str(folder),
+                per_device_train_batch_size=arguments.batch_size,
+                max_steps=_SEARCH_STEPS,
+                learning_rate=2e-3,
+                warmup_steps=0.1,
+                logging_steps=20,
+                save_steps=100,
+                save_total_limit=1,
+                seed=seed,
+                use_cpu=arguments.device == "cpu",
+                bf16=arguments.bf16,
+                report_to="none",
+            ),
+            self.rows.examples,
+            data_collator=self.rows.collate,
+            processing_class=self.tokenizer,
+            check_teacher=False,
+        )
+        checkpoint = last_good_checkpoint(folder) if arguments.resume else None
+        print(f"  search: {_SEARCH_STEPS} steps{f', from {checkpoint}' if checkpoint else ''}", flush=True)
+        search.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        cell, depth = space.derive()
+        shutil.rmtree(folder)
+        write_json(done, {"cell": cell.to_list(), "depth": depth})
+        print(f"  searched: {depth} layers of {cell}", flush=True)
+        return cell, depth
+
+    @property
+    def word_table(self) -> dict[str, Any]:
+        """What networks that are no transformers are told of words and rows."""
+        return {"pairs": self.has_pairs, "tokenizer": self.tokenizer, "dimensions": self.word_size}
+
     @property
     def steps(self) -> int:
         """Steps of every student, all phases together."""
@@ -213,6 +284,7 @@ class Bench:
         print(f"\n{plan.title}, seed {seed}", flush=True)
         start = time.monotonic()
         student = plan.build(self, seed).to(self.arguments.device)
+        self.student = student
         whole = sum(phase.share for phase in plan.phases)
         for phase in plan.phases:
             steps = max(round(self.steps * plan.patience * phase.share / whole), 1)

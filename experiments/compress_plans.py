@@ -166,7 +166,35 @@ def subformer(bench: Bench, seed: int) -> nn.Module:
     return students.narrow_table(sandwich(bench, seed), bench.table_width, heads=4)
 
 
+def searched_cell(bench: Bench, seed: int) -> nn.Module:
+    """AdaBERT's shape: layers of the cell that a search for the task comes to."""
+    cell, depth = bench.searched(seed)
+    return students.adabert(bench.teacher, cell, depth, width=bench.table_width, seed=seed, **bench.word_table)
+
+
+def random_cells(draw: int) -> Callable[[Bench, int], nn.Module]:
+    """As many layers of a cell that is drawn, as large as the one that is searched for."""
+
+    def build(bench: Bench, seed: int) -> nn.Module:
+        like, depth = bench.searched(seed)
+        cell = students.random_cell(seed=draw, like=like)
+        print(f"  drawn: {depth} layers of {cell}", flush=True)
+        return students.adabert(bench.teacher, cell, depth, width=bench.table_width, seed=seed, **bench.word_table)
+
+    return build
+
+
 # ---- what they learn from ----
+
+
+def probes(bench: Bench) -> Recipe:
+    """Labels, and what the teacher and the probes of its layers say."""
+    return recipes.adabert(bench.probed.losses, depth=len(bench.student.mixture))
+
+
+def probed(bench: Bench) -> nn.Module:
+    """The teacher with a probe on every layer."""
+    return bench.probed  # type: ignore[no-any-return]
 
 
 def all_depths(bench: Bench) -> Recipe:
@@ -251,12 +279,17 @@ def sentence_student(
     """A BiLSTM or CNN that learns the teacher's logits; `settings` are those of the student."""
 
     def build(bench: Bench, seed: int) -> nn.Module:
-        shape = {"pairs": bench.has_pairs, "tokenizer": bench.tokenizer, "dimensions": bench.word_size, "seed": seed}
-        return make(bench.teacher, **shape, **settings)
+        return make(bench.teacher, **bench.word_table, seed=seed, **settings)
 
     phase = Phase("distillation", lambda bench: recipes.bilstm(), rows, keep_outputs=True)
     shape = " ".join([title.split(maxsplit=1)[0].rstrip(","), *map(str, settings.values())])
     return Plan(title, source, build, (phase,), shape, rate=2e-3, patience=10)
+
+
+def cells(title: str, build: Callable[[Bench, int], nn.Module], shape: str, source: str = "ablation") -> Plan:
+    """Layers of one cell that learn from the teacher's probes."""
+    phase = Phase("distillation", probes, teacher=probed)
+    return Plan(title, source, build, (phase,), shape, rate=2e-3, patience=5)
 
 
 SHALLOW = "fewer layers"
@@ -380,6 +413,24 @@ PLANS: dict[str, Plan] = {
         from_scratch,
         (Phase("distillation", lambda bench: recipes.logits(), keep_outputs=True),),
         "from scratch",
+    ),
+    "adabert": replace(
+        cells("AdaBERT", searched_cell, "AdaBERT", "Chen et al. 2020"),
+        ablations={
+            **{
+                f"random {draw}": cells(f"AdaBERT, random cell {draw}", random_cells(draw), f"random cell {draw}")
+                for draw in range(1, 6)
+            },
+            "logits": Plan(
+                "AdaBERT without probes",
+                "ablation",
+                searched_cell,
+                (Phase("distillation", lambda bench: recipes.bilstm(), keep_outputs=True),),
+                "AdaBERT",
+                rate=2e-3,
+                patience=5,
+            ),
+        },
     ),
     "bilstm": replace(
         sentence_student("BiLSTM", students.bilstm, "Tang et al. 2019"),

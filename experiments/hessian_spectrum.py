@@ -45,6 +45,20 @@ def parse_arguments() -> argparse.Namespace:
     add_task_arguments(parser)
     add_tuning_arguments(parser)
     parser.add_argument("--no-fine-tune", action="store_true", help="measure the model as it is (a tuned one, or stsb)")
+    hessian = add_hessian_arguments(parser)
+    hessian.add_argument("--resume", action="store_true", help="go on after an interrupt, to the same numbers")
+    hessian.add_argument("--no-landscape", action="store_true", help="skip the loss surfaces")
+    bits = parser.add_argument_group("bits")
+    bits.add_argument("--bits", type=int, nargs="+", default=[2, 3], help="widths to allocate; default: 2 3")
+    bits.add_argument(
+        "--size-mb", type=float, help="allocate exactly under this many megabytes (10^6 bytes) instead of by rank"
+    )
+    bits.add_argument("--groups", type=positive, help="row groups a matrix; default: 128")
+    return parser.parse_args()
+
+
+def add_hessian_arguments(parser: argparse.ArgumentParser) -> Any:
+    """What is measured on which subsets and how exactly, with their help; returns the group."""
     hessian = parser.add_argument_group("Hessian")
     hessian.add_argument("--runs", type=positive, default=10, help="random data subsets; default: 10, as in the paper")
     hessian.add_argument(
@@ -69,15 +83,7 @@ def parse_arguments() -> argparse.Namespace:
     hessian.add_argument(
         "--confidence", type=float, help="prove with this probability, such as 0.99, that nothing larger was missed"
     )
-    hessian.add_argument("--resume", action="store_true", help="go on after an interrupt, to the same numbers")
-    hessian.add_argument("--no-landscape", action="store_true", help="skip the loss surfaces")
-    bits = parser.add_argument_group("bits")
-    bits.add_argument("--bits", type=int, nargs="+", default=[2, 3], help="widths to allocate; default: 2 3")
-    bits.add_argument(
-        "--size-mb", type=float, help="allocate exactly under this many megabytes (10^6 bytes) instead of by rank"
-    )
-    bits.add_argument("--groups", type=positive, help="row groups a matrix; default: 128")
-    return parser.parse_args()
+    return hessian
 
 
 def load(arguments: argparse.Namespace) -> tuple[Any, Any, Any]:
@@ -193,7 +199,7 @@ def main() -> None:
         sure = qbert.bit_shares(spectrum, draws=_DRAWS, **requested(arguments, model))
         print(f"These bits come out of {100 * sure.same:.0f} % of {_DRAWS} random draws of the same runs.")
     if not arguments.no_landscape:
-        _landscapes(model, data, spectrum, arguments, folder / "landscape.png")
+        landscapes(model, data, spectrum, arguments, folder / "landscape.png")
 
     print(f"\nPost-training quantization, scored on {arguments.eval_limit or 'all'} held-out examples:")
 
@@ -239,7 +245,7 @@ def _spectrum_table(spectrum: Any, config: Any) -> str:
     return "\n".join([table, *spectrum.notes()])
 
 
-def _landscapes(model: Any, data: Any, spectrum: Any, arguments: argparse.Namespace, path: Path) -> None:
+def landscapes(model: Any, data: Any, spectrum: Any, arguments: argparse.Namespace, path: Path) -> None:
     """Loss over the plane of the top two eigenvectors, for the most and the least sensitive block."""
     from qbert.hessian.landscape import loss_landscape
     from qbert.plots import plot_landscapes

@@ -12,6 +12,7 @@ domains are asked for, KD-aware QAT has them in the place of a share of the task
 from __future__ import annotations
 
 import argparse
+import copy
 import random
 import shutil
 import time
@@ -45,13 +46,11 @@ class Comparison:
 
         from qbert.tasks import load_task, prepare
 
-        self.arguments, self.recipe, self.folder = arguments, recipe, folder
-        self.bits = {name: recipe.adapt(with_rounding(bits, name)) for name in POST_TRAINING}
-        self.default_bits = with_rounding(bits, "nearest")
+        self.arguments = arguments
         self.task = self.without_held_out(load_task(arguments.task, data_dir=arguments.data_dir))
         print(f"task: {self.task.describe()}")
         self.teacher, self.tokenizer = self.load_teacher()
-        self.specs = bits.resolve(self.teacher)
+        self._ask(recipe, bits, folder)
         data = prepare(self.task, self.tokenizer, "train")
         self.examples, self.collate = self.training_rows(data.examples), data.collate
         self.mixed = self.with_other_domains(self.examples)
@@ -70,7 +69,20 @@ class Comparison:
         self.elsewhere = [(domain, domain.evaluate(self.teacher)) for domain in domains]
         for domain, result in self.elsewhere:
             print(f"on {domain.name}: {result.primary:.2f}")
+
+    def _ask(self, recipe: Any, bits: Any, folder: Path) -> None:
+        self.recipe, self.folder = recipe, folder
+        self.bits = {name: recipe.adapt(with_rounding(bits, name)) for name in POST_TRAINING}
+        self.default_bits = with_rounding(bits, "nearest")
+        self.specs = bits.resolve(self.teacher)
         self._made: dict[Any, Any] = {}
+
+    def asking(self, recipe: Any, bits: Any, start: str, folder: Path) -> Comparison:
+        """The same teacher, rows and budget with another recipe, other bits, and another start."""
+        other = copy.copy(self)
+        other.arguments = argparse.Namespace(**{**vars(self.arguments), "start": start})
+        other._ask(recipe, bits, folder)
+        return other
 
     def without_held_out(self, task: Any) -> Any:
         """The task itself, or with --hold-out rows of its training set in the place of the validation rows."""
@@ -131,8 +143,9 @@ class Comparison:
             arguments.model,
             device=arguments.device,
             epochs=arguments.teacher_epochs,
-            train_limit=arguments.teacher_rows or arguments.train_limit,
+            train_limit=teacher_limit(arguments),
             seed=arguments.seed,
+            bf16=arguments.teacher_bf16,
         )
         print(f"teacher: {tuned.path} ({'from the cache' if tuned.from_cache else f'tuned in {tuned.seconds:.0f} s'})")
         return tuned.model, tuned.tokenizer
@@ -175,8 +188,6 @@ class Comparison:
 
     def quantized(self, bits: Any) -> Any:
         """The teacher in these bits, made once."""
-        import copy
-
         from qbert import quantize_model
 
         if bits not in self._made:
@@ -186,8 +197,6 @@ class Comparison:
 
     def student(self, method: str) -> Any:
         """A fresh student: quantized, or a float copy for the control."""
-        import copy
-
         if method == "float":
             return copy.deepcopy(self.teacher)
         return self.quantized(self.bits[self.arguments.start])
@@ -273,6 +282,11 @@ class Comparison:
         matrices = [target.path for target in find_targets(self.teacher) if not target.is_embedding]
         bits = {self.specs[path].bits for path in matrices if path in self.specs}
         return f"{'/'.join(map(str, sorted(bits)))} mixed" if len(bits) > 1 else str(*bits)
+
+
+def teacher_limit(arguments: argparse.Namespace) -> int | None:
+    """How many rows the teacher is trained on; None: all."""
+    return None if arguments.teacher_rows == "all" else arguments.teacher_rows or arguments.train_limit
 
 
 def with_rounding(bits: Any, rounding: str) -> Any:

@@ -42,34 +42,56 @@ def parse_arguments() -> argparse.Namespace:
         default="compensated",
         help="codes that training starts from; default: compensated",
     )
-    parser.add_argument(
-        "--calibration-rows", type=positive, default=384, help="training rows for compensated rounding; default: 384"
-    )
+    add_training_arguments(parser)
     parser.add_argument("--unlabelled", nargs="+", default=[], help="tasks or text folders to distil on as well")
     parser.add_argument(
         "--unlabelled-share", type=float, default=0.25, help="share of those among the rows of KD-QAT; default: 0.25"
     )
-    parser.add_argument("--seeds", type=int, nargs="+", help="seeds of data order and dropout; default: that of --seed")
-    parser.add_argument("--epochs", type=float, default=2.0, help="passes over the rows for QAT and KD-QAT; default: 2")
-    parser.add_argument("--batch-size", type=positive, default=16, help="rows a step; default: 16")
     parser.add_argument("--learning-rate", type=float, help="peak rate of KD-QAT; default: the recipe's")
-    parser.add_argument("--no-fine-tune", action="store_true", help="--model is a tuned teacher; use it as it is")
-    parser.add_argument("--teacher-epochs", type=positive, help="passes for the teacher; default: by task")
-    parser.add_argument("--train-limit", type=positive, help="train students, and the teacher, on this many rows")
-    parser.add_argument("--teacher-rows", type=positive, help="train the teacher on this many; default: --train-limit")
     parser.add_argument("--min-tokens", type=positive, help="train students on rows of at least this many tokens")
-    parser.add_argument("--bf16", action="store_true", help="train students in bfloat16, where the device does")
-    parser.add_argument("--eval-limit", type=positive, help="score on at most this many rows")
     parser.add_argument(
         "--hold-out", type=positive, help="score on this many training rows instead, to choose settings by"
     )
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), help="what to train; default: kd qat")
     parser.add_argument("--float-control", action="store_true", help="also train a float student for the same steps")
-    parser.add_argument("--resume", action="store_true", help="go on where an interrupted run of this command stopped")
     parser.add_argument("--report", help="Markdown file to write; default: OUTPUT_DIR/qat.md")
     arguments = parser.parse_args()
     arguments.seeds = arguments.seeds or [arguments.seed]
     return arguments
+
+
+def _rows(text: str) -> int | str:
+    return text if text == "all" else positive(text)
+
+
+def add_training_arguments(parser: argparse.ArgumentParser) -> None:
+    """How the teacher and its students are trained and scored, with their help."""
+    parser.add_argument(
+        "--calibration-rows", type=positive, default=384, help="training rows for compensated rounding; default: 384"
+    )
+    parser.add_argument("--seeds", type=int, nargs="+", help="seeds of data order and dropout; default: that of --seed")
+    parser.add_argument("--epochs", type=float, default=2.0, help="passes over the rows for QAT and KD-QAT; default: 2")
+    parser.add_argument("--batch-size", type=positive, default=16, help="rows a step; default: 16")
+    parser.add_argument("--no-fine-tune", action="store_true", help="--model is a tuned teacher; use it as it is")
+    parser.add_argument("--teacher-epochs", type=positive, help="passes for the teacher; default: by task")
+    parser.add_argument(
+        "--teacher-rows", type=_rows, help="train the teacher on this many, or all; default: --train-limit"
+    )
+    parser.add_argument("--teacher-bf16", action="store_true", help="train the teacher in bfloat16 as well")
+    parser.add_argument("--train-limit", type=positive, help="train students, and the teacher, on this many rows")
+    parser.add_argument("--bf16", action="store_true", help="train students in bfloat16, where the device does")
+    parser.add_argument("--eval-limit", type=positive, help="score on at most this many rows")
+    parser.add_argument("--resume", action="store_true", help="go on where an interrupted run of this command stopped")
+
+
+def check_seeds(seeds: list[int]) -> None:
+    """Refuse a seed that is named twice.
+
+    Raises:
+        ValueError: naming the seeds.
+    """
+    if len(set(seeds)) < len(seeds):
+        raise ValueError(f"--seeds {' '.join(map(str, seeds))} names a seed twice; name each once")
 
 
 def check_request(arguments: argparse.Namespace) -> tuple[Any, Any]:
@@ -84,8 +106,7 @@ def check_request(arguments: argparse.Namespace) -> tuple[Any, Any]:
     if arguments.recipe not in RECIPES:
         raise ValueError(f"--recipe {arguments.recipe} is not known; use one of {', '.join(sorted(RECIPES))}")
     check_training(arguments)
-    if len(set(arguments.seeds)) < len(arguments.seeds):
-        raise ValueError(f"--seeds {' '.join(map(str, arguments.seeds))} names a seed twice; name each once")
+    check_seeds(arguments.seeds)
     if not 0 < arguments.unlabelled_share < 1:
         raise ValueError(f"--unlabelled-share {arguments.unlabelled_share:g} is not possible; use a share such as 0.25")
     recipe = RECIPES[arguments.recipe]()

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from qbert.distill.recipe import Recipe
+from qbert.distill.recipes.adabert import adabert, adabert_search
 from qbert.distill.recipes.bilstm import bilstm
 from qbert.distill.recipes.distilbert import distilbert
 from qbert.distill.recipes.logits import logits
@@ -23,6 +24,8 @@ from qbert.distill.recipes.ternarybert import ternarybert
 from qbert.distill.recipes.tinybert import tinybert
 
 RECIPES: dict[str, Callable[[], Recipe]] = {
+    "adabert": adabert,
+    "adabert_search": adabert_search,
     "bilstm": bilstm,
     "distilbert": distilbert,
     "logits": logits,
@@ -39,6 +42,8 @@ RECIPES: dict[str, Callable[[], Recipe]] = {
 
 __all__ = [
     "RECIPES",
+    "adabert",
+    "adabert_search",
     "bilstm",
     "distilbert",
     "logits",

@@ -10,7 +10,9 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from qbert.students.adabert import adabert, adabert_space
 from qbert.students.bilstm import bilstm
+from qbert.students.cells import random_cell
 from qbert.students.cnn import cnn
 from qbert.students.depth import compare_depths, depth, student_with_layers
 from qbert.students.distilbert import distilbert
@@ -34,6 +36,8 @@ _LATER = {
 }
 
 __all__ = [
+    "adabert",
+    "adabert_space",
     "bilstm",
     "cnn",
     "compare_depths",
@@ -46,6 +50,7 @@ __all__ = [
     "narrow_table",
     "prune",
     "quantize_with_correction",
+    "random_cell",
     "share_layers",
     "small",
     "student_with_layers",

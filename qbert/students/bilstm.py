@@ -20,8 +20,7 @@ from qbert.students.sentences import (
     SentenceStudent,
     SentenceStudentConfig,
     TableKind,
-    common_settings,
-    with_words_of,
+    make_student,
 )
 
 
@@ -92,8 +91,11 @@ def bilstm(
     """
     if hidden < 1:
         raise ValueError(f"hidden={hidden} is not possible; use at least 1 unit a direction")
-    settings = common_settings(
+    return make_student(
+        BiLSTMForSequenceClassification,
         teacher,
+        seed,
+        {"hidden_size": hidden},
         table=table,
         dimensions=dimensions,
         rank=rank,
@@ -102,7 +104,3 @@ def bilstm(
         dense=dense,
         dropout=dropout,
     )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        student = BiLSTMForSequenceClassification(BiLSTMConfig(hidden_size=hidden, **settings))
-    return with_words_of(student, teacher)

@@ -19,8 +19,7 @@ from qbert.students.sentences import (
     SentenceStudent,
     SentenceStudentConfig,
     TableKind,
-    common_settings,
-    with_words_of,
+    make_student,
 )
 
 
@@ -95,8 +94,11 @@ def cnn(
     """
     if not windows or min(windows) < 1 or filters < 1:
         raise ValueError(f"windows={tuple(windows)} and filters={filters} are not possible; use at least 1 of each")
-    settings = common_settings(
+    return make_student(
+        CnnForSequenceClassification,
         teacher,
+        seed,
+        {"windows": windows, "filters": filters},
         table=table,
         dimensions=dimensions,
         rank=rank,
@@ -105,7 +107,3 @@ def cnn(
         dense=dense,
         dropout=dropout,
     )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        student = CnnForSequenceClassification(CnnConfig(windows=windows, filters=filters, **settings))
-    return with_words_of(student, teacher)

@@ -10,14 +10,16 @@ from types import ModuleType
 import transformers
 
 from qbert.encoders.own_classes import OWN_CLASSES
+from qbert.students.adabert import AdaBertConfig, AdaBertForSequenceClassification
 from qbert.students.bilstm import BiLSTMConfig, BiLSTMForSequenceClassification
 from qbert.students.cnn import CnnConfig, CnnForSequenceClassification
 
 _CLASSES: dict[str, type[transformers.PreTrainedModel]] = {
+    "AdaBertForSequenceClassification": AdaBertForSequenceClassification,
     "BiLSTMForSequenceClassification": BiLSTMForSequenceClassification,
     "CnnForSequenceClassification": CnnForSequenceClassification,
 }
-_CONFIGS: tuple[type[transformers.PreTrainedConfig], ...] = (BiLSTMConfig, CnnConfig)
+_CONFIGS: tuple[type[transformers.PreTrainedConfig], ...] = (AdaBertConfig, BiLSTMConfig, CnnConfig)
 
 
 def install(theirs: ModuleType) -> None:

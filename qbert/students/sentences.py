@@ -4,19 +4,20 @@ The student reads the ids that the teacher reads, so one tokenizer and one batch
 reads as one sequence it takes the two sentences apart again, reads both with the same encoder, and compares
 [h1, h2, h1 * h2, |h1 - h2|] (Tang et al. 2019, section 3.2). Padding, on whichever side, never changes its outputs.
 
-The families (`bilstm`, `cnn`) only say how a sentence becomes a vector.
+The families (`bilstm`, `cnn`) only say how a sentence becomes a vector; `adabert` reads the two of a pair together.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, ClassVar, Literal, TypeVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import SequenceClassifierOutput
 
+from qbert.distill.losses import task_loss
 from qbert.encoders.targets import base_model
 from qbert.students.vocabulary import word_table
 
@@ -81,8 +82,7 @@ class SentenceStudent(PreTrainedModel):  # type: ignore[misc]
         stored = config.embedding_rank or config.embedding_size
         self.words = nn.Embedding(config.vocab_size, stored, padding_idx=config.pad_token_id)
         self.widen = nn.Linear(stored, config.embedding_size, bias=False) if config.embedding_rank else None
-        features = self.vector_size(config) * (_PAIR_PARTS if config.pairs else 1)
-        self.encoder = nn.ModuleList([*self.encoder_layers(config), nn.Linear(features, config.dense)])
+        self.encoder = nn.ModuleList([*self.encoder_layers(config), nn.Linear(self.features(config), config.dense)])
         self.dropout = nn.Dropout(config.dropout)
         self.classifier = nn.Linear(config.dense, config.num_labels)
         self.post_init()
@@ -91,6 +91,11 @@ class SentenceStudent(PreTrainedModel):  # type: ignore[misc]
     def encoder_layers(config: Any) -> list[nn.Module]:
         """The layers that turn words into a vector."""
         raise NotImplementedError
+
+    @classmethod
+    def features(cls, config: Any) -> int:
+        """Width of what the hidden layer is given."""
+        return cls.vector_size(config) * (_PAIR_PARTS if config.pairs else 1)  # type: ignore[no-any-return]
 
     def vectors(self, words: Tensor, lengths: Tensor) -> Tensor:
         """Word vectors [B, T, D], of which the first `lengths` [B] (from 1 on) count, to sentence vectors [B, F]."""
@@ -129,21 +134,32 @@ class SentenceStudent(PreTrainedModel):  # type: ignore[misc]
         Raises:
             ValueError: pairs without ``token_type_ids``, and no separator is known.
         """
+        encoded = self.vectors(*self.read(input_ids, attention_mask, token_type_ids))
+        if self.config.pairs:
+            first, second = encoded.chunk(2)
+            encoded = torch.cat([first, second, first * second, (first - second).abs()], -1)
+        logits = self.head(encoded)
+        return SequenceClassifierOutput(loss=self.loss_of(logits, labels), logits=logits)
+
+    def loss_of(self, logits: Tensor, labels: Tensor | None) -> Tensor | None:
+        """The task's own loss of logits [B, C]; None without labels."""
+        return None if labels is None else task_loss(logits, labels, self.config.problem_type)
+
+    def read(
+        self, input_ids: Tensor, attention_mask: Tensor | None, token_type_ids: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Word vectors [B, T, D] of what a row says, and how many of them count [B]; [2 B, ...] of pairs."""
         real = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         sides = self._sides(input_ids, real.bool(), token_type_ids)
         ids = input_ids if len(sides) == 1 else input_ids.repeat(len(sides), 1)
         ids, lengths = moved_to_the_left(ids, torch.cat(sides), self.config.pad_token_id)
         words = self.words(ids)
-        if self.widen is not None:
-            words = self.widen(words)
-        encoded = self.vectors(words, lengths)
-        if self.config.pairs:
-            first, second = encoded.chunk(2)
-            encoded = torch.cat([first, second, first * second, (first - second).abs()], -1)
-        hidden = torch.relu(self.encoder[-1](self.dropout(encoded)))
-        logits = self.classifier(self.dropout(hidden))
-        loss = None if labels is None else self._loss(logits, labels)
-        return SequenceClassifierOutput(loss=loss, logits=logits)
+        return (words if self.widen is None else self.widen(words)), lengths
+
+    def head(self, features: Tensor) -> Tensor:
+        """Logits [B, C] of features [B, F]."""
+        hidden = torch.relu(self.encoder[-1](self.dropout(features)))
+        return self.classifier(self.dropout(hidden))  # type: ignore[no-any-return]
 
     def _sides(self, ids: Tensor, real: Tensor, types: Tensor | None) -> list[Tensor]:
         """bool [B, T] for each sentence of a row: which tokens are its words."""
@@ -162,17 +178,6 @@ class SentenceStudent(PreTrainedModel):  # type: ignore[misc]
             types = (separators.cumsum(1) - separators.long() > 0).long()  # a separator ends its own sentence
         return [words & (types == 0), words & (types > 0)]
 
-    def _loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        kind = self.config.problem_type
-        if kind is None:
-            several = labels.is_floating_point() and labels.shape == logits.shape and logits.shape[1] > 1
-            kind = "multi_label_classification" if several else ""
-        if kind == "multi_label_classification":
-            return F.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype))
-        if kind == "regression" or logits.shape[1] == 1:
-            return F.mse_loss(logits.reshape(labels.shape), labels.to(logits.dtype))
-        return F.cross_entropy(logits, labels)
-
 
 def moved_to_the_left(ids: Tensor, kept: Tensor, padding: int) -> tuple[Tensor, Tensor]:
     """The kept ids of each row of [B, T] at its beginning, in their order, then padding; and their numbers [B].
@@ -188,6 +193,28 @@ def moved_to_the_left(ids: Tensor, kept: Tensor, padding: int) -> tuple[Tensor, 
     ids = ids[:, :longest]
     inside = torch.arange(longest, device=ids.device) < counts.unsqueeze(1)
     return torch.where(inside, ids, padding), lengths
+
+
+def make_student(
+    kind: type[Student], teacher: nn.Module, seed: int, sizes: Mapping[str, Any], **common: Any
+) -> Student:
+    """A student in evaluation mode: drawn by `seed`, then the teacher's words put in.
+
+    Args:
+        kind: its class.
+        teacher: whose words and labels it has.
+        sizes: what the config of its family alone says.
+        **common: as of `common_settings`.
+
+    Raises:
+        ValueError: naming the argument that cannot work.
+    """
+    settings = common_settings(teacher, **common)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        config: Any = kind.config_class
+        student = kind(config(**sizes, **settings))
+    return with_words_of(student, teacher)
 
 
 def common_settings(

@@ -43,7 +43,7 @@ def test_bad_requests_are_refused_before_any_work(
 def test_every_student_has_a_plan_a_source_and_a_title_of_its_own(experiments: None) -> None:
     plans = importlib.import_module("compress_plans").PLANS
     wanted = {"distilbert", "tinybert", "minilm", "pkd", "bilstm", "cnn", "small", "layers"}
-    wanted |= {"pruned", "lowrank", "albert", "subformer", "sandwich", "mobilebert"}
+    wanted |= {"adabert", "pruned", "lowrank", "albert", "subformer", "sandwich", "mobilebert"}
     assert wanted <= set(plans)
     every = [*plans.values(), *(other for plan in plans.values() for other in plan.ablations.values())]
     assert len({plan.title for plan in every}) == len(every) and all(plan.source for plan in every)
