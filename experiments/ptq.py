@@ -10,6 +10,7 @@ import contextlib
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -72,6 +73,7 @@ def ptq_report(
     hidden: bool = False,
     record: Record | None = None,
     elsewhere: Mapping[str, Callable[[nn.Module], Any]] | None = None,
+    peers: Mapping[str, Callable[[], tuple[nn.Module, float]]] | None = None,
     progress: bool = False,
 ) -> list[PTQResult]:
     """Score `model` in float and quantized under each configuration.
@@ -86,13 +88,18 @@ def ptq_report(
         hidden: compare the last hidden states too.
         record: keeps every row; those that are there already are not computed again.
         elsewhere: like `score`, on the rows of other domains by name.
+        peers: label -> what makes a model in another way, and tells its size in MB.
         progress: show a bar over the configurations, and each row when it is there.
 
     Returns:
-        The float model's row, then one row a configuration in the given order.
+        The float model's row, then one row a configuration and a peer in the given order.
     """
-    if record is not None and all(label in record for label in ("float", *configs)):
-        return [_from_record(record, label) for label in ("float", *configs)]
+    made: dict[str, Callable[[], tuple[nn.Module, float]]] = {
+        label: partial(_quantized, model, config, calibration_data) for label, config in configs.items()
+    }
+    made |= peers or {}
+    if record is not None and all(label in record for label in ("float", *made)):
+        return [_from_record(record, label) for label in ("float", *made)]
     states: list[_States] = []
     with _last_hidden(model, states if hidden else None):
         reference = score(model)
@@ -118,19 +125,16 @@ def ptq_report(
     results = [plain]
     if record is not None and "float" not in record:
         record.add("float", asdict(plain))
-    for label, config in progress_bar(configs.items(), desc="quantized", disable=not progress):
+    for label, make in progress_bar(made.items(), desc="quantized", disable=not progress):
         if record is not None and label in record:
             results.append(_from_record(record, label))
             continue
-        parsed = BitsConfig.parse(config)
-        compensated = any("compensated" in s.values() for s in (parsed.defaults, *parsed.rules.values()))
         start = time.perf_counter()
-        student = quantize_model(model, parsed, calibration_data=calibration_data if compensated else None)
+        student, megabytes = make()
         seconds = time.perf_counter() - start
         states.clear()
         with _last_hidden(student, states if hidden else None):
             result = score(student)
-        small = model_size(student)
         row = PTQResult(
             label=label,
             score=result.primary,
@@ -141,8 +145,8 @@ def ptq_report(
             hidden_error=_relative_error(wanted, states) if hidden else None,
             embedding_error=_embedding_error(wanted, states) if hidden else None,
             cosines=_cosines(result) if pairs else None,
-            megabytes=small.mb,
-            ratio=small.ratio,
+            megabytes=megabytes,
+            ratio=size.mb / megabytes,
             seconds=seconds,
             elsewhere={name: scored(student).primary for name, scored in domains.items()},
         )
@@ -152,6 +156,14 @@ def ptq_report(
         if progress:
             write(", ".join(f"{k} {v}" for k, v in zip(*_one_row(row), strict=True) if v))
     return results
+
+
+def _quantized(model: nn.Module, config: Any, calibration_data: Any) -> tuple[nn.Module, float]:
+    """The model in a configuration, and its size in MB."""
+    parsed = BitsConfig.parse(config)
+    compensated = any("compensated" in s.values() for s in (parsed.defaults, *parsed.rules.values()))
+    student = quantize_model(model, parsed, calibration_data=calibration_data if compensated else None)
+    return student, model_size(student).mb
 
 
 def _from_record(record: Record, label: str) -> PTQResult:

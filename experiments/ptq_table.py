@@ -16,13 +16,18 @@ instead of the task's own rows:
     python experiments/ptq_table.py --task sst2 --data-dir DATA --methods "compensated, 128 groups" --bits 2 3 \
         --groups --calibration-rows 32 128 384 1024 --calibration-text DATA/wikitext2/valid.txt.gz
 
+With `--peers`, GPTQ as published and, where they are installed, HQQ and quanto stand in the table of weights alone,
+calibrated and scored on the same rows.
+
 Reference: Shen et al. 2020, tables 1 and 3.
 """
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +82,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--calibration-text", help="calibrate on lines of this text file (.gz) instead of training rows"
     )
+    parser.add_argument(
+        "--peers", action="store_true", help="quantize by GPTQ, HQQ and quanto too, weights alone, on the same rows"
+    )
     parser.add_argument("--resume", action="store_true", help="go on from the rows that an interrupted run has kept")
     parser.add_argument("--report", help="Markdown file to write; default: <output-dir>/ptq.md")
     return parser.parse_args()
@@ -112,7 +120,23 @@ def configurations(arguments: argparse.Namespace) -> dict[str, Any]:
     return configs
 
 
-def sections(results: list[Any], metric: str, arguments: argparse.Namespace) -> str:
+def peers_of(model: Any, batches: list[Any], arguments: argparse.Namespace) -> dict[str, Any]:
+    """Label -> what makes the model in the way of another library, of those that are installed."""
+    from ptq_peers import asked_peers, missing, quantized_by
+
+    if not arguments.peers or "weights" not in arguments.parts:
+        return {}
+    absent = missing()
+    for name, package in absent.items():
+        print(f"left out: {name}, because {package} is not installed")
+    return {
+        f"{bits} bits, {name}, alone": partial(quantized_by, name, model, bits, batches)
+        for name, bits in asked_peers(arguments.bits)
+        if name not in absent
+    }
+
+
+def sections(results: list[Any], metric: str, arguments: argparse.Namespace, peers: Iterable[str] = ()) -> str:
     """Markdown: the comparison by bits, whole and weights alone, then the ablation over groups."""
     from ptq import ptq_table
 
@@ -123,6 +147,7 @@ def sections(results: list[Any], metric: str, arguments: argparse.Namespace) -> 
     for part in arguments.parts:
         alone, _, title = _PARTS[part]
         wanted = [f"{b} bits, {name}{alone}" for b in arguments.bits for name in arguments.methods]
+        wanted += list(peers) if part == "weights" else []
         chosen = [by_label["float"], *(replace(by_label[x], label=x.removesuffix(alone)) for x in wanted)]
         parts += [title, "", markdown_table(*ptq_table(chosen, metric)), ""]
     if not arguments.groups:
@@ -199,6 +224,7 @@ def compare(name: str, arguments: argparse.Namespace, folder: Path) -> str:
             "rows": arguments.eval_limit,
             "calibration": [count, arguments.calibration_text, arguments.seed],
         }
+        peers = peers_of(model, batches, arguments)
         results = ptq_report(
             model,
             configurations(arguments),
@@ -208,11 +234,12 @@ def compare(name: str, arguments: argparse.Namespace, folder: Path) -> str:
             standard_error=bootstrap(task, subset(task.rows(split), arguments.eval_limit, 0)),
             hidden=True,
             record=Record(folder / f"ptq-{name}-{count}.json", asked, resume=arguments.resume),
+            peers=peers,
             progress=True,
         )
         source = Path(arguments.calibration_text).name if arguments.calibration_text else "training rows"
         heading = f"Compensated rounding on {count} of {source}, without labels."
-        parts += [heading, "", sections(results, task.primary_metric, arguments), ""]
+        parts += [heading, "", sections(results, task.primary_metric, arguments, peers), ""]
     text = "\n".join(parts).rstrip()
     print(text)
     return "\n".join([f"## {task.name}", "", task.describe(), "", text])

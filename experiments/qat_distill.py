@@ -28,9 +28,9 @@ from qbert.cli.arguments import add_task_arguments, check_training, positive, pr
 from qbert.results import Record, provenance
 
 
-def parse_arguments() -> argparse.Namespace:
-    """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def command_line(description: str) -> argparse.ArgumentParser:
+    """The arguments of a comparison of trainings."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_task_arguments(parser)
     bits = parser.add_mutually_exclusive_group()
     bits.add_argument("--bits", type=int, default=4, help="bits of the encoder's matrices: 2, 3, 4 or 8; default: 4")
@@ -55,6 +55,11 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), help="what to train; default: kd qat")
     parser.add_argument("--float-control", action="store_true", help="also train a float student for the same steps")
     parser.add_argument("--report", help="Markdown file to write; default: OUTPUT_DIR/qat.md")
+    return parser
+
+
+def parsed(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """What was asked for."""
     arguments = parser.parse_args()
     arguments.seeds = arguments.seeds or [arguments.seed]
     return arguments
@@ -168,7 +173,7 @@ def main() -> None:
     from qbert.extras import require
     from qbert.tasks.training import check_bf16
 
-    arguments = parse_arguments()
+    arguments = parsed(command_line(__doc__ or ""))
     require("matplotlib", "the picture")
     require("accelerate", "the training")
     recipe, bits = check_request(arguments)

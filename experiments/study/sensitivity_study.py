@@ -38,15 +38,18 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--bits", type=int, nargs="+", default=[2, 3, 4, 8], help="widths to measure; default: 2 3 4 8")
     parser.add_argument(
         "--pairs",
-        nargs="+",
+        nargs="*",
         default=["2/4", "3/4"],
-        help="pairs of widths to allocate, half of the blocks each; default: 2/4 3/4",
+        help="pairs of widths to allocate, half of the blocks each; none leaves it out; default: 2/4 3/4",
     )
     parser.add_argument("--samples", type=positive, default=256, help="training rows to measure on; default: 256")
     parser.add_argument("--runs", type=positive, default=5, help="random subsets for the eigenvalues; default: 5")
     parser.add_argument("--run-rows", type=positive, default=64, help="rows in such a subset; default: 64")
     parser.add_argument("--probes", type=positive, default=18, help="Hessian products for a trace; default: 18")
     parser.add_argument("--groups", type=positive, help="row groups a matrix; default: 128")
+    parser.add_argument(
+        "--held-out", action="store_true", help="measure the true loss change on as many other training rows"
+    )
     parser.add_argument("--resume", action="store_true", help="take over what an interrupted run has finished")
     parser.add_argument(
         "--allocations",
@@ -83,7 +86,7 @@ def what_was_asked(arguments: argparse.Namespace, task: Any, model: Any) -> dict
     from qbert.hessian.checkpoint import model_fingerprint
 
     names = ["granularity", "bits", "samples", "runs", "run_rows", "probes", "groups", "seed"]
-    names += ["train_limit", "eval_limit"]
+    names += ["train_limit", "eval_limit", *(["held_out"] if arguments.held_out else [])]
     rows = {split: task.fingerprint(split) for split in task.splits}
     return {"weights": model_fingerprint(model), "rows": rows} | {name: getattr(arguments, name) for name in names}
 
@@ -130,6 +133,7 @@ def measure(
         collate_fn=data.collate,
         samples=arguments.samples,
         probes=arguments.probes,
+        held_out=arguments.held_out,
         seed=arguments.seed,
         **settings,
     )

@@ -77,8 +77,9 @@ def section(study: Study) -> str:
     header = ["rank correlation (tau / rho) with the true loss change", *(f"{b} bits" for b in report.bits)]
     rows = [[m, *(f"{c.kendall:+.2f} / {c.spearman:+.2f}" for c in by.values())] for m, by in found.items()]
     parts = [
-        f"{len(report.names)} blocks ({report.settings['granularity']}), {report.settings['samples']} training rows, "
-        f"training loss {report.loss:.4f}; float model on held-out data: loss {loss:.4f}, {study.metric} "
+        f"{len(report.names)} blocks ({report.settings['granularity']}), {report.settings['samples']} training rows"
+        + (f", changes on {report.settings['held_out']} others" if "held_out" in report.settings else "")
+        + f", training loss {report.loss:.4f}; float model on held-out data: loss {loss:.4f}, {study.metric} "
         f"{score:.2f}.",
         "",
         markdown_table(header, rows),
@@ -118,7 +119,7 @@ def plot(study: Study, path: Path) -> None:
 
     report, comparisons = study.report, study.comparisons
     figure = new_figure(6 + 4.5 * len(comparisons), 4.8)
-    axes = figure.subplots(1, 1 + len(comparisons))
+    axes = figure.subplots(1, 1 + len(comparisons), squeeze=False)[0]
     found = report.rank_correlations()
     width = 0.8 / len(report.bits)
     for i, bits in enumerate(report.bits):
@@ -208,7 +209,7 @@ def plot_summary(studies: Sequence[Study], path: Path) -> None:
 
     metrics, entries = _measured(studies), studies[0].comparisons
     figure = new_figure(6 + 5 * len(entries), 4.8)
-    axes = figure.subplots(1, 1 + len(entries))
+    axes = figure.subplots(1, 1 + len(entries), squeeze=False)[0]
     width = 0.8 / len(studies)
     for i, study in enumerate(studies):
         shift = (i - (len(studies) - 1) / 2) * width
@@ -229,6 +230,8 @@ def plot_summary(studies: Sequence[Study], path: Path) -> None:
         axis.set_xticks(range(len(metrics)), metrics, rotation=40, ha="right")
         axis.set_title(f"{'/'.join(map(str, entry['pair']))}: {entry['average']:.2f} bits a weight")
         axis.grid(axis="y", color="0.9")
+    if not entries:
+        return write_whole(path, lambda aside: figure.savefig(aside, dpi=150))
     handles, labels = axes[1].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside right center", fontsize="x-small")
     write_whole(path, lambda aside: figure.savefig(aside, dpi=150))

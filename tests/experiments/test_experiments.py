@@ -139,12 +139,13 @@ def test_labels_out_of_range_and_empty_data_are_refused_before_work(world: Path)
 
 
 def test_ptq_table_script(world: Path) -> None:
-    limited = ("--groups", "1", "4", "32", "--eval-limit", "40")
+    limited = ("--groups", "1", "4", "32", "--eval-limit", "40", "--peers")
     done = run(world, "--report", str(world / "ptq.md"), *limited, script="ptq_table.py")
     assert done.returncode == 0, done.stderr
     page = (world / "ptq.md").read_text()
     assert "| reviews | MB |" in page  # the score on another domain
     assert "least squares, 128 groups" in page and "| 4 bits, min-max |" in page
+    assert "| 3 bits, GPTQ, a range a row |" in page
 
 
 def test_sentence_pairs_without_fine_tuning(world: Path) -> None:

@@ -69,6 +69,14 @@ def matrices(world: Path) -> Path:
     return world / "matrices"
 
 
+def test_changes_on_other_rows_without_any_allocation(world: Path, tmp_path: Path) -> None:
+    done = run(world, "--pairs", "--held-out", "--output-dir", str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    settings = Sensitivities.load(tmp_path / "sensitivity-sst2.json").settings
+    assert settings["samples"] == settings["held_out"] == 32
+    assert "changes on 32 others" in (tmp_path / "study.md").read_text()
+
+
 def comparison(folder: Path) -> dict[str, Any]:
     """The study's only comparison of allocations."""
     (entry,) = json.loads((folder / "study-sst2.json").read_text())["comparisons"]
