@@ -245,19 +245,23 @@ def _spectrum_table(spectrum: Any, config: Any) -> str:
     return "\n".join([table, *spectrum.notes()])
 
 
-def landscapes(model: Any, data: Any, spectrum: Any, arguments: argparse.Namespace, path: Path) -> None:
+def landscapes(
+    model: Any, data: Any, spectrum: Any, arguments: argparse.Namespace, path: Path, steps: int = 15
+) -> None:
     """Loss over the plane of the top two eigenvectors, for the most and the least sensitive block."""
     from qbert.hessian.landscape import loss_landscape
     from qbert.plots import plot_landscapes
 
     ranking = spectrum.ranking()
-    # 121 points a surface: a small sample keeps them to seconds, and its shape is what the picture is for.
+    # Hundreds of points a surface: a small sample keeps them short, and its shape is what the picture is for.
     batches = data.batches(16, seed=arguments.seed)[:1]
     surfaces = [
-        loss_landscape(model, batches, name, granularity=arguments.granularity, tol=5e-2, seed=arguments.seed)
+        loss_landscape(
+            model, batches, name, granularity=arguments.granularity, steps=steps, tol=5e-2, seed=arguments.seed
+        )
         for name in (ranking[0], ranking[-1])
     ]
-    plot_landscapes(surfaces, path)
+    plot_landscapes(surfaces, path, spectrum=spectrum)
 
 
 if __name__ == "__main__":

@@ -50,6 +50,7 @@ _METHODS = ("qat", "kd", "ptq")
 # Of the time of a training step in float: a step of a student with its teacher, a forward pass, a Hessian product.
 _STUDENT, _FORWARD, _PRODUCT = 1.6, 0.35, 0.5
 _PRODUCTS = 20  # for an eigenvalue
+_STEPS = 21  # points along an axis of a landscape
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -385,7 +386,7 @@ def make_figure(
                 continue
             picture = here / f"{recipe['kind']}.png"
             if recipe["kind"] == "landscape":
-                landscapes(model, prepare(task, tuned.tokenizer, "train"), spectrum, own, picture)
+                landscapes(model, prepare(task, tuned.tokenizer, "train"), spectrum, own, picture, _STEPS)
             else:
                 spectrum.plot(picture)
             print(spectrum)

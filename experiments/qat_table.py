@@ -129,7 +129,9 @@ def plot(contents: list[dict[str, Any]], path: Path) -> None:
         axis.set_visible(False)
     for axis in axes[:, 0]:
         axis.set_ylabel("% of the teacher's score")
-    axes[0][0].legend(frameon=False)
+    handles, labels = axes[0][0].get_legend_handles_labels()
+    bars = "bars: standard deviation over seeds; no bar: one seed, or none"
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), fontsize="small", title=bars)
     write_whole(path, lambda aside: figure.savefig(aside, dpi=130))
 
 

@@ -1,7 +1,7 @@
 """Every picture of the library; matplotlib is loaded when the first one is drawn.
 
 >>> plot_spectrum(spectrum, "spectrum.png")
->>> plot_landscapes(surfaces, "landscape.png")
+>>> plot_landscapes(surfaces, "landscape.png", spectrum=spectrum)
 """
 
 from __future__ import annotations
@@ -11,11 +11,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from qbert.extras import require
 from qbert.files import write_whole
 
 _DECADES_FOR_LOG = 30.0
+_POINTS = 100  # along an axis of a drawn surface
 
 
 def new_figure(width: float, height: float) -> Any:
@@ -34,15 +36,22 @@ def new_figure(width: float, height: float) -> Any:
 
 
 def plot_spectrum(spectrum: Any, path: str | os.PathLike[str]) -> None:
-    """Write the picture to `path`; the suffix chooses the type (png, pdf, svg)."""
+    """Every run's eigenvalue by block, boxes over the runs, and |mean| + std; the suffix of `path` chooses the type.
+
+    Where magnitudes span more than thirtyfold, the axis is logarithmic and has no place for signs: negative values are
+    then drawn at their magnitude, in a colour and a shape of their own, and boxes are those of the magnitudes.
+    """
     values = spectrum.eigenvalues  # [R, L]
     runs, blocks = values.shape
     figure = new_figure(max(6.4, 0.42 * blocks + 2), 4.8)
     axes = figure.add_subplot()
+    magnitudes = np.abs(values[values != 0])
+    by_magnitude = bool(magnitudes.size and magnitudes.max() > _DECADES_FOR_LOG * magnitudes.min())
+    shown = np.abs(values) if by_magnitude else values
     positions = np.arange(blocks)
     if runs > 2:
         axes.boxplot(
-            values,
+            shown,
             positions=positions,
             widths=0.55,
             showfliers=False,
@@ -53,30 +62,28 @@ def plot_spectrum(spectrum: Any, path: str | os.PathLike[str]) -> None:
         )
     jitter = np.linspace(-0.16, 0.16, runs) if runs > 1 else np.zeros(1)
     x = positions[None, :] + jitter[:, None]
-    for sign, color, label in ((1, "tab:blue", "positive"), (-1, "tab:red", "negative: not at a minimum")):
+    below = "negative (not at a minimum)" + (", drawn at its magnitude" if by_magnitude else "")
+    for sign, marker, color, label in ((1, "o", "tab:blue", "positive"), (-1, "v", "tab:red", below)):
         chosen = (np.sign(values) == sign) & spectrum.converged
         if chosen.any():
-            axes.plot(x[chosen], values[chosen], "o", markersize=4, color=color, alpha=0.75, label=label)
+            axes.plot(x[chosen], shown[chosen], marker, markersize=4, color=color, alpha=0.75, label=label)
     if not spectrum.converged.all():
         missed = ~spectrum.converged
-        axes.plot(x[missed], values[missed], "x", markersize=5, color="tab:orange", label="not converged")
+        axes.plot(x[missed], shown[missed], "x", markersize=5, color="tab:orange", label="not converged")
     axes.plot(positions, spectrum.sensitivity, "_", markersize=16, color="tab:green", label="|mean| + std")
-    magnitudes = np.abs(values[values != 0])
-    if magnitudes.size and magnitudes.max() > _DECADES_FOR_LOG * magnitudes.min():
-        if (values < 0).any():
-            axes.set_yscale("symlog", linthresh=float(magnitudes.min()))
-        else:
-            axes.set_yscale("log")
-    if (values < 0).any():
+    if by_magnitude:
+        axes.set_yscale("log")
+    elif (values < 0).any():
         axes.axhline(0, color="0.7", linewidth=0.8, zorder=0)
     axes.set_xticks(positions, _short(spectrum.names), rotation=90 if blocks > 14 else 0)
     axes.set_xlabel(_axis_label(spectrum))
-    axes.set_ylabel("eigenvalue of largest magnitude  [loss / weight²]")
+    axes.set_ylabel(f"{'magnitude of the top eigenvalue' if by_magnitude else 'top eigenvalue'}  [loss / weight²]")
     fraction = spectrum.settings.get("fraction")
     share = f", each on {100 * fraction:.3g} % of the data" if isinstance(fraction, int | float) else ""
-    axes.set_title(f"Top Hessian eigenvalue over {runs} run{'s' if runs > 1 else ''}{share}")
+    axes.set_title(f"Top Hessian eigenvalue over {runs} run{'s' if runs > 1 else ''}{share}", fontsize="medium")
     axes.grid(axis="y", alpha=0.25)
-    axes.legend(fontsize="small")
+    boxes = "; boxes: median, quartiles, and the last value within 1.5 box lengths" if runs > 2 else ""
+    figure.legend(loc="outside lower center", ncols=2, fontsize="small", title=f"a mark a run{boxes}", frameon=False)
     write_whole(path, lambda aside: figure.savefig(aside, dpi=150))
 
 
@@ -94,13 +101,19 @@ def _axis_label(spectrum: Any) -> str:
     return kind.get(str(spectrum.settings.get("granularity")), "block")
 
 
-def plot_landscapes(landscapes: Sequence[Any], path: str | os.PathLike[str], *, kind: str = "contour") -> None:
+def plot_landscapes(
+    landscapes: Sequence[Any], path: str | os.PathLike[str], *, kind: str = "contour", spectrum: Any = None
+) -> None:
     """Draw surfaces side by side with one colour scale; a star marks the trained weights.
+
+    Between the points of the grid the surface is a cubic spline through them.
 
     Args:
         landscapes: at least one.
         path: image file; its suffix chooses the type.
         kind: ``contour`` or ``surface`` (three-dimensional).
+        spectrum: a `HessianSpectrum` of the same blocks; titles then say its mean and deviation over the runs beside
+            the eigenvalues of the samples that the surface was measured on.
 
     Raises:
         ValueError: nothing to draw, or an unknown kind.
@@ -109,7 +122,7 @@ def plot_landscapes(landscapes: Sequence[Any], path: str | os.PathLike[str], *, 
         raise ValueError("landscapes: nothing to draw; pass at least one LossLandscape")
     if kind not in ("contour", "surface"):
         raise ValueError(f"kind: {kind!r} is unknown; use 'contour' or 'surface'")
-    figure = new_figure(5.2 * len(landscapes) + 1, 4.8)
+    figure = new_figure(4.6 * len(landscapes) + 1.2, 5.8)
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import PowerNorm
 
@@ -122,38 +135,59 @@ def plot_landscapes(landscapes: Sequence[Any], path: str | os.PathLike[str], *, 
     reach = min(float(s.offsets[-1]) for s in landscapes)  # the same window for all, so that slopes compare
     panels = []
     for index, surface in enumerate(landscapes, 1):
-        losses = np.clip(np.where(np.isfinite(surface.losses), surface.losses, high), low, high)
-        x, y = np.meshgrid(surface.offsets, surface.offsets, indexing="ij")
+        offsets, losses = _refined(surface, low, high)
+        x, y = np.meshgrid(offsets, offsets, indexing="ij")
         axes: Any = figure.add_subplot(1, len(landscapes), index, projection="3d" if kind == "surface" else None)
         panels.append(axes)
         if kind == "surface":
-            axes.plot_surface(x, y, losses, cmap="viridis", norm=norm, rstride=1, cstride=1, alpha=0.9)
-            axes.plot([0], [0], [surface.center], "*", color="red", markersize=11, label="trained weights", zorder=9)
+            axes.plot_surface(x, y, losses, cmap="viridis", norm=norm, rstride=2, cstride=2, alpha=0.9)
+            axes.plot([0], [0], [surface.center], "*", color="red", markersize=11, zorder=9)
             axes.set_zlim(low, high)
             axes.set_zlabel("mean loss")
+            axes.locator_params(nbins=5)
             axes.set_box_aspect(None, zoom=0.8)
         else:
             axes.contourf(x, y, losses, levels=levels, cmap="viridis", norm=norm)
             axes.contour(x, y, losses, levels=levels, colors="white", linewidths=0.4, alpha=0.6)
             axes.set(xlim=(-reach, reach), ylim=(-reach, reach))
-            axes.plot(
-                [0],
-                [0],
-                "*",
-                color="red",
-                markeredgecolor="white",
-                markersize=14,
-                label=f"trained weights, loss {surface.center:.3g}",
-            )
+            axes.plot([0], [0], "*", color="red", markeredgecolor="white", markersize=14)
             axes.set_aspect("equal")
-        eigenvalues = ", ".join(f"{value:.3g}" for value in surface.eigenvalues)
-        note = "" if surface.converged else " (not converged)"
-        axes.set_title(f"{surface.name}\ntop eigenvalues {eigenvalues}{note}", fontsize="medium")
+        axes.set_title(_landscape_title(surface, spectrum), fontsize="small")
         axes.set_xlabel("distance along eigenvector 1")
         axes.set_ylabel("distance along eigenvector 2")
-        axes.legend(loc="upper right", fontsize="small")
     bar = figure.colorbar(
-        ScalarMappable(norm, "viridis"), ax=panels, shrink=0.85, pad=0.02 if kind == "contour" else 0.1
+        ScalarMappable(norm, "viridis"),
+        ax=panels,
+        shrink=0.85,
+        pad=0.02 if kind == "contour" else 0.1,
+        ticks=levels[::2],
+        format="%.2g",
     )
     bar.set_label("mean loss")
+    figure.supxlabel("star: the trained weights", fontsize="small", color="red")
     write_whole(path, lambda aside: figure.savefig(aside, dpi=150))
+
+
+def _landscape_title(surface: Any, spectrum: Any) -> str:
+    eigenvalues = ", ".join(f"{value:.3g}" for value in surface.eigenvalues)
+    note = "" if surface.converged else " (not converged)"
+    lines = [surface.name, f"loss at the star {surface.center:.3g}"]
+    samples = f" of these {surface.samples} samples" if surface.samples else ""
+    lines.append(f"top eigenvalues{samples}: {eigenvalues}{note}")
+    if spectrum is not None:
+        at = spectrum.names.index(surface.name)
+        runs = len(spectrum.eigenvalues)
+        lines.append(f"over {runs} runs: mean {spectrum.mean[at]:.3g}, deviation {spectrum.std[at]:.3g}")
+    return "\n".join(lines)
+
+
+def _refined(surface: Any, low: float, high: float) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """(offsets [F], losses [F, F]): about a hundred points an axis on a spline through the measured ones."""
+    from scipy.interpolate import RectBivariateSpline
+
+    losses = np.where(np.isfinite(surface.losses), surface.losses, high)
+    degree = min(3, len(surface.offsets) - 1)
+    spline = RectBivariateSpline(surface.offsets, surface.offsets, losses, kx=degree, ky=degree)
+    parts = -(-_POINTS // (len(surface.offsets) - 1))
+    offsets = np.linspace(surface.offsets[0], surface.offsets[-1], parts * (len(surface.offsets) - 1) + 1)
+    return offsets, np.clip(spline(offsets, offsets), low, high)

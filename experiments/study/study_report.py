@@ -219,7 +219,7 @@ def plot_summary(studies: Sequence[Study], path: Path) -> None:
         for axis, entry in zip(axes[1:], study.comparisons, strict=True):
             for rule, marker in zip(dict.fromkeys(p["rule"] for p in entry["picks"]), "o_x", strict=False):
                 shares = [100 * p["better"] for p in entry["picks"] if p["rule"] == rule and p["metric"] in metrics]
-                label = f"{study.task}, {rule}"
+                label = rule if i == 0 else None  # colours are the tasks', as in the first panel
                 axis.plot(places, shares, marker, color=f"C{i}", markersize=8, markerfacecolor="none", label=label)
     axes[0].axhline(0, color="0.6", linewidth=0.8)
     axes[0].set_ylabel("Kendall's tau with the true loss change, mean over bits")
@@ -230,8 +230,7 @@ def plot_summary(studies: Sequence[Study], path: Path) -> None:
         axis.set_xticks(range(len(metrics)), metrics, rotation=40, ha="right")
         axis.set_title(f"{'/'.join(map(str, entry['pair']))}: {entry['average']:.2f} bits a weight")
         axis.grid(axis="y", color="0.9")
-    if not entries:
-        return write_whole(path, lambda aside: figure.savefig(aside, dpi=150))
-    handles, labels = axes[1].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside right center", fontsize="x-small")
+        rules = axis.legend(title="rule", fontsize="small", loc="upper left")
+        for handle in rules.legend_handles:
+            handle.set_color("0.3")
     write_whole(path, lambda aside: figure.savefig(aside, dpi=150))

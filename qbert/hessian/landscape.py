@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from qbert.arguments import real_number, whole_number
+from qbert.hessian.batches import batch_size
 from qbert.hessian.blocks import Part, find_block, vector_options
 from qbert.hessian.eigen import top_eigenpairs
 from qbert.hessian.losses import LossFunction, MeasuredLoss, in_full_precision
@@ -38,6 +39,7 @@ class LossLandscape:
         losses: [S, S] mean loss at (offsets[i] along the first, offsets[j] along the second eigenvector).
         eigenvalues: the two eigenvalues of largest magnitude, signed.
         converged: whether both reached the tolerance.
+        samples: how many the loss is a mean over.
     """
 
     name: str
@@ -45,6 +47,7 @@ class LossLandscape:
     losses: NDArray[np.float64]
     eigenvalues: tuple[float, float]
     converged: bool
+    samples: int = 0
 
     @property
     def center(self) -> float:
@@ -118,7 +121,9 @@ def loss_landscape(
             for j, b in enumerate(offsets):
                 move(float(a) * first.vector + float(b) * second.vector)
                 losses[i, j] = mean_loss(operator)
-    return LossLandscape(name, offsets, losses, (first.value, second.value), first.converged and second.converged)
+    count = sum(batch_size(batch) for batch in measured.batches)
+    converged = first.converged and second.converged
+    return LossLandscape(name, offsets, losses, (first.value, second.value), converged, count)
 
 
 def mean_loss(operator: HessianOperator) -> float:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from encoders import build, inputs_for
 
-from qbert.hessian import loss_landscape, parameter_blocks, plot_landscapes
+from qbert.hessian import hessian_spectrum, loss_landscape, parameter_blocks, plot_landscapes
 
 
 def encoder() -> tuple[Any, list[dict[str, torch.Tensor]]]:
@@ -63,8 +63,20 @@ def test_plots_are_written(tmp_path: Any, kind: str) -> None:
     model, batches = encoder()
     surfaces = [loss_landscape(model, batches, f"encoder.layer.{i}", steps=3) for i in (0, 1)]
     surfaces[0].losses[0, 0] = np.inf
-    plot_landscapes(surfaces, tmp_path / "l.png", kind=kind)
+    spectrum = hessian_spectrum(model, batches, runs=2, fraction=0.5, tol=0.1, progress=False)
+    plot_landscapes(surfaces, tmp_path / "l.png", kind=kind, spectrum=spectrum)
     assert (tmp_path / "l.png").stat().st_size > 10000
+
+
+def test_titles_say_what_the_eigenvalues_were_measured_on(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, batches = encoder()
+    surface = loss_landscape(model, batches, "encoder.layer.1", steps=3, samples=4)
+    spectrum = hessian_spectrum(model, batches, runs=2, fraction=0.5, tol=0.1, progress=False)
+    titles: list[str] = []
+    monkeypatch.setattr("matplotlib.axes.Axes.set_title", lambda self, text, **_: titles.append(text))
+    plot_landscapes([surface], tmp_path / "l.png", spectrum=spectrum)
+    assert surface.samples == 4 and "of these 4 samples" in titles[0]
+    assert f"over 2 runs: mean {spectrum.mean[1]:.3g}, deviation {spectrum.std[1]:.3g}" in titles[0]
 
 
 @pytest.mark.parametrize(
