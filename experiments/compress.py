@@ -9,8 +9,8 @@
 The teacher is fine-tuned on the task (or loaded from the cache). Without ``--student`` it is planned under a budget
 (``compress_budget.py``). Every student has the same rows, steps and batch size. Beside it stand the hard-label control
 (the same start, steps and rate, taught by the labels alone) and the teacher made as small by bits alone, without
-training. ``compress_table.py`` puts several results together, ``compress_plans.py`` says how each student is made.
-Sources: those of the recipes; see ``--help``.
+training. ``compress_table.py`` and ``compress_page.py`` put several results together, ``compress_plans.py`` says how
+each student is made. Sources: those of the recipes; see ``--help``.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from compress_bench import FORMS, Bench, form_name, load_teacher
+from compress_bench import FORMS, Bench, form_name
 from compress_budget import add_budget_arguments, budgets_of, run_budgets
 from compress_plans import PLANS, Plan, hard_labels
 from compress_table import forms_table, report_text, students_table
@@ -183,8 +183,7 @@ def main() -> None:
     folder = prepare_run(arguments, "compress")
     check_bf16(arguments.bf16, torch.device(arguments.device))
     if not names:
-        task, model, tokenizer = load_teacher(arguments)
-        run_budgets(arguments, folder, task, model, tokenizer)
+        run_budgets(arguments, folder)
         return
     bench = Bench(arguments, folder)
     results = Record(folder / "results.json", asked_of(bench), resume=arguments.resume)

@@ -84,6 +84,10 @@ class Record:
         """Keep one more row under `key`, and anything to note at the top of the file."""
         self.content["rows"].setdefault(key, []).append(row)
         self.content.update(beside)
+        self.save()
+
+    def save(self) -> None:
+        """Write the file, after something was noted beside the rows."""
         write_json(self.path, self.content)
 
 

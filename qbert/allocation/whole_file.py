@@ -49,7 +49,7 @@ _GRADIENT_SHARE = 0.9  # as quantize_model weighs the inputs of compensated roun
 _RANKS = (0.25, 0.375, 0.5, 0.625, 0.75)  # of the length of a row
 _MEAN_BITS = (2.05, 2.1, 2.2, 2.35, 2.5, 2.75, 3.0, 3.25, 3.5, 4.0, 5.0)
 _LARGE_HEAD = 2**14  # values of a head that is worth a choice of its own
-_DEFAULTS: dict[str, Any] = {"rounding": "compensated", "activation_range": "asymmetric"}
+FILE_DEFAULTS: dict[str, Any] = {"rounding": "compensated", "activation_range": "asymmetric"}
 _SCHEMES = ("asymmetric", "midrise")  # that tables choose from
 
 
@@ -117,12 +117,12 @@ class FilePlan:
         **settings: Any,
     ) -> None:
         self.widths = check_widths(bits)
-        self.settings = {**_DEFAULTS, **settings}
+        self.settings = {**FILE_DEFAULTS, **settings}
         checked = check_batches(batches)
         if checked is None:
             raise ValueError("calibration_data: a file is planned for data; pass batches of some hundred rows")
         check_lengths(model, checked)
-        fit, score = _halves(checked)
+        fit, score = fitted_and_scored(checked)
         groups = _sharing(model)
         rules = [_Rules(model, group, self.widths, self.settings, fixed) for group in groups]
         free = [r for r in rules if r.matrix_rules or r.is_table]
@@ -307,8 +307,8 @@ def _sharing(model: nn.Module) -> list[list[Target]]:
     return list(together.values())
 
 
-def _halves(batches: Sequence[Batch]) -> tuple[list[Batch], list[Batch]]:
-    """Every other batch, and the others; of one batch, every other row.
+def fitted_and_scored(batches: Sequence[Batch]) -> tuple[list[Batch], list[Batch]]:
+    """What options are fitted to, and what they are scored on: every other batch, and the others; of one, its rows.
 
     Raises:
         ValueError: if there is a single row.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from qbert.pipeline.run import Compressed, CompressionRecord, Pipeline, StepResult, compress
-from qbert.pipeline.steps import Depth, Distill, Factorize, Pack, Prune, Quantize
+from qbert.pipeline.steps import Depth, Distill, Factorize, Pack, Prune, Quantize, Share
 
 __all__ = [
     "Compressed",
@@ -15,6 +15,7 @@ __all__ = [
     "Pipeline",
     "Prune",
     "Quantize",
+    "Share",
     "StepResult",
     "compress",
 ]

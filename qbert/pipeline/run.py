@@ -24,16 +24,16 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from qbert.files import content_sha256, read_json, write_json
-from qbert.pipeline.steps import Context, Distill, Pack, Prune, Quantize, Step, step_from_dict
+from qbert.pipeline.steps import Context, Distill, Pack, Prune, Quantize, Step, Structure, step_from_dict
 from qbert.results import Record, text_table
 from qbert.saving.records import is_quantized
 from qbert.sizes import model_size
 from qbert.tasks import evaluate, prepare
-from qbert.tasks.evaluation import fidelity
+from qbert.tasks.evaluation import fidelity, wants_pairs
+from qbert.tasks.heads import SentenceRegression
 from qbert.tasks.task import Task
 
 FORMAT = "qbert.pipeline/1"
-_STRUCTURE = ("depth", "prune", "factorize")
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Pipeline:
                 raise TypeError(f"steps: {step!r} is no step; use those of qbert.pipeline")
             if packed:
                 raise ValueError(f"{step!r} comes after Pack(), which is the last step there can be")
-            if quantized and (step.kind in _STRUCTURE or isinstance(step, Quantize)):
+            if quantized and isinstance(step, (Structure, Quantize)):
                 raise ValueError(f"{step!r} comes after Quantize; change the structure first, and quantize once")
             if isinstance(step, Pack) and not quantized:
                 raise ValueError("Pack() comes without a Quantize before it; there is nothing to pack")
@@ -164,7 +164,8 @@ def compress(
     Called again with the same arguments it goes on where it was interrupted, and returns at once if it was finished.
 
     Args:
-        model: a fine-tuned transformers model in float; it is left alone.
+        model: a fine-tuned transformers model in float, or a `SentenceRegression` around one, whose encoder is what is
+            saved then; it is left alone.
         tokenizer: its tokenizer.
         data: the task; steps read its training rows, scores its held-out rows.
         plan: the steps.
@@ -181,7 +182,7 @@ def compress(
         TypeError: a model that transformers cannot save, or data of another type.
     """
     plan = plan if isinstance(plan, Pipeline) else Pipeline(tuple(plan))
-    if not isinstance(model, PreTrainedModel):
+    if not isinstance(_saved(model), PreTrainedModel):
         raise TypeError(
             f"model: expected a transformers model, which can be saved after each step, got {type(model).__name__}"
         )
@@ -213,7 +214,7 @@ class _Run:
     ) -> None:
         self.teacher, self.tokenizer, self.task, self.plan, self.folder = model.eval(), tokenizer, task, plan, folder
         self.eval_limit, self.seed, self.bf16, self.progress = eval_limit, seed, bf16, progress
-        self.rows = prepare(task, tokenizer, "train", limit=train_limit, seed=seed)
+        self.rows = prepare(task, tokenizer, "train", limit=train_limit, seed=seed, as_pairs=wants_pairs(model))
         asked = {
             "plan": plan.to_dict(),
             "model": _digest(model),
@@ -250,7 +251,7 @@ class _Run:
         seconds = time.monotonic() - start
         aside = self.folder / f"aside-{index}"
         shutil.rmtree(aside, ignore_errors=True)
-        made.save_pretrained(aside)  # type: ignore[operator]
+        _saved(made).save_pretrained(aside)
         self.tokenizer.save_pretrained(aside)
         shutil.rmtree(self._place(index), ignore_errors=True)
         aside.rename(self._place(index))
@@ -283,7 +284,10 @@ class _Run:
             raise ValueError(
                 f"folder: {place}, where the last finished step lay, is gone; remove {self.folder}, or name another"
             )
-        return type(self.teacher).from_pretrained(place).eval()  # type: ignore[no-any-return]
+        loaded = type(_saved(self.teacher)).from_pretrained(place).eval()
+        if wants_pairs(self.teacher):
+            loaded = SentenceRegression(loaded, self.teacher.label_max).eval()
+        return loaded  # type: ignore[no-any-return]
 
     def _place(self, index: int) -> Path:
         return self.folder / f"step-{index}"
@@ -292,6 +296,11 @@ class _Run:
         split = self.task.evaluation_splits[0]
         limit, seed = self.eval_limit, self.seed
         return evaluate(model, self.task, self.tokenizer, split=split, limit=limit, seed=seed, progress=False)
+
+
+def _saved(model: Any) -> Any:
+    """What is written of a model: of one that compares sentences, its encoder."""
+    return model.backbone if isinstance(model, SentenceRegression) else model
 
 
 def _digest(model: nn.Module) -> str:

@@ -44,8 +44,9 @@ class Context:
     progress: bool = True
 
     def batches(self, rows: int, size: int = 32) -> list[dict[str, Any]]:
-        """Batches of the first `rows` rows, without labels."""
-        chosen = [self.rows[i] for i in range(min(rows, len(self.rows)))]
+        """Batches of `rows` rows, without labels, spread over all of them, since data may be sorted by source."""
+        count = min(rows, len(self.rows))
+        chosen = [self.rows[i * len(self.rows) // count] for i in range(count)]
         return [without_labels(self.collate(chosen[i : i + size])) for i in range(0, len(chosen), size)]
 
 
@@ -63,8 +64,22 @@ class Step:
         return {"step": self.kind, **_plain(asdict(self))}  # type: ignore[call-overload]
 
 
+class Structure(Step):
+    """A step that changes the float model's structure by what some unlabelled rows say; a plan chooses among these."""
+
+    rows: int
+
+    def change(self, model: nn.Module, batches: Sequence[Mapping[str, Any]]) -> nn.Module:
+        """The changed copy of a float model, by batches of tensors without labels."""
+        raise NotImplementedError
+
+    def apply(self, model: nn.Module, context: Context) -> nn.Module:
+        """`change` by the first `rows` training rows."""
+        return self.change(model, context.batches(self.rows))
+
+
 @dataclass(frozen=True)
-class Depth(Step):
+class Depth(Structure):
     """Keep some layers.
 
     Attributes:
@@ -80,15 +95,15 @@ class Depth(Step):
         if not is_whole(self.layers):
             object.__setattr__(self, "layers", tuple(self.layers))  # type: ignore[arg-type]
 
-    def apply(self, model: nn.Module, context: Context) -> nn.Module:
+    def change(self, model: nn.Module, batches: Sequence[Mapping[str, Any]]) -> nn.Module:
         """See `qbert.students.depth`."""
         from qbert.students import depth
 
-        return depth(model, self.layers, context.batches(self.rows))
+        return depth(model, self.layers, batches)
 
 
 @dataclass(frozen=True)
-class Prune(Step):
+class Prune(Structure):
     """Take out heads, feed-forward columns or single weights; what stays makes good for them.
 
     Attributes:
@@ -103,16 +118,15 @@ class Prune(Step):
     rows: int = 384
     kind: ClassVar[str] = "prune"
 
-    def apply(self, model: nn.Module, context: Context) -> nn.Module:
+    def change(self, model: nn.Module, batches: Sequence[Mapping[str, Any]]) -> nn.Module:
         """See `qbert.students.pruned.prune`."""
         from qbert.students.pruned import prune
 
-        data = context.batches(self.rows)
-        return prune(model, heads=self.heads, ffn=self.ffn, pattern=self.pattern, data=data)
+        return prune(model, heads=self.heads, ffn=self.ffn, pattern=self.pattern, data=batches)
 
 
 @dataclass(frozen=True)
-class Factorize(Step):
+class Factorize(Structure):
     """Matrices in two factors.
 
     Attributes:
@@ -124,11 +138,35 @@ class Factorize(Step):
     rows: int = 384
     kind: ClassVar[str] = "factorize"
 
-    def apply(self, model: nn.Module, context: Context) -> nn.Module:
+    def change(self, model: nn.Module, batches: Sequence[Mapping[str, Any]]) -> nn.Module:
         """See `qbert.students.lowrank.factorize`."""
         from qbert.students.lowrank import factorize
 
-        return factorize(model, self.rank, data=context.batches(self.rows))
+        return factorize(model, self.rank, data=batches)
+
+
+@dataclass(frozen=True)
+class Share(Structure):
+    """Fewer layers of their own at the same depth.
+
+    Attributes:
+        layers: ``all``, ``sandwich``, a number of runs, or the layer of each depth (`qbert.students.share_layers`).
+        rows: training rows that each run's layer is chosen on.
+    """
+
+    layers: str | int | tuple[int, ...] = "sandwich"
+    rows: int = 256
+    kind: ClassVar[str] = "share"
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.layers, str) and not is_whole(self.layers):
+            object.__setattr__(self, "layers", tuple(self.layers))  # type: ignore[arg-type]
+
+    def change(self, model: nn.Module, batches: Sequence[Mapping[str, Any]]) -> nn.Module:
+        """See `qbert.students.shared.share_layers`."""
+        from qbert.students.shared import share_layers
+
+        return share_layers(model, self.layers, data=batches)
 
 
 @dataclass(frozen=True)
@@ -259,7 +297,7 @@ class Pack(Step):
         return pack(model)
 
 
-STEPS: dict[str, type[Step]] = {kind.kind: kind for kind in (Depth, Prune, Factorize, Distill, Quantize, Pack)}
+STEPS: dict[str, type[Step]] = {kind.kind: kind for kind in (Depth, Share, Prune, Factorize, Distill, Quantize, Pack)}
 
 
 def step_from_dict(values: Mapping[str, Any]) -> Step:

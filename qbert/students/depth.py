@@ -218,7 +218,7 @@ def _outputs(model: nn.Module, batches: Sequence[Batch]) -> Tensor:
             mask = inputs.get("attention_mask")
             if values.dim() == 3 and mask is not None:
                 values = values[mask.to(torch.bool)]
-            found.append(values.double().cpu().reshape(-1, values.shape[-1]))
+            found.append(values.double().cpu().reshape(-1, values.shape[-1] if values.dim() > 1 else 1))
     return torch.cat(found)
 
 

@@ -181,8 +181,11 @@ class SentenceRegression(nn.Module):
 
     def embed(self, **inputs: torch.Tensor) -> torch.Tensor:
         """Unit vectors [N, D] of N sentences given as tokens [N, T] with their attention mask [N, T]."""
-        hidden = self.backbone(**inputs).last_hidden_state  # [N, T, D]
-        mask = inputs["attention_mask"].unsqueeze(-1).to(hidden.dtype)  # [N, T, 1]
+        return self._pooled(self.backbone(**inputs).last_hidden_state, inputs["attention_mask"])
+
+    @staticmethod
+    def _pooled(hidden: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        mask = attention_mask.unsqueeze(-1).to(hidden.dtype)  # [N, T, 1]
         return F.normalize((hidden * mask).sum(1) / mask.sum(1).clamp(min=1.0), dim=-1)
 
     def forward(
@@ -191,15 +194,21 @@ class SentenceRegression(nn.Module):
         attention_mask: torch.Tensor,
         token_type_ids: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
+        output_hidden_states: bool = False,
     ) -> ModelOutput:
-        """``loss`` (where labels [B] are given) and ``logits``, the cosines [B], of pairs: every input [B, 2, T]."""
+        """``loss`` (where labels [B] are given) and ``logits``, the cosines [B], of pairs: every input [B, 2, T].
+
+        ``hidden_states`` [2 B, T, D] where they are asked for, as the encoder gives them.
+        """
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "token_type_ids": token_type_ids}
-        flat = {key: value.flatten(0, 1) for key, value in inputs.items() if value is not None}
-        vectors = self.embed(**flat)  # [2 B, D]
+        flat: dict[str, Any] = {key: value.flatten(0, 1) for key, value in inputs.items() if value is not None}
+        encoded = self.backbone(**flat, **({"output_hidden_states": True} if output_hidden_states else {}))
+        vectors = self._pooled(encoded.last_hidden_state, flat["attention_mask"])  # [2 B, D]
         first, second = vectors.view(-1, 2, vectors.shape[-1]).unbind(1)
         cosine = (first * second).sum(-1)  # [B]
         loss = None if labels is None else F.mse_loss(cosine, labels.to(cosine.dtype) / self.label_max)
-        return ModelOutput(loss=loss, logits=cosine)
+        states = {"hidden_states": encoded.hidden_states} if output_hidden_states else {}
+        return ModelOutput(loss=loss, logits=cosine, **states)
 
 
 def build_sentence_model(model_name_or_path: str | Path | None = None, *, label_max: float = 5.0) -> tuple[Any, Any]:

@@ -63,8 +63,7 @@ def test_the_file_has_the_size_that_was_planned(sized: plans.Plan, world: dict[s
 
 def test_bits_alone_are_exact(world: dict[str, Any]) -> None:
     found = qbert.plan(world["model"], world["batches"], size_mb=0.022, bits=(2, 8), structures=[])
-    planner = plans._Planner(world["model"], world["batches"], (2, 8), None, False, {})
-    (part,) = planner._parts([()], 0.022, None)
+    part = plans.Planner(world["model"], world["batches"], bits=(2, 8), structures=[]).part(())
     options = [range(len(item.options)) for item in part.files.items]
     picked = part.files.choose(0.022)
     best = part.files.damage(picked)
@@ -74,7 +73,7 @@ def test_bits_alone_are_exact(world: dict[str, Any]) -> None:
             other = [x if i == a else y if i == b else p for i, p in enumerate(picked)]
             if part.files.size(other) <= 0.022e6:
                 assert part.files.damage(other) >= best - 1e-12
-    assert found.best.predicted == pytest.approx(best)
+    assert found.best.predicted == pytest.approx(found.prediction(best))
 
 
 def test_what_is_measured_is_what_a_forward_pass_says(sized: plans.Plan, world: dict[str, Any]) -> None:
@@ -100,10 +99,10 @@ def test_within_gives_the_smallest_that_agrees(world: dict[str, Any]) -> None:
 
 
 def test_a_latency_budget_leaves_out_what_is_too_slow(world: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    def by_depth(self: Any, model: Any) -> float:
+    def by_depth(self: Any, model: Any, shape: Any) -> float:
         return float(len(model.base_model.encoder.layer))
 
-    monkeypatch.setattr(plans._Planner, "_latency", by_depth)
+    monkeypatch.setattr(plans.Planner, "_latency", by_depth)
     found = qbert.plan(world["model"], world["batches"], latency_ms=1.5, structures=[(Depth((1,)),)])
     assert found.best.structure == (Depth((1,)),) and found.best.latency_ms == 1.0
     assert any("bits alone: 2.00 ms are too slow" in line for line in found.left_out)
@@ -146,7 +145,10 @@ def test_training_goes_where_it_is_put(sized: plans.Plan) -> None:
         ({"size_mb": 0.02, "within": 0.01}, "contradict"),
         ({"within": 1.0}, "use a share such as 0.01"),
         ({"latency_ms": -1}, "use a positive number"),
-        ({"size_mb": 0.022, "structures": [(Distill(steps=1),)]}, "give sequences of Depth and Prune"),
+        (
+            {"size_mb": 0.022, "structures": [(Distill(steps=1),)]},
+            "give sequences of Depth, Share, Prune and Factorize",
+        ),
     ],
 )
 def test_impossible_budgets_are_refused(world: dict[str, Any], budget: dict[str, Any], sentence: str) -> None:
