@@ -5,7 +5,8 @@
 First, with everything else in float, the word table in 8 to 2 bits, in different bits by rows, of low rank, and with
 the vocabulary of the training sentences only. Then the whole model for several sizes of its file: `FilePlan` chooses
 the bits of every matrix and the form of every table from unlabelled training rows, `quantize_model` rounds by the same
-rows, and the packed file is written and measured; beside it the same bits for all matrices. Nothing is trained.
+rows, and the packed file is written and measured; beside it the same bits for all matrices. Nothing is trained. Where
+rows of other domains are at hand, which a trimmed vocabulary may have no pieces for, there is a column for each.
 STS-B is scored with the published sentence encoder as it is, every other task with a fine-tuned one (cached). Held-out
 rows are used for the figures only. A run that was interrupted goes on with --resume.
 """
@@ -128,6 +129,14 @@ class Comparison:
             self.task, subset(self.task.rows(self.task.evaluation_splits[0]), arguments.eval_limit, 0)
         )
         self.reference = self._scored(self.model, self.tokenizer)
+        self.elsewhere = self._elsewhere(self.model, self.tokenizer)
+
+    def _elsewhere(self, model: Any, tokenizer: Any) -> dict[str, float]:
+        from other_domains import other_domains, scores_elsewhere
+
+        limit = self.arguments.eval_limit or 1000
+        domains = other_domains(self.task, tokenizer, data_dir=self.arguments.data_dir, limit=limit)
+        return scores_elsewhere(domains, model)
 
     def batches(self, model: Any, tokenizer: Any) -> list[Any]:
         """Unlabelled training rows."""
@@ -152,6 +161,7 @@ class Comparison:
             "of_float": 100 * result.primary / self.reference.primary,
             "agreement": like.agreement,
             "divergence": like.divergence,
+            "elsewhere": self._elsewhere(student, tokenizer),
             **more,
         }
         self.record.add(key, row)
@@ -249,9 +259,10 @@ def section(comparison: Comparison) -> list[str]:
     metric = comparison.task.primary_metric
     reference = comparison.reference
     lines = ["", f"## {comparison.task.name}", "", comparison.task.describe(), ""]
-    lines += [f"Float: {metric} {reference.primary:.2f} +- {comparison.error(reference):.2f}.", ""]
+    there = "".join(f"; on {name} {value:.2f}" for name, value in comparison.elsewhere.items())
+    lines += [f"Float: {metric} {reference.primary:.2f} +- {comparison.error(reference):.2f}{there}.", ""]
     for part, title in (("table", "The word table, everything else in float:"), ("file", "Whole files:")):
-        header = [part, metric, "of float", "same class or 100 r", "divergence", "MB"]
+        header = [part, metric, "of float", "same class or 100 r", "divergence", *comparison.elsewhere, "MB"]
         header += ["predicted", "bits of matrices", "word table"] if part == "file" else []
         rows = []
         for key, kept in comparison.record.content["rows"].items():
@@ -260,6 +271,8 @@ def section(comparison: Comparison) -> list[str]:
             row = kept[0]
             cells = [key.removeprefix(f"{part}: "), f"{row['score']:.2f} +- {row['error']:.2f}"]
             cells += [f"{row['of_float']:.1f} %", f"{row['agreement']:.1f}", f"{row['divergence']:.4f}"]
+            known = row.get("elsewhere", {})
+            cells += [f"{known[name]:.2f}" if name in known else "" for name in comparison.elsewhere]
             cells += [f"{row['megabytes']:.2f}"]
             if part == "file":
                 exact = "predicted" in row

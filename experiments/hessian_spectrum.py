@@ -181,6 +181,7 @@ def main() -> None:
         data, spectrum = measure(task, model, tokenizer, arguments, folder)
     if rank > 0:
         return
+    from other_domains import other_domains
     from ptq import ptq_report, ptq_table
 
     import qbert
@@ -207,7 +208,8 @@ def main() -> None:
         split = task.evaluation_splits[0]
         return evaluate(candidate, task, tokenizer, split=split, limit=arguments.eval_limit, progress=False)
 
-    results = ptq_report(model, configs, score)
+    domains = other_domains(task, tokenizer, data_dir=arguments.data_dir, limit=arguments.eval_limit or 1000)
+    results = ptq_report(model, configs, score, elsewhere={domain.name: domain.evaluate for domain in domains})
     print(text_table(*ptq_table(results, task.primary_metric)))
     write_json(
         folder / "ptq.json",

@@ -5,7 +5,7 @@
     rows = unlabelled_rows(["wikitext2", "ag_news"], task, tokenizer, 800, data_dir="DATA")
 
 A student is chosen and trained on rows of one domain; whether it still acts like its teacher elsewhere is another
-question, and an easier one to lose. It stands alone because two scripts ask it.
+question, and an easier one to lose. It stands alone because every table of students asks it.
 """
 
 from __future__ import annotations
@@ -82,6 +82,11 @@ def other_domains(
         label = name if name != task.name else split.removeprefix("validation_")
         found.append(OtherDomain(label, data, scorer, classes))
     return found
+
+
+def scores_elsewhere(domains: Sequence[OtherDomain], model: Any) -> dict[str, float]:
+    """Score of a model by name of the other domain."""
+    return {domain.name: domain.evaluate(model).primary for domain in domains}
 
 
 def unlabelled_rows(

@@ -3,8 +3,9 @@
     python experiments/structure_table.py --task sst2 --data-dir DATA --epochs 1 --train-limit 16000 --resume
 
 A fine-tuned encoder (cached) is factorized, pruned and quantized in each way, on a few hundred unlabelled rows,
-and compared with itself on held-out rows: score, agreement of classes, and mean KL divergence of the outputs. Only the
-matrices of the encoder layers are changed; tables and activations stay in float, so that rows differ in one thing.
+and compared with itself on held-out rows: score, agreement of classes, and mean KL divergence of the outputs; where
+rows of other domains are at hand, its score there has a column of its own. Only the matrices of the encoder layers are
+changed; tables and activations stay in float, so that rows differ in one thing.
 Bits a weight count everything that is stored of those matrices over the number of weights they had before: codes,
 scales and zero points; of a matrix with zeros the codes that are not zero and the least a mask can take.
 
@@ -17,7 +18,7 @@ from __future__ import annotations
 import argparse
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -172,8 +173,12 @@ def bits_a_weight(student: Any, before: int) -> float:
     return total / before
 
 
-def row_of(student: Any, score: Callable[[Any], Any], reference: Any, before: int) -> dict[str, float]:
-    """What is told of one student."""
+def row_of(
+    student: Any, score: Callable[[Any], Any], reference: Any, before: int, domains: Sequence[Any]
+) -> dict[str, Any]:
+    """What is told of one student, its scores on other domains included."""
+    from other_domains import scores_elsewhere
+
     from qbert.tasks.evaluation import fidelity
 
     result = score(student)
@@ -184,7 +189,14 @@ def row_of(student: Any, score: Callable[[Any], Any], reference: Any, before: in
         "agreement": near.agreement,
         "divergence": near.divergence,
         "bits": bits_a_weight(student, before),
+        "elsewhere": scores_elsewhere(domains, student),
     }
+
+
+def told(found: dict[str, Any]) -> str:
+    """A row in a line."""
+    flat = {k: v for k, v in found.items() if k != "elsewhere"} | found["elsewhere"]
+    return ", ".join(f"{k} {v:.4g}" for k, v in flat.items())
 
 
 def times(model: Any, student: Any) -> dict[str, float]:
@@ -215,14 +227,17 @@ def times(model: Any, student: Any) -> dict[str, float]:
 
 def page(record: Record, task: Any, arguments: argparse.Namespace) -> str:
     """The tables in Markdown."""
-    header = ["", "bits a weight", "KL", "agreement %", f"{task.primary_metric}", "% of the teacher"]
+    domains = list(dict.fromkeys(name for label in record for name in record[label][0].get("elsewhere", ())))
+    header = ["", "bits a weight", "KL", "agreement %", f"{task.primary_metric}", "% of the teacher", *domains]
     timed = ["ms 1x16", "ms 32x64", "x whole 1x16", "x whole 32x64"]
     rows, fast = [], []
     for label in record:
         (found,) = record[label]
         if "bits" in found:
             cells = [f"{found['bits']:.2f}", f"{found['divergence']:.4f}", f"{found['agreement']:.1f}"]
-            rows.append([label, *cells, f"{found['score']:.2f}", f"{found['retention']:.1f}"])
+            there = found.get("elsewhere", {})
+            cells += [f"{found['score']:.2f}", f"{found['retention']:.1f}"]
+            rows.append([label, *cells, *(f"{there[name]:.2f}" if name in there else "" for name in domains)])
         else:
             pairs = [(found[f"ms {b}x{t}"], found[f"ms whole {b}x{t}"]) for b, t in _SHAPES]
             fast.append([label, *(f"{m:.2f}" for m, _ in pairs), *(f"{w / m:.2f}" for m, w in pairs)])
@@ -241,6 +256,7 @@ def main() -> None:
     """Make, measure and print every student."""
     arguments = parse_arguments()
     folder = prepare_run(arguments, "structure_table")
+    from other_domains import other_domains, scores_elsewhere
     from ptq_table import calibration_batches
 
     from qbert.files import write_whole
@@ -267,7 +283,12 @@ def main() -> None:
     }
     record = Record(folder / "structure.json", asked, resume=arguments.resume)
     reference = score(model)
-    print(f"float: {reference.primary:.2f}")
+    domains = other_domains(task, tuned.tokenizer, data_dir=arguments.data_dir, limit=arguments.eval_limit or 1000)
+    there = scores_elsewhere(domains, model)
+    print(f"float: {reference.primary:.2f}" + "".join(f", {value:.2f} on {name}" for name, value in there.items()))
+    float_row = {"score": reference.primary, "retention": 100.0, "agreement": 100.0, "divergence": 0.0, "bits": 32.0}
+    if "float" not in record:
+        record.add("float", {**float_row, "elsewhere": there})
     before = sum(t.matrix.numel() for t in layer_matrices(model))
     for label, make in students(model, data).items():
         if label in record or (arguments.only and not any(text in label for text in arguments.only)):
@@ -275,18 +296,18 @@ def main() -> None:
         start = time.process_time()
         student = make()
         took = time.process_time() - start
-        found = row_of(student, score, reference, before)
+        found = row_of(student, score, reference, before, domains)
         record.add(label, {**found, "cpu_seconds": took})
-        print(f"{label}: " + ", ".join(f"{k} {v:.4g}" for k, v in found.items()) + f" ({took:.0f} CPU s)", flush=True)
+        print(f"{label}: {told(found)} ({took:.0f} CPU s)", flush=True)
     for label, make in trained_students(model, data).items() if arguments.steps else ():
         name = f"{label}, {arguments.steps} steps"
         if name in record or (arguments.only and not any(text in name for text in arguments.only)):
             continue
         start = time.process_time()
         student = train(make(), model, task, tuned.tokenizer, arguments.steps, folder, arguments.seed)
-        found = row_of(student, score, reference, before)
+        found = row_of(student, score, reference, before, domains)
         record.add(name, {**found, "cpu_seconds": time.process_time() - start})
-        print(f"{name}: " + ", ".join(f"{k} {v:.4g}" for k, v in found.items()), flush=True)
+        print(f"{name}: {told(found)}", flush=True)
     if arguments.time:
         import qbert
 

@@ -17,6 +17,7 @@ import click
 from qbert.cli.allocate import allocate
 from qbert.cli.arguments import run_script
 from qbert.cli.compress import compress
+from qbert.cli.distill import distill
 from qbert.cli.evaluate import evaluate
 from qbert.cli.export import export
 from qbert.cli.inspect import inspect
@@ -44,6 +45,7 @@ def app() -> None:
       qbert quantize my-model out --bits 4               every matrix in 4 bits, tables in 8
       qbert inspect out                                  what the folder holds
       qbert evaluate out --task sst2                     how good it is
+      qbert distill my-model out --task sst2 --bits 2    fewer bits, made good by training
       qbert export out model.onnx                        for ONNX Runtime
 
     \b
@@ -59,7 +61,7 @@ def app() -> None:
     """
 
 
-for _command in (spectrum, allocate, quantize, plan, compress, evaluate, inspect, export, report):
+for _command in (spectrum, allocate, quantize, distill, plan, compress, evaluate, inspect, export, report):
     app.add_command(_command)
 
 
@@ -75,7 +77,7 @@ def main(arguments: list[str] | None = None) -> None:
         except click.Abort as error:  # click turns Ctrl-C into this
             raise KeyboardInterrupt from error
 
-    run_script(run, resume_hint="run the same command again (spectra go on from what they kept)")
+    run_script(run, resume_hint="run the same command again (spectra and trainings go on from what they kept)")
 
 
 if __name__ == "__main__":

@@ -198,7 +198,7 @@ class Distill(Step):
 
     def apply(self, model: nn.Module, context: Context) -> nn.Module:
         """A `Distiller` run that goes on from its last whole checkpoint."""
-        from transformers import TrainingArguments
+        from transformers import PrinterCallback, TrainingArguments
 
         from qbert.distill import Distiller
         from qbert.distill.checkpoint import last_good_checkpoint
@@ -233,6 +233,7 @@ class Distill(Step):
             processing_class=context.tokenizer,
             check_teacher=False,
         )
+        distiller.remove_callback(PrinterCallback)  # which the Trainer takes for a bar that is switched off
         checkpoint = last_good_checkpoint(context.folder)
         distiller.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         return distiller.student.eval()

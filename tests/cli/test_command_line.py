@@ -92,6 +92,38 @@ def test_from_spectrum_to_bits_to_a_folder_to_a_score(
     assert 0 <= scores["agreement"] <= 100 and scores["scores"][str(out)]["examples"] == 40
 
 
+def test_a_student_is_distilled_and_packed(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out"
+    asked = [*task(world), "--bits", "3", "--steps", "2", "--batch-size", "4", "--rows", "16", "--json"]
+    code, text, err = run(capsys, "distill", world / "model", out, *asked)
+    assert code == 0, err
+    content = json.loads(text)
+    assert not Path(f"{out}.partial").exists() and content["file_mb"] > 0 and content["divergence"] >= 0
+    assert folder_content(out)["form"] == "packed"
+    _, text, _ = run(capsys, "evaluate", out, *task(world), "--beside", world / "model", "--json")
+    assert json.loads(text)["scores"][str(out)]["accuracy"] == content["score"]
+
+
+def test_a_float_student_learns_from_its_teacher_and_goes_on_where_it_was_interrupted(
+    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    asked = [*task(world), "--student", world / "model", "--recipe", "logits", "--steps", "2", "--batch-size", "4"]
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError("no space left on the device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("qbert.pipeline.steps.Distill.apply", full)
+        code, _, err = run(capsys, "distill", world / "model", out, *asked)
+    assert code == 2 and "no space left" in err
+    code, _, err = run(capsys, "distill", world / "model", out, *asked, "--seed", "5")
+    assert code == 2 and "is of an interrupted run with another seed" in err
+    code, text, err = run(capsys, "distill", world / "model", out, *asked)
+    assert code == 0, err
+    assert "the teacher's" in text and AutoModelForSequenceClassification.from_pretrained(out) is not None
+
+
 def test_a_plan_is_made_saved_and_run(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     size = 0.4 * qbert.model_size(AutoModelForSequenceClassification.from_pretrained(world / "model")).mb
     saved = tmp_path / "plan.json"
@@ -173,6 +205,11 @@ def test_export_writes_a_file_that_runs(world: Path, tmp_path: Path, capsys: pyt
         (["plan", "WORLD/model", "--size-mb", "1"], "give --texts FILE or --task NAME"),
         (["plan", "WORLD/model", "--shape", "8", "--texts", "WORLD/long.txt"], "--shape 8 is no shape"),
         (["plan", "WORLD/model", "--texts", "WORLD/long.txt"], "a plan needs a budget"),
+        (["distill", "WORLD/model", "NEW", "--task", "sst2"], "there is no student; give --bits 2"),
+        (
+            ["distill", "WORLD/model", "NEW", "--task", "sst2", "--bits", "2", "--recipe", "x"],
+            "recipe='x' is not known",
+        ),
         (["nothing"], "No such command 'nothing'"),
     ],
 )
