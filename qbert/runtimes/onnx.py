@@ -48,7 +48,7 @@ def write_onnx(record: Recorded, target: Path | BinaryIO) -> None:
             torch.onnx.export(
                 record.copy(),
                 record.example(*RECORDED),
-                target if not isinstance(target, Path) else str(target),
+                target if not isinstance(target, Path) else str(target),  # type: ignore[arg-type]
                 input_names=list(record.inputs),
                 output_names=list(record.outputs),
                 dynamic_axes=record.axes,
