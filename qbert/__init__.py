@@ -27,6 +27,7 @@ _HOME = {
     "compress": "qbert.pipeline",
     "choose_grid": "qbert.allocation.grids",
     "export_onnx": "qbert.onnx",
+    "export_openvino": "qbert.openvino",
     "factorize": "qbert.students.lowrank",
     "HessianSpectrum": "qbert.hessian",
     "hessian_spectrum": "qbert.hessian",
@@ -56,6 +57,7 @@ __all__ = [
     "choose_grid",
     "compress",
     "export_onnx",
+    "export_openvino",
     "factorize",
     "hessian_spectrum",
     "load",
@@ -81,6 +83,7 @@ if TYPE_CHECKING:
     from qbert.hessian import HessianSpectrum, hessian_spectrum
     from qbert.inference.cpu import optimize_for_inference
     from qbert.onnx import export_onnx
+    from qbert.openvino import export_openvino
     from qbert.packing import pack, unpack
     from qbert.pipeline import Pipeline, compress
     from qbert.pipeline.plan import plan

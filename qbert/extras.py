@@ -12,6 +12,9 @@ import importlib.util
 # import name -> (what pip calls it, the extra of pyproject.toml that brings it)
 _OPTIONAL = {
     "accelerate": ("accelerate", "train"),
+    "onnx": ("onnx", "onnx"),
+    "onnxruntime": ("onnxruntime", "onnx"),
+    "openvino": ("openvino", "openvino"),
     "matplotlib": ("matplotlib", "plots"),
     "plotly": ("plotly", "report"),
     "seqeval": ("seqeval", "tasks"),

@@ -23,7 +23,7 @@ _NOW_IN: dict[str, tuple[str, ...]] = {
     "choices": ("allocation.blocks",),
     "damage": ("allocation.damage",),
     "export": ("onnx",),
-    "export_layers": ("onnx",),
+    "export_layers": ("runtimes.onnx",),
     "fast_forward": ("inference.forward",),
     "fronts": ("allocation.front",),
     "hub": ("saving.hf",),

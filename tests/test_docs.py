@@ -51,7 +51,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")])
 def test_the_python_of_a_page_runs_from_the_first_to_the_last_block(page: str, folder: Path) -> None:
-    for package in ("onnx", "sentence_transformers"):
+    for package in ("onnx", "openvino", "sentence_transformers"):
         if package in "".join(blocks(page, "python")):
             pytest.importorskip(package)
     exec(compile("\n".join(blocks(page, "python")), page, "exec"), {"__name__": page})

@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 import torch
 
+import qbert
+from qbert import export_onnx, export_openvino
 from qbert.distill import Distiller, progress, recipes
 from qbert.extras import MissingPackageError
 from qbert.plots import new_figure
@@ -16,6 +18,10 @@ from qbert.tasks import metrics
 from qbert.tasks.evaluation import evaluate_prepared
 
 _HELPERS = Path(__file__).parent / "helpers"
+
+
+def packed_pair() -> torch.nn.Module:
+    return qbert.pack(qbert.quantize_model(torch.nn.Sequential(torch.nn.Linear(8, 8)), 8))
 
 
 def hide(monkeypatch: pytest.MonkeyPatch, package: str) -> None:
@@ -31,6 +37,8 @@ def hide(monkeypatch: pytest.MonkeyPatch, package: str) -> None:
         ("seqeval", "pip install seqeval", lambda: metrics.tag_scores([["B-X"]], [["B-X"]], ["O", "B-X", "I-X"])),
         ("matplotlib", "pip install matplotlib", lambda: new_figure(4, 3)),
         ("plotly", "pip install plotly", lambda: write_report(".", "report.html")),
+        ("onnx", "pip install onnx", lambda: export_onnx(packed_pair(), "model.onnx")),
+        ("openvino", "pip install openvino", lambda: export_openvino(packed_pair(), "model.xml")),
         ("accelerate", "pip install accelerate", lambda: Distiller(None, None, recipes.qat())),  # type: ignore[arg-type]
     ],
 )

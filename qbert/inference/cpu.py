@@ -32,9 +32,10 @@ from qbert.encoders.parts import LayerParts
 from qbert.encoders.targets import base_model
 from qbert.inference.chosen import ChosenLayers, ChosenLinear, can_choose
 from qbert.inference.cpu_model import FusedModel, tokens_before_padding
-from qbert.inference.engines import check_engine
+from qbert.inference.engines import RUNTIMES, check_engine
 from qbert.inference.fits import reason_not_four_products, reason_not_to_fuse_layer
 from qbert.inference.forward import FastForward, freeze, is_recording, reason_not_to_replace
+from qbert.inference.runtime import run_elsewhere
 from qbert.kernels.cpu.native import NativeLayers
 from qbert.layers.packed import PackedTensor, check_module
 
@@ -95,12 +96,16 @@ def optimize_for_inference(
         engine: on a CPU, "auto", or one of "native", "fbgemm", "onednn" (8-bit products, as the packed layers compute
             them), "bf16" and "fp32" (inputs are not rounded to 8 bits: nearer to the float model, farther from the
             packed one). "auto" takes the fastest, and one of the last two only if it is a quarter faster.
+            "openvino" and "onnxruntime" run the whole base model in that runtime, from low-bit weights (2 and 3 bits in
+            4 in OpenVINO), which rounds inputs of products in its own way or not at all; heads stay in torch. They are
+            taken where they are asked for only, compute no gradients, and do not skip padding.
         warm_up: shapes (batch, length) that are run three times each, so that no later call of them compiles anything.
 
     Raises:
         ValueError: for an engine that is unknown or cannot run on this machine, or a shape that is not two positive
             numbers; if the model has no packed layer, is on another device, or on one that cannot multiply `operands`
-            (a CPU takes "int8"); TypeError if it is not a torch module.
+            (a CPU takes "int8"), or computes something else in the runtime that was asked for; TypeError if it is not
+            a torch module; MissingPackageError if the runtime is not installed.
     """
     check_module("packed", packed)
     layers = [m for m in packed.modules() if isinstance(m, PackedTensor)]
@@ -127,6 +132,11 @@ def optimize_for_inference(
     for module in model.modules():
         if isinstance(module, PackedTensor):
             module.register_load_state_dict_pre_hook(_refuse_to_load)
+    if engine in RUNTIMES:
+        run_elsewhere(base, engine, bool(skip_padding))
+        for batch, length in warm_up:
+            _run_three_times(model, base, batch, length)
+        return model
     skip = _never_reads_padding(model, base) if skip_padding is None else skip_padding
     if on_gpu:
         from qbert.inference.gpu import fuse_for_gpu

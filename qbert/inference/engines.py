@@ -34,6 +34,7 @@ from typing import NamedTuple
 
 import torch
 
+from qbert.extras import require
 from qbert.files import cache_folder, read_json, write_json
 from qbert.kernels.cpu import native
 from qbert.kernels.cpu.gemm import runs
@@ -42,6 +43,8 @@ from qbert.version import __version__
 logger = logging.getLogger(__name__)
 
 ENGINES = ("native", "fbgemm", "onednn", "bf16", "fp32")
+# Other runtimes, for a whole encoder and where they are asked for only (`qbert.inference.runtime`).
+RUNTIMES = ("openvino", "onnxruntime")
 INT8 = ("native", "fbgemm", "onednn")
 # Tokens that are measured, and up to how many tokens the answer holds; the last holds for all.
 TOKENS, LIMITS = (16, 96, 384), (32, 192)
@@ -98,9 +101,13 @@ def has_bf16() -> bool:
 
 
 def check_engine(engine: str) -> None:
-    """Raises ValueError for an engine that is unknown or cannot run here."""
+    """Raises ValueError for an engine that is unknown or cannot run here, MissingPackageError for lack of a package."""
+    if engine in RUNTIMES:
+        for package in ("openvino",) if engine == "openvino" else ("onnx", "onnxruntime"):
+            require(package, f"engine={engine!r}")
+        return
     if engine != "auto" and engine not in ENGINES:
-        raise ValueError(f"engine={engine!r} is unknown; use 'auto' or one of {', '.join(ENGINES)}")
+        raise ValueError(f"engine={engine!r} is unknown; use 'auto' or one of {', '.join(ENGINES + RUNTIMES)}")
     reason = "" if engine == "auto" else reason_not(engine)
     if reason:
         raise ValueError(f"engine={engine!r} cannot run here: {reason}; use engine='auto'")

@@ -185,6 +185,18 @@ def test_export_writes_a_file_that_runs(world: Path, tmp_path: Path, capsys: pyt
     np.testing.assert_allclose(found, wanted.detach().numpy(), atol=1e-2)
 
 
+def test_export_to_openvino_says_how_near_it_is(
+    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("openvino")
+    run(capsys, "quantize", world / "model", tmp_path / "out", "--bits", "4")
+    code, out, err = run(capsys, "export", tmp_path / "out", tmp_path / "model.xml", "--to", "openvino", "--json")
+    assert code == 0, err
+    said = json.loads(out)
+    assert said["bytes"] == sum((tmp_path / f"model.{suffix}").stat().st_size for suffix in ("xml", "bin"))
+    assert 0 <= said["error"] < 0.25 and 0 <= said["error_by_default"] < 0.25
+
+
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
@@ -198,7 +210,8 @@ def test_export_writes_a_file_that_runs(world: Path, tmp_path: Path, capsys: pyt
         (["quantize", "WORLD/model", "NEW", "--bits", "5"], "'5' is not one of '2', '3', '4', '8'"),
         (["quantize", "WORLD/model", "NEW", "--device", "nowhere"], "--device nowhere is not usable here"),
         (["inspect", "WORLD/model"], "holds no quantized model; make one with: qbert quantize"),
-        (["export", "WORLD/model", "out.bin"], "let it end in .onnx"),
+        (["export", "WORLD/model", "out.bin"], "let it end in .onnx or .xml"),
+        (["export", "WORLD/model", "out.onnx", "--to", "openvino"], "no name for --to openvino; let it end in .xml"),
         (["evaluate", "WORLD/encoder", "--task", "sst2", "--data-dir", "WORLD/data"], "no head tuned for task"),
         (["evaluate", "WORLD/model", "--task", "nothing"], "unknown task 'nothing'"),
         (["allocate", "WORLD/model/config.json"], "config.json"),
