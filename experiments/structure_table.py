@@ -7,7 +7,7 @@ and compared with itself on held-out rows: score, agreement of classes, and mean
 rows of other domains are at hand, its score there has a column of its own. Only the matrices of the encoder layers are
 changed; tables and activations stay in float, so that rows differ in one thing.
 Bits a weight count everything that is stored of those matrices over the number of weights they had before: codes,
-scales and zero points; of a matrix with zeros the codes that are not zero and the least a mask can take.
+scales and zero points; of a matrix with zeros the codes that are not zero and what tells their places.
 
 ``--time`` adds milliseconds of the packed models (8 bits, optimized for inference), each beside the whole model in
 turns, so that a loaded machine slows both.
@@ -155,7 +155,8 @@ def train(student: Any, teacher: Any, task: Any, tokenizer: Any, steps: int, fol
 def bits_a_weight(student: Any, before: int) -> float:
     """Bits of all that is stored of the encoder's matrices, over the number of weights they had `before`.
 
-    Of a matrix with zeros in a pattern, those are left out, and the least that tells their places is added.
+    Of a matrix with zeros, those are left out, and what tells their places is added: of packed 2:4 codes as their
+    files do, of other zeros the least that can.
     """
     from qbert import model_size
     from qbert.encoders.targets import base_model
@@ -168,6 +169,8 @@ def bits_a_weight(student: Any, before: int) -> float:
         module: Any = base.get_submodule(name)
         pattern = Pattern.parse(noted)
         quantizer = getattr(module, "weight_quantizer", None)
+        if quantizer is not None and pattern == Pattern.parse("2:4"):
+            continue  # counted without its zeros
         places = math.log2(math.comb(pattern.of, pattern.zeros)) / pattern.of if pattern.of else 1.0
         total -= module.weight.numel() * (pattern.share * (quantizer.bits if quantizer else 32) - places)
     return total / before

@@ -24,6 +24,11 @@ with one shift and one mask, without moving any byte.
 No code straddles a byte boundary other than between the two planes of the 3-bit form, which takes exactly 3 bits a
 code (packing ten 3-bit codes into 32 bits, the common way, takes 3.2).
 
+A matrix of which two in every four neighbouring codes of a row are zero ("2:4") is stored as the two others, in their
+order, which are a row of I/2 codes in the layout above, and behind them, in the same row, which two of the four they
+are: one of six pairs, a 3-bit code (number of the pair - 4) for each four, I/4 codes in the layout above. That is
+b/2 + 3/4 bits a weight, 2.25 for 3 bits.
+
     packed = pack(codes, bits=3)                  # uint8 [O, 3 * I / 8]
     codes = unpack(packed, bits=3, in_features=I)  # int8 [O, I]
 """
@@ -35,6 +40,7 @@ from torch import Tensor
 
 BITS = (2, 3, 4, 8)
 BLOCK = 256
+_PAIR_BITS, _PAIR_SHIFT = 3, 4  # of the number of a pair of four codes, 0 to 5, as a signed code
 
 # Codes in the smallest whole number of bytes: the unit to which the last block is padded.
 _GRANULE = {2: 4, 3: 8, 4: 2, 8: 1}
@@ -132,6 +138,57 @@ def unpack(packed: Tensor, bits: int, in_features: int, block: int = BLOCK) -> T
             )
         codes = codes[:, :in_features].contiguous()
     return codes
+
+
+def half_row_nbytes(in_features: int, bits: int) -> int:
+    """Bytes of one row of `in_features` codes of which two in four are stored. Raises ValueError as `pack_half`."""
+    _check_fours(in_features)
+    return packed_row_nbytes(in_features // 2, bits) + packed_row_nbytes(in_features // 4, _PAIR_BITS)
+
+
+def pack_half(codes: Tensor, used: Tensor, bits: int) -> Tensor:
+    """Packs two of every four signed integer codes [O, I] of a row: uint8 [O, half_row_nbytes].
+
+    `used` bool [O, I] says which codes must be stored, at most two in four; where they are fewer, others fill up.
+    Raises ValueError for more, or for an I that is no multiple of four; and what `pack` raises.
+    """
+    _check_fours(codes.shape[-1])
+    fours = used.unflatten(1, (-1, 4))
+    if bool((fours.sum(-1) > 2).any()):
+        raise ValueError(
+            "used marks more than two of four neighbouring codes, so that half of them cannot be left out."
+        )
+    kept = (~fours).to(torch.int8).argsort(dim=-1, stable=True)[..., :2].sort(-1).values  # [O, I/4, 2]
+    first, second = kept.unbind(-1)
+    number = 2 * first + second - 1 - (first == 2).long()  # (0,1) .. (2,3) as 0 .. 5
+    stored = codes.unflatten(1, (-1, 4)).gather(-1, kept).flatten(1)
+    return torch.cat([pack(stored, bits), pack(number - _PAIR_SHIFT, _PAIR_BITS)], 1)
+
+
+def unpack_half(packed: Tensor, bits: int, zero: Tensor) -> Tensor:
+    """Inverse of `pack_half`: int8 codes [O, I]; those that are not stored are `zero` int8 [O, I].
+
+    Raises ValueError or TypeError for a tensor that is not of this layout, or damaged.
+    """
+    columns = zero.shape[1]
+    if packed.dim() != 2 or packed.shape[1] != half_row_nbytes(columns, bits):
+        wanted = half_row_nbytes(columns, bits)
+        raise ValueError(
+            f"packed must have shape [out, {wanted}] for {columns} columns of {bits} bits, two in four of them stored, "
+            f"got {tuple(packed.shape)}."
+        )
+    split = packed_row_nbytes(columns // 2, bits)
+    stored = unpack(packed[:, :split].contiguous(), bits, columns // 2)
+    number = unpack(packed[:, split:].contiguous(), _PAIR_BITS, columns // 4).long() + _PAIR_SHIFT
+    pairs = torch.combinations(torch.arange(4, device=packed.device), 2)  # [6, 2]
+    if bool((number >= len(pairs)).any()):
+        raise ValueError("packed names a pair of four codes that does not exist: it is damaged, or of another layout.")
+    return zero.unflatten(1, (-1, 4)).scatter(-1, pairs[number], stored.unflatten(1, (-1, 2))).flatten(1)
+
+
+def _check_fours(in_features: int) -> None:
+    if in_features % 4:
+        raise ValueError(f"in_features must be a multiple of 4 to store two in four, got {in_features}.")
 
 
 def check_packed(packed: Tensor, bits: int, in_features: int) -> None:

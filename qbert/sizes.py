@@ -1,9 +1,10 @@
 """How many bytes a model takes under a bits configuration, to the byte, without quantizing it.
 
 A tensor [O, I] of b bits takes the packed codes (``qbert.kernels.formats``; b O I / 8 bytes where rows fill whole
-bytes), one float32 scale for each pair of row group and input group, and a zero point for each, int8 in the
-``asymmetric`` scheme, float32 in the ``offset`` one, none in the others; the map from rows to groups follows from their
-number and is not stored. Everything else stays in its own dtype. Tied and shared tensors are counted once.
+bytes, (b / 2 + .75) O I / 8 of a matrix with 2:4 zeros), one float32 scale for each pair of row group and input group,
+and a zero point for each, int8 in the ``asymmetric`` scheme, float32 in the ``offset`` one, none in the others; the map
+from rows to groups follows from their number and is not stored. Everything else stays in its own dtype. Tied and shared
+tensors are counted once.
 
     >>> print(model_size(model, {"encoder.layer.0": 8, "*": 4}))
 
@@ -24,9 +25,9 @@ from torch import Tensor, nn
 from qbert.bits import DEFAULT_GROUPS, BitsConfig, TensorSpec
 from qbert.encoders.targets import Target, base_models, encoder_layers, find_targets, join_path
 from qbert.encoders.weights import matrix_size
-from qbert.kernels.formats import packed_nbytes
+from qbert.kernels.formats import half_row_nbytes, packed_nbytes
 from qbert.layers.kind import TrainableLayer
-from qbert.layers.layout import stored_zero
+from qbert.layers.layout import StoredZero, stored_sparsity, stored_zero
 from qbert.layers.packed import PackedTensor
 from qbert.layers.quantizer import WeightQuantizer
 from qbert.layers.tables import LowRankTable, MixedTable, other_bytes, part_shapes, part_specs
@@ -234,7 +235,17 @@ def tensor_bytes(target: Target, spec: TensorSpec) -> tuple[int, int]:
         return codes, sum(part.metadata_bytes for part in parts)
     row_group, input_groups = group_layout(target, spec)
     groups = int(row_group[-1]) + 1
-    return packed_nbytes(*target.shape, spec.bits), groups * input_groups * _grid_bytes(spec)
+    zero: StoredZero = "int8" if spec.scheme == "asymmetric" else "float32" if spec.scheme == "offset" else "none"
+    codes = _code_bytes(target.matrix, spec.bits, zero, spec.scheme, target.is_embedding)
+    return codes, groups * input_groups * _grid_bytes(spec)
+
+
+def _code_bytes(matrix: Tensor, bits: int, zero: StoredZero, scheme: str, is_table: bool) -> int:
+    """Bytes of the codes of a weight [O, I]; of a matrix with 2:4 zeros of those that are stored."""
+    rows, columns = matrix.shape
+    if not is_table and stored_sparsity(matrix.detach(), bits, zero, scheme):
+        return rows * half_row_nbytes(columns, bits)
+    return packed_nbytes(rows, columns, bits)
 
 
 def _grid_bytes(spec: TensorSpec) -> int:
@@ -324,9 +335,10 @@ def _quantized_weights(
     for module in model.modules():
         if isinstance(module, TrainableLayer):
             quantizer = module.weight_quantizer
-            rows, columns = module.matrix.shape
-            codes = packed_nbytes(rows, columns, quantizer.bits)
-            metadata = quantizer.scale.numel() * (4 + _ZERO_BYTES[stored_zero(quantizer)])
+            zero = stored_zero(quantizer)
+            table = not module.is_trainable_matrix
+            codes = _code_bytes(module.matrix, quantizer.bits, zero, quantizer.spec.scheme, table)
+            metadata = quantizer.scale.numel() * (4 + _ZERO_BYTES[zero])
             found.setdefault(id(module.weight), (quantizer.bits, codes, metadata))
     return found
 
@@ -352,7 +364,7 @@ def _packed_size(
     metadata = sum(t.numel() * t.element_size() for t in (module.scale, module.zero) if t is not None)
     part, name = _part(path, module, module.codes, layers), join_path(path, "weight")
     float_bytes = known.get(name, elements * module.dtype.itemsize)
-    return TensorSize(name, part, elements, module.layout.bits, module.codes.numel(), metadata, float_bytes, True)
+    return TensorSize(name, part, elements, module.layout.bits, module.stored_nbytes, metadata, float_bytes, True)
 
 
 def _stored(module: nn.Module) -> Iterator[tuple[str, Tensor]]:

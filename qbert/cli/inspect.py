@@ -117,9 +117,10 @@ def _bytes(dtype: str, shape: list[int]) -> int:
 
 
 def _values(tensor: Mapping[str, Any], grid: Mapping[str, Any]) -> int:
-    """Number of weights of a stored tensor: packed codes are bytes of 8 / bits values."""
+    """Number of weights of a stored tensor: a packed code takes its bits, that of a 2:4 matrix bits / 2 + .75."""
     size = math.prod(tensor["shape"])
-    return size * 8 // grid["bits"] if tensor["dtype"] == "U8" and "bits" in grid else size
+    bits = grid["bits"] / 2 + 0.75 if grid.get("sparsity") else grid.get("bits")
+    return int(size * 8 / bits) if tensor["dtype"] == "U8" and bits else size
 
 
 def _text(content: Mapping[str, Any], tensors: bool) -> str:
@@ -130,7 +131,7 @@ def _text(content: Mapping[str, Any], tensors: bool) -> str:
         [
             label,
             grid["bits"],
-            grid.get("scheme", "asymmetric"),
+            grid.get("scheme", "asymmetric") + (f", {grid['sparsity']}" if "sparsity" in grid else ""),
             grid.get("groups", "auto"),
             grid.get("rounding", "nearest"),
             grid.get("activation_bits") or "float",

@@ -1,8 +1,9 @@
 """How a packed tensor is laid out: bits, groups, heads, and which zero points are stored.
 
 Everything here can be written into a configuration file; with the number of rows and columns of a weight it fixes the
-shape of every stored tensor. Codes take ``rows * columns * bits / 8`` bytes (rows padded to whole bytes), scales 4
-bytes a group, zero points 1 byte a group for the asymmetric scheme, 4 for the offset one and nothing for the others.
+shape of every stored tensor. Codes take ``rows * columns * bits / 8`` bytes (rows padded to whole bytes), those of a
+2:4 matrix ``rows * columns * (bits / 2 + .75) / 8``; scales 4 bytes a group, zero points 1 byte a group for the
+asymmetric scheme, 4 for the offset one and nothing for the others.
 
     >>> layout_of(quantized.get_submodule("encoder.layer.0.output.dense")).groups
     128
@@ -17,8 +18,10 @@ import torch
 from torch import Tensor
 
 from qbert.bits import TensorSpec
+from qbert.kernels.formats import half_row_nbytes, packed_row_nbytes
 from qbert.layers.quantizer import WeightQuantizer
 from qbert.quantizers.groups import row_group_of
+from qbert.quantizers.sparsity import half_is_zero
 
 StoredZero: TypeAlias = Literal["none", "int8", "float32"]
 # The zero point of schemes in which it is always the same, and so not stored.
@@ -34,12 +37,14 @@ class PackedLayout:
         heads: number of blocks of rows that groups do not cross (Q-BERT section 3.3); ``None`` if rows have no heads.
         input_groups: number K of runs of input columns with a scale each.
         zero: dtype of the stored zero points; ``none`` if the scheme fixes them.
+        sparsity: ``2:4`` where files hold two in every four codes of a row, and which they are; the others are zero.
     """
 
     spec: TensorSpec
     heads: int | None
     input_groups: int
     zero: StoredZero
+    sparsity: Literal["2:4"] | None = None
 
     @property
     def bits(self) -> int:
@@ -53,7 +58,13 @@ class PackedLayout:
         return self.spec.groups
 
     def __str__(self) -> str:
-        return f"bits={self.bits}, groups={self.groups}x{self.input_groups}, {self.spec.scheme}"
+        sparse = f", {self.sparsity}" if self.sparsity else ""
+        return f"bits={self.bits}, groups={self.groups}x{self.input_groups}, {self.spec.scheme}{sparse}"
+
+    def row_nbytes(self, columns: int) -> int:
+        """Bytes of the stored codes of a row of `columns` weights."""
+        stored = half_row_nbytes if self.sparsity else packed_row_nbytes
+        return stored(columns, self.bits)
 
 
 def layout_of(module: Any) -> PackedLayout:
@@ -74,6 +85,18 @@ def layout_of(module: Any) -> PackedLayout:
         activation_range=None if activation is None else activation.mode,
     )
     return PackedLayout(spec, _heads_of(quantizer.row_group, groups), input_groups, stored_zero(quantizer))
+
+
+def stored_sparsity(matrix: Tensor, bits: int, zero: StoredZero, scheme: str) -> Literal["2:4"] | None:
+    """How a matrix [O, I] of float weights is stored: ``2:4`` where it has such zeros, its grid has one, and it pays.
+
+    A zero point that is learned, or always between two codes, gives no weight that is exactly zero.
+    """
+    exact = zero == "int8" or FIXED_ZERO.get(scheme) == 0.0
+    if not exact or not half_is_zero(matrix):
+        return None
+    columns = matrix.shape[1]
+    return "2:4" if half_row_nbytes(columns, bits) < packed_row_nbytes(columns, bits) else None
 
 
 def stored_zero(quantizer: WeightQuantizer) -> StoredZero:

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -26,10 +27,11 @@ from torch import Tensor, nn
 from qbert.bits import TensorSpec
 from qbert.kernels import formats
 from qbert.kernels.operands import PackedWeight
-from qbert.layers.layout import FIXED_ZERO, PackedLayout
+from qbert.layers.layout import FIXED_ZERO, PackedLayout, stored_sparsity
 from qbert.layers.quantizer import WeightQuantizer, check_grid, note_grid
 from qbert.quantizers.activations import ActivationQuantizer
 from qbert.quantizers.groups import row_group_of
+from qbert.quantizers.sparsity import half_is_zero
 
 
 def check_module(name: str, value: Any) -> None:
@@ -49,7 +51,8 @@ class PackedTensor(nn.Module):
         source: the packed layer whose weight this one shares; ``None`` owns its weight.
 
     Attributes:
-        codes: uint8 [O, bytes of a row], as `qbert.kernels.formats.pack` lays them out.
+        codes: uint8 [O, bytes of a row], as `qbert.kernels.formats.pack` lays them out; of a 2:4 matrix as `pack_half`
+            does in files and state dicts, until `expand` is called, so that every product is the same.
         scale: float32 [G, K], K = 1 unless the input is grouped too.
         zero: [G, K] int8, or float32 if the zero points were learned; ``None`` if the scheme fixes them.
         dtype: dtype of the layer's output and of `quantized_weight`.
@@ -70,7 +73,7 @@ class PackedTensor(nn.Module):
         owner = source is None
         self.register_buffer(
             "codes",
-            torch.zeros(rows, formats.packed_row_nbytes(columns, layout.bits), dtype=torch.uint8) if owner else None,
+            torch.zeros(rows, layout.row_nbytes(columns), dtype=torch.uint8) if owner else None,
         )
         self.register_buffer("scale", torch.ones(size, dtype=torch.float32) if owner else None)
         zero_dtype = {"none": None, "int8": torch.int8, "float32": torch.float32}[layout.zero]
@@ -102,6 +105,29 @@ class PackedTensor(nn.Module):
         """int8 codes [O, I]."""
         assert self.owner.codes is not None
         return formats.unpack(self.owner.codes, self.layout.bits, self.columns)
+
+    @property
+    def stored_nbytes(self) -> int:
+        """Bytes of the codes in files; 0 where another layer owns them."""
+        return 0 if self._source else self.rows * self.layout.row_nbytes(self.columns)
+
+    @torch.no_grad()
+    def expand(self) -> None:
+        """Turn codes as they were read from a file into those of all weights; nothing happens where they are."""
+        if self._is_half(self.codes):
+            assert self.codes is not None
+            whole = formats.unpack_half(self.codes, self.layout.bits, self._zero_codes())
+            self.codes = formats.pack(whole, self.layout.bits)
+
+    def _is_half(self, codes: Tensor | None) -> bool:
+        return (
+            bool(self.layout.sparsity) and codes is not None and codes.shape[1] == self.layout.row_nbytes(self.columns)
+        )
+
+    def _zero_codes(self) -> Tensor:
+        """int8 [O, I]: the code of a weight of zero."""
+        zero = self.row_grids()[1].to(torch.int8)
+        return zero.repeat_interleave(self.columns // zero.shape[1], 1)
 
     def row_grids(self, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Float32 scale and zero [N, K] of the rows with indices `rows` [N], or of all rows."""
@@ -194,29 +220,44 @@ class PackedTensor(nn.Module):
 
     def _grid(self) -> list[Any]:
         spec, layout = self.spec, self.layout
-        kept = [layout.groups, layout.input_groups, layout.heads, layout.zero]
+        kept: list[Any] = [layout.groups, layout.input_groups, layout.heads, layout.zero]
+        kept += [layout.sparsity] if layout.sparsity else []
         return [spec.bits, spec.scheme, spec.activation_bits, spec.activation_range, *kept]
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.layout.sparsity and self.codes is not None and not self._is_half(self.codes):
+            codes = self.int_codes()
+            destination[f"{prefix}codes"] = formats.pack_half(codes, codes != self._zero_codes(), self.layout.bits)
         note_grid(destination, prefix, self._grid())
 
     def _load_from_state_dict(
         self, state_dict: Any, prefix: str, local_metadata: Any, strict: bool, *lists: list[str]
     ) -> None:
         check_grid(prefix, local_metadata, self._grid(), lists[2])
+        given = state_dict.get(f"{prefix}codes")
+        if self.codes is not None and given is not None and self._is_half(given):
+            self.codes = self.codes.new_empty(given.shape)
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, *lists)
+        if self.codes is not None and not self.codes.is_meta:
+            self.expand()
 
     def _fill(self, quantizer: WeightQuantizer, weight: Tensor) -> None:
         """Take codes and grids from a trained layer."""
         self.dtype = weight.dtype
         if self._source:
             return
-        self.codes = formats.pack(quantizer.codes(weight), self.layout.bits)
+        codes = quantizer.codes(weight)
+        self.codes = formats.pack(codes, self.layout.bits)
         # Through the weight's dtype, because that is the scale which a half-precision model computes with.
         self.scale = quantizer.scale.detach().to(weight.dtype).float().contiguous().clone()
         if self.zero is not None:
             self.zero = quantizer.zero.detach().to(weight.dtype).to(self.zero.dtype).contiguous()
+        if self.is_packed_matrix:
+            layout = self.layout
+            sparsity = stored_sparsity(weight, layout.bits, layout.zero, layout.spec.scheme)
+            if sparsity and half_is_zero(codes - self._zero_codes()):
+                self.layout = replace(layout, sparsity=sparsity)
 
     def _quantizer(self) -> WeightQuantizer:
         """The trainable grids of this tensor."""

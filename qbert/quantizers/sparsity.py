@@ -80,6 +80,14 @@ class Pattern:
         )
 
 
+def half_is_zero(matrix: Tensor) -> bool:
+    """Whether two in every four neighbouring columns of each row of [O, I] are exactly zero (2:4)."""
+    if matrix.is_meta or matrix.shape[1] % 4 or not matrix.numel():
+        return False
+    rows = (matrix[:1], matrix)  # nearly every dense matrix is told by its first row
+    return all(bool(((part == 0).unflatten(1, (-1, 4)).sum(-1) >= 2).all()) for part in rows)
+
+
 def sparsify(
     weight: Tensor,
     moment: Tensor | None,

@@ -37,9 +37,9 @@ from qbert.layers.recurrent import open_recurrent
 from qbert.layers.tables import close_tables, open_recorded
 from qbert.saving.folder import NO_WEIGHTS, TRAINABLE_RECORD, check_configuration, check_folder
 from qbert.saving.records import (
-    FORMAT_VERSION,
     GRID_PARTS,
     METHOD,
+    VERSIONS,
     check_index,
     configuration,
     describe,
@@ -88,10 +88,11 @@ class QBertConfig(QuantizationConfigMixin):
         quant_method: str = METHOD,
         **unknown: Any,
     ) -> None:
-        if format_version != FORMAT_VERSION or unknown or quant_method != METHOD:
+        if format_version not in VERSIONS or unknown or quant_method != METHOD:
             found = f"field {sorted(unknown)[0]!r}" if unknown else f"format_version={format_version!r}"
             raise ValueError(
-                f"quantization_config: {found} is not of format {FORMAT_VERSION}, which this qbert reads; "
+                f"quantization_config: {found} is not of format {' or '.join(map(str, VERSIONS))}, which this qbert "
+                "reads; "
                 "install the version of qbert that wrote the model, or pack it again"
             )
         if form not in ("packed", "trainable", "float") or not isinstance(weights, str | None):
@@ -164,6 +165,9 @@ class QBertHfQuantizer(HfQuantizer):  # type: ignore[misc]
         if hasattr(model.config, "transformers_weights"):
             del model.config.transformers_weights
         if self.quantization_config.form == "packed":
+            for layer in model.modules():
+                if isinstance(layer, PackedTensor):
+                    layer.expand()
             mark_packed(model)
         elif self.quantization_config.form == "float":
             unmark_packed(model)

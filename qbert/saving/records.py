@@ -26,6 +26,8 @@ from qbert.layers.packed import PackedTensor
 
 METHOD = "qbert"
 FORMAT_VERSION = 1
+SPARSE_VERSION = 2  # of models with a 2:4 matrix, which a reader of version 1 would take for damaged
+VERSIONS = (FORMAT_VERSION, SPARSE_VERSION)
 GRID_PARTS = (".weight_quantizer.", ".activation_quantizer.")
 _LAYOUT_FIELDS = ("heads", "input_groups", "zero")
 
@@ -76,7 +78,8 @@ def describe(model: nn.Module) -> dict[str, Any]:
             )
         if layer.owner is not layer:
             tied[names[id(layer)]] = names[id(layer.owner)]
-    return {"format_version": FORMAT_VERSION, "specs": specs, "tensors": tensors, "tied": tied}
+    version = SPARSE_VERSION if any("sparsity" in spec for spec in specs.values()) else FORMAT_VERSION
+    return {"format_version": version, "specs": specs, "tensors": tensors, "tied": tied}
 
 
 def file_state(model: nn.Module, state: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
@@ -125,6 +128,8 @@ def record_layouts(
         if name in tensors:
             raise ValueError(f"model: two quantized modules are called {name!r} relative to the base model; rename one")
         values = {**spec_to_dict(layout.spec), **{f: getattr(layout, f) for f in _LAYOUT_FIELDS}}
+        if layout.sparsity:
+            values["sparsity"] = layout.sparsity
         key = json.dumps(values, sort_keys=True)
         if key not in labels:
             count = sum(label.split("-")[0] == f"w{layout.bits}" for label in specs)
@@ -139,6 +144,7 @@ def read_layout(name: str, label: str, specs: Mapping[str, Mapping[str, Any]]) -
     try:
         values = dict(specs[label])
         heads, input_groups, zero = (values.pop(field) for field in _LAYOUT_FIELDS)
+        sparsity = values.pop("sparsity", None)
         spec = TensorSpec(**values)
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(
@@ -147,9 +153,10 @@ def read_layout(name: str, label: str, specs: Mapping[str, Mapping[str, Any]]) -
         ) from error
     counts = (spec.groups, input_groups) if heads is None else (spec.groups, input_groups, heads)
     whole = all(isinstance(n, int) and not isinstance(n, bool) and n >= 1 for n in counts)
-    if not whole or zero not in ("none", "int8", "float32") or spec.is_float:
+    impossible = zero not in ("none", "int8", "float32") or sparsity not in (None, "2:4") or spec.is_float
+    if not whole or impossible:
         raise ValueError(f"quantization_config: the layout {label!r} of {name} is impossible; config.json is damaged")
-    return PackedLayout(spec, heads, input_groups, zero)
+    return PackedLayout(spec, heads, input_groups, zero, sparsity)
 
 
 def configuration(path: str | os.PathLike[str], **hub: Any) -> dict[str, Any]:

@@ -88,7 +88,7 @@ def test_a_changed_layout(broken: Path, field: str, value: Any) -> None:
 @pytest.mark.parametrize(
     ("change", "match"),
     [
-        (lambda r: r.update(format_version=2), "format_version=2 is not of format 1"),
+        (lambda r: r.update(format_version=3), "format_version=3 is not of format 1 or 2"),
         (lambda r: r.pop("format_version"), "format_version=None"),
         (lambda r: r.update(compression="zip"), "'compression' is not of format 1"),
         (lambda r: r.pop("tensors"), "'tensors'"),

@@ -132,7 +132,7 @@ def test_a_student_goes_all_the_way(bits: int, pairs: bool, tmp_path: Path) -> N
     for other in (loaded, AutoModelForSequenceClassification.from_pretrained(tmp_path)):
         torch.testing.assert_close(logits(other, inputs), expected, rtol=0, atol=1e-6)
     # An activation at the border of a code may take the next one in another engine, and norms carry that on.
-    torch.testing.assert_close(logits(qbert.optimize_for_inference(loaded), inputs), expected, rtol=0, atol=2e-2)
+    torch.testing.assert_close(logits(qbert.optimize_for_inference(loaded), inputs), expected, rtol=0, atol=2e-3)
     size = qbert.model_size(packed)
     assert size.total == qbert.model_size(model, bits).total
     assert [t.name for t in size.left_in_float] == ["classifier.weight"]

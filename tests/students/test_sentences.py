@@ -19,7 +19,6 @@ TABLES: dict[str, dict[str, Any]] = {"whole": {}, "components": {"dimensions": 1
 
 def make(family: str, **settings: Any) -> Any:
     factory, sizes = FAMILIES[family]
-    torch.manual_seed(0)
     return factory(build("bert").eval(), **sizes, **{"dense": 16, **settings})
 
 
