@@ -255,9 +255,9 @@ class Planner:
         self.kind = getattr(getattr(model, "config", None), "problem_type", None)
         self.embeds = False
         self.wanted = {
-            "score": self._outputs(model, self.score),
-            "rest": self._outputs(model, self.rest),
-            "check": self._outputs(model, self.check),
+            "score": self.outputs(model, self.score),
+            "rest": self.outputs(model, self.rest),
+            "check": self.outputs(model, self.check),
         }
         self.left_out: list[str] = []
         self.prediction = Prediction()
@@ -339,7 +339,7 @@ class Planner:
                 self.left_out.append(f"{name}: the smallest file has {rounded_up(part.files.smallest_mb)} MB")
                 continue
             if not found:
-                self.prediction = self._calibrated(part, size_mb)
+                self.prediction = self.calibrated(steps, size_mb)
             if size_mb is not None:
                 bound = min(bound, self.fill(steps, size_mb).predicted)
             found = True
@@ -364,23 +364,25 @@ class Planner:
             return self._parts[steps].start
         return self._likeness(self._changed(steps), self.score, "score")[0]
 
-    def _calibrated(self, part: _Part, size_mb: float | None) -> Prediction:
+    def calibrated(self, steps: tuple[Step, ...], size_mb: float | None) -> Prediction:
         """What the damages leave out, by two trials: everything at 8 bits, and a plan for this size.
 
         Both are made on the rows that the options were fitted to and measured on those that they were scored on, so
         that the rows which check the finished plans stay unseen.
         """
-        model, files = self._changed(part.steps), part.files
-        unit = 2.0 if self._compares_values() else 1.0
+        model, part = self._changed(steps), self.part(steps)
+        files = part.files
         activations = self._divergence_between(model, self._eight_bits(model))
         picked = files.choose(min(size_mb or part.largest_mb, part.largest_mb))
         trial = quantize_model(model, files.configuration(picked), calibration_data=self.fit)
-        expected = unit * files.damage(picked) + activations
-        return Prediction(unit, activations, self._divergence_between(model, trial) / expected if expected > 0 else 1.0)
+        expected = self.unit * files.damage(picked) + activations
+        return Prediction(
+            self.unit, activations, self._divergence_between(model, trial) / expected if expected > 0 else 1.0
+        )
 
     def _divergence_between(self, model: nn.Module, other: nn.Module) -> float:
-        wanted = self.wanted["score"] if model is self.model else self._outputs(model, self.score)
-        return self._compared(wanted, self._outputs(other, self.score))[0]
+        wanted = self.wanted["score"] if model is self.model else self.outputs(model, self.score)
+        return self.compared(wanted, self.outputs(other, self.score))[0]
 
     def _eight_bits(self, model: nn.Module) -> nn.Module:
         """`model` with everything in 8 bits, activations as they will be."""
@@ -474,9 +476,9 @@ class Planner:
         )
 
     def _likeness(self, model: nn.Module, batches: Sequence[Any], which: str) -> tuple[float, float]:
-        return self._compared(self.wanted[which], self._outputs(model, batches))
+        return self.compared(self.wanted[which], self.outputs(model, batches))
 
-    def _compared(self, wanted: Tensor, outputs: Tensor) -> tuple[float, float]:
+    def compared(self, wanted: Tensor, outputs: Tensor) -> tuple[float, float]:
         """(divergence, agreement)."""
         if self.embeds:
             cosine = float((wanted * outputs).sum(1).mean())
@@ -484,12 +486,14 @@ class Planner:
         found = fidelity(wanted, outputs, self.kind)
         return found.divergence, found.agreement
 
-    def _compares_values(self) -> bool:
-        """Whether the divergence is the mean squared difference of values, of which damages are half."""
+    @property
+    def unit(self) -> float:
+        """2 where the divergence is the mean squared difference of values, since damages are half of that; else 1."""
         outputs = self.wanted["check"]
-        return not self.embeds and (self.kind == "regression" or outputs.dim() == 1 or outputs.shape[1] == 1)
+        values = not self.embeds and (self.kind == "regression" or outputs.dim() == 1 or outputs.shape[1] == 1)
+        return 2.0 if values else 1.0
 
-    def _outputs(self, model: nn.Module, batches: Sequence[Any]) -> Tensor:
+    def outputs(self, model: nn.Module, batches: Sequence[Any]) -> Tensor:
         """[rows, outputs] of a model: logits, or the mean of the last hidden states over real tokens."""
         found = []
         with torch.no_grad(), evaluation_mode(model):
