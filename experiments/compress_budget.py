@@ -152,23 +152,26 @@ class Budget:
 
     def variant(self, label: str, model: Any, tokenizer: Any) -> Variant:
         """A model with its calibration rows."""
+        labelled = self.drawn(model, tokenizer, self.arguments.calibration_rows)
+        return Variant(label, model, tokenizer, labelled, [without_labels(batch) for batch in labelled])
+
+    def drawn(self, model: Any, tokenizer: Any, count: int, skip: int = 0) -> list[Any]:
+        """Batches of training rows drawn by their length, after the first `skip` of the draw."""
         from qbert.tasks import prepare
         from qbert.tasks.evaluation import wants_pairs
         from qbert.tasks.task import subset
 
-        count, seed = self.arguments.calibration_rows, self.arguments.seed
-        rows = self.task.rows("train")
+        seed, rows = self.arguments.seed, self.task.rows("train")
         seen = {id(row) for row in subset(rows, self.arguments.train_limit, seed)}
         unseen = [row for row in rows if id(row) not in seen]
-        pool = subset(unseen if len(unseen) >= count else rows, _POOL * count, seed)
+        wanted = self.arguments.calibration_rows
+        pool = subset(unseen if len(unseen) >= 2 * wanted else rows, _POOL * wanted, seed)
         task = replace(self.task, splits={**self.task.splits, "train": pool})
         data = prepare(task, tokenizer, "train", as_pairs=wants_pairs(model))
         lengths = np.asarray(data.lengths, dtype=np.float64)
-        chosen = np.random.default_rng(seed).choice(
-            len(lengths), min(count, len(lengths)), replace=False, p=lengths / lengths.sum()
-        )
-        labelled = [data.collate([data.examples[i] for i in chosen[at : at + 32]]) for at in range(0, len(chosen), 32)]
-        return Variant(label, model, tokenizer, labelled, [without_labels(batch) for batch in labelled])
+        order = np.random.default_rng(seed).choice(len(lengths), len(lengths), replace=False, p=lengths / lengths.sum())
+        chosen = order[skip : skip + count]
+        return [data.collate([data.examples[i] for i in chosen[at : at + 32]]) for at in range(0, len(chosen), 32)]
 
     def trimmed(self, model: Any, tokenizer: Any) -> tuple[Any, Any]:
         """The model and the tokenizer with the pieces of the training texts only."""
@@ -184,12 +187,12 @@ class Budget:
         student, smaller = student_with_vocabulary(inner, tokenizer, texts)
         return (SentenceRegression(student, model.label_max).eval() if wants_pairs(model) else student), smaller
 
-    def planner(self, variant: Variant) -> Any:
-        """What all plans of a variant are made of, measured once."""
+    def planner(self, variant: Variant, **options: Any) -> Any:
+        """What all plans of a variant are made of, measured once; `options` are those of `Planner`."""
         from qbert.pipeline.plan import Planner
 
         if variant.label not in self.planners:
-            self.planners[variant.label] = Planner(variant.model, variant.batches, progress=True)
+            self.planners[variant.label] = Planner(variant.model, variant.batches, progress=True, **options)
         return self.planners[variant.label]
 
     # ---- measuring ----

@@ -102,7 +102,7 @@ def _draw_task(panels: Sequence[Any], content: dict[str, Any], styles: dict[str,
             continue
         lowest = min(lowest, *(point[2] for point in points))
         plain = plain or max(_mean(rows, "ms") * _mean(rows, "times") for rows in kept)
-        line = "-" if group.startswith(("plan", "trained plan", "uniform")) else ""
+        line = "-" if group.startswith(("plan", "trained plan", "uniform")) else "none"
         panels[0].plot(
             [p[0] for p in points],
             [p[2] for p in points],
@@ -128,7 +128,14 @@ def _draw_task(panels: Sequence[Any], content: dict[str, Any], styles: dict[str,
         axes.axhline(100, color="0.4", linewidth=1, linestyle="--")
         axes.set_ylim(lowest - 1, 101.5)
         axes.grid(alpha=0.25)
-        axes.annotate("better", (0.02, 0.97), xycoords="axes fraction", va="top", fontsize="small", color="0.4")
+        axes.annotate(
+            "\N{NORTH WEST ARROW} better",
+            (0.02, 0.97),
+            xycoords="axes fraction",
+            va="top",
+            fontsize="small",
+            color="0.4",
+        )
     note = f"dashed: float, {megabytes:.0f} MB" + (f" and {plain:.0f} ms" if plain else "")
     panels[0].set_title(f"{content['task']}: {content['metric']} by size", fontsize="medium")
     panels[1].set_title(f"by time ({note})", fontsize="medium")

@@ -61,11 +61,30 @@ class Option:
         rule: what a `BitsConfig` says of it: fields of `TensorSpec`.
         size: bytes in the file, its share of the header included.
         damage: predicted, in units of the outputs' metric (for classes: nats).
+        parts: where something else stands in the place of a matrix, the rules of its parts; None for the weight itself.
     """
 
     rule: Mapping[str, Any]
     size: int
     damage: float
+    parts: Mapping[str, Mapping[str, Any]] | None = None
+
+
+@dataclass(frozen=True)
+class Alternative:
+    """One way to store a matrix in the place of which something else stands, such as two factors.
+
+    Attributes:
+        rules: name of each part -> what a `BitsConfig` says of it.
+        change: [O, I], what is computed with minus the matrix.
+        size: bytes in the file, its share of the header included.
+        rank: of the factors.
+    """
+
+    rules: Mapping[str, Mapping[str, Any]]
+    change: Tensor
+    size: int
+    rank: int
 
 
 @dataclass(frozen=True)
@@ -92,6 +111,8 @@ class FilePlan:
         batches: dicts of tensors without labels, of at least two rows: some hundred sentences like those to come.
         bits: the widths to choose from, out of 2, 3, 4, 8 and 16 or 32 (float).
         fixed: pattern -> bits, or a mapping of `TensorSpec` fields, for what is not to be decided.
+        further: name of a matrix -> what may stand in its place; whoever makes the model has to put it there
+            (`ranks`).
         progress: show bars.
         **settings: defaults of the `BitsConfig` (``groups``, ``scheme``, ``rounding``, ...); compensated rounding where
             they do not say.
@@ -113,6 +134,7 @@ class FilePlan:
         bits: Sequence[int] = (2, 3, 4, 8),
         *,
         fixed: Fixed | None = None,
+        further: Mapping[str, Sequence[Alternative]] | None = None,
         progress: bool = False,
         **settings: Any,
     ) -> None:
@@ -132,6 +154,10 @@ class FilePlan:
         for _, calls in output_gradients(model, fit, tables, progress=progress):
             uses.add(calls)
         changes = _matrix_changes(model, fit, [r for r in free if not r.is_table], progress)
+        for rule in free:
+            if rule.first.module in changes and rule.fixed is None and len(rule.names) == 1:
+                rule.further = tuple((further or {}).get(rule.names[0], ()))
+                changes[rule.first.module] += [a.change.to(torch.bfloat16) for a in rule.further]
         counted, known = _Damages(free, changes), set(model.modules())
         for samples, calls in output_gradients(
             model, score, [m for r in free for m in r.modules if m in known], seed=1, progress=progress
@@ -182,11 +208,18 @@ class FilePlan:
         return self.constant + sum(item.options[p].size for item, p in zip(self.items, picked, strict=True))
 
     def configuration(self, picked: Sequence[int]) -> BitsConfig:
-        """The `BitsConfig` of a choice, an index for every item."""
-        rules = {
-            name: dict(item.options[p].rule) for item, p in zip(self.items, picked, strict=True) for name in item.names
-        }
+        """The `BitsConfig` of a choice, an index for every item; of the model with factors where `ranks` says so."""
+        rules: dict[str, dict[str, Any]] = {}
+        for item, p in zip(self.items, picked, strict=True):
+            option = item.options[p]
+            named = dict.fromkeys(item.names, option.rule) if option.parts is None else option.parts
+            rules |= {name: dict(rule) for name, rule in named.items()}
         return BitsConfig(rules, embedding_bits=8, **self.settings)
+
+    def ranks(self, picked: Sequence[int]) -> dict[str, int]:
+        """Name -> rank of the matrices that a choice stores as two factors."""
+        pairs = [(item.names[0], item.options[p]) for item, p in zip(self.items, picked, strict=True)]
+        return {name: int(option.rule["rank"]) for name, option in pairs if option.parts is not None}
 
 
 def whole_file_bytes(model: nn.Module, config: BitsConfig) -> int:
@@ -215,6 +248,7 @@ class _Rules:
         fixed: its only rule, if it has one.
         tied: whether it is a table that a head computes with.
         matrix_rules: rules of a matrix; empty for a table, and for what stays as it is.
+        further: what may stand in the place of a matrix.
         is_table: whether the weight is a table with options.
     """
 
@@ -238,6 +272,7 @@ class _Rules:
         self.fixed = _fixed_rule(self.first, fixed)
         self.tied = self.is_table and sum(t.weight is self.first.weight for t in find_targets(model)) > 1
         self.matrix_rules: list[dict[str, Any]] = []
+        self.further: tuple[Alternative, ...] = ()
         if not self.is_table:
             chosen = [{"bits": b} for b in widths] if self.fixed is None else [self.fixed]
             head = self.first.role == HEAD_ROLE
@@ -400,8 +435,12 @@ class _Damages:
             for rule, spec, harm in _table_options(rules, use, calls):
                 yield Option(rule, rules.size(spec), scale * harm)
             return
-        for rule, harm in zip(rules.matrix_rules, self.sums[rules.first.module], strict=True):
-            yield Option(rule, rules.size(rules.spec(rule)), scale * harm)
+        harms = iter(self.sums[rules.first.module])
+        for rule in rules.matrix_rules:
+            yield Option(rule, rules.size(rules.spec(rule)), scale * next(harms))
+        for other in rules.further:
+            bits = next(iter(other.rules.values()))["bits"]
+            yield Option({"bits": bits, "rank": other.rank}, other.size, scale * next(harms), other.rules)
 
 
 def _slopes(module: nn.Module, call: Call, change: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ import statistics
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -41,15 +41,15 @@ from qbert.encoders.targets import base_model, encoder_layers
 from qbert.files import write_whole
 from qbert.inference.cpu import optimize_for_inference
 from qbert.packing import pack
+from qbert.pipeline.alternatives import WEIGHTING, rank_alternatives
 from qbert.pipeline.run import Pipeline, short
-from qbert.pipeline.steps import Depth, Pack, Prune, Quantize, Step, Structure
+from qbert.pipeline.steps import Depth, Factorize, Pack, Prune, Quantize, Share, Step, Structure
 from qbert.plots import new_figure
 from qbert.progress import progress_bar
 from qbert.quantize import quantize_model
 from qbert.results import text_table
 from qbert.saving.records import is_quantized
 from qbert.students.depth import compare_depths
-from qbert.students.pruned import prune
 from qbert.tasks.evaluation import fidelity, wants_pairs
 
 _CHECKED = 3  # plans that are made and compared by a forward pass
@@ -60,6 +60,8 @@ _NOISY = 0.5
 # A choice of layers needs a forward pass on these; it only starts a comparison on all rows.
 _SEARCH_BATCHES = 4
 _FFN_SHARES = (0.25, 0.5)
+_HEAD_SHARE = 0.25
+_SANDWICH = 3  # layers; of so few a sandwich shares none
 
 
 @dataclass(frozen=True)
@@ -196,6 +198,7 @@ def plan(
     shape: tuple[int, int] = (1, 128),
     bits: Sequence[int] = (2, 3, 4, 8),
     structures: Sequence[Sequence[Step]] | None = None,
+    ranks: bool = True,
     progress: bool = False,
     **settings: Any,
 ) -> Plan:
@@ -213,6 +216,7 @@ def plan(
         bits: the widths to choose from.
         structures: what to try beside bits alone, each a sequence of `Depth`, `Share`, `Prune` and `Factorize`; where
             None, one layer, two and half of them fewer, and a quarter and half of the feed-forward columns fewer.
+        ranks: whether matrices may also be stored as two factors, a rank and bits for each.
         progress: show bars.
         **settings: defaults of the `BitsConfig`.
 
@@ -222,7 +226,7 @@ def plan(
         TypeError: a model or batches of another type.
     """
     _check_budgets(model, size_mb, latency_ms, within)
-    planner = Planner(model, batches, bits=bits, structures=structures, progress=progress, **settings)
+    planner = Planner(model, batches, bits=bits, structures=structures, ranks=ranks, progress=progress, **settings)
     return planner.plan(size_mb=size_mb, latency_ms=latency_ms, within=within, shape=shape)
 
 
@@ -230,7 +234,7 @@ class Planner:
     """What each structure of one model costs and does, measured once for plans of several budgets.
 
     Args:
-        model, batches, bits, structures, progress, **settings: as `plan`.
+        model, batches, bits, structures, ranks, progress, **settings: as `plan`.
     """
 
     def __init__(
@@ -240,6 +244,7 @@ class Planner:
         *,
         bits: Sequence[int] = (2, 3, 4, 8),
         structures: Sequence[Sequence[Step]] | None = None,
+        ranks: bool = True,
         progress: bool = False,
         **settings: Any,
     ) -> None:
@@ -248,39 +253,43 @@ class Planner:
         checked = check_batches(batches)
         if checked is None or len(checked) < 4:
             raise ValueError("batches: plans are fitted, scored and checked on different rows; pass at least 4 batches")
-        self.model, self.bits, self.progress, self.settings = model, bits, progress, settings
+        self.model, self.bits, self.ranks, self.progress, self.settings = model, bits, ranks, progress, settings
         self.check = [batch for i, batch in enumerate(checked) if i % 4 == 3]
         self.rest = [batch for i, batch in enumerate(checked) if i % 4 != 3]
         self.fit, self.score = fitted_and_scored(self.rest)
         self.kind = getattr(getattr(model, "config", None), "problem_type", None)
         self.embeds = False
         self.wanted = {
-            "score": self._outputs(model, self.score),
-            "rest": self._outputs(model, self.rest),
-            "check": self._outputs(model, self.check),
+            "score": self.outputs(model, self.score),
+            "rest": self.outputs(model, self.rest),
+            "check": self.outputs(model, self.check),
         }
         self.left_out: list[str] = []
         self.prediction = Prediction()
         self._models: dict[tuple[Step, ...], nn.Module] = {}
         self._parts: dict[tuple[Step, ...], _Part] = {}
         given = self._usual() if structures is None else [tuple(steps) for steps in structures]
+        wrong = next((step for steps in given for step in steps if not isinstance(step, Structure)), None)
+        if wrong is not None:
+            raise ValueError(f"structures: {wrong!r} is none; give sequences of Depth, Share, Prune and Factorize")
         self.structures = list(dict.fromkeys([(), *given]))
         self._always_left_out = tuple(self.left_out)
 
     def _usual(self) -> list[tuple[Step, ...]]:
-        """Fewer layers, chosen by measurement, and narrower feed-forward parts."""
-        count = len(encoder_layers(self.model))
+        """Fewer layers, or fewer of their own, chosen by measurement, and narrower layers."""
+        count, few = len(encoder_layers(self.model)), self.rest[:_SEARCH_BATCHES]
         found: list[tuple[Step, ...]] = []
         for keep in dict.fromkeys((count - 1, count - 2, (count + 1) // 2)):
             if 1 <= keep < count:
-                best = compare_depths(self.model, self.rest[:_SEARCH_BATCHES], keep, sandwiches=False).best
-                found.append((Depth(best.layers),))
-        try:
-            prune(self.model, ffn=_FFN_SHARES[0], compensate=False)
-        except ValueError as error:
-            self.left_out.append(f"no narrower feed-forward parts: {error}")
-        else:
-            found += [(Prune(ffn=share),) for share in _FFN_SHARES]
+                found.append((Depth(compare_depths(self.model, few, keep, sandwiches=False).best.layers),))
+        narrower = [*(Prune(ffn=share) for share in _FFN_SHARES), Prune(heads=_HEAD_SHARE)]
+        for step in [*([Share("sandwich")] if count > _SANDWICH else []), *narrower]:
+            try:  # whether this family can be changed so, which takes no data
+                step.change(self.model, None)
+            except ValueError as error:
+                self.left_out.append(f"{structure_name([step])}: {error}")
+            else:
+                found.append((step,))
         return found
 
     def plan(
@@ -306,10 +315,11 @@ class Planner:
                 )
             candidates.sort(key=lambda c: c.megabytes)
         else:
-            ranked = sorted((self.fill(part.steps, size_mb) for part in parts), key=lambda c: c.predicted)
+            ranked = sorted(
+                (self.fill(part.steps, size_mb, timed.get(part.steps)) for part in parts), key=lambda c: c.predicted
+            )
             made = [self._made(c) for c in ranked[:_CHECKED]]
             candidates = [*sorted(made, key=lambda c: c.measured or 0.0), *ranked[_CHECKED:]]
-        candidates = [replace(c, latency_ms=timed.get(c.structure)) for c in candidates]
         return Plan(
             candidates[0],
             tuple(candidates),
@@ -339,7 +349,7 @@ class Planner:
                 self.left_out.append(f"{name}: the smallest file has {rounded_up(part.files.smallest_mb)} MB")
                 continue
             if not found:
-                self.prediction = self._calibrated(part, size_mb)
+                self.prediction = self.calibrated(steps, size_mb)
             if size_mb is not None:
                 bound = min(bound, self.fill(steps, size_mb).predicted)
             found = True
@@ -352,7 +362,9 @@ class Planner:
     def part(self, steps: tuple[Step, ...]) -> _Part:
         """The options of one structure, measured the first time."""
         if steps not in self._parts:
-            files = FilePlan(self._changed(steps), self.rest, self.bits, progress=self.progress, **self.settings)
+            model = self._changed(steps)
+            further = rank_alternatives(model, self.fit, self.settings) if self.ranks else None
+            files = FilePlan(model, self.rest, self.bits, further=further, progress=self.progress, **self.settings)
             self._parts[steps] = _Part(steps, files, self._start(steps))
         return self._parts[steps]
 
@@ -364,23 +376,27 @@ class Planner:
             return self._parts[steps].start
         return self._likeness(self._changed(steps), self.score, "score")[0]
 
-    def _calibrated(self, part: _Part, size_mb: float | None) -> Prediction:
+    def calibrated(self, steps: tuple[Step, ...], size_mb: float | None) -> Prediction:
         """What the damages leave out, by two trials: everything at 8 bits, and a plan for this size.
 
         Both are made on the rows that the options were fitted to and measured on those that they were scored on, so
         that the rows which check the finished plans stay unseen.
         """
-        model, files = self._changed(part.steps), part.files
-        unit = 2.0 if self._compares_values() else 1.0
+        model, part = self._changed(steps), self.part(steps)
+        files = part.files
         activations = self._divergence_between(model, self._eight_bits(model))
         picked = files.choose(min(size_mb or part.largest_mb, part.largest_mb))
+        for step in _factors(files.ranks(picked)):
+            model = step.change(model, self.fit)
         trial = quantize_model(model, files.configuration(picked), calibration_data=self.fit)
-        expected = unit * files.damage(picked) + activations
-        return Prediction(unit, activations, self._divergence_between(model, trial) / expected if expected > 0 else 1.0)
+        expected = self.unit * files.damage(picked) + activations
+        return Prediction(
+            self.unit, activations, self._divergence_between(model, trial) / expected if expected > 0 else 1.0
+        )
 
     def _divergence_between(self, model: nn.Module, other: nn.Module) -> float:
-        wanted = self.wanted["score"] if model is self.model else self._outputs(model, self.score)
-        return self._compared(wanted, self._outputs(other, self.score))[0]
+        wanted = self.wanted["score"] if model is self.model else self.outputs(model, self.score)
+        return self.compared(wanted, self.outputs(other, self.score))[0]
 
     def _eight_bits(self, model: nn.Module) -> nn.Module:
         """`model` with everything in 8 bits, activations as they will be."""
@@ -397,21 +413,19 @@ class Planner:
         """The float model of a structure, fitted to these batches."""
         model = self.model
         for step in steps:
-            if not isinstance(step, Structure):
-                raise ValueError(f"structures: {step!r} is none; give sequences of Depth, Share, Prune and Factorize")
-            model = step.change(model, batches)
+            model = cast(Structure, step).change(model, batches)
         return model
 
-    def fill(self, steps: tuple[Step, ...], size_mb: float | None) -> Candidate:
-        """The least predicted divergence of a structure in a size."""
+    def fill(self, steps: tuple[Step, ...], size_mb: float | None, latency_ms: float | None = None) -> Candidate:
+        """The least predicted divergence of a structure in a size; `latency_ms` is what it was measured to take."""
         part = self.part(steps)
         files = part.files
         picked = files.choose(min(size_mb or part.largest_mb, part.largest_mb))
         return Candidate(
-            steps,
+            (*steps, *_factors(files.ranks(picked))),
             files.configuration(picked),
             files.size(picked) / 1e6,
-            None,
+            latency_ms,
             part.start + self.prediction(files.damage(picked)),
         )
 
@@ -474,9 +488,9 @@ class Planner:
         )
 
     def _likeness(self, model: nn.Module, batches: Sequence[Any], which: str) -> tuple[float, float]:
-        return self._compared(self.wanted[which], self._outputs(model, batches))
+        return self.compared(self.wanted[which], self.outputs(model, batches))
 
-    def _compared(self, wanted: Tensor, outputs: Tensor) -> tuple[float, float]:
+    def compared(self, wanted: Tensor, outputs: Tensor) -> tuple[float, float]:
         """(divergence, agreement)."""
         if self.embeds:
             cosine = float((wanted * outputs).sum(1).mean())
@@ -484,12 +498,14 @@ class Planner:
         found = fidelity(wanted, outputs, self.kind)
         return found.divergence, found.agreement
 
-    def _compares_values(self) -> bool:
-        """Whether the divergence is the mean squared difference of values, of which damages are half."""
+    @property
+    def unit(self) -> float:
+        """2 where the divergence is the mean squared difference of values, since damages are half of that; else 1."""
         outputs = self.wanted["check"]
-        return not self.embeds and (self.kind == "regression" or outputs.dim() == 1 or outputs.shape[1] == 1)
+        values = not self.embeds and (self.kind == "regression" or outputs.dim() == 1 or outputs.shape[1] == 1)
+        return 2.0 if values else 1.0
 
-    def _outputs(self, model: nn.Module, batches: Sequence[Any]) -> Tensor:
+    def outputs(self, model: nn.Module, batches: Sequence[Any]) -> Tensor:
         """[rows, outputs] of a model: logits, or the mean of the last hidden states over real tokens."""
         found = []
         with torch.no_grad(), evaluation_mode(model):
@@ -502,6 +518,11 @@ class Planner:
                 else:
                     found.append(logits if logits.dim() < 3 else logits[batch["attention_mask"].bool()])
         return torch.cat(found).float().cpu()
+
+
+def _factors(ranks: Mapping[str, int]) -> tuple[Factorize, ...]:
+    """The step that makes the factors of a choice; none where no matrix has any."""
+    return (Factorize(ranks, weighting=WEIGHTING),) if ranks else ()
 
 
 def _timed(model: Any, inputs: Mapping[str, Tensor]) -> list[float]:

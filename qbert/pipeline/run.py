@@ -24,7 +24,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from qbert.files import content_sha256, read_json, write_json
-from qbert.pipeline.steps import Context, Distill, Pack, Prune, Quantize, Step, Structure, step_from_dict
+from qbert.pipeline.steps import Context, Distill, Factorize, Pack, Prune, Quantize, Step, Structure, step_from_dict
 from qbert.results import Record, text_table
 from qbert.saving.records import is_quantized
 from qbert.sizes import model_size
@@ -319,5 +319,8 @@ def short(step: Step) -> str:
     if isinstance(step, Prune):
         named = {"heads": step.heads, "ffn": step.ffn, "zeros": step.pattern}
         return "prune (" + ", ".join(f"{name} {value}" for name, value in named.items() if value) + ")"
-    content = {k: v for k, v in step.to_dict().items() if k not in ("step", "rows")}
+    if isinstance(step, Factorize):
+        which = f"{len(step.rank)} matrices" if isinstance(step.rank, Mapping) else f"rank {step.rank}"
+        return f"factorize ({which})"
+    content = {k: v for k, v in step.to_dict().items() if k not in ("step", "rows") and v is not None}
     return step.kind + (f" ({', '.join(str(v) for v in content.values())})" if content else "")

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from torch import nn
 
@@ -69,8 +69,8 @@ class Structure(Step):
 
     rows: int
 
-    def change(self, model: nn.Module, batches: Sequence[Mapping[str, Any]]) -> nn.Module:
-        """The changed copy of a float model, by batches of tensors without labels."""
+    def change(self, model: nn.Module, batches: Sequence[Mapping[str, Any]] | None) -> nn.Module:
+        """The changed copy of a float model, by batches of tensors without labels, or by its weights alone."""
         raise NotImplementedError
 
     def apply(self, model: nn.Module, context: Context) -> nn.Module:
@@ -95,7 +95,7 @@ class Depth(Structure):
         if not is_whole(self.layers):
             object.__setattr__(self, "layers", tuple(self.layers))  # type: ignore[arg-type]
 
-    def change(self, model: nn.Module, batches: Sequence[Mapping[str, Any]]) -> nn.Module:
+    def change(self, model: nn.Module, batches: Sequence[Mapping[str, Any]] | None) -> nn.Module:
         """See `qbert.students.depth`."""
         from qbert.students import depth
 
@@ -118,7 +118,7 @@ class Prune(Structure):
     rows: int = 384
     kind: ClassVar[str] = "prune"
 
-    def change(self, model: nn.Module, batches: Sequence[Mapping[str, Any]]) -> nn.Module:
+    def change(self, model: nn.Module, batches: Sequence[Mapping[str, Any]] | None) -> nn.Module:
         """See `qbert.students.pruned.prune`."""
         from qbert.students.pruned import prune
 
@@ -130,19 +130,24 @@ class Factorize(Structure):
     """Matrices in two factors.
 
     Attributes:
-        rank: one for all, or the share of the matrices' values to keep (below 1).
+        rank: one for all, or the share of the matrices' values to keep (below 1), or that of each matrix by name.
         rows: training rows that the factors are fitted on.
+        weighting: what an error costs (`qbert.students.lowrank`); where None, as there.
     """
 
-    rank: int | float
+    rank: int | float | Mapping[str, int]
     rows: int = 384
+    weighting: Literal["none", "activations", "both"] | None = None
     kind: ClassVar[str] = "factorize"
 
-    def change(self, model: nn.Module, batches: Sequence[Mapping[str, Any]]) -> nn.Module:
+    def __hash__(self) -> int:
+        return hash(str(self.to_dict()))
+
+    def change(self, model: nn.Module, batches: Sequence[Mapping[str, Any]] | None) -> nn.Module:
         """See `qbert.students.lowrank.factorize`."""
         from qbert.students.lowrank import factorize
 
-        return factorize(model, self.rank, data=batches)
+        return factorize(model, self.rank, weighting=self.weighting, data=batches)
 
 
 @dataclass(frozen=True)
@@ -162,7 +167,7 @@ class Share(Structure):
         if not isinstance(self.layers, str) and not is_whole(self.layers):
             object.__setattr__(self, "layers", tuple(self.layers))  # type: ignore[arg-type]
 
-    def change(self, model: nn.Module, batches: Sequence[Mapping[str, Any]]) -> nn.Module:
+    def change(self, model: nn.Module, batches: Sequence[Mapping[str, Any]] | None) -> nn.Module:
         """See `qbert.students.shared.share_layers`."""
         from qbert.students.shared import share_layers
 
