@@ -47,7 +47,8 @@ _DEFAULT_METHODS = list(_METHODS)[:4]
 _GROUPS = (1, 12, 128, 768)
 # What is quantized -> end of the label, configuration, title.
 _PARTS: dict[str, tuple[str, dict[str, Any], str]] = {
-    "whole": ("", {}, "Weights, tables and activations:"),
+    "whole": ("", {"embedding_bits": 8}, "Weights, tables (8 bits) and activations:"),
+    "file": (", tables in 4 bits", {"embedding_bits": 4}, "Weights, tables (4 bits) and activations:"),
     "weights": (", alone", {"embedding_bits": 32, "activation_bits": None}, "Weights alone, the rest in float:"),
 }
 
@@ -70,7 +71,11 @@ def parse_arguments() -> argparse.Namespace:
         "--methods", nargs="+", choices=list(_METHODS), default=_DEFAULT_METHODS, help="methods to compare"
     )
     parser.add_argument(
-        "--parts", nargs="+", choices=list(_PARTS), default=list(_PARTS), help="what is quantized; default: both"
+        "--parts",
+        nargs="+",
+        choices=list(_PARTS),
+        default=["whole", "weights"],
+        help="what is quantized; default: whole weights",
     )
     parser.add_argument(
         "--calibration-rows",
@@ -116,7 +121,7 @@ def configurations(arguments: argparse.Namespace) -> dict[str, Any]:
         for bits in (4, 3):
             for groups in arguments.groups:
                 label = f"{bits} bits, {name}, {groups} group{'s' if groups > 1 else ''}"
-                configs.setdefault(label, BitsConfig(bits, groups=groups, range_method=method))
+                configs.setdefault(label, BitsConfig(bits, embedding_bits=8, groups=groups, range_method=method))
     return configs
 
 
@@ -253,8 +258,8 @@ def main() -> None:
 
     page = ["# Post-training quantization", "", provenance(), ""]
     page += [
-        "Weights as stated; where tables and activations are quantized, both have 8 bits (a range per row; a range per "
-        "token, symmetric for nearest rounding and asymmetric for compensated)."
+        "Weights as stated; tables in 8 bits unless said (a range per row), activations in 8 bits (an asymmetric range "
+        "per token)."
     ]
     for name in arguments.tasks or [arguments.task]:
         page += ["", compare(name, arguments, folder)]

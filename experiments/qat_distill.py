@@ -34,6 +34,9 @@ def command_line(description: str) -> argparse.ArgumentParser:
     add_task_arguments(parser)
     bits = parser.add_mutually_exclusive_group()
     bits.add_argument("--bits", type=int, default=4, help="bits of the encoder's matrices: 2, 3, 4 or 8; default: 4")
+    parser.add_argument(
+        "--embedding-bits", type=int, default=8, help="bits of the tables, where --bits is given; default: 8"
+    )
     bits.add_argument("--bits-config", help="JSON file with bits by layer, as the spectrum experiment writes it")
     parser.add_argument("--recipe", default="qbert_kd", help="what the student learns from; default: qbert_kd")
     parser.add_argument(
@@ -121,7 +124,7 @@ def check_request(arguments: argparse.Namespace) -> tuple[Any, Any]:
         if not Path(arguments.bits_config).is_file():
             raise FileNotFoundError(f"--bits-config {arguments.bits_config} is no file; write one with BitsConfig.save")
         return recipe, BitsConfig.load(arguments.bits_config)
-    return recipe, BitsConfig(arguments.bits)
+    return recipe, BitsConfig(arguments.bits, embedding_bits=arguments.embedding_bits)
 
 
 def print_cost(comparison: Comparison, left: list[tuple[str, int]]) -> None:

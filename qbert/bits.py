@@ -34,7 +34,7 @@ from qbert.files import read_json, write_json
 
 Scheme: TypeAlias = Literal["asymmetric", "symmetric", "midrise", "offset"]
 RangeMethod: TypeAlias = Literal["minmax", "percentile", "mse"]
-ActivationRange: TypeAlias = Literal["dynamic", "asymmetric", "static"]
+ActivationRange: TypeAlias = Literal["dynamic", "asymmetric", "static", "dynamic or static"]
 Rounding: TypeAlias = Literal["nearest", "compensated"]
 ColumnOrder: TypeAlias = Literal["activity", "given"]
 QUANTIZED_BITS = (2, 3, 4, 8)
@@ -63,8 +63,9 @@ class TensorSpec:
             8 are computed in float, by the packed model too.
         activation_range: ``dynamic`` (per token, symmetric), ``asymmetric`` (per token, from its smallest to its
             largest value: finer steps where a token's outliers have one sign, as in BERT) or ``static`` (per tensor,
-            affine, calibrated); ``None`` is static if calibration data is given and dynamic if not, and asymmetric
-            for a matrix with compensated rounding.
+            affine, calibrated); ``None`` is static if calibration data is given and asymmetric if not, and asymmetric
+            for a matrix with compensated rounding. ``dynamic or static``, which was ``None``'s meaning in
+            configurations of format 1, is dynamic where ``None`` is asymmetric for want of data.
         rounding: ``nearest``, or ``compensated``: codes for the least error of the layer's outputs on calibration
             data, the error of each column spread over the others (`qbert.quantizers.rounding`). Tables, whose rows
             are looked up one by one, are always rounded to nearest.
@@ -184,7 +185,7 @@ def _check_spec(spec: TensorSpec) -> None:
         "scheme": ("asymmetric", "symmetric", "midrise", "offset"),
         "range_method": ("minmax", "percentile", "mse"),
         "activation_bits": (4, 6, 8, None),
-        "activation_range": ("dynamic", "asymmetric", "static", None),
+        "activation_range": ("dynamic", "asymmetric", "static", "dynamic or static", None),
         "rounding": ("nearest", "compensated"),
         "column_order": ("activity", "given"),
     }
@@ -284,7 +285,18 @@ def _length(pattern: str) -> int:
     return sum(c not in "*?[]" for c in pattern)
 
 
-JSON_FORMAT = "qbert.bits/1"
+JSON_FORMAT = "qbert.bits/2"
+# Of format 1, whose defaults were others: what its configurations leave unsaid, they still mean.
+_FIRST_FORMAT = "qbert.bits/1"
+_FIRST_TABLES = 8
+_FIRST_RANGE: ActivationRange = "dynamic or static"
+_MOST_BESIDE_SMALL_TABLES = 4
+_SMALL_TABLES = 4
+
+
+def table_bits_beside(widths: Iterable[int]) -> int:
+    """Bits of the embedding tables where nothing is said of them: 4 beside matrices of at most 4 bits, else 8."""
+    return _SMALL_TABLES if max(widths) <= _MOST_BESIDE_SMALL_TABLES else 8
 
 
 class BitsConfig:
@@ -294,7 +306,8 @@ class BitsConfig:
         bits: one number for every encoder matrix, or a mapping from name patterns to a number or to a mapping of
             fields of `TensorSpec`: ``{"encoder.layer.0": 8, "*.output.dense": {"bits": 3, "groups": 12}, "*": 4}``.
             Without ``"*"``, matrices that no pattern names stay in float.
-        embedding_bits: bits of the embedding tables that no pattern names (8 by default; 32 for float).
+        embedding_bits: bits of the embedding tables that no pattern names (32 for float). ``None`` is 4 where no
+            pattern gives more than 4 bits, and 8 otherwise.
         **defaults: `TensorSpec` fields that hold where a pattern does not say otherwise (``groups``, ``scheme``,
             ``range_method``, ``activation_bits``, ...). ``groups`` and ``input_group_size`` given here concern
             matrices only.
@@ -308,7 +321,7 @@ class BitsConfig:
         self,
         bits: int | Mapping[str, int | Mapping[str, Any]] = 4,
         *,
-        embedding_bits: int = 8,
+        embedding_bits: int | None = None,
         **defaults: Any,
     ) -> None:
         if not (is_whole(bits) or isinstance(bits, Mapping)):
@@ -316,19 +329,22 @@ class BitsConfig:
         unknown = sorted(set(defaults) - set(SPEC_FIELDS))
         if unknown:
             raise ValueError(f"unknown setting {unknown[0]!r}; use one of {', '.join(SPEC_FIELDS[1:])}")
-        self.embedding_bits = check_bits("embedding_bits", embedding_bits)
         self._default_spec = make_spec("defaults", TensorSpec(), defaults)
         self.defaults: dict[str, Any] = {name: getattr(self._default_spec, name) for name in defaults}
         rules = dict(bits) if isinstance(bits, Mapping) else {"*": bits}
         if not rules:
             raise ValueError('bits: the mapping is empty; give at least one pattern, such as {"*": 4}')
         self.rules: dict[str, dict[str, Any]] = {}
+        widths: list[int] = []
         for pattern, value in rules.items():
             if not isinstance(pattern, str) or not pattern:
                 raise TypeError(f"bits: patterns are non-empty strings, got {pattern!r}")
             settings = dict(value) if isinstance(value, Mapping) else {"bits": value}
             spec = make_spec(f"pattern {pattern!r}", self._default_spec, settings)
             self.rules[pattern] = {name: getattr(spec, name) for name in settings}
+            widths.append(spec.bits)
+        tables = table_bits_beside(widths) if embedding_bits is None else embedding_bits
+        self.embedding_bits = check_bits("embedding_bits", tables)
 
     @classmethod
     def parse(cls, value: int | Mapping[str, Any] | BitsConfig | str | os.PathLike[str]) -> BitsConfig:
@@ -428,11 +444,17 @@ class BitsConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> BitsConfig:
-        """The inverse of `to_dict`. Raises ValueError if `values` is not of this format."""
+        """The inverse of `to_dict`, of versions before too. Raises ValueError if `values` is of no such format."""
         values = dict(values)
-        if values.pop("format", None) != JSON_FORMAT or "bits" not in values:
+        written = values.pop("format", None)
+        if written not in (JSON_FORMAT, _FIRST_FORMAT) or "bits" not in values:
             raise ValueError(f"not a bits configuration: expected format {JSON_FORMAT!r} with a 'bits' mapping")
-        return cls(values.pop("bits"), **values)
+        bits = values.pop("bits")
+        if written == _FIRST_FORMAT:
+            values = as_first_format(values)
+            if isinstance(bits, Mapping):
+                bits = {pattern: _said(v) if isinstance(v, Mapping) else v for pattern, v in bits.items()}
+        return cls(bits, **values)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the configuration as JSON (aside first, then renamed)."""
@@ -467,6 +489,16 @@ class BitsConfig:
     def __repr__(self) -> str:
         extra = "".join(f", {k}={v!r}" for k, v in self.defaults.items())
         return f"BitsConfig({self.to_dict()['bits']}, embedding_bits={self.embedding_bits}{extra})"
+
+
+def as_first_format(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of a `BitsConfig` that say what format 1 meant where it said nothing."""
+    return {"embedding_bits": _FIRST_TABLES, "activation_range": _FIRST_RANGE, **_said(values)}
+
+
+def _said(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings without a range that is left open."""
+    return {name: value for name, value in values.items() if value is not None or name != "activation_range"}
 
 
 def _plain(settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -43,6 +43,7 @@ from qbert.rounded import RoundedLayers
 from qbert.usage import table_uses
 
 _GRADIENT_SHARE = 0.9
+_LARGEST_WEIGHT = 1e36  # the ends of a grid of a few levels lie beyond the range, and must be finite too
 Model = TypeVar("Model", bound=nn.Module)
 _HOOKS = (
     "_forward_hooks",
@@ -92,9 +93,9 @@ def quantize_model(
 
     Raises:
         ValueError: if the configuration does not fit the model (see `BitsConfig.resolve`), the model is quantized
-            already, nothing in its layers can be quantized, a weight is not finite, static activation ranges, a
-            ``rank`` or ``row_bits`` are asked for without `calibration_data`, or `checkpoint` is of another model, data
-            or configuration.
+            already, nothing in its layers can be quantized, a weight is not finite or beyond 1e36, static activation
+            ranges, a ``rank`` or ``row_bits`` are asked for without `calibration_data`, or `checkpoint` is of another
+            model, data or configuration.
         TypeError: for a `model`, `bits_config` or `calibration_data` of another type.
 
     Warns:
@@ -194,11 +195,13 @@ def _tell_what_is_not_covered(model: nn.Module, targets: Iterable[Target]) -> No
 
 def _settled(spec: TensorSpec, calibrated: bool) -> TensorSpec:
     """`spec` with the activation range that it leaves open."""
-    if spec.activation_range is not None:
+    if spec.activation_range not in (None, "dynamic or static"):
         return spec
     if spec.rounding == "compensated":
         return replace(spec, activation_range="asymmetric")
-    return replace(spec, activation_range="static" if calibrated else "dynamic")
+    if calibrated:
+        return replace(spec, activation_range="static")
+    return replace(spec, activation_range="asymmetric" if spec.activation_range is None else "dynamic")
 
 
 def _without_data(specs: Mapping[str, TensorSpec], compensated: Mapping[str, TensorSpec]) -> dict[str, TensorSpec]:
@@ -430,3 +433,9 @@ def _check_weights(targets: Mapping[str, Target], specs: Mapping[str, TensorSpec
             raise ValueError(f"model: {path} has no values (device 'meta'); load the weights first")
         if not bool(torch.isfinite(weight).all()):
             raise ValueError(f"model: the weight of {path} holds NaN or infinity; reload or retrain the model")
+        largest = float(weight.detach().abs().max()) if weight.numel() else 0.0
+        if largest > _LARGEST_WEIGHT:
+            raise ValueError(
+                f"model: the weight of {path} holds values up to {largest:.1e}, whose range no float32 grid covers; "
+                f"use weights of at most {_LARGEST_WEIGHT:.0e}"
+            )

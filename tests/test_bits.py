@@ -5,12 +5,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from encoders import build
+from encoders import build, inputs_for
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
 from qbert.bits import BitsConfig
+from qbert.quantize import quantize_model
 
 LAYER0 = "bert.encoder.layer.0.attention.self.query"
 LAYER1 = "bert.encoder.layer.1.attention.self.query"
@@ -21,10 +22,19 @@ def resolved(bits, **defaults):
     return BitsConfig(bits, **defaults).resolve(build("bert"))
 
 
-def test_one_number_means_all_encoder_matrices_and_8_bit_embeddings() -> None:
+def test_one_number_means_all_encoder_matrices() -> None:
     specs = resolved(4)
-    assert specs[LAYER0].bits == 4 and specs[WORDS].bits == 8
+    assert specs[LAYER0].bits == 4
     assert not any("classifier" in p or "pooler" in p for p in specs)
+
+
+@pytest.mark.parametrize(
+    ("bits", "tables"),
+    [(2, 4), (4, 4), (8, 8), ({"encoder.layer.0": 3, "*": 2}, 4), ({"encoder.layer.0": 8, "*": 2}, 8)],
+)
+def test_tables_have_4_bits_beside_matrices_of_at_most_4(bits, tables: int) -> None:
+    assert resolved(bits)[WORDS].bits == tables
+    assert resolved(bits, embedding_bits=3)[WORDS].bits == 3
 
 
 def test_mapping_of_the_readme() -> None:
@@ -132,6 +142,42 @@ def test_default_groups_fit_any_width() -> None:
 def test_json_round_trip(bits, embedding_bits: int) -> None:
     config = BitsConfig(bits, embedding_bits=embedding_bits, scheme="symmetric")
     assert BitsConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+@pytest.mark.parametrize(
+    ("text", "without_data", "with_data"),
+    [
+        # As the first format was written, whose defaults were 8-bit tables and symmetric ranges per token.
+        (
+            '{"format": "qbert.bits/1", "bits": {"encoder.layer.0": 8, "*": 4}, "embedding_bits": 8}',
+            "dynamic",
+            "static",
+        ),
+        ('{"format": "qbert.bits/1", "bits": {"*": {"bits": 2, "activation_range": null}}}', "dynamic", "static"),
+        ('{"format": "qbert.bits/1", "bits": {"*": 3}, "activation_range": "dynamic"}', "dynamic", "dynamic"),
+        ('{"format": "qbert.bits/1", "bits": {"*": 3}, "rounding": "compensated"}', "asymmetric", "asymmetric"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:rounding='compensated'", "ignore:calibration_data has")
+def test_configurations_of_the_first_format_mean_what_they_meant(
+    text: str, without_data: str, with_data: str, tmp_path: Path
+) -> None:
+    (tmp_path / "old.json").write_text(text)
+    old = BitsConfig.load(tmp_path / "old.json")
+    old.save(tmp_path / "new.json")
+    model = build("bert")
+    assert old.resolve(model)[WORDS].bits == 8
+    for config in (old, BitsConfig.load(tmp_path / "new.json")):
+        for data, wanted in ((None, without_data), ([inputs_for("bert")], with_data)):
+            student = quantize_model(model, config, calibration_data=data)
+            assert student.get_submodule(LAYER1).activation_quantizer.mode == wanted
+
+
+@pytest.mark.parametrize(("data", "wanted"), [(False, "asymmetric"), (True, "static")])
+def test_activations_have_asymmetric_ranges_a_token_or_calibrated_ones(data: bool, wanted: str) -> None:
+    batches = [inputs_for("bert")] if data else None
+    student = quantize_model(build("bert"), 4, calibration_data=batches)
+    assert student.get_submodule(LAYER1).activation_quantizer.mode == wanted
 
 
 def test_every_accepted_form_of_a_bits_config(tmp_path: Path) -> None:

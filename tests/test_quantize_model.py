@@ -62,8 +62,9 @@ def test_forward_is_the_slow_and_obvious_formula() -> None:
             s, z = q.scale[q.row_group[row], column // 12], q.zero[q.row_group[row], column // 12]
             code = torch.clamp(torch.round(layer.weight[row, column] / s + z), -4, 3)
             weight[row, column] = s * (code - z)
-    s = x.abs().amax(-1, keepdim=True) / 127
-    assert torch.allclose(layer(x), F.linear((x / s).round() * s, weight, layer.bias), atol=1e-6)
+    low, high = x.amin(-1, keepdim=True), x.amax(-1, keepdim=True)
+    s = (high - low) / 255
+    assert torch.allclose(layer(x), F.linear(((x - low) / s).round() * s + low, weight, layer.bias), atol=1e-6)
     assert torch.allclose(layer.quantized_weight(), weight, atol=1e-7)
 
 
@@ -190,6 +191,21 @@ def test_refusals_leave_the_model_untouched() -> None:
     with pytest.raises(ValueError, match=r"layer\.1\.output\.dense holds NaN"):
         qbert.quantize_model(model, 4, inplace=True)
     assert not quantized_modules(model)
+
+
+@pytest.mark.parametrize("scheme", ["asymmetric", "symmetric", "midrise", "offset"])
+def test_weights_are_as_large_as_grids_can_cover(scheme: str) -> None:
+    model = build("bert")
+    weight = model.bert.encoder.layer[0].output.dense.weight
+    with torch.no_grad():
+        weight[0, 0], weight[0, 1] = -1e36, 1e36
+    config = qbert.BitsConfig(2, scheme=scheme)
+    rounded = qbert.quantize_model(model, config).bert.encoder.layer[0].output.dense.quantized_weight()
+    assert bool(rounded.isfinite().all())
+    with torch.no_grad():
+        weight[0, 0] = -3e38
+    with pytest.raises(ValueError, match=r"layer\.0\.output\.dense holds values up to 3\.0e\+38"):
+        qbert.quantize_model(model, config)
 
 
 def test_what_cannot_be_quantized_is_named() -> None:

@@ -44,8 +44,8 @@ class Scores:
 
         self.task, self.tokenizer, self.limit = task, tokenizer, limit
         self.members = report.members
-        self.students = {b: quantize_model(model, BitsConfig(b, **settings)) for b in report.bits}
-        self.model = quantize_model(model, BitsConfig(report.bits[0], **settings))
+        self.students = {b: quantize_model(model, BitsConfig(b, embedding_bits=8, **settings)) for b in report.bits}
+        self.model = quantize_model(model, BitsConfig(report.bits[0], embedding_bits=8, **settings))
         self.prefix = _prefix(model)
         self.kept = Record(kept, asked, resume=resume)
         self.known: dict[tuple[int, ...], tuple[float, float]] = {

@@ -57,7 +57,7 @@ def allocate_bits(
     share: float | None = None,
     fixed: Fixed | None = None,
     tied: Iterable[Iterable[str]] = (),
-    embedding_bits: int = 8,
+    embedding_bits: int | None = None,
     **settings: Any,
 ) -> BitsConfig:
     """Bits for every measured block; or, of a model, for every matrix and table in a file of `size_mb`.
@@ -91,7 +91,7 @@ def allocate_bits(
             equal parts.
         fixed: pattern -> bits, or a mapping of `TensorSpec` fields, for what is not to be decided.
         tied: sets of block names that shall get equal bits; blocks that share a weight in `model` always do.
-        embedding_bits: bits of the embedding tables.
+        embedding_bits: bits of the embedding tables; ``None`` is 4 where no width is above 4, and 8 otherwise.
         **settings: further defaults of the `BitsConfig` (``groups``, ``scheme``, ``range_method``, ...).
 
     Returns:
@@ -110,7 +110,7 @@ def allocate_bits(
         for name, value in foreign.items():
             if value is not None:
                 raise ValueError(f"{name}: it is for a spectrum; for a model give size_mb, bits, fixed and settings")
-        if embedding_bits != 8:
+        if embedding_bits is not None:
             raise ValueError(
                 f"embedding_bits={embedding_bits!r}: tables are chosen too; to fix them give "
                 f"fixed={{'embeddings': {embedding_bits!r}}}"
@@ -175,7 +175,7 @@ class Problem:
         share: float | None = None,
         fixed: Fixed | None = None,
         tied: Iterable[Iterable[str]] = (),
-        embedding_bits: int = 8,
+        embedding_bits: int | None = None,
     ):
         self.widths = check_widths(bits)
         bounds = check_bounds(**bounds)

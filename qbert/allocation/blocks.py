@@ -14,7 +14,7 @@ from typing import Any, Protocol
 from torch import nn
 
 from qbert.arguments import is_whole
-from qbert.bits import FLOAT_BITS, QUANTIZED_BITS, BitsConfig, covers, longest
+from qbert.bits import FLOAT_BITS, QUANTIZED_BITS, BitsConfig, covers, longest, table_bits_beside
 from qbert.encoders.targets import HEAD_ROLE, Target, base_model, find_targets, join_path
 
 Fixed = Mapping[str, int | Mapping[str, Any]]
@@ -240,7 +240,7 @@ class ConfigWriter:
         widths: Sequence[int],
         fixed: Fixed | None,
         model: nn.Module | None,
-        embedding_bits: int,
+        embedding_bits: int | None,
         settings: Mapping[str, Any],
     ) -> None:
         prefix = base_model(model)[0] if model is not None else ""
@@ -258,7 +258,9 @@ class ConfigWriter:
             for block in blocks
             for member in block.members
         ]
-        self._prefix, self._embedding_bits, self._settings = prefix, embedding_bits, settings
+        self._prefix, self._settings = prefix, settings
+        # The same for every choice, so that its size is the sum of what is chosen and a constant.
+        self._embedding_bits = table_bits_beside(widths) if embedding_bits is None else embedding_bits
 
     def write(self, chosen: Mapping[str, int]) -> BitsConfig:
         """The configuration that gives every block its chosen bits and every fixed matrix its fixed ones."""

@@ -127,7 +127,7 @@ def pareto(
     damage: Damage | None = None,
     fixed: Fixed | None = None,
     tied: Iterable[Iterable[str]] = (),
-    embedding_bits: int = 8,
+    embedding_bits: int | None = None,
     **settings: Any,
 ) -> ParetoFront:
     """The exact front of model size and predicted damage over all allocations.

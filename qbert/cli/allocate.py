@@ -15,7 +15,11 @@ from qbert.cli.options import as_json, load_any, show
 @click.option("--size-mb", type=float, help="Largest size of the whole model, 10^6 bytes; needs --model.")
 @click.option("--average-bits", type=float, help="Largest mean bits of the measured weights; needs --model.")
 @click.option("--model", help="The float model: a folder or a hub name.")
-@click.option("--embedding-bits", type=click.Choice(["2", "3", "4", "8", "32"]), default="8", show_default=True)
+@click.option(
+    "--embedding-bits",
+    type=click.Choice(["2", "3", "4", "8", "32"]),
+    help="Bits of the tables; default: 4 where no width is above 4, else 8.",
+)
 @click.option("--groups", type=click.IntRange(min=1), help="Groups of output rows a matrix; default: 128.")
 @click.option("--save", type=click.Path(dir_okay=False), help="JSON file for qbert quantize --config.")
 @as_json
@@ -45,7 +49,7 @@ def allocate(spectrum: str, bits: str, save: str | None, model: str | None, **as
         size_mb=asked["size_mb"],
         average_bits=asked["average_bits"],
         model=loaded,
-        embedding_bits=int(asked["embedding_bits"]),
+        embedding_bits=int(asked["embedding_bits"]) if asked["embedding_bits"] else None,
         **settings,
     )
     if save:

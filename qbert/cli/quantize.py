@@ -28,7 +28,11 @@ from qbert.cli.options import (
 @click.option("--config", "config_file", type=click.Path(exists=True, dir_okay=False), help="JSON of a BitsConfig.")
 @click.option("--scheme", type=click.Choice(["asymmetric", "symmetric", "midrise", "offset"]), help="Grid of codes.")
 @click.option("--groups", type=click.IntRange(min=1), help="Row groups a matrix, a range each; default: 128.")
-@click.option("--embedding-bits", type=click.Choice(["2", "3", "4", "8", "32"]), help="Bits of the tables; default: 8.")
+@click.option(
+    "--embedding-bits",
+    type=click.Choice(["2", "3", "4", "8", "32"]),
+    help="Bits of the tables; default: 4 beside at most 4 bits, else 8.",
+)
 @click.option(
     "--activation-bits", type=click.Choice(["4", "6", "8", "32"]), help="Bits of the inputs of products; default: 8."
 )

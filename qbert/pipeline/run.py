@@ -23,6 +23,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from qbert.bits import as_first_format
 from qbert.files import content_sha256, read_json, write_json
 from qbert.pipeline.steps import Context, Distill, Factorize, Pack, Prune, Quantize, Step, Structure, step_from_dict
 from qbert.results import Record, text_table
@@ -33,7 +34,8 @@ from qbert.tasks.evaluation import fidelity, wants_pairs
 from qbert.tasks.heads import SentenceRegression
 from qbert.tasks.task import Task
 
-FORMAT = "qbert.pipeline/1"
+FORMAT = "qbert.pipeline/2"
+_FIRST_FORMAT = "qbert.pipeline/1"  # whose configurations are of format 1, see `qbert.bits`
 
 
 @dataclass(frozen=True)
@@ -74,9 +76,11 @@ class Pipeline:
         Raises:
             ValueError: another format, an unknown step or field.
         """
-        if values.get("format") != FORMAT or not isinstance(values.get("steps"), Sequence):
+        written = values.get("format")
+        if written not in (FORMAT, _FIRST_FORMAT) or not isinstance(values.get("steps"), Sequence):
             raise ValueError(f"the values are no pipeline ({FORMAT}); write one with Pipeline.to_dict or .save")
-        return cls(tuple(step_from_dict(step) for step in values["steps"]))
+        steps = [_as_first_format(step) for step in values["steps"]] if written == _FIRST_FORMAT else values["steps"]
+        return cls(tuple(step_from_dict(step) for step in steps))
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write as JSON, aside first and then renamed."""
@@ -89,6 +93,15 @@ class Pipeline:
 
     def __str__(self) -> str:
         return " -> ".join(short(step) for step in self.steps)
+
+
+def _as_first_format(step: Mapping[str, Any]) -> dict[str, Any]:
+    """A step as format 1 meant it, in the words of this one."""
+    if step.get("step") != Quantize.kind or isinstance(step.get("bits"), Mapping):
+        return dict(step)
+    given = {name: step[name] for name in ("embedding_bits",) if name in step}
+    said = as_first_format({**given, **step.get("settings", {})})
+    return {**step, "embedding_bits": said.pop("embedding_bits"), "settings": said}
 
 
 @dataclass(frozen=True)

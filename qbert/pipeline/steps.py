@@ -251,14 +251,14 @@ class Quantize(Step):
     Attributes:
         bits: of all encoder matrices, or a whole configuration as plain values (`BitsConfig.to_dict`).
         rounding: ``compensated`` on training rows without labels, or ``nearest``.
-        embedding_bits: of the tables, where `bits` is a number.
+        embedding_bits: of the tables, where `bits` is a number; ``None`` as in `BitsConfig`.
         settings: further fields of the `BitsConfig`, where `bits` is a number.
         rows: training rows for compensated rounding.
     """
 
     bits: int | Mapping[str, Any]
     rounding: str = "compensated"
-    embedding_bits: int = 8
+    embedding_bits: int | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
     rows: int = 384
     kind: ClassVar[str] = "quantize"

@@ -325,6 +325,6 @@ def _with_factor_bits(
             spec = specs[target.path]
             rules[f"{target.name}.whole" if target.name in ranks else target.name] = spec_to_dict(spec)
             for part in ("down", "up") if target.name in ranks else ():
-                factor = TensorSpec(bits, activation_bits=spec.activation_bits, activation_range="dynamic")
+                factor = TensorSpec(bits, activation_bits=spec.activation_bits, activation_range="asymmetric")
                 rules[f"{target.name}.{part}"] = spec_to_dict(factor)
     return BitsConfig(rules, embedding_bits=config.embedding_bits)

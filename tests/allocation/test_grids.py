@@ -46,6 +46,24 @@ def test_a_grid_that_is_better_by_construction_is_chosen() -> None:
     assert choice.grid == "offset" and choice.divergence["offset"] < 1e-6
 
 
+@pytest.mark.filterwarnings("ignore:calibration_data")
+def test_a_matrix_that_another_grid_suits_by_construction_has_that_one() -> None:
+    model = build("bert").eval()
+    lonely = "encoder.layer.1.output.dense"
+    for name, module in model.bert.named_modules():
+        if isinstance(module, nn.Linear) and name.startswith("encoder"):
+            levels = torch.tensor([-1.5, -0.5, 0.5, 1.5] if name == lonely else [-1.0, 0.0, 1.0])
+            module.weight.data = 0.1 * levels[torch.randint(len(levels), module.weight.shape)]
+    config = qbert.BitsConfig(2, activation_bits=None, embedding_bits=32, groups=1)
+    grids = {name: GRIDS[name] for name in ("symmetric", "midrise")}
+    choice = choose_grid(model, config, batches(2), grids=grids, by_matrix=True)
+    assert choice.grid == "symmetric" and choice.matrices == {lonely: "midrise"}
+    assert choice.checked is not None and choice.checked[1] < 1e-2 * choice.checked[0]
+    specs = qbert.BitsConfig.from_dict(choice.config.to_dict()).resolve(model)
+    assert {n.removeprefix("bert.") for n, s in specs.items() if s.scheme == "midrise"} == {lonely}
+    assert lonely in str(choice)
+
+
 def test_a_pattern_keeps_the_scheme_that_it_names() -> None:
     model = build("bert").eval()
     config = qbert.BitsConfig({"*.query": {"bits": 4, "scheme": "midrise"}, "*": 4}, groups=16)

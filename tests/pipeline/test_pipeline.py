@@ -133,6 +133,16 @@ def test_json_gives_the_same_pipeline(first: list[Step], bits: int, packed: bool
     assert str(plan).count(" -> ") == len(plan.steps) - 1
 
 
+def test_a_pipeline_of_the_first_format_quantizes_as_it_did() -> None:
+    text = (
+        '{"format": "qbert.pipeline/1", "steps": [{"step": "quantize", "bits": 4, "rounding": "nearest", '
+        '"embedding_bits": 8, "settings": {"groups": 12}, "rows": 384}]}'
+    )
+    (step,) = Pipeline.from_dict(json.loads(text)).steps
+    old = '{"format": "qbert.bits/1", "bits": {"*": 4}, "embedding_bits": 8, "rounding": "nearest", "groups": 12}'
+    assert isinstance(step, Quantize) and step.config() == qbert.BitsConfig.from_dict(json.loads(old))
+
+
 def test_a_saved_pipeline_is_read_back_and_a_damaged_one_refused(tmp_path: Path) -> None:
     plan = Pipeline((Depth((0, 1)), Quantize(qbert.BitsConfig({"*": 2, "embeddings": 4})), Pack()))
     plan.save(tmp_path / "plan.json")
