@@ -1,6 +1,6 @@
-// Encoder layers of the BERT kind on an x86 CPU: rows quantized, int8 products, attention, GELU, residual and LayerNorm.
+// Encoder layers on an x86 CPU: rows quantized, int8 products, attention, GELU, residual and LayerNorm.
 //
-// One call runs a whole stack of post-norm layers over sequences that lie behind each other, without padding between
+// One call runs a whole stack of layers, norms behind (BERT) or before (ViT, ModernBERT), over sequences that lie behind each other, without padding between
 // them. It computes what `qbert.inference.cpu_layers.FusedLayers` does, which is its slow twin. Plain C functions, so
 // that it is built in seconds, without torch's headers; `qbert.kernels.cpu.native` builds, loads and calls it.
 //
@@ -48,9 +48,12 @@ struct Matrix {
 
 struct Layer {
   Matrix qkv, output, ffn_in, ffn_out;
-  const float *norm1, *shift1, *norm2, *shift2;  // padded with zeros
+  const float *norm1, *shift1, *norm2, *shift2;  // padded with zeros; of pre-norm layers null where there is none
   float eps1, eps2;
   int32_t heads, activation;
+  int32_t pre_norm, gated;  // gated: the second half of what ffn_in gives multiplies the activated first half
+  int32_t window, unused;   // tokens that are seen on each side; 0 for all
+  const float* rotation;    // [positions][head width], cosines and then sines of half a head each; or null
 };
 
 // Sequences: the tokens starts[i] to starts[i + 1], of which the first keys[i] are seen by all. A bias, if any, is added
@@ -264,8 +267,13 @@ struct Codes {
   int64_t stride;  // bytes a row
 };
 
-inline void activate_row(float* x, int64_t n, int kind) {
-  for (int64_t i = 0; i < n; i += W) store(x + i, activated(load<Float>(x + i), kind));
+// Where gated, x [2 n] becomes activated first half times second half, [n]; what is behind is lost.
+inline void activate_row(float* x, int64_t n, int kind, bool gated) {
+  for (int64_t i = 0; i < n; i += W) {
+    Float y = activated(load<Float>(x + i), kind);
+    if (gated) y *= load<Float>(x + n + i);
+    store(x + i, y);
+  }
 }
 
 inline void quantize(const float* x, int64_t stride, int64_t rows, const Matrix& m, Codes codes, Team team) {
@@ -427,10 +435,12 @@ inline void score_tile(const float* q, const float* keys, int64_t depth, int64_t
     for (int n = 0; n < VECTORS; n++) store(scores + r * columns + n * W, sums[r][n]);
 }
 
+// Of the columns begin to end, multiples of W.
 template <int ROWS>
-inline void score_rows(const float* q, const float* keys, int64_t depth, int64_t columns, float* scores) {
-  for (int64_t c = 0; c < columns; c += NB) {
-    switch (std::min<int64_t>((columns - c) / W, NR)) {
+inline void score_rows(const float* q, const float* keys, int64_t depth, int64_t columns, int64_t begin, int64_t end,
+                       float* scores) {
+  for (int64_t c = begin; c < end; c += NB) {
+    switch (std::min<int64_t>((end - c) / W, NR)) {
       case 1: score_tile<ROWS, 1>(q, keys + c, depth, columns, scores + c); break;
       case 2: score_tile<ROWS, 2>(q, keys + c, depth, columns, scores + c); break;
       case 3: score_tile<ROWS, std::min(3, NR)>(q, keys + c, depth, columns, scores + c); break;
@@ -466,7 +476,24 @@ struct Head {
   int64_t bias_stride;
   float* out;
   int64_t out_stride;
+  const float* rotation;  // of the first token, or null
+  int64_t window;
 };
+
+// A row of a head, rotated and times `scale`, to every `step`-th place.
+inline void copy_head(const float* from, int64_t depth, const float* rotation, float scale, float* to, int64_t step) {
+  if (!rotation) {
+    for (int64_t i = 0; i < depth; i++) to[i * step] = from[i] * scale;
+    return;
+  }
+  const int64_t half = depth / 2;
+  const float *cosine = rotation, *sine = rotation + half;
+  for (int64_t i = 0; i < half; i++) {
+    const float a = from[i] * scale, b = from[half + i] * scale;
+    to[i * step] = a * cosine[i] - b * sine[i];
+    to[(half + i) * step] = b * cosine[i] + a * sine[i];
+  }
+}
 
 struct HeadScratch {
   float *keys, *values, *queries, *scores, *mixed;
@@ -487,34 +514,47 @@ struct HeadScratch {
 template <int ROWS>
 void attend_rows(const Head& h, const HeadScratch& s, int64_t row, float scale) {
   const int64_t columns = padded(h.keys, W), deep = padded(h.depth, W);
+  // The keys that some of these rows see: begin to end, and for the vectors up to a multiple of W.
+  int64_t begin = 0, end = h.keys;
+  if (h.window) {
+    end = std::min(end, row + ROWS + h.window);
+    begin = std::min(std::max<int64_t>(row - h.window, 0), end) / W * W;
+  }
+  const int64_t last = padded(end, W);
   for (int r = 0; r < ROWS; r++)
-    for (int64_t i = 0; i < h.depth; i++) s.queries[r * h.depth + i] = h.qkv[(row + r) * h.stride + i] * scale;
-  score_rows<ROWS>(s.queries, s.keys, h.depth, columns, s.scores);
+    copy_head(h.qkv + (row + r) * h.stride, h.depth, h.rotation ? h.rotation + (row + r) * h.depth : nullptr, scale,
+              s.queries + r * h.depth, 1);
+  score_rows<ROWS>(s.queries, s.keys, h.depth, columns, begin, last, s.scores);
   for (int r = 0; r < ROWS; r++) {
     float* p = s.scores + r * columns;
     if (h.bias)
-      for (int64_t k = 0; k < h.keys; k++) p[k] += h.bias[(row + r) * h.bias_stride + k];
-    for (int64_t k = h.keys; k < columns; k++) p[k] = -INFINITY;
+      for (int64_t k = begin; k < end; k++) p[k] += h.bias[(row + r) * h.bias_stride + k];
+    if (h.window) {
+      for (int64_t k = begin; k < std::min(end, row + r - h.window); k++) p[k] = -INFINITY;
+      for (int64_t k = std::max(begin, row + r + h.window + 1); k < end; k++) p[k] = -INFINITY;
+    }
+    for (int64_t k = end; k < last; k++) p[k] = -INFINITY;
     Float most = all(-INFINITY);
-    for (int64_t k = 0; k < h.keys; k += W) most = larger(load<Float>(p + k), most);
+    for (int64_t k = begin; k < end; k += W) most = larger(load<Float>(p + k), most);
     const float top = max_of(most);
     Float total = all(0.0f);
     // A query that sees no key at all gets zeros, as from torch's attention.
     const float from = top == -INFINITY ? 0.0f : top;
-    for (int64_t k = 0; k < h.keys; k += W) {
+    for (int64_t k = begin; k < end; k += W) {
       Float e = exp_of(load<Float>(p + k) - from);
       store(p + k, e);
       total += e;
     }
     const float sum = sum_of(total), inverse = sum == 0 ? 0.0f : 1.0f / sum;
-    for (int64_t k = 0; k < h.keys; k += W) store(p + k, load<Float>(p + k) * inverse);
+    for (int64_t k = begin; k < end; k += W) store(p + k, load<Float>(p + k) * inverse);
   }
+  const float *seen = s.scores + begin, *values = s.values + begin * deep;
   for (int64_t c = 0; c < deep; c += 4 * W) {
     switch (std::min<int64_t>((deep - c) / W, 4)) {
-      case 1: mix_rows<ROWS, 1>(s.scores, columns, h.keys, s.values + c, deep, s.mixed + c); break;
-      case 2: mix_rows<ROWS, 2>(s.scores, columns, h.keys, s.values + c, deep, s.mixed + c); break;
-      case 3: mix_rows<ROWS, 3>(s.scores, columns, h.keys, s.values + c, deep, s.mixed + c); break;
-      default: mix_rows<ROWS, 4>(s.scores, columns, h.keys, s.values + c, deep, s.mixed + c);
+      case 1: mix_rows<ROWS, 1>(seen, columns, end - begin, values + c, deep, s.mixed + c); break;
+      case 2: mix_rows<ROWS, 2>(seen, columns, end - begin, values + c, deep, s.mixed + c); break;
+      case 3: mix_rows<ROWS, 3>(seen, columns, end - begin, values + c, deep, s.mixed + c); break;
+      default: mix_rows<ROWS, 4>(seen, columns, end - begin, values + c, deep, s.mixed + c);
     }
   }
   for (int r = 0; r < ROWS; r++)
@@ -525,7 +565,7 @@ void attend(const Head& h, const HeadScratch& s) {
   const int64_t columns = padded(h.keys, W), deep = padded(h.depth, W);
   for (int64_t k = 0; k < h.keys; k++) {
     const float* key = h.qkv + h.width + k * h.stride;
-    for (int64_t i = 0; i < h.depth; i++) s.keys[i * columns + k] = key[i];
+    copy_head(key, h.depth, h.rotation ? h.rotation + k * h.depth : nullptr, 1.0f, s.keys + k, columns);
     std::memcpy(s.values + k * deep, key + h.width, h.depth * sizeof(float));
     for (int64_t i = h.depth; i < deep; i++) s.values[k * deep + i] = 0;
   }
@@ -568,7 +608,7 @@ constexpr int64_t ROWS_AT_ONCE = 48;  // so that the widest activations of a lay
 
 // Where the activations of some tokens lie while they pass through the layers.
 struct Room {
-  float *x, *qkv, *mixed, *hidden, *scratch;
+  float *x, *qkv, *mixed, *normed, *hidden, *scratch;
   Codes narrow, broad;
   int64_t wide_x, wide_qkv, wide_hidden, scratch_floats, at_once;
 
@@ -581,12 +621,13 @@ struct Room {
     };
     Room own;
     Room& r = room ? *room : own;
-    const int64_t width = layer.output.rows, broad = layer.ffn_in.rows;
-    r.wide_x = padded(width, NB), r.wide_qkv = padded(3 * width, NB), r.wide_hidden = padded(broad, NB);
+    const int64_t width = layer.output.rows, broad = layer.ffn_out.columns;
+    r.wide_x = padded(width, NB), r.wide_qkv = padded(3 * width, NB), r.wide_hidden = padded(layer.ffn_in.rows, NB);
     r.at_once = std::min<int64_t>(tokens, ROWS_AT_ONCE * members);
     r.x = reinterpret_cast<float*>(take(tokens * r.wide_x * 4));
     r.qkv = reinterpret_cast<float*>(take(tokens * r.wide_qkv * 4));
     r.mixed = reinterpret_cast<float*>(take(tokens * r.wide_x * 4));
+    r.normed = reinterpret_cast<float*>(take(layer.pre_norm ? r.at_once * r.wide_x * 4 : 0));
     r.hidden = reinterpret_cast<float*>(take(r.at_once * r.wide_hidden * 4));
     r.scratch_floats = padded(HeadScratch::floats(width / layer.heads, longest), W);
     r.scratch = reinterpret_cast<float*>(take(members * r.scratch_floats * 4));
@@ -601,12 +642,25 @@ struct Room {
   }
 };
 
+// Rows of x as the next product reads them: x itself, or its norm in `room.normed` where that stands before.
+inline const float* normed(const float* x, int64_t rows, const Layer& layer, const float* weight, const float* shift, float eps,
+                           const Room& room, Team team) {
+  if (!layer.pre_norm || !weight) return x;
+  for (int64_t r = team.first(rows); r < team.last(rows); r++) {
+    float* to = room.normed + r * room.wide_x;
+    std::memcpy(to, x + r * room.wide_x, room.wide_x * sizeof(float));
+    normalize(to, layer.output.rows, weight, shift, eps);
+  }
+  return room.normed;
+}
+
 void run_layer(const Layer& layer, const Batch& batch, int64_t begin, int64_t end, const Room& room, Team team) {
   const int64_t base = batch.starts[begin], tokens = batch.starts[end] - base;
   const int64_t width = layer.output.rows, depth = width / layer.heads;
   for (int64_t row = 0; row < tokens; row += room.at_once) {
     const int64_t rows = std::min(room.at_once, tokens - row);
-    quantize(room.x + row * room.wide_x, room.wide_x, rows, layer.qkv, room.narrow, team);
+    const float* x = normed(room.x + row * room.wide_x, rows, layer, layer.norm1, layer.shift1, layer.eps1, room, team);
+    quantize(x, room.wide_x, rows, layer.qkv, room.narrow, team);
     team.wait();
     multiply(room.narrow, rows, layer.qkv, {room.qkv + row * room.wide_qkv, room.wide_qkv, false}, team);
     team.wait();
@@ -619,7 +673,7 @@ void run_layer(const Layer& layer, const Batch& batch, int64_t begin, int64_t en
     if (bias) bias += sequence * batch.strides[0] + head * batch.strides[1];
     const Head h = {room.qkv + start * room.wide_qkv + head * depth, room.wide_qkv, width, depth, rows,
                     batch.keys[sequence], bias, batch.strides[2],
-                    room.mixed + start * room.wide_x + head * depth, room.wide_x};
+                    room.mixed + start * room.wide_x + head * depth, room.wide_x, layer.rotation, layer.window};
     attend(h, HeadScratch(room.scratch + team.place * room.scratch_floats, depth, batch.keys[sequence]));
   }
   team.wait();
@@ -631,19 +685,20 @@ void run_layer(const Layer& layer, const Batch& batch, int64_t begin, int64_t en
     team.wait();
     multiply(room.narrow, rows, layer.output, added, team);
     team.wait();
-    for (int64_t r = team.first(rows); r < team.last(rows); r++)
+    for (int64_t r = team.first(rows); !layer.pre_norm && r < team.last(rows); r++)
       normalize(x + r * room.wide_x, width, layer.norm1, layer.shift1, layer.eps1);
-    quantize(x, room.wide_x, rows, layer.ffn_in, room.narrow, team);
+    const float* y = normed(x, rows, layer, layer.norm2, layer.shift2, layer.eps2, room, team);
+    quantize(y, room.wide_x, rows, layer.ffn_in, room.narrow, team);
     team.wait();
     multiply(room.narrow, rows, layer.ffn_in, {room.hidden, room.wide_hidden, false}, team);
     team.wait();
     for (int64_t r = team.first(rows); r < team.last(rows); r++)
-      activate_row(room.hidden + r * room.wide_hidden, layer.ffn_in.rows, layer.activation);
+      activate_row(room.hidden + r * room.wide_hidden, layer.ffn_out.columns, layer.activation, layer.gated);
     quantize(room.hidden, room.wide_hidden, rows, layer.ffn_out, room.broad, team);
     team.wait();
     multiply(room.broad, rows, layer.ffn_out, added, team);
     team.wait();
-    for (int64_t r = team.first(rows); r < team.last(rows); r++)
+    for (int64_t r = team.first(rows); !layer.pre_norm && r < team.last(rows); r++)
       normalize(x + r * room.wide_x, width, layer.norm2, layer.shift2, layer.eps2);
     team.wait();
   }

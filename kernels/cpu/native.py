@@ -23,7 +23,7 @@ import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -61,7 +61,8 @@ class _Layer(ctypes.Structure):
         *((name, _Matrix) for name in ("qkv", "output", "ffn_in", "ffn_out")),
         *((name, ctypes.c_void_p) for name in ("norm1", "shift1", "norm2", "shift2")),
         *((name, ctypes.c_float) for name in ("eps1", "eps2")),
-        *((name, ctypes.c_int32) for name in ("heads", "activation")),
+        *((name, ctypes.c_int32) for name in ("heads", "activation", "pre_norm", "gated", "window", "unused")),
+        ("rotation", ctypes.c_void_p),
     ]
 
 
@@ -293,27 +294,52 @@ def _operand(codes: Tensor, zero: Tensor) -> tuple[Tensor, int, Tensor | None]:
 # ------------------------------------------------------------------------------------------------ layers
 
 
-class NativeLayers:
-    """A stack of post-norm layers of one width, heads and products. Immutable.
+class NativeLayer(NamedTuple):
+    """One layer of a stack.
 
-    Args:
-        layers: for each layer its products (query, key and value as one, attention output, both of the feed-forward
-            net), its two norms as (weight, shift, epsilon), its heads and the number of its activation function.
+    products: query, key and value as one, attention output, both of the feed-forward net; norms: the two, as (weight,
+    shift, epsilon), or ``None`` where there is none; activation: the number of its function in `ACTIVATIONS`; the
+    others as in `qbert.encoders.parts.LayerParts`.
     """
 
-    def __init__(self, layers: Sequence[tuple[Sequence[NativeProduct], Sequence[Any], int, int]]) -> None:
+    products: Sequence[NativeProduct]
+    norms: Sequence[Any]
+    heads: int
+    activation: int
+    pre_norm: bool = False
+    gated: bool = False
+    window: int = 0
+    rotation: Tensor | None = None
+
+
+class NativeLayers:
+    """A stack of layers of one width, heads and products. Immutable.
+
+    Args:
+        layers: for each layer what `NativeLayer` names, in its order.
+    """
+
+    def __init__(self, layers: Sequence[Sequence[Any]]) -> None:
         self.library = layers[0][0][0].library
         tile = self.library.qbert_columns_of_a_tile()
         self.width = layers[0][0][1].matrix.rows
         padding = (0, -self.width % tile)
+        self.positions = 2**62  # of the longest sequence
         self._kept: list[Any] = []
         self._layers = (_Layer * len(layers))()
-        for place, (products, norms, heads, activation) in enumerate(layers):
-            vectors = [F.pad(v, padding).contiguous() for norm in norms for v in norm[:2]]
-            self._kept += [*products, *vectors]
-            matrices = [p.matrix for p in products]
-            pointers = [v.data_ptr() for v in vectors]
-            self._layers[place] = _Layer(*matrices, *pointers, *(norm[2] for norm in norms), heads, activation)
+        for place, layer in enumerate(NativeLayer(*given) for given in layers):
+            matrices = [p.matrix for p in layer.products]
+            vectors = [
+                None if norm is None else F.pad(norm[i], padding).contiguous() for norm in layer.norms for i in (0, 1)
+            ]
+            rotation = None if layer.rotation is None else layer.rotation.float().contiguous()
+            if rotation is not None:
+                self.positions = min(self.positions, len(rotation))
+            self._kept += [*layer.products, *vectors, rotation]
+            self._layers[place] = _Layer(
+                *matrices, *map(_pointer, vectors), *(0.0 if n is None else n[2] for n in layer.norms),
+                layer.heads, layer.activation, layer.pre_norm, layer.gated, layer.window, 0, _pointer(rotation),
+            )  # fmt: skip
 
     def __call__(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """float32 [B, T, H] to [B, T, H]; `mask` broadcasts to [B, heads, T, T], true or 0 where a key is seen."""
@@ -328,9 +354,14 @@ class NativeLayers:
             lengths, keys: int64 [B], tokens of each sequence, and how many of them, from the first, are seen.
             mask: for sequences of equal lengths T, as for `__call__`.
         """
+        listed = lengths.tolist()
+        if max(listed, default=0) > self.positions:
+            raise ValueError(
+                f"a sequence of {max(listed)} tokens is longer than the {self.positions} rotated positions"
+            )
         starts = torch.zeros(len(lengths) + 1, dtype=torch.int64, device="cpu")
         torch.cumsum(lengths, 0, out=starts[1:])
-        chunks = torch.tensor(_chunks(lengths.tolist(), torch.get_num_threads()), dtype=torch.int64, device="cpu")
+        chunks = torch.tensor(_chunks(listed, torch.get_num_threads()), dtype=torch.int64, device="cpu")
         x, keys, y = x.contiguous(), keys.contiguous(), torch.empty(x.shape, **_PLAIN)
         bias: Tensor | None = None
         strides: tuple[int, ...] = (0, 0, 0)
@@ -350,6 +381,10 @@ class NativeLayers:
         if failed:
             raise MemoryError(f"no memory for the activations of {len(x)} tokens")
         return y
+
+
+def _pointer(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
 
 
 def _chunks(lengths: list[int], threads: int) -> list[int]:

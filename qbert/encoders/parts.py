@@ -1,6 +1,9 @@
-"""What a post-norm encoder layer is made of, whatever its family calls it.
+"""What an encoder layer is made of, whatever its family calls it.
 
-Families differ in names only: BERT's ``intermediate.dense`` is DistilBERT's ``ffn.lin1``.
+Families of the BERT kind, post-norm, differ in names only: BERT's ``intermediate.dense`` is DistilBERT's ``ffn.lin1``.
+Others differ in a few pieces, each of which is a field: norms before instead of behind (ViT, ModernBERT), a gated
+feed-forward net, rotated queries and keys, a window of tokens that are seen (ModernBERT), a bottleneck around the layer
+and several feed-forward nets (MobileBERT). A new family is described here, and runs by what computes these pieces.
 
     >>> LayerParts.of(model.encoder.layer[0]).ffn_in
 """
@@ -9,13 +12,50 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from torch import nn
+from torch import Tensor, nn
 
 BERT_LAYERS = ("BertLayer", "RobertaLayer", "XLMRobertaLayer", "ElectraLayer", "CamembertLayer")
 
 
+class FeedForward(NamedTuple):
+    """A feed-forward net inside of a layer, with the norm behind its residual sum."""
+
+    ffn_in: nn.Module
+    activation: nn.Module
+    ffn_out: nn.Module
+    norm: nn.Module
+
+
+class Bottleneck(NamedTuple):
+    """MobileBERT's way into a thin layer and out again.
+
+    down, down_norm: from the model's width to the layer's; what they give is the residual of the attention.
+    shared, shared_norm: the same again for query and key, ``None`` where they read something else.
+    inside: whether query, key and value read what `down` gives. Otherwise value reads the wide input of the layer, and
+    so do query and key without `shared`.
+    up, up_norm: from the layer's width to the model's, and the norm behind the sum with the input of the layer.
+    """
+
+    down: nn.Module
+    down_norm: nn.Module
+    shared: nn.Module | None
+    shared_norm: nn.Module | None
+    inside: bool
+    up: nn.Module
+    up_norm: nn.Module
+
+
 class LayerParts(NamedTuple):
-    """What a post-norm encoder layer is made of."""
+    """What an encoder layer is made of.
+
+    query, key, value: one and the same map where a family computes them by one matrix, in this order.
+    attention_norm, output_norm: behind the residual sums of attention and feed-forward net, or before both where
+    `pre_norm`; `nn.Identity` where there is none.
+    gated: the second half of what `ffn_in` gives multiplies the activated first half.
+    window: how many tokens on each side a token sees; 0 for all.
+    rotation: float32 [positions, head width], cosines and then sines by which halves of queries and keys are rotated.
+    more_ffns: feed-forward nets between attention and the last one.
+    """
 
     heads: int
     query: nn.Module
@@ -27,10 +67,38 @@ class LayerParts(NamedTuple):
     activation: nn.Module
     ffn_out: nn.Module
     output_norm: nn.LayerNorm
+    pre_norm: bool = False
+    gated: bool = False
+    window: int = 0
+    rotation: Tensor | None = None
+    more_ffns: tuple[FeedForward, ...] = ()
+    bottleneck: Bottleneck | None = None
+
+    @classmethod
+    def of_any_kind(cls, layer: Any) -> LayerParts | None:
+        """The parts of a layer of the BERT kind (`of`), or of ViT, ModernBERT or MobileBERT; ``None`` for any other.
+
+        ModernBERT's rotation is not in its layers, and is left out.
+        """
+        kind = type(layer).__name__
+        if kind == "ViTLayer" and hasattr(layer.attention, "q_proj"):
+            attention, mlp = layer.attention, layer.mlp
+            return cls(
+                attention.num_attention_heads, attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj,
+                layer.layernorm_before, mlp.fc1, mlp.activation_fn, mlp.fc2, layer.layernorm_after, pre_norm=True,
+            )  # fmt: skip
+        if kind == "ModernBertEncoderLayer":
+            attention, mlp = layer.attn, layer.mlp
+            return cls(
+                attention.config.num_attention_heads, attention.Wqkv, attention.Wqkv, attention.Wqkv, attention.Wo,
+                layer.attn_norm, mlp.Wi, mlp.act, mlp.Wo, layer.mlp_norm, pre_norm=True, gated=True,
+                window=(attention.sliding_window or 1) - 1,  # which the layer holds with one more
+            )  # fmt: skip
+        return _mobilebert(layer) if kind == "MobileBertLayer" else cls.of(layer)
 
     @classmethod
     def of(cls, layer: Any) -> LayerParts | None:
-        """The parts of a layer of a known family that attends to its own tokens only; ``None`` for any other."""
+        """The parts of a post-norm layer of the BERT kind that sees its own tokens only; ``None`` for any other."""
         kind = type(layer).__name__
         if kind == "TransformerBlock" and type(layer.attention).__name__ == "DistilBertSelfAttention":
             attention, ffn = layer.attention, layer.ffn
@@ -59,16 +127,56 @@ class LayerParts(NamedTuple):
         )  # fmt: skip
 
     @property
+    def width(self) -> int:
+        """Of the hidden states that pass through the layer."""
+        last: Any = self.ffn_out if self.bottleneck is None else self.bottleneck.up
+        return int(last.out_features)
+
+    @property
     def inputs(self) -> list[Any]:
-        """Query, key and value."""
-        return [self.query, self.key, self.value]
+        """Query, key and value, or the one map that gives all three."""
+        return [self.query] if self.query is self.key else [self.query, self.key, self.value]
 
     @property
     def linears(self) -> list[Any]:
-        """Query, key and value, then the other three linear maps."""
-        return [*self.inputs, self.attention_output, self.ffn_in, self.ffn_out]
+        """`inputs`, then the other linear maps."""
+        found = [*self.inputs, self.attention_output, self.ffn_in, self.ffn_out]
+        found += [m for net in self.more_ffns for m in (net.ffn_in, net.ffn_out)]
+        if self.bottleneck is not None:
+            found += filter(None, (self.bottleneck.down, self.bottleneck.shared, self.bottleneck.up))
+        return found
 
     @property
-    def norms(self) -> list[nn.LayerNorm]:
-        """The two norms."""
-        return [self.attention_norm, self.output_norm]
+    def norms(self) -> list[Any]:
+        """The two norms, and those of further feed-forward nets and of a bottleneck."""
+        found = [self.attention_norm, self.output_norm, *(net.norm for net in self.more_ffns)]
+        if self.bottleneck is not None:
+            outer = self.bottleneck
+            found += filter(None, (outer.down_norm, outer.shared_norm, outer.up_norm))
+        return found
+
+
+def _mobilebert(layer: Any) -> LayerParts:
+    attention, output, inner = layer.attention.self, layer.attention.output, layer.intermediate
+    nets = layer.ffn if layer.num_feedforward_networks > 1 else ()
+    outer = None
+    if layer.use_bottleneck:
+        entry, way_out = layer.bottleneck, layer.output.bottleneck
+        shares = entry.key_query_shared_bottleneck and not entry.use_bottleneck_attention
+        shared = entry.attention if shares else None
+        outer = Bottleneck(
+            entry.input.dense, entry.input.LayerNorm,
+            shared and shared.dense, shared and shared.LayerNorm, entry.use_bottleneck_attention,
+            way_out.dense, way_out.LayerNorm,
+        )  # fmt: skip
+    return LayerParts(
+        attention.num_attention_heads, attention.query, attention.key, attention.value, output.dense, output.LayerNorm,
+        inner.dense, inner.intermediate_act_fn, layer.output.dense, layer.output.LayerNorm,
+        more_ffns=tuple(
+            FeedForward(
+                net.intermediate.dense, net.intermediate.intermediate_act_fn, net.output.dense, net.output.LayerNorm
+            )
+            for net in nets
+        ),
+        bottleneck=outer,
+    )  # fmt: skip

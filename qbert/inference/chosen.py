@@ -55,14 +55,12 @@ class ChosenLayers:
         if engine == "auto":
             names = [n for n in ENGINES if not reason_not(n) and not (n == "native" and not_native)]
             first = parts[0]
-            width, inner = len(first.attention_norm.weight), first.ffn_in.rows
             bits = max(p.layout.bits for p in first.linears)
             ranges = first.inputs[0].spec.activation_range
-            shape = (
-                f"layer {width} x {inner}, {first.heads} heads, {type(first.activation).__name__}, {ranges} ranges, "
-            )
-            shape += f"{bits} bits" + ("" if exact else ", not exact")
-            choice = choose(shape, {n: _layer_candidate(first, width, exact, n) for n in names})
+            shape = f"layer {first.width} x {first.ffn_in.rows}, {first.heads} heads, "  # type: ignore[union-attr]
+            shape += f"{type(first.activation).__name__}, {ranges} ranges, {bits} bits" + _other_pieces(first)
+            shape += "" if exact else ", not exact"
+            choice = choose(shape, {n: _layer_candidate(first, exact, n) for n in names})
         else:
             choice = forced(engine)
         programs = {name: program(parts, exact, name) for name in dict.fromkeys(choice.engines)}
@@ -120,9 +118,7 @@ def program(parts: Sequence[LayerParts], exact: bool, engine: str) -> Program:
     return native_layers(parts, exact) if engine == "native" else compiled(FusedLayers(parts, exact, engine))
 
 
-def _layer_candidate(
-    part: LayerParts, width: int, exact: bool, engine: str
-) -> Callable[[int], tuple[Run, Callable[[], Run]]]:
+def _layer_candidate(part: LayerParts, exact: bool, engine: str) -> Callable[[int], tuple[Run, Callable[[], Run]]]:
     made: list[Program] = []
 
     def candidate(tokens: int) -> tuple[Run, Callable[[], Run]]:
@@ -131,7 +127,7 @@ def _layer_candidate(
         x = torch.randn(
             max(tokens // _SEQUENCE, 1),
             min(tokens, _SEQUENCE),
-            width,
+            part.width,
             generator=_seeded(),
             dtype=torch.float32,
             device="cpu",
@@ -147,6 +143,18 @@ def _layer_candidate(
         return lambda: run(x, None), compile_it
 
     return candidate
+
+
+def _other_pieces(part: LayerParts) -> str:
+    """What else decides about the time of a layer than its sizes; empty for the BERT kind."""
+    pieces = {
+        "pre-norm": part.pre_norm,
+        "gated": part.gated,
+        "rotated": part.rotation is not None,
+        f"{1 + len(part.more_ffns)} feed-forward nets": part.more_ffns,
+        f"{part.attention_output.rows} inside": part.bottleneck,
+    }
+    return "".join(f", {name}" for name, there in pieces.items() if there)
 
 
 def _linear_candidate(linear: PackedLinear, exact: bool, engine: str) -> Callable[[int], tuple[Run, Callable[[], Run]]]:

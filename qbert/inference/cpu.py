@@ -2,12 +2,12 @@
 
 `optimize_for_inference` prepares every packed layer for the products of `qbert.kernels.cpu`, by the engine that is
 fastest on this machine (`qbert.inference.engines`). Encoders of the BERT kind (BERT, RoBERTa, XLM-R, ELECTRA,
-CamemBERT, DistilBERT, MPNet, ALBERT) get more: Q, K and V are one product, and all layers run as one program, the
-native library (`qbert.kernels.cpu.native`) or torch's operators (`qbert.inference.cpu_layers`). The first takes
-sequences of any lengths without padding between them. For the second, sequences run in chunks that stay in the cache;
-where nobody reads the outputs of padding they are sorted by length and each chunk is cut to its longest member, so that
-padding costs next to nothing. A layer that does not fit runs between the others in its own way
-(`qbert.inference.cpu`).
+CamemBERT, DistilBERT, MPNet, ALBERT), MobileBERT, ModernBERT and ViT get more: Q, K and V are one product, and all
+layers run as one program, the native library (`qbert.kernels.cpu.native`) or torch's operators
+(`qbert.inference.cpu_layers`). The first takes sequences of any lengths without padding between them. For the second,
+sequences run in chunks that stay in the cache; where nobody reads the outputs of padding they are sorted by length and
+each chunk is cut to its longest member, so that padding costs next to nothing. A layer that does not fit runs between
+the others in its own way (`qbert.inference.cpu`).
 
     >>> fast = optimize_for_inference(packed)
     >>> fast(**tokenizer(texts, padding=True, return_tensors="pt"))
@@ -31,6 +31,13 @@ from torch import Tensor, nn
 from qbert.encoders.parts import LayerParts
 from qbert.encoders.targets import base_model
 from qbert.inference.chosen import ChosenLayers, ChosenLinear, can_choose
+from qbert.inference.cpu_base import (
+    LAYERS_IN_BASE,
+    FusedWholeModel,
+    reason_not_in_base,
+    rotation_of,
+    run_alone_in_base,
+)
 from qbert.inference.cpu_model import FusedModel, tokens_before_padding
 from qbert.inference.engines import RUNTIMES, check_engine
 from qbert.inference.fits import reason_not_four_products, reason_not_to_fuse_layer
@@ -144,10 +151,14 @@ def optimize_for_inference(
         fuse_for_gpu(model, operands, skip)
         return model
     encoder = getattr(base, "encoder", None) or getattr(base, "transformer", None)  # so called by DistilBERT
+    in_base = type(base).__name__ in LAYERS_IN_BASE
+    if in_base:
+        encoder = base
     reason = _reason_not_to_fuse(base, encoder)
     fused: set[int] = set()
     if encoder is not None and not reason:
-        fused_encoder = encoder.forward = FusedEncoder(encoder, exact, skip, engine)
+        fused_encoder = FusedEncoder(encoder, exact, skip, engine)
+        encoder.forward = FusedWholeModel(base, fused_encoder) if in_base else fused_encoder
         encoder.extra_repr = EngineReport(fused_encoder)
         altered = reason_not_to_replace([base])
         if altered:
@@ -155,8 +166,8 @@ def optimize_for_inference(
         elif hasattr(base, "embeddings") and hasattr(encoder, "layer"):
             base.forward = FusedModel(base, fused_encoder.run, fused_encoder.cross_attention)  # type: ignore[method-assign]
         own_layers = _log_layers(type(base).__name__, encoder)
-        fused = {id(m) for m in encoder.modules()} - {id(m) for layer in own_layers for m in layer.modules()}
-        fused -= {id(getattr(encoder, _MAPPING, None))}
+        fused = {id(m) for layer in layers_of(encoder) for m in layer.modules()}
+        fused -= {id(m) for layer in own_layers for m in layer.modules()}
     else:
         logger.info("%s is not fused: %s; its layers run one by one", type(base).__name__, reason)
     for module in model.modules():
@@ -245,6 +256,10 @@ class FusedEncoder(FastForward):
         if self.skip_padding:
             return self._outside(hidden_states, lambda x: self._run_sorted(x, lengths))
         keep = torch.arange(longest, device=lengths.device) < lengths[:, None]
+        return self._outside(hidden_states, lambda x: self._run_chunks(x, keep[:, None, None]))
+
+    def run_masked(self, hidden_states: Tensor, keep: Tensor) -> Tensor:
+        """[B, T, H] to [B, T, H] in its dtype, where bool `keep` [B, T] says which tokens are seen."""
         return self._outside(hidden_states, lambda x: self._run_chunks(x, keep[:, None, None]))
 
     @staticmethod
@@ -354,11 +369,13 @@ def _reason_not_to_fuse(base: Any, encoder: Any) -> str:
     altered = reason_not_to_replace([encoder])
     if altered:
         return altered
+    if encoder is base and reason_not_in_base(base):
+        return reason_not_in_base(base)
     reasons = list(filter(None, map(reason_not_to_fuse_layer, layers)))
     attention = getattr(getattr(base, "config", None), "_attn_implementation", "eager")
     if reasons and attention not in ("sdpa", "eager"):
         return f"{reasons[0]}, and {attention} attention takes no mask of its own"
-    if not hasattr(encoder, "layer"):  # whose layers cannot be run by one of them alone
+    if not hasattr(encoder, "layer") and encoder is not base:  # whose layers cannot be run by one of them alone
         return next(iter(reasons), "")
     return reasons[0] if len(reasons) == len(layers) else ""
 
@@ -368,7 +385,7 @@ _MAPPING = "embedding_hidden_mapping_in"  # ALBERT's encoder begins with it
 
 def layers_of(encoder: Any) -> list[Any]:
     """The layers of an encoder in the order in which they run, ALBERT's as often as they do; empty if unknown."""
-    layers = getattr(encoder, "layer", None)
+    layers = getattr(encoder, "layers" if type(encoder).__name__ in LAYERS_IN_BASE else "layer", None)
     if isinstance(layers, nn.ModuleList):
         return list(layers)
     if type(encoder).__name__ != "AlbertTransformer":
@@ -431,11 +448,18 @@ def stages_of(encoder: Any, exact: bool = True, engine: str = "auto") -> list[St
     layers = layers_of(encoder)
     for fits, indices in groupby(range(len(layers)), lambda i: not reason_not_to_fuse_layer(layers[i])):
         if fits:
-            parts = [parts for i in indices if (parts := LayerParts.of(layers[i]))]
+            parts = [parts for i in indices if (parts := _parts_of(encoder, layers[i]))]
             stages.append(ChosenLayers.of(parts, exact, engine))
         else:
             stages.extend(indices)
     return stages
+
+
+def _parts_of(encoder: Any, layer: Any) -> LayerParts | None:
+    parts = LayerParts.of_any_kind(layer)
+    if parts is None or not hasattr(encoder, "rotary_emb"):
+        return parts
+    return parts._replace(rotation=rotation_of(encoder, layer.attention_type))
 
 
 def _attention_of(encoder: Any) -> str:
@@ -449,6 +473,8 @@ def run_alone(encoder: Any, index: int, x: Tensor, mask: Tensor | None) -> Tenso
     `mask` broadcasts to [B, heads, T, T], and is true or 0 where a key is seen. It comes without MPNet's bias by
     position, which the encoder adds.
     """
+    if type(encoder).__name__ in LAYERS_IN_BASE:
+        return run_alone_in_base(encoder, index, x, mask)
     only = copy(encoder)  # so that the encoder itself decides how its layers are called
     only._modules = {**encoder._modules, "layer": encoder.layer[index : index + 1]}
     # In the layer's dtype, which is another where the model was moved after it was optimized.

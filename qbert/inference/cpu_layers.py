@@ -1,8 +1,9 @@
-"""Fused encoder layers on a CPU: post-norm layers of BERT, its relatives, DistilBERT and MPNet as one program.
+"""Fused encoder layers on a CPU: those of BERT and its relatives, ViT, ModernBERT and MobileBERT as one program.
 
-`FusedLayer` computes a layer from its pieces (`qbert.inference.fits`) in four int8 products; a matrix in float takes
-a float product instead, and a query, key and value that quantize their input differently take three. `FusedLayers` is
-the whole stack, `FusedEmbeddings` what comes before it. TorchScript compiles both
+`FusedLayers` is a stack of layers, each made from its pieces (`qbert.encoders.parts`): where the norms stand, how
+attention is rotated, which tokens it sees, how many feed-forward nets there are, gated or not. A layer of the BERT kind
+is four int8 products; a matrix in float takes a float product instead, and maps that quantize the same input
+differently take one each. `FusedEmbeddings` is what comes before the layers of the BERT kind. TorchScript compiles both
 (`qbert.kernels.cpu.chains.compiled`), so that one short sentence does not spend half of its time in Python.
 
     >>> layers = FusedLayers([LayerParts.of(layer) for layer in encoder.layer])
@@ -11,20 +12,20 @@ the whole stack, `FusedEmbeddings` what comes before it. TorchScript compiles bo
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qbert.encoders.factors import is_factored
-from qbert.encoders.parts import LayerParts
-from qbert.inference.fits import maps_of, one_input
+from qbert.encoders.parts import Bottleneck, FeedForward, LayerParts
+from qbert.inference.fits import can_join, maps_of, one_input
 from qbert.inference.forward import reason_not_to_replace
 from qbert.kernels.cpu import CpuLinear
 from qbert.kernels.cpu.chains import FloatChain
-from qbert.kernels.cpu.native import ACTIVATIONS, NativeLayers, NativeProduct
+from qbert.kernels.cpu.native import ACTIVATIONS, NativeLayer, NativeLayers
 from qbert.layers.embedding import PackedEmbedding
 from qbert.layers.linear import PackedLinear
 from qbert.layers.tables import grids_of, is_packed_table
@@ -41,12 +42,13 @@ class FusedLayers(nn.Module):
 
     def __init__(self, parts: Sequence[LayerParts], exact: bool = True, engine: str | None = None) -> None:
         super().__init__()
-        made: dict[int, FusedLayer] = {}  # ALBERT runs the same layer many times
+        made: dict[int, nn.Module] = {}  # ALBERT runs the same layer many times
         for part in parts:
             if id(part.query) not in made:
-                made[id(part.query)] = FusedLayer(part, exact, engine)
+                made[id(part.query)] = _fused_layer(part, _Makers(exact, engine))
         self.layers = nn.ModuleList(made[id(part.query)] for part in parts)
         self.like = torch.zeros((), dtype=torch.bfloat16 if engine == "bf16" else torch.float32, device="cpu")
+        self.window = max(part.window for part in parts)
 
     def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
         """x float32 [B, T, H] to [B, T, H]; `mask` broadcasts to [B, heads, T, T], true or 0 where a key is seen."""
@@ -54,59 +56,229 @@ class FusedLayers(nn.Module):
         y = x.reshape(-1, shape[2]).to(self.like.dtype)
         if mask is not None and mask.dtype != torch.bool:
             mask = mask.to(self.like.dtype)
+        near = mask
+        if self.window > 0 and shape[1] > self.window + 1:
+            near = _within(self.window, shape[1], mask)
         for layer in self.layers:
-            y = layer(y, shape[0], mask)
+            y = layer(y, shape[0], mask, near)
         return y.view(shape).to(x.dtype)
 
 
-class FusedLayer(nn.Module):
-    """One encoder layer, post-norm: int8 products and float attention, normalization and activation function.
+def _within(window: int, length: int, mask: Tensor | None) -> Tensor:
+    """`mask` of keys, which shows no more than `window` tokens on each side of a query; [T, T] or [B, 1, T, T]."""
+    places = torch.arange(length)
+    seen = (places[:, None] - places).abs_() <= window
+    if mask is None:
+        return seen
+    return seen & mask if mask.dtype == torch.bool else mask.masked_fill(~seen, float("-inf"))
 
-    Args:
-        parts: those of a layer for which `reason_not_to_fuse_layer` has none.
-        exact, engine: as for `CpuLinear.prepare`; one of torch's engines.
+
+class _Makers(NamedTuple):
+    """How the pieces of a layer are prepared: `exact` and `engine` as for `CpuLinear.prepare`."""
+
+    exact: bool
+    engine: str | None
+
+    def chain(self, *linears: Any) -> nn.Module:
+        """The product of one or several maps of the same input, their rows under each other: [T, I] to [T, O]."""
+        if len(linears) == 1 and not isinstance(linears[0], PackedLinear):
+            return _chain(linears[0], self.exact, self.engine)
+        if can_join(list(linears)):
+            return _joined(list(linears), self.exact, self.engine).chain  # type: ignore[return-value]
+        return _Beside(_chain(linear, self.exact, self.engine) for linear in linears)
+
+    def norm(self, norm: Any) -> nn.Module:
+        """What a norm computes from copies: the model may be moved to another dtype, its layers go on in float32."""
+        if isinstance(norm, nn.Identity):
+            return norm
+        weight, shift, eps = _norm(norm)
+        if self.engine == "bf16":
+            weight, shift = weight.bfloat16(), shift.bfloat16()
+        if isinstance(norm, nn.LayerNorm):
+            return _LayerNorm(weight, shift, eps)
+        folded = bool((weight == 1).all()) and not bool(shift.any())
+        return nn.Identity() if folded else _NoNorm(weight, shift)
+
+    def feed_forward(self, ffn_in: Any, activation: nn.Module, ffn_out: Any, gated: bool = False) -> nn.Module:
+        """A feed-forward net, [T, H] to [T, H]."""
+        exact = type(activation).__name__ == "GELUActivation"
+        made: list[nn.Module] = [self.chain(ffn_in), _GeluInPlace() if exact else activation, self.chain(ffn_out)]
+        return _Gated(*made) if gated else nn.Sequential(*made)
+
+
+def _fused_layer(parts: LayerParts, make: _Makers) -> nn.Module:
+    """The module of a layer for which `reason_not_to_fuse_layer` has none, by one of torch's engines."""
+    if parts.bottleneck is not None:
+        return _BottleneckLayer(parts, parts.bottleneck, make)
+    return _PreNormLayer(parts, make) if parts.pre_norm else _PostNormLayer(parts, make)
+
+
+class _PostNormLayer(nn.Module):
+    """A layer of the BERT kind: int8 products and float attention, normalization and activation function."""
+
+    def __init__(self, parts: LayerParts, make: _Makers) -> None:
+        super().__init__()
+        self.attention = _Attention(parts, make)
+        self.feed_forward, self.norms = _feed_forwards(parts, make)
+        self.attention_norm = make.norm(parts.attention_norm)
+
+    def forward(self, x: Tensor, batch: int, mask: Tensor | None, near: Tensor | None) -> Tensor:
+        """x [B T, H] to [B T, H]; `mask` as for `FusedLayers`, `near` the same within the window."""
+        y = self.attention_norm(self.attention(x, batch, mask, near).add_(x))
+        for net, norm in zip(self.feed_forward, self.norms):  # noqa: B905  TorchScript knows no strict
+            y = norm(net(y).add_(y))
+        return y  # type: ignore[no-any-return]
+
+
+class _PreNormLayer(nn.Module):
+    """A layer whose norms stand before attention and feed-forward net: ViT, ModernBERT."""
+
+    def __init__(self, parts: LayerParts, make: _Makers) -> None:
+        super().__init__()
+        self.attention = _Attention(parts, make)
+        self.feed_forward = make.feed_forward(parts.ffn_in, parts.activation, parts.ffn_out, parts.gated)
+        self.attention_norm, self.output_norm = make.norm(parts.attention_norm), make.norm(parts.output_norm)
+
+    def forward(self, x: Tensor, batch: int, mask: Tensor | None, near: Tensor | None) -> Tensor:
+        """As for `_PostNormLayer`."""
+        y = self.attention(self.attention_norm(x), batch, mask, near).add_(x)
+        return self.feed_forward(self.output_norm(y)).add_(y)  # type: ignore[no-any-return]
+
+
+class _BottleneckLayer(nn.Module):
+    """A thin post-norm layer between wide ones: MobileBERT.
+
+    What reads the wide input, up to three maps, is one product where they quantize it in the same way; so are query
+    and key.
     """
 
-    def __init__(self, parts: LayerParts, exact: bool = True, engine: str | None = None) -> None:
+    def __init__(self, parts: LayerParts, outer: Bottleneck, make: _Makers) -> None:
         super().__init__()
+        heads = [parts.query, parts.key, parts.value]
         self.heads = parts.heads
-        if one_input(parts):
-            self.qkv: nn.Module = _joined(parts.inputs, exact, engine).chain  # type: ignore[assignment]
-        else:
-            self.qkv = _Beside(*(_chain(p, exact, engine) for p in parts.inputs))
-        self.attention_output = _chain(parts.attention_output, exact, engine)
-        self.ffn_in, self.ffn_out = (_chain(p, exact, engine) for p in (parts.ffn_in, parts.ffn_out))
-        exact = type(parts.activation).__name__ == "GELUActivation"
-        self.activation = _GeluInPlace() if exact else parts.activation
-        # Copies, because the model may be moved to another dtype while its layers go on in float32.
-        self.norm1, self.shift1, self.eps1 = _norm(parts.attention_norm)
-        self.norm2, self.shift2, self.eps2 = _norm(parts.output_norm)
-        if engine == "bf16":
-            self.norm1, self.shift1, self.norm2, self.shift2 = (
-                v.bfloat16() for v in (self.norm1, self.shift1, self.norm2, self.shift2)
-            )
+        self.inside, self.shares = outer.inside, outer.shared is not None
+        wide: list[Any] = [outer.down] if outer.inside else [outer.down, *heads]
+        if outer.shared is not None:
+            wide = [outer.down, outer.shared, parts.value]
+        thin = heads if outer.inside else heads[:2] if self.shares else []
+        self.sizes: list[int] = [int(m.out_features) for m in wide]
+        self.read_wide, self.read_thin = make.chain(*wide), make.chain(*thin) if thin else nn.Identity()
+        self.down_norm = make.norm(outer.down_norm)
+        self.shared_norm = nn.Identity() if outer.shared_norm is None else make.norm(outer.shared_norm)
+        self.mix = _Mix(parts)
+        self.attention_output, self.attention_norm = make.chain(parts.attention_output), make.norm(parts.attention_norm)
+        self.feed_forward, self.norms = _feed_forwards(parts, make)
+        self.up, self.up_norm = make.chain(outer.up), make.norm(outer.up_norm)
 
-    def forward(self, x: Tensor, batch: int, mask: Tensor | None) -> Tensor:
-        """x [B T, H] to [B T, H]; `mask` as for `FusedLayers`."""
-        tokens, width = x.shape
+    def forward(self, x: Tensor, batch: int, mask: Tensor | None, near: Tensor | None) -> Tensor:
+        """As for `_PostNormLayer`."""
+        read = self.read_wide(x).split(self.sizes, 1)
+        thin = self.down_norm(read[0]).contiguous()
+        if self.inside:
+            query, key, value = self.read_thin(thin).chunk(3, 1)
+        elif self.shares:
+            query, key = self.read_thin(self.shared_norm(read[1]).contiguous()).chunk(2, 1)
+            value = read[2]
+        else:
+            query, key, value = read[1], read[2], read[3]
+        shape = (batch, x.shape[0] // batch, self.heads, -1)
+        query, key, value = query.view(shape), key.view(shape), value.view(shape)
+        y = self.attention_output(self.mix(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), mask))
+        y = self.attention_norm(y.add_(thin))
+        for net, norm in zip(self.feed_forward, self.norms):  # noqa: B905  TorchScript knows no strict
+            y = norm(net(y).add_(y))
+        return self.up_norm(self.up(y).add_(x))  # type: ignore[no-any-return]
+
+
+def _feed_forwards(parts: LayerParts, make: _Makers) -> tuple[nn.ModuleList, nn.ModuleList]:
+    """The feed-forward nets of a post-norm layer in their order, and their norms."""
+    last = FeedForward(parts.ffn_in, parts.activation, parts.ffn_out, parts.output_norm)
+    nets = [*parts.more_ffns, last]
+    return (
+        nn.ModuleList(make.feed_forward(net.ffn_in, net.activation, net.ffn_out) for net in nets),
+        nn.ModuleList(make.norm(net.norm) for net in nets),
+    )
+
+
+class _Attention(nn.Module):
+    """Query, key and value of one input, attention, and the map of what it mixes."""
+
+    def __init__(self, parts: LayerParts, make: _Makers) -> None:
+        super().__init__()
+        self.qkv, self.mix, self.output = make.chain(*parts.inputs), _Mix(parts), make.chain(parts.attention_output)
+        self.heads, self.is_local = parts.heads, parts.window > 0
+
+    def forward(self, x: Tensor, batch: int, mask: Tensor | None, near: Tensor | None) -> Tensor:
+        """[B T, H] to [B T, H]."""
+        tokens = x.shape[0]
         qkv = self.qkv(x).view(batch, tokens // batch, 3, self.heads, -1)
-        query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # [B, heads, T, D] each
-        mixed = F.scaled_dot_product_attention(query, key, value, mask).transpose(1, 2).reshape(tokens, -1)
-        y = self.attention_output(mixed).add_(x)
-        y = F.layer_norm(y, [width], self.norm1, self.shift1, self.eps1)
-        hidden = self.activation(self.ffn_in(y))
-        return F.layer_norm(self.ffn_out(hidden).add_(y), [width], self.norm2, self.shift2, self.eps2)
+        query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        return self.output(self.mix(query, key, value, near if self.is_local else mask))  # type: ignore[no-any-return]
+
+
+class _Mix(nn.Module):
+    """Attention itself, with rotated queries and keys where a family rotates them."""
+
+    def __init__(self, parts: LayerParts) -> None:
+        super().__init__()
+        self.rotates = parts.rotation is not None
+        self.rotation = torch.zeros(0, 2, device="cpu") if parts.rotation is None else parts.rotation
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+        """[B, heads, T, D] each to the mixed values [B T, heads D]."""
+        if self.rotates:
+            query, key = self._rotated(query), self._rotated(key)
+        mixed = F.scaled_dot_product_attention(query, key, value, mask).transpose(1, 2)
+        return mixed.reshape(mixed.shape[0] * mixed.shape[1], -1)
+
+    def _rotated(self, x: Tensor) -> Tensor:
+        cosine, sine = self.rotation[: x.shape[2]].chunk(2, 1)
+        first, second = x.chunk(2, 3)
+        turned = torch.cat([first * cosine - second * sine, second * cosine + first * sine], 3)
+        return turned.to(x.dtype)
+
+
+class _LayerNorm(nn.Module):
+    def __init__(self, weight: Tensor, shift: Tensor, eps: float) -> None:
+        super().__init__()
+        self.gain, self.shift, self.eps = weight, shift, eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.layer_norm(x, [x.shape[1]], self.gain, self.shift, self.eps)
+
+
+class _NoNorm(nn.Module):
+    """MobileBERT's: a scale and a shift."""
+
+    def __init__(self, weight: Tensor, shift: Tensor) -> None:
+        super().__init__()
+        self.gain, self.shift = weight, shift
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.addcmul(self.shift, x, self.gain)
+
+
+class _Gated(nn.Module):
+    """A feed-forward net whose first map gives values and, behind them, what multiplies them."""
+
+    def __init__(self, ffn_in: nn.Module, activation: nn.Module, ffn_out: nn.Module) -> None:
+        super().__init__()
+        self.ffn_in, self.activation, self.ffn_out = ffn_in, activation, ffn_out
+
+    def forward(self, x: Tensor) -> Tensor:
+        value, gate = self.ffn_in(x).chunk(2, 1)
+        return self.ffn_out(self.activation(value) * gate)  # type: ignore[no-any-return]
 
 
 class _Beside(nn.Module):
-    """Query, key and value as three products, beside each other: [T, I] to [T, 3 H]."""
+    """Several products of one input, beside each other: [T, I] to [T, O], the sum of their rows."""
 
-    def __init__(self, query: nn.Module, key: nn.Module, value: nn.Module) -> None:
+    def __init__(self, maps: Iterable[nn.Module]) -> None:
         super().__init__()
-        self.query, self.key, self.value = query, key, value
+        self.maps = nn.ModuleList(maps)
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.cat([self.query(x), self.key(x), self.value(x)], dim=1)
+        return torch.cat([m(x) for m in self.maps], dim=1)
 
 
 class _GeluInPlace(nn.Module):
@@ -221,15 +393,17 @@ def _joined(parts: list[Any], exact: bool, engine: str | None) -> CpuLinear:
 
 def native_layers(parts: Sequence[LayerParts], exact: bool = True) -> NativeLayers:
     """The stack by the native engine; `parts` of layers for which `reason_not_native_layers` has none."""
-    made: dict[int, tuple[list[NativeProduct], list[Any], int, int]] = {}
+    made: dict[int, NativeLayer] = {}
     for part in parts:
         if id(part.query) in made:
             continue
         products: list[Any] = [_joined(part.inputs, exact, "native").chain]
-        products += [p.cpu_linear(exact, "native").chain for p in part.linears[3:]]
-        norms = [_norm(norm) for norm in part.norms]
-        activation = ACTIVATIONS[type(part.activation).__name__]
-        made[id(part.query)] = (products, norms, part.heads, activation)
+        others = (part.attention_output, part.ffn_in, part.ffn_out)
+        products += [p.cpu_linear(exact, "native").chain for p in others]  # type: ignore[operator,union-attr]
+        made[id(part.query)] = NativeLayer(
+            products, [None if isinstance(n, nn.Identity) else _norm(n) for n in part.norms], part.heads,
+            ACTIVATIONS[type(part.activation).__name__], part.pre_norm, part.gated, part.window, part.rotation,
+        )  # fmt: skip
     return NativeLayers([made[id(part.query)] for part in parts])
 
 
@@ -239,7 +413,7 @@ def reason_not_to_choose(parts: Sequence[LayerParts]) -> str:
         packed = [p for p in part.linears if isinstance(p, PackedLinear)]
         if len(packed) < len(part.linears) or any(p.spec.activation_bits is None for p in packed):
             return "some of its products are in float"
-        if any(p.layout.input_groups > 1 for p in packed) or not one_input(part):
+        if any(p.layout.input_groups > 1 for p in packed) or not (part.bottleneck or one_input(part)):
             return "its inputs are not quantized as one"
     return ""
 
@@ -247,6 +421,10 @@ def reason_not_to_choose(parts: Sequence[LayerParts]) -> str:
 def reason_not_native_layers(parts: Sequence[LayerParts]) -> str:
     """Why the native engine cannot run layers that `reason_not_to_choose` lets choose; empty if it can."""
     for part in parts:
+        if part.bottleneck is not None or part.more_ffns:
+            return "it knows no bottlenecks and one feed-forward net a layer"
+        if any(type(norm).__name__ == "NoNorm" for norm in part.norms):
+            return "it does not know NoNorm"
         kind = type(part.activation).__name__
         if kind not in ACTIVATIONS:
             return f"it does not know the activation function {kind}"
@@ -257,5 +435,8 @@ def reason_not_native_layers(parts: Sequence[LayerParts]) -> str:
     return ""
 
 
-def _norm(norm: nn.LayerNorm) -> tuple[Tensor, Tensor, float]:
-    return norm.weight.detach().float().clone(), norm.bias.detach().float().clone(), norm.eps
+def _norm(norm: Any) -> tuple[Tensor, Tensor, float]:
+    """Weight, shift and epsilon of a norm, the last 0 for a NoNorm."""
+    weight = norm.weight.detach().float().clone()
+    shift = torch.zeros_like(weight) if norm.bias is None else norm.bias.detach().float().clone()
+    return weight, shift, getattr(norm, "eps", 0.0)

@@ -51,7 +51,7 @@ class FusedModel(FastForward):
         given = dict(zip(self.names, args, strict=False)) | kwargs
         input_ids, mask = given.pop("input_ids", None), given.pop("attention_mask", None)
         ids = {name: given.pop(name) for name in self.id_names if name in given}
-        padded_right, lengths = _lengths(mask)
+        padded_right, lengths = lengths_of(mask)
         if input_ids is None or not padded_right or not self._can_run(input_ids, mask, given):
             return type(base).forward(base, *args, **kwargs)
         with torch.inference_mode():
@@ -96,15 +96,22 @@ def is_plain_request(
     base: Any, ids: Tensor, mask: Tensor | None, embeds: Tensor | None, kwargs: dict[str, Any]
 ) -> bool:
     """Whether `base` is asked for no more than the last hidden state and the pooled output of token ids [B, T]."""
-    from transformers.utils.output_capturing import _active_collector
-
-    config = base.config
     return (
         ids.dim() == 2
         and ids.numel() > 0
         and embeds is None
         and (mask is None or mask.shape == ids.shape)
-        and (config.return_dict if kwargs.get("return_dict") is None else kwargs["return_dict"]) is True
+        and asks_for_no_more(base, kwargs)
+    )
+
+
+def asks_for_no_more(base: Any, kwargs: dict[str, Any]) -> bool:
+    """Whether `kwargs`, what is left of a request, and the config want no more of `base` than hidden states at last."""
+    from transformers.utils.output_capturing import _active_collector
+
+    config = base.config
+    return (
+        (config.return_dict if kwargs.get("return_dict") is None else kwargs["return_dict"]) is True
         and not any(isinstance(v, Tensor) or bool(v) for k, v in kwargs.items() if k != "return_dict")
         and not (config.output_hidden_states or config.output_attentions)
         and not _active_collector.get()
@@ -113,7 +120,7 @@ def is_plain_request(
     )
 
 
-def _lengths(mask: Tensor | None) -> tuple[bool, Tensor | None]:
+def lengths_of(mask: Tensor | None) -> tuple[bool, Tensor | None]:
     """(whether a mask [B, T] hides nothing but padding on the right, tokens in each sequence [B] if it hides any).
 
     A row of nothing but padding is none of that: what it attends to is left to the model.

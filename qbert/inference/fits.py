@@ -23,7 +23,7 @@ def reason_not_to_fuse_layer(layer: Any) -> str:
 
     A layer wholly in float would gain little, and take its weights a second time.
     """
-    parts = LayerParts.of(layer)
+    parts = LayerParts.of_any_kind(layer)
     if parts is None:
         return f"a {type(layer).__name__} is not an encoder layer of the BERT kind"
     maps = [m for part in parts.linears for m in maps_of(part)]
@@ -31,13 +31,14 @@ def reason_not_to_fuse_layer(layer: Any) -> str:
     if any(p.spec.activation_bits not in (8, None) for p in packed):
         return "some of its inputs have fewer than 8 bits"
     whole = [part for part in parts.linears if is_factored(part)]
-    inner = {id(m) for part in (*packed, *whole, parts.activation) for m in part.modules()}
+    activations = [parts.activation, *(net.activation for net in parts.more_ffns)]
+    # MobileBERT has a map that it does not use where attention is inside of the bottleneck.
+    every = [m for m in layer.modules() if isinstance(m, PackedLinear)]
+    inner = {id(m) for part in (*every, *whole, *activations) for m in part.modules()}
     altered = reason_not_to_replace(m for m in layer.modules() if id(m) not in inner)
     if altered:
         return altered
-    if not all(
-        type(norm) is nn.LayerNorm and norm.elementwise_affine and norm.bias is not None for norm in parts.norms
-    ):
+    if not all(_is_known_norm(norm, parts.pre_norm) for norm in parts.norms):
         return "its norms are not LayerNorm with weight and bias"
     for part in maps:
         if not isinstance(part, PackedLinear) and type(part) is not nn.Linear:
@@ -47,7 +48,7 @@ def reason_not_to_fuse_layer(layer: Any) -> str:
 
 def reason_not_four_products(layer: Any) -> str:
     """Why a `layer` that can be fused cannot be four products of packed weights; empty if it can."""
-    parts = LayerParts.of(layer)
+    parts = LayerParts.of_any_kind(layer)
     assert parts is not None
     if any(is_factored(p) for p in parts.linears):
         return f"{', '.join(_name(layer, p) for p in parts.linears if is_factored(p))} in factors"
@@ -56,7 +57,7 @@ def reason_not_four_products(layer: Any) -> str:
         return f"{', '.join(in_float)} in float"
     if any(p.layout.input_groups > 1 for p in parts.inputs):
         return "query, key or value has input groups"
-    return "" if one_input(parts) else "query, key and value quantize their input differently"
+    return "" if parts.bottleneck or one_input(parts) else "query, key and value quantize their input differently"
 
 
 def maps_of(part: nn.Module) -> list[nn.Module]:
@@ -66,8 +67,18 @@ def maps_of(part: nn.Module) -> list[nn.Module]:
 
 def one_input(parts: LayerParts) -> bool:
     """Whether Q, K and V are packed and quantize what they get in the same way."""
-    query, *others = parts.inputs
-    return all(isinstance(p, PackedLinear) for p in parts.inputs) and all(_same_input(query, p) for p in others)
+    return can_join(parts.inputs)
+
+
+def can_join(maps: list[Any]) -> bool:
+    """Whether linear maps of one input are packed and quantize it in the same way, so that one product does for all."""
+    return all(isinstance(m, PackedLinear) for m in maps) and all(_same_input(maps[0], m) for m in maps[1:])
+
+
+def _is_known_norm(norm: Any, pre_norm: bool) -> bool:
+    if type(norm) is nn.LayerNorm:
+        return norm.elementwise_affine and (pre_norm or norm.bias is not None)
+    return type(norm) is nn.Identity if pre_norm else type(norm).__name__ == "NoNorm"
 
 
 def _name(layer: nn.Module, part: nn.Module) -> str:
