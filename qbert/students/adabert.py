@@ -126,6 +126,7 @@ class SpaceLayer(nn.Module):
             for _ in range(count)
         )
         self.mixture = nn.Parameter(torch.zeros(nodes))
+        self.norm = nn.LayerNorm(width)
 
     def forward(self, first: Tensor, second: Tensor, inside: Tensor, chosen: Tensor) -> Tensor:
         """As a `CellLayer`, under a choice for every edge, one-hot rows of [edges, operations].
@@ -142,8 +143,8 @@ class SpaceLayer(nn.Module):
                     total = total + sum(w * each(x, inside) for w, each in zip(weights, every, strict=True))
                 else:
                     total = total + every[int(weights.argmax())](x, inside)
-            states.append(total * inside)
-        return mixed(self.mixture, states[INPUTS:])
+            states.append(total / len(states) * inside)
+        return self.norm(mixed(self.mixture, states[INPUTS:])) * inside  # type: ignore[no-any-return]
 
 
 class AdaBertSpace(AdaBertForSequenceClassification):
