@@ -3,7 +3,8 @@
 `Search` is a `Distiller` whose student is such a network (`qbert.students.adabert.adabert_space`): it has its choices
 under ``architecture``, draws from them, and says what they cost and what they come to (`derive`). Steps take turns: one
 trains the weights, on rows of one half, under a drawn architecture; the next trains the choices alone, on rows of the
-other half, where an operation that only learned its rows by heart is no help. Draws cool down on the way.
+other half, where an operation that only learned its rows by heart is no help. At first all steps train weights: choices
+between operations that know nothing yet would follow their price alone. Draws cool down on the way.
 
     >>> search = Search(probed, space, recipes.adabert_search(probed.losses, depth=4), arguments, rows)
     >>> search.train()
@@ -36,10 +37,11 @@ class Search(Distiller):
     Args:
         teacher, student, recipe, args, train_dataset, **kwargs: as of `Distiller`; ``max_steps`` counts both kinds of
             step. The rows need a length, and their order is the search's own.
+        weights_first: share of the steps in which the weights alone are trained.
 
     Raises:
         ValueError: a student without an architecture, a recipe without a price (a term ``cost``), several processes,
-            accumulated batches, or too few rows for a batch of each half; and what `Distiller` raises.
+            accumulated batches, too few rows for a batch of each half, a share of 1; and what `Distiller` raises.
     """
 
     def __init__(
@@ -49,8 +51,12 @@ class Search(Distiller):
         recipe: Recipe,
         args: TrainingArguments | None = None,
         train_dataset: Any = None,
+        *,
+        weights_first: float = 0.3,
         **kwargs: Any,
     ) -> None:
+        if not 0 <= weights_first < 1:
+            raise ValueError(f"weights_first={weights_first} leaves no step for the choices; use a share below 1")
         if not hasattr(student, CHOICES) or not hasattr(student, "derive"):
             raise ValueError(
                 f"student: {type(student).__name__} has no architecture to search for; give what "
@@ -71,23 +77,24 @@ class Search(Distiller):
         args = copy.copy(given)
         size = args.train_batch_size
         steps = args.max_steps if args.max_steps > 0 else int(args.num_train_epochs * len(train_dataset) / size)
-        rows = Subset(train_dataset, in_turns(train_dataset, size, steps, args.seed))
+        first = round(weights_first * steps)
+        rows = Subset(train_dataset, in_turns(train_dataset, size, steps, args.seed, first))
         args.max_steps, args.train_sampling_strategy = steps, "sequential"
         super().__init__(teacher, student, recipe, args, rows, **kwargs)
-        self.add_callback(Turns(student))
+        self.add_callback(Turns(student, first))
 
 
 class Turns(TrainerCallback):
-    """Every second step, the odd ones, belongs to the choices; draws cool down from 1 to 0.2."""
+    """After the `first` steps every second one belongs to the choices; draws cool down from 1 to 0.2."""
 
-    def __init__(self, student: Any) -> None:
-        self.student = student
+    def __init__(self, student: Any, first: int) -> None:
+        self.student, self.first = student, first
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Whose turn it is."""
-        self.student.choosing = state.global_step % 2 == 1
+        self.student.choosing = chooses(state.global_step, self.first)
         self.student.temperature = _COLDEST ** (state.global_step / max(state.max_steps, 1))
 
     def on_pre_optimizer_step(
@@ -99,8 +106,13 @@ class Turns(TrainerCallback):
                 parameter.grad = None
 
 
-def in_turns(rows: Any, batch_size: int, steps: int, seed: int) -> list[int]:
-    """Indices of the rows of `steps` batches, taken from two halves in turns, each shuffled anew in every pass.
+def chooses(step: int, first: int) -> bool:
+    """Whether a step (from 0) belongs to the choices, where the first `first` steps do not."""
+    return step >= first and (step - first) % 2 == 1
+
+
+def in_turns(rows: Any, batch_size: int, steps: int, seed: int, first: int = 0) -> list[int]:
+    """Indices of the rows of `steps` batches, one half for weights and one for choices, shuffled anew in every pass.
 
     Raises:
         ValueError: rows without a length, or less than a batch in each half.
@@ -116,10 +128,12 @@ def in_turns(rows: Any, batch_size: int, steps: int, seed: int) -> list[int]:
     shuffled = np.random.default_rng(seed).permutation(len(rows))
     halves = np.array_split(shuffled, 2)
     queues: list[list[list[int]]] = [[], []]
+    turns = [int(chooses(step, first)) for step in range(steps)]
     passes = 0
-    while min(map(len, queues)) < (steps + 1) // 2:
+    while any(len(queue) < turns.count(turn) for turn, queue in enumerate(queues)):
         for half, queue in zip(halves, queues, strict=True):
             batches = training_order(lengths[half], batch_size, seed, passes)
             queue += [half[batch].tolist() for batch in batches if len(batch) == batch_size]
         passes += 1
-    return [index for step in range(steps) for index in queues[step % 2][step // 2]]
+    batches_of = [iter(queue) for queue in queues]
+    return [index for turn in turns for index in next(batches_of[turn])]

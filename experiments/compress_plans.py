@@ -172,6 +172,12 @@ def searched_cell(bench: Bench, seed: int) -> nn.Module:
     return students.adabert(bench.teacher, cell, depth, width=bench.table_width, seed=seed, **bench.word_table)
 
 
+def plain_cell(bench: Bench, seed: int) -> nn.Module:
+    """As many layers of a cell that nobody searched for: three convolutions of three words, each beside a skip."""
+    _, depth = bench.searched(seed)
+    return students.adabert(bench.teacher, depth=depth, width=bench.table_width, seed=seed, **bench.word_table)
+
+
 def random_cells(draw: int) -> Callable[[Bench, int], nn.Module]:
     """As many layers of a cell that is drawn, as large as the one that is searched for."""
 
@@ -417,6 +423,7 @@ PLANS: dict[str, Plan] = {
     "adabert": replace(
         cells("AdaBERT", searched_cell, "AdaBERT", "Chen et al. 2020"),
         ablations={
+            "plain": cells("AdaBERT, three convolutions", plain_cell, "three convolutions"),
             **{
                 f"random {draw}": cells(f"AdaBERT, random cell {draw}", random_cells(draw), f"random cell {draw}")
                 for draw in range(1, 6)

@@ -126,6 +126,7 @@ class SpaceLayer(nn.Module):
             for _ in range(count)
         )
         self.mixture = nn.Parameter(torch.zeros(nodes))
+        self.norm = nn.LayerNorm(width)
 
     def forward(self, first: Tensor, second: Tensor, inside: Tensor, chosen: Tensor) -> Tensor:
         """As a `CellLayer`, under a choice for every edge, one-hot rows of [edges, operations].
@@ -142,8 +143,8 @@ class SpaceLayer(nn.Module):
                     total = total + sum(w * each(x, inside) for w, each in zip(weights, every, strict=True))
                 else:
                     total = total + every[int(weights.argmax())](x, inside)
-            states.append(total * inside)
-        return mixed(self.mixture, states[INPUTS:])
+            states.append(total / len(states) * inside)
+        return self.norm(mixed(self.mixture, states[INPUTS:])) * inside  # type: ignore[no-any-return]
 
 
 class AdaBertSpace(AdaBertForSequenceClassification):
@@ -282,40 +283,23 @@ def adabert(
 
 
 def adabert_space(
-    teacher: nn.Module,
-    *,
-    nodes: int = 3,
-    depth: int = 4,
-    width: int = 96,
-    dense: int = 200,
-    dropout: float = 0.1,
-    table: TableKind = "frozen",
-    dimensions: int | None = None,
-    rank: int | None = None,
-    pairs: bool = False,
-    tokenizer: Any = None,
-    seed: int = 0,
+    teacher: nn.Module, *, nodes: int = 3, depth: int = 4, width: int = 96, seed: int = 0, **common: Any
 ) -> AdaBertSpace:
     """Every student of `adabert` with cells of `nodes` nodes and up to `depth` layers, to search among.
 
-    Arguments, and what is raised, are those of `adabert`.
+    Args:
+        teacher: as of `adabert`, and so are the others and what is raised.
+        nodes: inner nodes of a cell.
+        depth: the most layers that there may be.
+        width, seed: as of `adabert`.
+        **common: its ``dense``, ``dropout``, ``table``, ``dimensions``, ``rank``, ``pairs`` and ``tokenizer``.
     """
     _check_sizes(width, depth)
     if nodes < 1:
         raise ValueError(f"nodes={nodes} is not possible; use at least 1")
-    return make_student(
-        AdaBertSpace,
-        teacher,
-        seed,
-        {"cell": [[[0, "skip"]]] * nodes, "width": width, "depth": depth},
-        table=table,
-        dimensions=dimensions,
-        rank=rank,
-        pairs=pairs,
-        tokenizer=tokenizer,
-        dense=dense,
-        dropout=dropout,
-    )
+    sizes = {"cell": [[[0, "skip"]]] * nodes, "width": width, "depth": depth}
+    defaults = {"table": "frozen", "dimensions": None, "rank": None, "pairs": False, "tokenizer": None}
+    return make_student(AdaBertSpace, teacher, seed, sizes, **{**defaults, "dense": 200, "dropout": 0.1, **common})
 
 
 def _check_sizes(width: int, depth: int) -> None:

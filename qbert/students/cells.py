@@ -1,8 +1,9 @@
 """Cells: small graphs of convolutions, pools and skips over words, drawn by a search or at random.
 
-A cell reads two sequences and has inner nodes, each the sum of two operations on sequences that come before it: the two
-inputs (0 and 1) or earlier nodes (2, 3, ...). What it gives is a trained mixture of its nodes. It stands beside
-`adabert`, which says how a student is made of cells, since a search draws, prices and compares cells without one.
+A cell reads two sequences and has inner nodes, each the mean of two operations on sequences that come before it: the
+two inputs (0 and 1) or earlier nodes (2, 3, ...). What it gives is a trained mixture of its nodes, normalized. It
+stands beside `adabert`, which says how a student is made of cells, since a search draws, prices and compares cells
+without one.
 
     >>> cell = Cell.parse([[[0, "conv3"], [1, "max3"]], [[1, "skip"], [2, "wide5"]]])
     >>> cell.parameters(96), random_cell(3, seed=0, like=cell)
@@ -10,7 +11,8 @@ inputs (0 and 1) or earlier nodes (2, 3, ...). What it gives is a trained mixtur
 Source: Chen et al. 2020, AdaBERT, section 3.2: 3 nodes, kernels 3, 5 and 7, plain and with dilation 2, pools of 3, a
 skip. Differences: nothing stands for no operation at all, since such edges win any short search (the two best edges of
 a node are kept in any case); a convolution is followed by ReLU and a normalization of each token, where the authors
-have one over the batch, whose statistics would count padding.
+have one over the batch, whose statistics would count padding; nodes are means and layers end in a normalization, since
+sums of skips double from node to node and leave the fourth layer hundreds of times as large as the first.
 """
 
 from __future__ import annotations
@@ -185,14 +187,15 @@ class CellLayer(nn.Module):
         self.cell = cell
         self.edges = nn.ModuleList(OPERATIONS[name].module(width) for node in cell.nodes for _, name in node)
         self.mixture = nn.Parameter(torch.zeros(len(cell.nodes)))
+        self.norm = nn.LayerNorm(width)
 
     def forward(self, first: Tensor, second: Tensor, inside: Tensor) -> Tensor:
         """Two sequences [B, T, W] of words, 0 outside of `inside` [B, T, 1], to one."""
         states, edges = [first, second], iter(self.edges)
         for node in self.cell.nodes:
             values = [next(edges)(states[source], inside) for source, _ in node]
-            states.append(sum(values[1:], values[0]) * inside)
-        return mixed(self.mixture, states[INPUTS:])
+            states.append(sum(values[1:], values[0]) / len(values) * inside)
+        return self.norm(mixed(self.mixture, states[INPUTS:])) * inside  # type: ignore[no-any-return]
 
 
 def mixed(weights: Tensor, values: Sequence[Tensor]) -> Tensor:

@@ -32,7 +32,7 @@ def space_for(probed: ProbedTeacher, **settings: Any) -> Any:
     return students.adabert_space(probed.teacher, **{"width": 8, "dense": 8, "depth": 2, **settings})
 
 
-def search(folder: Path, probed: ProbedTeacher, space: Any, **arguments: Any) -> Search:
+def search(folder: Path, probed: ProbedTeacher, space: Any, weights_first: float = 0.0, **arguments: Any) -> Search:
     settings = {
         "max_steps": 8,
         "per_device_train_batch_size": 8,
@@ -45,7 +45,9 @@ def search(folder: Path, probed: ProbedTeacher, space: Any, **arguments: Any) ->
     }
     recipe = recipes.adabert_search(probed.losses, depth=2)
     given = TrainingArguments(str(folder), **settings)
-    return Search(probed, space, recipe, given, rows(), data_collator=collate, check_teacher=False)
+    return Search(
+        probed, space, recipe, given, rows(), weights_first=weights_first, data_collator=collate, check_teacher=False
+    )
 
 
 def test_probes_are_those_of_logistic_regression() -> None:
@@ -129,12 +131,16 @@ def test_batches_come_from_two_halves_in_turns() -> None:
     assert not ours & theirs and len(ours) == len(theirs) == 20
     assert all(len(set(batch)) == 8 for batch in order.tolist())
     assert order.flatten().tolist() == in_turns(rows(40), 8, 12, seed=3)
+    later = np.array(in_turns(rows(40), 8, 12, seed=3, first=6)).reshape(12, 8)
+    assert (
+        set(later[[*range(6), 6, 8, 10]].flatten().tolist()) == ours and set(later[7::2].flatten().tolist()) <= theirs
+    )
 
 
 def test_weights_and_choices_move_in_turns(tmp_path: Path) -> None:
     probed = probed_teacher()
     space = space_for(probed)
-    run = search(tmp_path, probed, space, max_steps=6)
+    run = search(tmp_path, probed, space, max_steps=6, weights_first=0.3)
     moved: list[tuple[bool, bool]] = []
 
     class Watch(TrainerCallback):
@@ -148,7 +154,7 @@ def test_weights_and_choices_move_in_turns(tmp_path: Path) -> None:
 
     run.add_callback(Watch())
     run.train()
-    assert moved == [(True, False), (False, True)] * 3
+    assert moved == [(True, False)] * 3 + [(False, True), (True, False), (False, True)]
     assert space.temperature == pytest.approx(0.2 ** (5 / 6))
 
 
@@ -222,6 +228,8 @@ def test_a_search_needs_an_architecture_a_price_and_one_process(tmp_path: Path) 
         Search(probed, space_for(probed), free, given, rows())
     with pytest.raises(ValueError, match="BertForSequenceClassification has no architecture"):
         Search(probed, build("bert"), recipes.adabert_search(probed.losses, depth=2), given, rows())
+    with pytest.raises(ValueError, match=r"weights_first=1\.0 leaves no step"):
+        search(tmp_path, probed, space_for(probed), weights_first=1.0)
     with pytest.raises(ValueError, match="gradient_accumulation_steps=2; use one of each"):
         search(tmp_path, probed, space_for(probed), gradient_accumulation_steps=2)
 

@@ -63,8 +63,11 @@ def by_hand(operation: Any, name: str, x: np.ndarray) -> np.ndarray:
             if 0 <= at < len(x):
                 result[t] += weight[:, :, k] @ x[at]
     result = np.maximum(result, 0)
-    centred = result - result.mean(1, keepdims=True)
-    return centred / np.sqrt(result.var(1, keepdims=True) + 1e-5) * gain + shift
+    return normalized(result) * gain + shift
+
+
+def normalized(x: np.ndarray) -> np.ndarray:
+    return (x - x.mean(1, keepdims=True)) / np.sqrt(x.var(1, keepdims=True) + 1e-5)
 
 
 def softmax(values: torch.Tensor) -> np.ndarray:
@@ -77,14 +80,13 @@ def test_a_student_computes_the_graph_of_its_cell() -> None:
     entry = [p.detach().double().numpy() for p in model.encoder[0].parameters()]
     for row, mask, expected in zip(inputs["input_ids"], inputs["attention_mask"], found, strict=True):
         words = table[row[mask.bool()].numpy()] @ entry[0].T + entry[1]
-        centred = words - words.mean(1, keepdims=True)
-        first = second = centred / np.sqrt(words.var(1, keepdims=True) + 1e-5)
+        first = second = normalized(words)
         means = []
         for layer in model.encoder[1:-1]:
             states, edges = [first, second], iter(layer.edges)
             for node in layer.cell.nodes:
-                states.append(sum(by_hand(next(edges), name, states[source]) for source, name in node))
-            first, second = second, np.einsum("n,ntw->tw", softmax(layer.mixture), np.stack(states[2:]))
+                states.append(sum(by_hand(next(edges), name, states[source]) for source, name in node) / len(node))
+            first, second = second, normalized(np.einsum("n,ntw->tw", softmax(layer.mixture), np.stack(states[2:])))
             means.append(second.mean(0))
         vector = softmax(model.mixture) @ np.stack(means)
         dense, classifier = model.encoder[-1], model.classifier
