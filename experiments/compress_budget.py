@@ -34,7 +34,7 @@ from qbert.encoders.targets import base_model
 from qbert.pipeline import Factorize, Share
 from qbert.results import Record, provenance, text_table
 
-_DRAWS = 5
+_DRAWS = 3
 _SIZE_MB = 10.2  # where no budget and no student is named
 _SPECTRUM = {"runs": 5, "tol": 1e-2}
 _SPECTRUM_ROWS = 32

@@ -59,7 +59,11 @@ class Judge:
         from qbert.tasks.evaluation import wants_pairs
 
         (variant,) = bench.variants
-        self.record, self.model, self.planner = bench.record, variant.model, bench.planner(variant, structures=[])
+        self.record, self.model, self.planner = (
+            bench.record,
+            variant.model,
+            bench.planner(variant, structures=[], ranks=False),
+        )
         split, pairs = bench.task.evaluation_splits[0], wants_pairs(self.model)
         held_out = prepare(bench.task, variant.tokenizer, split, limit=rows, as_pairs=pairs).batches(32)
         further = bench.drawn(self.model, variant.tokenizer, rows, skip=bench.arguments.calibration_rows)
@@ -76,40 +80,40 @@ class Judge:
 
     def judge(self, size_mb: float) -> None:
         """Keep the rows of one size: every part alone, all parts, and all parts with rounded activations."""
-        from qbert import BitsConfig, quantize_model
+        from qbert import quantize_model
         from qbert.encoders.targets import find_targets
 
         if _key(size_mb, _WHOLE) in self.record:
             return
-        files = self.planner.part(()).files
+        unit, files = self.planner.unit, self.planner.part(()).files
         picked = files.choose(size_mb)
-        config = files.configuration(picked)
-        floating = BitsConfig.from_dict({**config.to_dict(), "activation_bits": None})
-        rounded = quantize_model(self.model, floating, calibration_data=self.planner.rest)
+        made = quantize_model(self.model, files.configuration(picked), calibration_data=self.planner.rest)
         paths = {target.name: target.path for target in find_targets(self.model)}
+        weights = {}
         for item, index in zip(files.items, picked, strict=True):
+            path, option = paths[item.names[0]], item.options[index]
+            weights[path] = made.get_submodule(path).quantized_weight()
             key = _key(size_mb, item.names[0])
             if key not in self.record:
-                path, option = paths[item.names[0]], item.options[index]
-                found = self._alone(path, rounded.get_submodule(path).quantized_weight())
-                predicted = self.planner.unit * option.damage
-                self.record.add(key, {"predicted": predicted, "bits": option.rule["bits"], **found})
-        total = self.planner.unit * files.damage(picked)
-        self.record.add(_key(size_mb, _PARTS), {"predicted": total, **self.measured(rounded)})
+                found = self._with({path: weights[path]})
+                self.record.add(key, {"predicted": unit * option.damage, "bits": option.rule["bits"], **found})
+        total = unit * files.damage(picked)
+        self.record.add(_key(size_mb, _PARTS), {"predicted": total, **self._with(weights)})
         prediction = self.planner.calibrated((), size_mb)
-        made = quantize_model(self.model, config, calibration_data=self.planner.rest)
-        found = {"predicted": prediction(files.damage(picked)), "trial": str(prediction), **self.measured(made)}
-        self.record.add(_key(size_mb, _WHOLE), found)
+        total = prediction(files.damage(picked))
+        self.record.add(_key(size_mb, _WHOLE), {"predicted": total, "trial": str(prediction), **self.measured(made)})
 
-    def _alone(self, path: str, weight: torch.Tensor) -> dict[str, float]:
-        """What the float model does with another weight in one place."""
-        module: Any = self.model.get_submodule(path)
-        plain = module.weight.data
-        module.weight.data = weight.detach().to(plain).reshape(plain.shape)
+    def _with(self, weights: dict[str, torch.Tensor]) -> dict[str, float]:
+        """What the float model does with other weights in some places."""
+        modules: dict[Any, torch.Tensor] = {self.model.get_submodule(path): w for path, w in weights.items()}
+        plain = {module: module.weight.data for module in modules}
+        for module, weight in modules.items():
+            module.weight.data = weight.detach().to(plain[module]).reshape(plain[module].shape)
         try:
             return self.measured(self.model)
         finally:
-            module.weight.data = plain
+            for module, weight in plain.items():
+                module.weight.data = weight
 
 
 def _key(size_mb: float, name: str) -> str:

@@ -8,7 +8,7 @@ damage is measured on the other half.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, cast
+from typing import Any, Final, cast
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +24,7 @@ from qbert.students.lowrank import Spectrum, paying_rank
 
 SHARES = (0.375, 0.625)  # of the largest rank that takes fewer values than the matrix
 FACTOR_BITS = (4, 8)
-WEIGHTING = "activations"
+WEIGHTING: Final = "activations"
 _DAMPING = 0.01
 _LONGER_NAMES = 32  # bytes of header that a bias and a range of activations take more, as part of a factor
 

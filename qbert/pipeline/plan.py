@@ -60,6 +60,8 @@ _NOISY = 0.5
 # A choice of layers needs a forward pass on these; it only starts a comparison on all rows.
 _SEARCH_BATCHES = 4
 _FFN_SHARES = (0.25, 0.5)
+_FINEST = 0.03  # share of a size that plans within a share of the answers are told apart by
+_SLACK = 2.0  # times the share that a structure may lose before any bits: few rows measure it
 _HEAD_SHARE = 0.25
 _SANDWICH = 3  # layers; of so few a sandwich shares none
 
@@ -268,6 +270,7 @@ class Planner:
         self.prediction = Prediction()
         self._models: dict[tuple[Step, ...], nn.Module] = {}
         self._parts: dict[tuple[Step, ...], _Part] = {}
+        self._starts: dict[tuple[Step, ...], tuple[float, float]] = {}
         given = self._usual() if structures is None else [tuple(steps) for steps in structures]
         wrong = next((step for steps in given for step in steps if not isinstance(step, Structure)), None)
         if wrong is not None:
@@ -306,14 +309,15 @@ class Planner:
         timed = {}
         if latency_ms is not None:
             timed = {steps: self._latency(self._changed(steps), shape) for steps in self.structures}
-        parts = list(self._within_budgets(size_mb, latency_ms, timed))
+        parts = list(self._within_budgets(size_mb, latency_ms, within, timed))
         if within is not None:
-            candidates = [found for part in parts if (found := self._smallest(part, within)) is not None]
+            candidates = list(self._smaller_and_smaller(parts, within, timed))
             if not candidates:
+                why = "; ".join(self.left_out)
                 raise ValueError(
-                    f"within={within:g}: no plan of {self.bits!r} bits stays that near; allow more, or 8 bits"
+                    f"within={within:g}: no plan of {self.bits!r} bits stays that near ({why}); allow more"
                 )
-            candidates.sort(key=lambda c: c.megabytes)
+            candidates.reverse()
         else:
             ranked = sorted(
                 (self.fill(part.steps, size_mb, timed.get(part.steps)) for part in parts), key=lambda c: c.predicted
@@ -331,7 +335,11 @@ class Planner:
         )
 
     def _within_budgets(
-        self, size_mb: float | None, latency_ms: float | None, timed: Mapping[tuple[Step, ...], float]
+        self,
+        size_mb: float | None,
+        latency_ms: float | None,
+        within: float | None,
+        timed: Mapping[tuple[Step, ...], float],
     ) -> Iterator[_Part]:
         """The structures that keep the budgets and may win, with the damage of all their options."""
         bound, found = float("inf"), False
@@ -340,7 +348,10 @@ class Planner:
             if latency_ms is not None and timed[steps] > latency_ms:
                 self.left_out.append(f"{name}: {timed[steps]:.2f} ms are too slow")
                 continue
-            start = self._start(steps)
+            start, agreement = self._start(steps)
+            if within is not None and agreement < 100 * (1 - _SLACK * within):
+                self.left_out.append(f"{name}: agrees on {agreement:.1f} % before any bits")
+                continue
             if start > bound:
                 self.left_out.append(f"{name}: diverges by {start:.4f} before any bits, more than a whole plan does")
                 continue
@@ -365,16 +376,15 @@ class Planner:
             model = self._changed(steps)
             further = rank_alternatives(model, self.fit, self.settings) if self.ranks else None
             files = FilePlan(model, self.rest, self.bits, further=further, progress=self.progress, **self.settings)
-            self._parts[steps] = _Part(steps, files, self._start(steps))
+            self._parts[steps] = _Part(steps, files, self._start(steps)[0])
         return self._parts[steps]
 
-    def _start(self, steps: tuple[Step, ...]) -> float:
-        """Divergence of a structure in float."""
-        if not steps:
-            return 0.0
-        if steps in self._parts:
-            return self._parts[steps].start
-        return self._likeness(self._changed(steps), self.score, "score")[0]
+    def _start(self, steps: tuple[Step, ...]) -> tuple[float, float]:
+        """(divergence, agreement) of a structure in float."""
+        if steps not in self._starts:
+            model = self._changed(steps)
+            self._starts[steps] = self._likeness(model, self.score, "score") if steps else (0.0, 100.0)
+        return self._starts[steps]
 
     def calibrated(self, steps: tuple[Step, ...], size_mb: float | None) -> Prediction:
         """What the damages leave out, by two trials: everything at 8 bits, and a plan for this size.
@@ -445,20 +455,37 @@ class Planner:
         divergence, agreement = self._likeness(packed, self.check, "check")
         return replace(candidate, measured=divergence, agreement=agreement)
 
-    def _smallest(self, part: _Part, within: float) -> Candidate | None:
-        """The smallest plan of a structure that agrees on all but a share of the rows, by bisection over sizes."""
-        low, high = part.files.smallest_mb, part.largest_mb
-        best = self._made(self.fill(part.steps, high))
-        if best.agreement is None or best.agreement < 100 * (1 - within):
-            self.left_out.append(f"{part.name}: agrees on {best.agreement:.1f} % at most")
+    def _smaller_and_smaller(
+        self, parts: Sequence[_Part], within: float, timed: Mapping[tuple[Step, ...], float]
+    ) -> Iterator[Candidate]:
+        """The smallest plan that agrees on all but a share of the rows, then smaller ones of other structures."""
+        best: Candidate | None = None
+        for part in parts:
+            most = part.largest_mb if best is None else min(part.largest_mb, best.megabytes * (1 - _FINEST))
+            if part.files.smallest_mb > most:
+                self.left_out.append(f"{part.name}: no file of it has {most:.2f} MB or less")
+                continue
+            found = self._smallest(part, most, within, timed.get(part.steps))
+            if found is not None:
+                best = found
+                yield found
+
+    def _smallest(self, part: _Part, most: float, within: float, latency_ms: float | None) -> Candidate | None:
+        """The smallest plan of a structure that is near enough, of at most `most` MB: by bisection over sizes."""
+
+        def made(size: float) -> tuple[Candidate, bool]:
+            candidate = self._made(self.fill(part.steps, size, latency_ms))
+            return candidate, candidate.agreement is not None and candidate.agreement >= 100 * (1 - within)
+
+        best, near = made(most)
+        if not near:
+            self.left_out.append(f"{part.name}: agrees on {best.agreement:.1f} % in {best.megabytes:.2f} MB")
             return None
-        while high - low > 0.03 * high:
+        low, high = part.files.smallest_mb, best.megabytes
+        while high - low > _FINEST * high:
             middle = (low + high) / 2
-            found = self._made(self.fill(part.steps, middle))
-            if found.agreement is not None and found.agreement >= 100 * (1 - within):
-                best, high = found, middle
-            else:
-                low = middle
+            found, near = made(middle)
+            best, low, high = (found, low, middle) if near else (best, middle, high)
         return best
 
     def _latency(self, model: nn.Module, shape: tuple[int, int]) -> float:

@@ -47,6 +47,27 @@ def test_the_plan_stands_beside_its_rivals_and_is_not_made_again(world: Path) ->
     assert json.loads((world / "out" / "budget.json").read_text())["rows"] == content["rows"]
 
 
+def test_records_of_several_tasks_become_one_page_and_picture(world: Path) -> None:
+    row = {"score": 80.0, "retention": 98.0, "agreement": 97.0, "divergence": 0.01, "predicted": 0.008}
+    row |= {"megabytes": 10.1, "ms": 4.0, "times": 6.5, "group": "plan", "size": 10.2, "seed": 0}
+    content = {
+        "task": "sst2", "metric": "accuracy", "data": "data", "made by": "here", "asked": {"rows": 512}, "plans": {},
+        "float": {"score": 81.6, "retention": 100.0, "megabytes": 90.9, "rows": 872},
+        "rows": {"plan (size_mb 10.2): bits alone": [row], "chance, draw 0 (10.2 MB)": [row | {"group": "chance"}]},
+    }  # fmt: skip
+    paths = []
+    for task in ("sst2", "stsb"):
+        paths.append(world / f"{task}.json")
+        paths[-1].write_text(json.dumps(content | {"task": task}))
+    done = run_here("compress_page.py", *map(str, paths), "--report", str(world / "page.md"))
+    assert done.returncode == 0, done.stderr
+    page = (world / "page.md").read_text()
+    assert page.index("## sst2") < page.index("## stsb") and "| plan | 98.0 % | 6.5 |" in page
+    assert (world / "page.png").stat().st_size > 5000
+    foreign = run_here("compress_page.py", str(world / "data" / "sst2" / "dev.jsonl.gz"))
+    assert foreign.returncode == 2
+
+
 def test_students_and_budgets_exclude_each_other(world: Path) -> None:
     done = run_here("compress.py", *arguments_for(world, "--student", "small", "--size-mb", "1"))
     assert done.returncode == 2 and "--student trains a student; --size-mb" in done.stderr

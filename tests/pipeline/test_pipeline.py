@@ -12,9 +12,9 @@ from tiny_tasks import sentiment_rows, tiny_encoder, write_task
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import qbert
-from qbert.pipeline import Depth, Distill, Factorize, Pack, Pipeline, Prune, Quantize, compress
+from qbert.pipeline import Depth, Distill, Factorize, Pack, Pipeline, Prune, Quantize, Share, compress
 from qbert.pipeline.steps import Step
-from qbert.tasks import evaluate, load_task
+from qbert.tasks import SentenceRegression, build_sentence_model, evaluate, load_task
 
 
 @pytest.fixture(scope="module")
@@ -69,6 +69,23 @@ def test_one_step_is_the_library_call(world: dict[str, Any], tmp_path: Path) -> 
     assert found.keys() == wanted.keys() and all(torch.equal(found[key], wanted[key]) for key in wanted)
 
 
+def test_a_sentence_encoder_goes_through_a_pipeline_by_the_cosines_of_pairs(tmp_path: Path) -> None:
+    tiny_encoder(tmp_path / "encoder")
+    words = ("film", "meal", "kind", "room")
+    rows = [{"sentence1": f"the {a}", "sentence2": f"the {b}", "label": 5.0 * (a == b)} for a in words for b in words]
+    write_task(tmp_path / "data", "stsb", {"train.jsonl": rows, "dev.jsonl": rows})
+    model, tokenizer = build_sentence_model(tmp_path / "encoder")
+    task = load_task("stsb", data_dir=tmp_path / "data")
+    plan = Pipeline((Quantize(4), Distill("qbert_kd", steps=2), Pack()))
+    done, again = (compress(model, tokenizer, task, plan, folder=tmp_path / "out", progress=False) for _ in range(2))
+    assert again.record == done.record
+    encoder = qbert.load(done.folder)
+    batch = tokenizer(["the film", "the meal"], padding=True, return_tensors="pt")
+    with torch.no_grad():
+        found = SentenceRegression(encoder).embed(**batch)
+        torch.testing.assert_close(found, again.model.embed(**batch))  # type: ignore[operator]
+
+
 def test_stopped_anywhere_it_goes_on_to_the_same_result(
     world: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -120,7 +137,8 @@ def test_another_plan_or_model_does_not_go_on_from_here(world: dict[str, Any], t
 STEPS = st.one_of(
     st.builds(Depth, st.one_of(st.integers(1, 6), st.lists(st.integers(0, 5), min_size=1, max_size=4).map(tuple))),
     st.builds(Prune, heads=st.floats(0, 0.9), ffn=st.floats(0, 0.9), pattern=st.sampled_from([None, "2:4", 0.5])),
-    st.builds(Factorize, st.floats(0.1, 0.9)),
+    st.builds(Factorize, st.one_of(st.floats(0.1, 0.9), st.just({"encoder.layer.0.output.dense": 8}))),
+    st.builds(Share, st.one_of(st.sampled_from(["all", "sandwich"]), st.integers(1, 3), st.just((0, 0, 1)))),
     st.builds(Distill, st.sampled_from(["minilm", "pkd", "qbert_kd"]), steps=st.integers(1, 500)),
 )
 

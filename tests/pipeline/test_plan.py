@@ -14,7 +14,7 @@ from transformers import AutoModel, AutoModelForSequenceClassification, AutoToke
 import qbert
 from qbert.pipeline import Depth, Distill, Factorize, Prune, compress
 from qbert.pipeline import plan as plans
-from qbert.tasks import load_task
+from qbert.tasks import build_sentence_model, load_task
 from qbert.tasks.evaluation import fidelity
 
 
@@ -125,6 +125,21 @@ def test_an_encoder_without_a_head_is_planned_by_its_embeddings(world: dict[str,
     found = qbert.plan(model, world["batches"], size_mb=0.027, structures=[])
     assert found.best.measured is not None and 0 <= found.best.measured < 1
     assert found.best.agreement == pytest.approx(100 * (1 - found.best.measured))
+
+
+def test_a_sentence_encoder_is_planned_by_the_cosines_of_pairs(world: dict[str, Any]) -> None:
+    model = build_sentence_model(world["folder"] / "encoder")[0]
+    pairs = [{k: v.unflatten(0, (-1, 2)) for k, v in batch.items()} for batch in world["batches"]]
+    found = qbert.plan(model, pairs, size_mb=0.022, structures=[(Depth((1,)),)])
+    assert found.prediction.unit == 2.0  # of a mean squared difference the damage is half
+    assert found.best.measured is not None and found.best.measured >= 0 and found.best.megabytes <= 0.022
+
+
+def test_one_planner_serves_several_budgets(sized: plans.Plan, world: dict[str, Any]) -> None:
+    planner = plans.Planner(world["model"], world["batches"])
+    planner.plan(size_mb=0.03)
+    again = planner.plan(size_mb=0.022)
+    assert str(again) == str(sized) and again.pipeline == sized.pipeline
 
 
 def test_the_front_is_drawn(sized: plans.Plan, tmp_path: Path) -> None:
