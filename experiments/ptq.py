@@ -73,7 +73,7 @@ def ptq_report(
     hidden: bool = False,
     record: Record | None = None,
     elsewhere: Mapping[str, Callable[[nn.Module], Any]] | None = None,
-    peers: Mapping[str, Callable[[], tuple[nn.Module, float]]] | None = None,
+    others: Mapping[str, Callable[[], tuple[nn.Module, float]]] | None = None,
     progress: bool = False,
 ) -> list[PTQResult]:
     """Score `model` in float and quantized under each configuration.
@@ -88,16 +88,16 @@ def ptq_report(
         hidden: compare the last hidden states too.
         record: keeps every row; those that are there already are not computed again.
         elsewhere: like `score`, on the rows of other domains by name.
-        peers: label -> what makes a model in another way, and tells its size in MB.
+        others: label -> what makes a model in another way, and tells its size in MB.
         progress: show a bar over the configurations, and each row when it is there.
 
     Returns:
-        The float model's row, then one row a configuration and a peer in the given order.
+        The float model's row, then one row a configuration and one of `others`, in the given order.
     """
     made: dict[str, Callable[[], tuple[nn.Module, float]]] = {
         label: partial(_quantized, model, config, calibration_data) for label, config in configs.items()
     }
-    made |= peers or {}
+    made |= others or {}
     if record is not None and all(label in record for label in ("float", *made)):
         return [_from_record(record, label) for label in ("float", *made)]
     states: list[_States] = []

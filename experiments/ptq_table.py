@@ -17,7 +17,8 @@ instead of the task's own rows:
         --groups --calibration-rows 32 128 384 1024 --calibration-text DATA/wikitext2/valid.txt.gz
 
 With `--peers`, GPTQ as published and, where they are installed, HQQ and quanto stand in the table of weights alone,
-calibrated and scored on the same rows.
+calibrated and scored on the same rows; with `--choose-grid`, compensated rounding on grids that are chosen matrix by
+matrix in each.
 
 Reference: Shen et al. 2020, tables 1 and 3.
 """
@@ -25,7 +26,7 @@ Reference: Shen et al. 2020, tables 1 and 3.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -88,6 +89,9 @@ def parse_arguments() -> argparse.Namespace:
         "--calibration-text", help="calibrate on lines of this text file (.gz) instead of training rows"
     )
     parser.add_argument(
+        "--choose-grid", action="store_true", help="compensated rounding on grids chosen matrix by matrix as well"
+    )
+    parser.add_argument(
         "--peers", action="store_true", help="quantize by GPTQ, HQQ and quanto too, weights alone, on the same rows"
     )
     parser.add_argument("--resume", action="store_true", help="go on from the rows that an interrupted run has kept")
@@ -125,6 +129,29 @@ def configurations(arguments: argparse.Namespace) -> dict[str, Any]:
     return configs
 
 
+def made_otherwise(model: Any, batches: list[Any], arguments: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    """Part -> label -> what makes the model, of what is no configuration: chosen grids, and peers."""
+    made = {}
+    for part in arguments.parts if arguments.choose_grid else ():
+        alone, defaults, _ = _PARTS[part]
+        made[part] = {
+            f"{bits} bits, compensated, grid by matrix{alone}": partial(on_chosen_grids, model, bits, defaults, batches)
+            for bits in arguments.bits
+        }
+    made.setdefault("weights", {}).update(peers_of(model, batches, arguments))
+    return made
+
+
+def on_chosen_grids(model: Any, bits: int, defaults: dict[str, Any], batches: list[Any]) -> tuple[Any, float]:
+    """The model rounded on the grids that `choose_grid` finds matrix by matrix, and its size in MB."""
+    from qbert import BitsConfig, choose_grid, model_size, quantize_model
+
+    choice = choose_grid(model, BitsConfig(bits, rounding="compensated", **defaults), batches, by_matrix=True)
+    print(choice, flush=True)
+    student = quantize_model(model, choice.config, calibration_data=batches)
+    return student, model_size(student).mb
+
+
 def peers_of(model: Any, batches: list[Any], arguments: argparse.Namespace) -> dict[str, Any]:
     """Label -> what makes the model in the way of another library, of those that are installed."""
     from ptq_peers import asked_peers, missing, quantized_by
@@ -141,7 +168,7 @@ def peers_of(model: Any, batches: list[Any], arguments: argparse.Namespace) -> d
     }
 
 
-def sections(results: list[Any], metric: str, arguments: argparse.Namespace, peers: Iterable[str] = ()) -> str:
+def sections(results: list[Any], metric: str, arguments: argparse.Namespace, others: Mapping[str, Any]) -> str:
     """Markdown: the comparison by bits, whole and weights alone, then the ablation over groups."""
     from ptq import ptq_table
 
@@ -152,7 +179,7 @@ def sections(results: list[Any], metric: str, arguments: argparse.Namespace, pee
     for part in arguments.parts:
         alone, _, title = _PARTS[part]
         wanted = [f"{b} bits, {name}{alone}" for b in arguments.bits for name in arguments.methods]
-        wanted += list(peers) if part == "weights" else []
+        wanted += others.get(part, ())
         chosen = [by_label["float"], *(replace(by_label[x], label=x.removesuffix(alone)) for x in wanted)]
         parts += [title, "", markdown_table(*ptq_table(chosen, metric)), ""]
     if not arguments.groups:
@@ -204,6 +231,7 @@ def compare(name: str, arguments: argparse.Namespace, folder: Path) -> str:
     from other_domains import other_domains
     from ptq import bootstrap, ptq_report
 
+    from qbert.bits import JSON_FORMAT
     from qbert.hessian.checkpoint import model_fingerprint
     from qbert.results import Record
     from qbert.tasks import evaluate
@@ -228,8 +256,9 @@ def compare(name: str, arguments: argparse.Namespace, folder: Path) -> str:
             "weights": model_fingerprint(model),
             "rows": arguments.eval_limit,
             "calibration": [count, arguments.calibration_text, arguments.seed],
+            "defaults of": JSON_FORMAT,
         }
-        peers = peers_of(model, batches, arguments)
+        others = made_otherwise(model, batches, arguments)
         results = ptq_report(
             model,
             configurations(arguments),
@@ -239,12 +268,12 @@ def compare(name: str, arguments: argparse.Namespace, folder: Path) -> str:
             standard_error=bootstrap(task, subset(task.rows(split), arguments.eval_limit, 0)),
             hidden=True,
             record=Record(folder / f"ptq-{name}-{count}.json", asked, resume=arguments.resume),
-            peers=peers,
+            others={label: make for of_part in others.values() for label, make in of_part.items()},
             progress=True,
         )
         source = Path(arguments.calibration_text).name if arguments.calibration_text else "training rows"
         heading = f"Compensated rounding on {count} of {source}, without labels."
-        parts += [heading, "", sections(results, task.primary_metric, arguments, peers), ""]
+        parts += [heading, "", sections(results, task.primary_metric, arguments, others), ""]
     text = "\n".join(parts).rstrip()
     print(text)
     return "\n".join([f"## {task.name}", "", task.describe(), "", text])

@@ -33,6 +33,7 @@ from qbert.progress import progress_bar
 from qbert.quantizers.activations import ActivationObserver
 
 Batch = Mapping[str, Tensor]
+_GRAM_BLOCK = 256
 _LAST_OUTPUTS = 8  # of a forward pass, among which the logits are looked for
 
 
@@ -518,7 +519,7 @@ class _Totals:
     def __init__(self) -> None:
         self.count, self.weight = 0, 0.0
         self.pivot: Tensor | None = None
-        self.products: Tensor | float = 0.0
+        self.products: Tensor | None = None  # on and above the diagonal
         self.sums: Tensor | float = 0.0
 
     def add(self, x: Tensor, weights: Tensor | None) -> None:
@@ -528,8 +529,14 @@ class _Totals:
         if self.pivot is None:
             self.pivot = x.mean(0) if len(x) else torch.zeros_like(x.sum(0))
         rows = (x - self.pivot) * root
-        products = rows.T @ rows if rows.dim() == 2 else torch.einsum("ngi,ngj->gij", rows, rows)
-        self.products = self.products + products.double()
+        if self.products is None:
+            width = rows.shape[-1]
+            self.products = torch.zeros(*rows.shape[1:], width, dtype=torch.float64, device=rows.device)
+        # On and above the diagonal alone, in blocks of columns, since the rest is the same.
+        for start in range(0, rows.shape[-1], _GRAM_BLOCK):
+            block = rows[..., start : start + _GRAM_BLOCK]
+            products = block.T @ rows[:, start:] if rows.dim() == 2 else _by_group(block, rows[..., start:])
+            self.products[..., start : start + _GRAM_BLOCK, start:] += products
         self.sums = self.sums + (rows * root).double().sum(0)
         self.weight += len(x) if weights is None else float(weights.double().sum())
         self.count += len(x)
@@ -537,13 +544,19 @@ class _Totals:
     def moment(self, depth: int) -> Moment:
         """The means, of matrices of one encoder layer."""
         count = max(self.count, 1)
-        assert self.pivot is not None
+        assert self.pivot is not None and self.products is not None
+        upper = self.products.triu()
         pivot, weight = self.pivot.double(), self.weight / count
-        products, sums = torch.as_tensor(self.products) / count, torch.as_tensor(self.sums) / count
+        products = (upper + upper.triu(1).transpose(-1, -2)) / count
+        sums = torch.as_tensor(self.sums) / count
         mixed = _outer(pivot, sums)
         value = products + mixed + mixed.transpose(-1, -2) + weight * _outer(pivot, pivot)
         covariance = products - (_outer(sums, sums) / weight if weight else 0.0)
         return Moment(value, self.count, sums + weight * pivot, covariance, depth)
+
+
+def _by_group(a: Tensor, b: Tensor) -> Tensor:
+    return torch.einsum("ngi,ngj->gij", a, b)
 
 
 def _outer(a: Tensor, b: Tensor) -> Tensor:

@@ -122,8 +122,9 @@ def compensate(
     """
     problem = _Columns.of(weight, metric, order, scale.shape[1])
     codes, difference, _ = problem.compensated(scale.T, zero.T, qmin, qmax)
+    pull = problem.narrow @ difference if sweeps else difference
     for _ in range(sweeps):
-        problem.descend(difference, codes, scale.T, zero.T, qmin, qmax)
+        problem.descend(difference, pull, codes, scale.T, zero.T, qmin, qmax)
     return problem.restored(codes)
 
 
@@ -137,7 +138,6 @@ class _Columns:
         self.input_group = input_group  # run of input columns of each column
         self.zeros: Tensor | None = None  # [I, N], of weights that are zero and stay so
         self.narrow = metric.to(target.dtype)
-        self._full: Tensor | None = None
 
     @classmethod
     def of(cls, weight: Tensor, metric: Tensor, order: Tensor | None, input_groups: int) -> _Columns:
@@ -164,12 +164,6 @@ class _Columns:
         diagonal = upper.diagonal()
         return (upper / diagonal).triu_(1).to(self.target.dtype), diagonal.square().to(self.target.dtype)
 
-    def full_feedback(self) -> Tensor:
-        """H_ij / H_jj [I, I], zero where i = j."""
-        if self._full is None:
-            self._full = (self.metric / self.metric.diagonal()).fill_diagonal_(0.0).to(self.target.dtype)
-        return self._full
-
     def compensated(self, scale: Tensor, zero: Tensor, qmin: int, qmax: int) -> tuple[Tensor, Tensor, Tensor]:
         """One pass of compensation with scale and zero [K, N].
 
@@ -190,16 +184,26 @@ class _Columns:
             errors.add_(off.square_().mul_(diagonal[block].unsqueeze(1)).sum(0))
         return codes, difference, errors
 
-    def descend(self, difference: Tensor, codes: Tensor, scale: Tensor, zero: Tensor, qmin: int, qmax: int) -> None:
-        """Round every column again to its best code given all others, in turn and in place; scale, zero are [K, N]."""
-        feedback = self.full_feedback()
+    def descend(
+        self, difference: Tensor, pull: Tensor, codes: Tensor, scale: Tensor, zero: Tensor, qmin: int, qmax: int
+    ) -> None:
+        """Round every column again to its best code given all others, in turn and in place.
+
+        Args:
+            difference, codes: D and codes [I, N], which change.
+            pull: H D [I, N], which is kept up with D: one product with H in all.
+            scale, zero: [K, N].
+        """
         scale, zero = scale.contiguous(), zero.contiguous()
+        diagonal = self.narrow.diagonal().unsqueeze(1)
         for start in range(0, len(self.target), _BLOCK):
             block = slice(start, start + _BLOCK)
-            inside = feedback[block, block]
-            wanted = torch.addmm(self.target[block], feedback[:, block].T, difference)
-            wanted.addmm_(inside.T, difference[block], alpha=-1)
+            before = difference[block].clone()
+            inside = (self.narrow[block, block] / self.narrow.diagonal()[block]).fill_diagonal_(0.0)
+            wanted = (pull[block] / diagonal[block]).sub_(before).add_(self.target[block])
+            wanted.addmm_(inside.T, before, alpha=-1)
             self._round_block(block, wanted, difference, codes, inside, scale, zero, qmin, qmax)
+            pull.addmm_(self.narrow[:, block], difference[block] - before)
 
     def _round_block(
         self,
@@ -272,10 +276,12 @@ def round_compensated(
         low, high = extent(weight, row_group, input_groups)
         tried += [GroupRanges(*covering_grid(*shrunk(low, high, share, scheme), bits, scheme)) for share in _SHARES]
     codes, difference, grids = _best_start(problem, row_group, tried, limits)
+    if refits:
+        pull, whole = problem.narrow @ difference, problem.narrow @ problem.target
     for _ in range(refits):
-        grids = _refitted(problem, codes, difference, row_group, grids, movable_zero=scheme == "offset")
+        grids = _refitted(problem, codes, difference, pull, whole, row_group, grids, movable_zero=scheme == "offset")
         scale, zero = (x[row_group].T for x in grids)
-        problem.descend(difference, codes, scale, zero, *limits)
+        problem.descend(difference, pull, codes, scale, zero, *limits)
     return _better_of(weight, moment, row_group, ranges, GroupRanges(*grids), problem.restored(codes), limits)
 
 
@@ -296,9 +302,18 @@ def _best_start(
 
 
 def _refitted(
-    problem: _Columns, codes: Tensor, difference: Tensor, row_group: Tensor, grids: GroupRanges, movable_zero: bool
+    problem: _Columns,
+    codes: Tensor,
+    difference: Tensor,
+    pull: Tensor,
+    whole: Tensor,
+    row_group: Tensor,
+    grids: GroupRanges,
+    movable_zero: bool,
 ) -> GroupRanges:
-    """Grids of least error tr(D^T H D) for fixed codes, one run of input columns after the other; D changes in place.
+    """Grids of least error tr(D^T H D) for fixed codes, one run of input columns after the other.
+
+    D and `pull` = H D change in place; `whole` is H W, so that with one run H c = (H W - H D) / s costs no product.
 
     A run with centred codes c = q - z and weights s c is moved by (ds) c, or by (ds) c + (do) 1 where the zero point
     is real: the least squares of one or two unknowns in the metric H.
@@ -309,12 +324,11 @@ def _refitted(
         inside = slice(None) if scale.shape[1] == 1 else (runs == k).nonzero().flatten()
         own = problem.narrow[inside][:, inside]
         centred = codes[inside] - zero[row_group, k]
-        pull = problem.narrow[inside] @ difference  # [I/K, O]
-        by_codes = own @ centred
-        cc, cd = (_group_sum((a * centred).sum(0), row_group) for a in (by_codes, pull))
+        by_codes = (whole - pull).div_(scale[row_group, k]) if scale.shape[1] == 1 else own @ centred  # [I/K, O]
+        cc, cd = (_group_sum((a * centred).sum(0), row_group) for a in (by_codes, pull[inside]))
         ds, do = torch.where(cc > 0, cd / cc.clamp_min(_TINY), 0.0), torch.zeros_like(cc)
         if movable_zero:
-            co, oo, od = by_codes.sum(0), own.sum().expand(len(row_group)), pull.sum(0)
+            co, oo, od = by_codes.sum(0), own.sum().expand(len(row_group)), pull[inside].sum(0)
             co, oo, od = (_group_sum(x, row_group) for x in (co, oo, od))
             determinant = cc * oo - co * co
             solvable = determinant > _PARALLEL * cc * oo
@@ -324,7 +338,12 @@ def _refitted(
         new = scale[:, k] + ds
         usable = new > scale[:, k] * _LEAST_SHARE  # one of the other sign would turn the grid round
         ds, do = torch.where(usable, ds, 0.0), torch.where(usable, do, 0.0)
-        difference[inside] -= ds[row_group] * centred + do[row_group]
+        change = ds[row_group] * centred + do[row_group]
+        difference[inside] -= change
+        if scale.shape[1] == 1:
+            pull -= ds[row_group] * by_codes + own.sum(1, keepdim=True) * do[row_group]
+        else:
+            pull.addmm_(problem.narrow[:, inside], change, alpha=-1)
         scale[:, k] += ds
         zero[:, k] -= do / scale[:, k]
     return GroupRanges(scale, zero)
