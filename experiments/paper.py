@@ -333,11 +333,16 @@ def plot_table(contents: list[dict[str, Any]], labels: list[str], path: Path) ->
     write_whole(path, lambda aside: figure.savefig(aside, dpi=150))
 
 
+def lowered(title: str) -> str:
+    """A title inside of a sentence."""
+    return title[:1].lower() + title[1:]
+
+
 def write_page(recipe: dict[str, Any], heading: str, parts: list[str], path: Path) -> None:
     """The page with title, reference and note above its parts."""
     from qbert.files import write_whole
 
-    head = [f"# {heading}: {recipe['title'].lower()}", "", f"After {recipe['reference']}. {recipe.get('note', '')}"]
+    head = [f"# {heading}: {lowered(recipe['title'])}", "", f"After {recipe['reference']}. {recipe.get('note', '')}"]
     text = "\n".join([*head, "", *parts]).rstrip() + "\n"
     write_whole(path, lambda aside: aside.write_text(text, encoding="utf-8"))
 
@@ -422,7 +427,7 @@ def main() -> None:
     arguments.task = f"{kind}-{name}"
     folder = prepare_run(arguments, "paper")
     check_bf16(arguments.bf16, torch.device(arguments.device))
-    print(f"{kind} {name}: {recipe['title'].lower()}; on {', '.join(tasks)}")
+    print(f"{kind} {name}: {lowered(recipe['title'])}; on {', '.join(tasks)}")
     if os.environ.get("RANK", "0") == "0":
         minutes = [estimate(for_task(arguments, recipe, task), recipe) for task in tasks]
         print(f"in all about {sum(minutes):.0f} min; --train-limit, --eval-limit, --rows and --tasks shorten it\n")
