@@ -303,7 +303,7 @@ class Budget:
             if not steps or title in self.record or planner.part(steps).files.smallest_mb > size:
                 continue
             found = planner.fill(steps, size)
-            model = planner.changed(steps, variant.batches)
+            model = planner.changed(found.structure, variant.batches)
             packed = qbert.pack(qbert.quantize_model(model, found.config, calibration_data=variant.batches))
             row = self.row(packed, variant, found.predicted, found.megabytes)
             self.add(title, structure_name(steps), size, {"seed": 0, **row})

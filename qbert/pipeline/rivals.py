@@ -56,7 +56,7 @@ def ranked(files: FilePlan, ranking: Sequence[str], size_mb: float) -> list[int]
 def by_chance(files: FilePlan, size_mb: float, seed: int) -> list[int] | None:
     """Chance that fills the budget: random larger options, until no item has one that still fits."""
     generator = np.random.default_rng(seed)
-    picked = [min(range(len(item.options)), key=_size_of(item)) for item in files.items]
+    picked = [min(_plain(item), key=_size_of(item)) for item in files.items]
     if files.size(picked) > size_mb * 1e6:
         return None
     while True:
@@ -65,7 +65,7 @@ def by_chance(files: FilePlan, size_mb: float, seed: int) -> list[int] | None:
             (i, o)
             for i, item in enumerate(files.items)
             for o, option in enumerate(item.options)
-            if 0 < option.size - item.options[picked[i]].size <= room
+            if option.parts is None and 0 < option.size - item.options[picked[i]].size <= room
         ]
         if not steps:
             return picked
@@ -89,6 +89,11 @@ def _width_option(item: Item, bits: int) -> int | None:
     plain = [(o.rule["bits"], o.damage, i) for i, o in enumerate(item.options) if not _is_composed(o)]
     at_least = [entry for entry in plain if entry[0] >= bits]
     return min(at_least)[2] if at_least else None
+
+
+def _plain(item: Item) -> list[int]:
+    """Indices of the options that leave the structure as it is."""
+    return [i for i, option in enumerate(item.options) if option.parts is None]
 
 
 def _is_composed(option: Option) -> bool:

@@ -12,7 +12,7 @@ from tiny_tasks import sentiment_rows, tiny_encoder, write_task
 from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer
 
 import qbert
-from qbert.pipeline import Depth, Distill, Factorize, Prune, compress
+from qbert.pipeline import Depth, Distill, Factorize, Pack, Prune, Quantize, compress
 from qbert.pipeline import plan as plans
 from qbert.tasks import build_sentence_model, load_task
 from qbert.tasks.evaluation import fidelity
@@ -135,11 +135,14 @@ def test_a_sentence_encoder_is_planned_by_the_cosines_of_pairs(world: dict[str, 
     assert found.best.measured is not None and found.best.measured >= 0 and found.best.megabytes <= 0.022
 
 
-def test_one_planner_serves_several_budgets(sized: plans.Plan, world: dict[str, Any]) -> None:
-    planner = plans.Planner(world["model"], world["batches"])
+def test_one_planner_serves_several_budgets(world: dict[str, Any]) -> None:
+    planner = plans.Planner(world["model"], world["batches"], structures=[])
     planner.plan(size_mb=0.03)
-    again = planner.plan(size_mb=0.022)
-    assert str(again) == str(sized) and again.pipeline == sized.pipeline
+    again, alone = (
+        planner.plan(size_mb=0.022),
+        qbert.plan(world["model"], world["batches"], size_mb=0.022, structures=[]),
+    )
+    assert str(again) == str(alone) and again.pipeline == alone.pipeline
 
 
 def test_the_front_is_drawn(sized: plans.Plan, tmp_path: Path) -> None:
@@ -174,20 +177,26 @@ def test_impossible_budgets_are_refused(world: dict[str, Any], budget: dict[str,
         qbert.plan(world["model"], world["batches"], **{"structures": [], **budget})
 
 
-def test_a_matrix_of_low_rank_is_stored_as_two_factors(world: dict[str, Any], tmp_path: Path) -> None:
+def test_a_matrix_of_low_rank_may_be_stored_as_two_factors(world: dict[str, Any], tmp_path: Path) -> None:
     model = copy.deepcopy(world["model"])
     name = "encoder.layer.0.intermediate.dense"
     matrix = model.base_model.get_submodule(name).weight
     with torch.no_grad():
         left, values, right = torch.linalg.svd(matrix, full_matrices=False)
-        matrix.copy_(20 * (left[:, :4] * values[:4]) @ right[:4])
-    found = qbert.plan(model, world["batches"], size_mb=0.024, structures=[])
-    (step,) = [step for step in found.best.structure if isinstance(step, Factorize)]
-    assert name in step.rank  # type: ignore[operator]
-    done = compress(model, world["tokenizer"], world["data"], found.pipeline, folder=tmp_path, progress=False)
-    assert (done.folder / "model.safetensors").stat().st_size <= 0.024e6
-    without = qbert.plan(model, world["batches"], size_mb=0.024, structures=[], ranks=False)
-    assert without.best.structure == () and found.best.predicted < without.best.predicted
+        matrix.copy_((left[:, :4] * values[:4]) @ right[:4])
+    files = plans.Planner(model, world["batches"], structures=[], rounding="nearest").part(()).files
+    place = next(i for i, item in enumerate(files.items) if item.names == (name,))
+    options = files.items[place].options
+    factors = [i for i, option in enumerate(options) if option.parts is not None]
+    best = min(factors, key=lambda i: options[i].damage)
+    plain = [option for option in options if option.parts is None]
+    assert options[best].damage < min(option.damage for option in plain if option.rule["bits"] < 4)
+    picked = [best if i == place else 0 for i in range(len(files.items))]
+    ranks, size = files.ranks(picked), files.size(picked)
+    assert set(ranks) == {name}
+    steps = (Factorize(ranks, weighting="activations"), Quantize(files.configuration(picked)), Pack())
+    done = compress(model, world["tokenizer"], world["data"], steps, folder=tmp_path, progress=False)
+    assert 0.95 * size <= (done.folder / "model.safetensors").stat().st_size <= size
 
 
 def test_too_few_batches_and_a_quantized_model_are_refused(world: dict[str, Any]) -> None:
