@@ -262,7 +262,8 @@ def estimate(arguments: argparse.Namespace, recipe: dict[str, Any]) -> float:
     print(
         f"{task.name}: about {seconds / 60:.0f} min"
         + (f" for {len(work)} rows, {trained} of them trained" if work else "")
-        + f" ({step:.2f} s a step in float), and {teacher / 60:.0f} min for the teacher unless it is in the cache"
+        + f" ({step:.2f} s a step in float)"
+        + ("" if arguments.no_fine_tune else f", and {teacher / 60:.0f} min for the teacher unless it is in the cache")
     )
     return seconds / 60
 
@@ -369,11 +370,28 @@ def make_table(
         plot_table(contents, labels, page.with_suffix(".png"))
 
 
+def teacher_of(task: Any, arguments: argparse.Namespace) -> tuple[Any, Any]:
+    """(model, tokenizer): tuned on the task, or as it is; for STS-B that is a sentence encoder without a head."""
+    from qbert.tasks import build_model, build_sentence_model
+
+    if arguments.no_fine_tune:
+        print(f"model  {arguments.model}, as it is")
+        if task.kind == "regression":
+            model, tokenizer = build_sentence_model(arguments.model)
+        else:
+            model, tokenizer = build_model(task, arguments.model, tuned=True)
+        return model.to(arguments.device).eval(), tokenizer
+    changed = {"epochs": arguments.teacher_epochs, "train_limit": teacher_limit(arguments)}
+    tuned = fine_tuned(task, argparse.Namespace(**{**vars(arguments), **changed, "bf16": arguments.teacher_bf16}))
+    return tuned.model.eval(), tuned.tokenizer
+
+
 def make_figure(
     arguments: argparse.Namespace, recipe: dict[str, Any], tasks: list[str], folder: Path, page: Path
 ) -> None:
     """Spectrum, and landscapes where they are asked for, of every task's teacher; under torchrun the work is shared."""
     from qbert.tasks import load_task, prepare
+    from qbert.tasks.evaluation import wants_pairs
 
     parts: list[str] = []
     with process_group(arguments) as rank:
@@ -382,16 +400,21 @@ def make_figure(
             here = folder / name
             here.mkdir(parents=True, exist_ok=True)
             task = load_task(name, data_dir=own.data_dir)
-            own.epochs, own.train_limit, own.bf16 = own.teacher_epochs, teacher_limit(own), own.teacher_bf16
             with first_rank_first(rank):
-                tuned = fine_tuned(task, own)
-            model = tuned.model.eval()
-            spectrum = spectrum_of(task, model, tuned.tokenizer, own, here, rank)
+                model, tokenizer = teacher_of(task, own)
+            spectrum = spectrum_of(task, model, tokenizer, own, here, rank)
             if rank > 0:
                 continue
             picture = here / f"{recipe['kind']}.png"
             if recipe["kind"] == "landscape":
-                landscapes(model, prepare(task, tuned.tokenizer, "train"), spectrum, own, picture, _STEPS)
+                landscapes(
+                    model,
+                    prepare(task, tokenizer, "train", as_pairs=wants_pairs(model)),
+                    spectrum,
+                    own,
+                    picture,
+                    _STEPS,
+                )
             else:
                 spectrum.plot(picture)
             print(spectrum)
