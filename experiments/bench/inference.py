@@ -312,7 +312,9 @@ def load(source: str) -> tuple[Any, Any]:
             num_attention_heads=int(width) // 64,
             intermediate_size=4 * int(width),
         )
-        return BertModel(config).eval(), tokenizer
+        random = BertModel(config).eval()
+        random.weights_are_random = True
+        return random, tokenizer
     model = AutoModel.from_pretrained(name, trust_remote_code=False).eval()
     return model, AutoTokenizer.from_pretrained(name, trust_remote_code=False)
 
