@@ -41,7 +41,7 @@ from qbert.inference.cpu_base import (
 from qbert.inference.cpu_model import FusedModel, tokens_before_padding
 from qbert.inference.engines import RUNTIMES, check_engine
 from qbert.inference.fits import reason_not_four_products, reason_not_to_fuse_layer
-from qbert.inference.forward import FastForward, freeze, is_recording, reason_not_to_replace
+from qbert.inference.forward import FastForward, freeze, is_recording, reason_not_to_replace, remove_fast_forwards
 from qbert.inference.runtime import run_elsewhere
 from qbert.kernels.cpu.native import NativeLayers
 from qbert.layers.packed import PackedTensor, check_module
@@ -133,6 +133,7 @@ def optimize_for_inference(
         if len(shape) != 2 or not all(isinstance(n, int) and n > 0 for n in shape):
             raise ValueError(f"warm_up: {shape!r} is not a batch and a length, such as (1, 16).")
     model = packed if inplace else deepcopy(packed)
+    remove_fast_forwards(model)
     model.eval()
     _, base = base_model(model)
     freeze(base)

@@ -132,11 +132,22 @@ def openvino_model(record: Recorded) -> Any:
     Raises:
         ValueError: for an operator that OpenVINO lacks.
     """
-    import openvino
+    from openvino import PartialShape, Type
+    from openvino._offline_transformations import apply_moc_transformations
+    from openvino.frontend import FrontEndManager
+    from openvino.frontend.pytorch.ts_decoder import TorchScriptPythonDecoder
 
     trace = record.trace()
     try:
-        model = openvino.convert_model(trace, example_input=record.example(*RECORDED))
+        # What openvino.convert_model does, without the reports of its use that it sends from processes of their own.
+        frontend = FrontEndManager().load_by_framework("pytorch")
+        decoder = TorchScriptPythonDecoder(trace, example_input=record.example(*RECORDED))
+        loaded = frontend.load(decoder)
+        for place in loaded.get_inputs():
+            loaded.set_element_type(place, Type.i64)
+            loaded.set_partial_shape(place, PartialShape([-1, -1]))
+        model = frontend.convert(loaded)
+        apply_moc_transformations(model, cf=False, smart_reshape=True)
     except Exception as error:  # OpenVINO's own classes, which derive from nothing narrower
         lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
         raise ValueError(
@@ -156,6 +167,7 @@ def openvino_model(record: Recorded) -> Any:
             made = codes.node()
             for taker in node.output(0).get_target_inputs():
                 taker.replace_source_output(made.output(0))
+    model.validate_nodes_and_infer_types()
     linears = [m for m in record.modules() if isinstance(m, _Linear)]
     if any(m.mode or m.static or m.stored.bits == _STORED[0] for m in linears):
         model.set_rt_info("0", ["runtime_options", _GROUP])

@@ -98,6 +98,8 @@ def test_it_says_who_computes_can_be_copied_and_saved_and_is_packed_still(engine
     fast.save_pretrained(tmp_path)
     loaded = qbert.load(tmp_path)
     assert same_state(loaded, packed) and torch.equal(outputs(loaded, batch), outputs(packed, batch))
+    again = qbert.optimize_for_inference(fast, engine="fp32")
+    assert "runtime:" not in repr(again) and "fused layers:" in repr(again)
     trainable = qbert.unpack(fast)
     assert "runtime" not in repr(trainable) and not isinstance(trainable.bert.forward, RuntimeModel)
 
