@@ -22,6 +22,7 @@ from qbert.inference.cpu_model import FusedModel
 from qbert.inference.engines import INT8, reason_not
 from qbert.packing import pack
 
+pytestmark = pytest.mark.filterwarnings("ignore:.* of the weights of ViT.* stay in float")
 FAMILIES = ("vit", "modernbert", "mobilebert")
 EXACT = {"activation_bits": None}
 # A full layer, two that see two tokens on each side, and a full one.
