@@ -56,6 +56,27 @@ struct Layer {
   const float* rotation;    // [positions][head width], cosines and then sines of half a head each; or null
 };
 
+// With epsilon below 0 a scale and a shift, MobileBERT's NoNorm; weight null where there is none.
+struct Norm {
+  const float *weight, *shift;
+  float eps, unused;
+};
+
+struct FeedForward {
+  Matrix in, out;
+  Norm norm;
+};
+
+// MobileBERT's, thin between wide ones. `wide` is what reads the wide input: the way down, then what attention reads (`shares`:
+// its own way down, and value) or query, key and value; or nothing more (`inside`). `inner` is what reads a way down: query and
+// key, or all three; nothing if neither. The residual of the attention is what the first way down gives.
+struct ThinLayer {
+  Matrix wide, inner, output, up;
+  Norm down, shared, attention, last;
+  const FeedForward* nets;
+  int32_t count, heads, activation, shares, inside, unused;
+};
+
 // Sequences: the tokens starts[i] to starts[i + 1], of which the first keys[i] are seen by all. A bias, if any, is added
 // to the scores: float at bias + sequence * strides[0] + head * strides[1] + query * strides[2] + key.
 struct Batch {
@@ -400,8 +421,12 @@ inline void multiply(const Codes& codes, int64_t rows, const Matrix& m, const Ou
 
 // ---------------------------------------------------------------------------------------------- the rest of a layer
 
-// LayerNorm of a row of `width` values in place; what is behind it, up to the next multiple of W, is zero and stays so.
+// LayerNorm, or with eps below 0 NoNorm, of a row of `width` values in place; what is behind it, up to the next multiple of W, is zero and stays so.
 inline void normalize(float* x, int64_t width, const float* weight, const float* shift, float eps) {
+  if (eps < 0) {
+    for (int64_t i = 0; i < width; i += W) store(x + i, load<Float>(x + i) * load<Float>(weight + i) + load<Float>(shift + i));
+    return;
+  }
   Float total = all(0.0f);
   for (int64_t i = 0; i < width; i += W) total += load<Float>(x + i);
   const float mean = sum_of(total) / static_cast<float>(width);
@@ -704,16 +729,128 @@ void run_layer(const Layer& layer, const Batch& batch, int64_t begin, int64_t en
   }
 }
 
+// ---------------------------------------------------------------------------------------------- thin layers
+
+struct ThinRoom {
+  float *x, *thin, *qkv, *mixed, *read, *shared, *hidden, *scratch;
+  Codes codes;
+  int64_t wide_x, wide_thin, wide_qkv, wide_read, wide_hidden, scratch_floats, at_once;
+
+  static size_t lay_out(ThinRoom* room, char* memory, const ThinLayer& layer, int64_t tokens, int64_t longest, int members) {
+    size_t used = 0;
+    auto take = [&](size_t bytes) {
+      char* at = memory + used;
+      used += padded(bytes, 64) + 64;
+      return at;
+    };
+    auto floats = [&](int64_t count) { return reinterpret_cast<float*>(take(count * 4)); };
+    ThinRoom own;
+    ThinRoom& r = room ? *room : own;
+    const int64_t width = layer.output.columns;
+    int64_t most = std::max(layer.wide.columns, layer.output.columns), broad = 0;
+    for (int32_t i = 0; i < layer.count; i++) broad = std::max<int64_t>(broad, layer.nets[i].in.rows);
+    r.wide_x = padded(layer.up.rows, NB), r.wide_thin = padded(width, NB), r.wide_qkv = padded(3 * width, NB);
+    r.wide_read = padded(layer.wide.rows, NB), r.wide_hidden = padded(broad, NB);
+    r.at_once = std::min<int64_t>(tokens, ROWS_AT_ONCE * members);
+    r.x = floats(tokens * r.wide_x), r.thin = floats(tokens * r.wide_thin), r.qkv = floats(tokens * r.wide_qkv);
+    r.mixed = floats(tokens * r.wide_thin), r.read = floats(r.at_once * r.wide_read);
+    r.shared = floats(r.at_once * r.wide_thin), r.hidden = floats(r.at_once * r.wide_hidden);
+    r.scratch_floats = padded(HeadScratch::floats(width / layer.heads, longest), W);
+    r.scratch = floats(members * r.scratch_floats);
+    r.codes.stride = padded(std::max(most, broad) * 2, 64);
+    r.codes.at = reinterpret_cast<uint8_t*>(take(r.at_once * r.codes.stride));
+    r.codes.grids = reinterpret_cast<RowGrid*>(take(r.at_once * sizeof(RowGrid)));
+    return used;
+  }
+};
+
+// A piece of a row, zero up to the next multiple of W, and its norm.
+inline void copy_normed(const float* from, int64_t width, const Norm& norm, float* to) {
+  std::memcpy(to, from, width * sizeof(float));
+  for (int64_t i = width; i < padded(width, W); i++) to[i] = 0;
+  if (norm.weight) normalize(to, width, norm.weight, norm.shift, norm.eps);
+}
+
+void run_thin_layer(const ThinLayer& layer, const Batch& batch, int64_t begin, int64_t end, const ThinRoom& room, Team team) {
+  const int64_t base = batch.starts[begin], tokens = batch.starts[end] - base;
+  const int64_t width = layer.output.columns, depth = width / layer.heads;
+  auto linear = [&](const float* from, int64_t stride, int64_t rows, const Matrix& m, const Output& out) {
+    quantize(from, stride, rows, m, room.codes, team);
+    team.wait();
+    multiply(room.codes, rows, m, out, team);
+    team.wait();
+  };
+  for (int64_t row = 0; row < tokens; row += room.at_once) {
+    const int64_t rows = std::min(room.at_once, tokens - row);
+    float *thin = room.thin + row * room.wide_thin, *qkv = room.qkv + row * room.wide_qkv;
+    linear(room.x + row * room.wide_x, room.wide_x, rows, layer.wide, {room.read, room.wide_read, false});
+    for (int64_t r = team.first(rows); r < team.last(rows); r++) {
+      const float* read = room.read + r * room.wide_read;
+      copy_normed(read, width, layer.down, thin + r * room.wide_thin);
+      if (layer.shares) copy_normed(read + width, width, layer.shared, room.shared + r * room.wide_thin);
+    }
+    if (layer.shares) linear(room.shared, room.wide_thin, rows, layer.inner, {qkv, room.wide_qkv, false});
+    if (layer.inside) linear(thin, room.wide_thin, rows, layer.inner, {qkv, room.wide_qkv, false});
+    // What attention reads straight from the wide input: value, or all three.
+    const int64_t place = layer.shares ? 2 * width : 0, count = layer.inside ? 0 : 3 * width - place;
+    for (int64_t r = team.first(rows); count && r < team.last(rows); r++)
+      std::memcpy(qkv + r * room.wide_qkv + place, room.read + r * room.wide_read + layer.wide.rows - count,
+                  count * sizeof(float));
+    team.wait();
+  }
+  const int64_t items = (end - begin) * layer.heads;
+  for (int64_t item = team.first(items); item < team.last(items); item++) {
+    const int64_t sequence = begin + item / layer.heads, head = item % layer.heads;
+    const int64_t start = batch.starts[sequence] - base, rows = batch.starts[sequence + 1] - base - start;
+    const float* bias = batch.bias;
+    if (bias) bias += sequence * batch.strides[0] + head * batch.strides[1];
+    const Head h = {room.qkv + start * room.wide_qkv + head * depth, room.wide_qkv, width, depth, rows,
+                    batch.keys[sequence], bias, batch.strides[2],
+                    room.mixed + start * room.wide_thin + head * depth, room.wide_thin, nullptr, 0};
+    attend(h, HeadScratch(room.scratch + team.place * room.scratch_floats, depth, batch.keys[sequence]));
+  }
+  team.wait();
+  for (int64_t row = 0; row < tokens; row += room.at_once) {
+    const int64_t rows = std::min(room.at_once, tokens - row);
+    float *thin = room.thin + row * room.wide_thin, *x = room.x + row * room.wide_x;
+    auto norm = [&](float* of, int64_t stride, int64_t wide, const Norm& n) {
+      for (int64_t r = team.first(rows); n.weight && r < team.last(rows); r++)
+        normalize(of + r * stride, wide, n.weight, n.shift, n.eps);
+    };
+    linear(room.mixed + row * room.wide_thin, room.wide_thin, rows, layer.output, {thin, room.wide_thin, true});
+    norm(thin, room.wide_thin, width, layer.attention);
+    for (int32_t i = 0; i < layer.count; i++) {
+      const FeedForward& net = layer.nets[i];
+      linear(thin, room.wide_thin, rows, net.in, {room.hidden, room.wide_hidden, false});
+      for (int64_t r = team.first(rows); r < team.last(rows); r++)
+        activate_row(room.hidden + r * room.wide_hidden, net.in.rows, layer.activation, false);
+      linear(room.hidden, room.wide_hidden, rows, net.out, {thin, room.wide_thin, true});
+      norm(thin, room.wide_thin, width, net.norm);
+    }
+    linear(thin, room.wide_thin, rows, layer.up, {x, room.wide_x, true});
+    norm(x, room.wide_x, layer.up.rows, layer.last);
+    team.wait();
+  }
+}
+
+inline const Matrix& last_of(const Layer& layer) { return layer.output; }
+inline const Matrix& last_of(const ThinLayer& layer) { return layer.up; }
+inline void run_one(const Layer& l, const Batch& b, int64_t begin, int64_t end, const Room& r, Team t) { run_layer(l, b, begin, end, r, t); }
+inline void run_one(const ThinLayer& l, const Batch& b, int64_t begin, int64_t end, const ThinRoom& r, Team t) {
+  run_thin_layer(l, b, begin, end, r, t);
+}
+
 // Sequences begin to end through all layers: x in, y out, both [tokens, width].
-void run_some(const Layer* layers, int64_t count, const Batch& batch, int64_t begin, int64_t end, const float* x, float* y,
-              const Room& room, Team team) {
-  const int64_t base = batch.starts[begin], tokens = batch.starts[end] - base, width = layers[0].output.rows;
+template <class Kind, class Place>
+void run_some(const Kind* layers, int64_t count, const Batch& batch, int64_t begin, int64_t end, const float* x, float* y,
+              const Place& room, Team team) {
+  const int64_t base = batch.starts[begin], tokens = batch.starts[end] - base, width = last_of(layers[0]).rows;
   for (int64_t t = team.first(tokens); t < team.last(tokens); t++) {
     std::memcpy(room.x + t * room.wide_x, x + (base + t) * width, width * sizeof(float));
     std::memset(room.x + t * room.wide_x + width, 0, (room.wide_x - width) * sizeof(float));
   }
   team.wait();
-  for (int64_t i = 0; i < count; i++) run_layer(layers[i], batch, begin, end, room, team);
+  for (int64_t i = 0; i < count; i++) run_one(layers[i], batch, begin, end, room, team);
   for (int64_t t = team.first(tokens); t < team.last(tokens); t++)
     std::memcpy(y + (base + t) * width, room.x + t * room.wide_x, width * sizeof(float));
 }
@@ -752,6 +889,24 @@ int32_t in_blocks(int64_t blocks, int32_t threads, bool alone, size_t bytes, con
     failed = 1;
   }
   return failed;
+}
+
+template <class Kind, class Place>
+int32_t run_stack(const Kind* layers, int64_t count, const Batch* batch, const int64_t* chunks, int64_t chunk_count,
+                  const float* x, float* y, int32_t threads) {
+  int64_t longest = 1, most = 1;
+  for (int64_t s = 0; s < batch->sequences; s++) longest = std::max(longest, batch->keys[s]);
+  for (int64_t c = 0; c < chunk_count; c++)
+    most = std::max(most, batch->starts[chunks[c + 1]] - batch->starts[chunks[c]]);
+  const int members = chunk_count >= threads ? 1 : threads;
+  const size_t bytes = Place::lay_out(nullptr, nullptr, layers[0], most, longest, members) + 64;
+  auto some = [&](char* memory, int64_t chunk, Team team) {
+    Place room;
+    const int64_t tokens = batch->starts[chunks[chunk + 1]] - batch->starts[chunks[chunk]];
+    Place::lay_out(&room, memory, layers[0], tokens, longest, members);
+    run_some(layers, count, *batch, chunks[chunk], chunks[chunk + 1], x, y, room, team);
+  };
+  return in_blocks(chunk_count, threads, members == 1, bytes, some);
 }
 
 }  // namespace
@@ -797,19 +952,12 @@ int32_t qbert_linear(const Matrix* m, const float* x, int64_t tokens, float* y, 
 // x [tokens, width] through `count` layers of one width into y; chunks[i] to chunks[i + 1] are sequences that run together.
 int32_t qbert_layers(const Layer* layers, int64_t count, const Batch* batch, const int64_t* chunks, int64_t chunk_count,
                      const float* x, float* y, int32_t threads) {
-  int64_t longest = 1, most = 1;
-  for (int64_t s = 0; s < batch->sequences; s++) longest = std::max(longest, batch->keys[s]);
-  for (int64_t c = 0; c < chunk_count; c++)
-    most = std::max(most, batch->starts[chunks[c + 1]] - batch->starts[chunks[c]]);
-  const int members = chunk_count >= threads ? 1 : threads;
-  const size_t bytes = Room::lay_out(nullptr, nullptr, layers[0], most, longest, members) + 64;
-  auto some = [&](char* memory, int64_t chunk, Team team) {
-    Room room;
-    const int64_t tokens = batch->starts[chunks[chunk + 1]] - batch->starts[chunks[chunk]];
-    Room::lay_out(&room, memory, layers[0], tokens, longest, members);
-    run_some(layers, count, *batch, chunks[chunk], chunks[chunk + 1], x, y, room, team);
-  };
-  return in_blocks(chunk_count, threads, members == 1, bytes, some);
+  return run_stack<Layer, Room>(layers, count, batch, chunks, chunk_count, x, y, threads);
+}
+
+int32_t qbert_thin_layers(const ThinLayer* layers, int64_t count, const Batch* batch, const int64_t* chunks,
+                          int64_t chunk_count, const float* x, float* y, int32_t threads) {
+  return run_stack<ThinLayer, ThinRoom>(layers, count, batch, chunks, chunk_count, x, y, threads);
 }
 
 }  // extern "C"

@@ -66,6 +66,26 @@ class _Layer(ctypes.Structure):
     ]
 
 
+class _Norm(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("weight", "shift")),
+        *((name, ctypes.c_float) for name in ("eps", "unused")),
+    ]
+
+
+class _FeedForward(ctypes.Structure):
+    _fields_ = [("ffn_in", _Matrix), ("ffn_out", _Matrix), ("norm", _Norm)]
+
+
+class _ThinLayer(ctypes.Structure):
+    _fields_ = [
+        *((name, _Matrix) for name in ("wide", "inner", "output", "up")),
+        *((name, _Norm) for name in ("down", "shared", "attention", "last")),
+        ("nets", ctypes.POINTER(_FeedForward)),
+        *((name, ctypes.c_int32) for name in ("count", "heads", "activation", "shares", "inside", "unused")),
+    ]
+
+
 class _Batch(ctypes.Structure):
     _fields_ = [
         ("sequences", ctypes.c_int64),
@@ -136,7 +156,8 @@ def _library(instructions: str) -> ctypes.CDLL:
     library = ctypes.CDLL(str(_built(instructions)))
     integer, pointer = ctypes.c_int64, ctypes.c_void_p
     library.qbert_linear.argtypes = [pointer, pointer, integer, pointer, ctypes.c_int32]
-    library.qbert_layers.argtypes = [pointer, integer, pointer, pointer, integer, pointer, pointer, ctypes.c_int32]
+    for stack in (library.qbert_layers, library.qbert_thin_layers):
+        stack.argtypes = [pointer, integer, pointer, pointer, integer, pointer, pointer, ctypes.c_int32]
     _try(library, instructions)
     return library
 
@@ -321,12 +342,13 @@ class NativeLayers:
 
     def __init__(self, layers: Sequence[Sequence[Any]]) -> None:
         self.library = layers[0][0][0].library
+        self._run: Any = self.library.qbert_layers
         tile = self.library.qbert_columns_of_a_tile()
         self.width = layers[0][0][1].matrix.rows
         padding = (0, -self.width % tile)
         self.positions = 2**62  # of the longest sequence
         self._kept: list[Any] = []
-        self._layers = (_Layer * len(layers))()
+        self._layers: Any = (_Layer * len(layers))()
         for place, layer in enumerate(NativeLayer(*given) for given in layers):
             matrices = [p.matrix for p in layer.products]
             vectors = [
@@ -374,13 +396,66 @@ class NativeLayers:
             strides = tuple(0 if n == 1 else s for n, s in zip(bias.shape[:3], bias.stride()[:3], strict=True))
         place = None if bias is None else bias.data_ptr()
         given = _Batch(len(lengths), starts.data_ptr(), keys.data_ptr(), place, (ctypes.c_int64 * 3)(*strides))
-        failed = self.library.qbert_layers(
+        failed = self._run(
             self._layers, len(self._layers), ctypes.byref(given), chunks.data_ptr(), len(chunks) - 1,
             x.data_ptr(), y.data_ptr(), torch.get_num_threads(),
         )  # fmt: skip
         if failed:
             raise MemoryError(f"no memory for the activations of {len(x)} tokens")
         return y
+
+
+class NativeThinLayer(NamedTuple):
+    """One of MobileBERT's layers.
+
+    wide: the way down and what else reads the wide input, as one: nothing (`inside`), or a way down for query and key
+    and value (`shares`), or query, key and value; inner: what reads a way down, query and key or all three, ``None`` if
+    nothing does; output, up: of the attention, and the way up; nets: feed-forward nets as (in, out, norm); the four
+    norms as (weight, shift, epsilon), epsilon below 0 for NoNorm, or ``None`` where there is none.
+    """
+
+    wide: NativeProduct
+    inner: NativeProduct | None
+    output: NativeProduct
+    up: NativeProduct
+    nets: Sequence[tuple[NativeProduct, NativeProduct, Any]]
+    down: Any
+    shared: Any
+    attention: Any
+    last: Any
+    heads: int
+    activation: int
+    shares: bool
+    inside: bool
+
+
+class NativeThinLayers(NativeLayers):
+    """A stack of MobileBERT's layers, all of the same widths. Immutable."""
+
+    def __init__(self, layers: Sequence[NativeThinLayer]) -> None:
+        self.library = layers[0].wide.library
+        self._run = self.library.qbert_thin_layers
+        self.width, self.positions = layers[0].up.matrix.rows, 2**62
+        self._kept = [*layers]
+        self._layers = (_ThinLayer * len(layers))()
+        for place, layer in enumerate(layers):
+            nets = [_FeedForward(first.matrix, second.matrix, self._norm(norm)) for first, second, norm in layer.nets]
+            held = (_FeedForward * len(nets))(*nets)
+            self._kept.append(held)
+            inner = _Matrix() if layer.inner is None else layer.inner.matrix
+            norms = map(self._norm, (layer.down, layer.shared, layer.attention, layer.last))
+            self._layers[place] = _ThinLayer(
+                layer.wide.matrix, inner, layer.output.matrix, layer.up.matrix, *norms, held,
+                len(nets), layer.heads, layer.activation, layer.shares, layer.inside, 0,
+            )  # fmt: skip
+
+    def _norm(self, norm: Any) -> _Norm:
+        if norm is None:
+            return _Norm()
+        tile = self.library.qbert_columns_of_a_tile()
+        vectors = [F.pad(v, (0, -len(v) % tile)).contiguous() for v in norm[:2]]
+        self._kept += vectors
+        return _Norm(*map(_pointer, vectors), norm[2], 0.0)
 
 
 def _pointer(tensor: Tensor | None) -> int | None:

@@ -138,6 +138,11 @@ class LayerParts(NamedTuple):
         return [self.query] if self.query is self.key else [self.query, self.key, self.value]
 
     @property
+    def ffns(self) -> list[FeedForward]:
+        """All feed-forward nets in their order."""
+        return [*self.more_ffns, FeedForward(self.ffn_in, self.activation, self.ffn_out, self.output_norm)]
+
+    @property
     def linears(self) -> list[Any]:
         """`inputs`, then the other linear maps."""
         found = [*self.inputs, self.attention_output, self.ffn_in, self.ffn_out]

@@ -20,12 +20,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qbert.encoders.factors import is_factored
-from qbert.encoders.parts import Bottleneck, FeedForward, LayerParts
+from qbert.encoders.parts import Bottleneck, LayerParts
 from qbert.inference.fits import can_join, maps_of, one_input
 from qbert.inference.forward import reason_not_to_replace
 from qbert.kernels.cpu import CpuLinear
 from qbert.kernels.cpu.chains import FloatChain
-from qbert.kernels.cpu.native import ACTIVATIONS, NativeLayer, NativeLayers
+from qbert.kernels.cpu.native import ACTIVATIONS, NativeLayer, NativeLayers, NativeThinLayer, NativeThinLayers
 from qbert.layers.embedding import PackedEmbedding
 from qbert.layers.linear import PackedLinear
 from qbert.layers.tables import grids_of, is_packed_table
@@ -154,13 +154,8 @@ class _BottleneckLayer(nn.Module):
 
     def __init__(self, parts: LayerParts, outer: Bottleneck, make: _Makers) -> None:
         super().__init__()
-        heads = [parts.query, parts.key, parts.value]
-        self.heads = parts.heads
-        self.inside, self.shares = outer.inside, outer.shared is not None
-        wide: list[Any] = [outer.down] if outer.inside else [outer.down, *heads]
-        if outer.shared is not None:
-            wide = [outer.down, outer.shared, parts.value]
-        thin = heads if outer.inside else heads[:2] if self.shares else []
+        self.heads, self.inside, self.shares = parts.heads, outer.inside, outer.shared is not None
+        wide, thin = _read_by_bottleneck(parts, outer)
         self.sizes: list[int] = [int(m.out_features) for m in wide]
         self.read_wide, self.read_thin = make.chain(*wide), make.chain(*thin) if thin else nn.Identity()
         self.down_norm = make.norm(outer.down_norm)
@@ -192,11 +187,9 @@ class _BottleneckLayer(nn.Module):
 
 def _feed_forwards(parts: LayerParts, make: _Makers) -> tuple[nn.ModuleList, nn.ModuleList]:
     """The feed-forward nets of a post-norm layer in their order, and their norms."""
-    last = FeedForward(parts.ffn_in, parts.activation, parts.ffn_out, parts.output_norm)
-    nets = [*parts.more_ffns, last]
     return (
-        nn.ModuleList(make.feed_forward(net.ffn_in, net.activation, net.ffn_out) for net in nets),
-        nn.ModuleList(make.norm(net.norm) for net in nets),
+        nn.ModuleList(make.feed_forward(net.ffn_in, net.activation, net.ffn_out) for net in parts.ffns),
+        nn.ModuleList(make.norm(net.norm) for net in parts.ffns),
     )
 
 
@@ -393,6 +386,8 @@ def _joined(parts: list[Any], exact: bool, engine: str | None) -> CpuLinear:
 
 def native_layers(parts: Sequence[LayerParts], exact: bool = True) -> NativeLayers:
     """The stack by the native engine; `parts` of layers for which `reason_not_native_layers` has none."""
+    if parts[0].bottleneck is not None:
+        return NativeThinLayers([_native_thin_layer(part, part.bottleneck, exact) for part in parts if part.bottleneck])
     made: dict[int, NativeLayer] = {}
     for part in parts:
         if id(part.query) in made:
@@ -405,6 +400,30 @@ def native_layers(parts: Sequence[LayerParts], exact: bool = True) -> NativeLaye
             ACTIVATIONS[type(part.activation).__name__], part.pre_norm, part.gated, part.window, part.rotation,
         )  # fmt: skip
     return NativeLayers([made[id(part.query)] for part in parts])
+
+
+def _native_thin_layer(part: LayerParts, outer: Bottleneck, exact: bool) -> NativeThinLayer:
+    def product(*maps: Any) -> Any:
+        return _joined(list(maps), exact, "native").chain
+
+    def norm(of: nn.Module | None) -> tuple[Tensor, Tensor, float] | None:
+        return None if of is None else _norm(of)
+
+    wide, thin = _read_by_bottleneck(part, outer)
+    return NativeThinLayer(
+        product(*wide), product(*thin) if thin else None, product(part.attention_output), product(outer.up),
+        [(product(net.ffn_in), product(net.ffn_out), norm(net.norm)) for net in part.ffns],
+        norm(outer.down_norm), norm(outer.shared_norm), norm(part.attention_norm), norm(outer.up_norm),
+        part.heads, ACTIVATIONS[type(part.activation).__name__], outer.shared is not None, outer.inside,
+    )  # fmt: skip
+
+
+def _read_by_bottleneck(parts: LayerParts, outer: Bottleneck) -> tuple[list[Any], list[Any]]:
+    """The maps of the wide input of a bottleneck, the way down first, and those of what a way down gives."""
+    heads = [parts.query, parts.key, parts.value]
+    if outer.shared is not None:
+        return [outer.down, outer.shared, parts.value], heads[:2]
+    return ([outer.down], heads) if outer.inside else ([outer.down, *heads], [])
 
 
 def reason_not_to_choose(parts: Sequence[LayerParts]) -> str:
@@ -421,22 +440,24 @@ def reason_not_to_choose(parts: Sequence[LayerParts]) -> str:
 def reason_not_native_layers(parts: Sequence[LayerParts]) -> str:
     """Why the native engine cannot run layers that `reason_not_to_choose` lets choose; empty if it can."""
     for part in parts:
-        if part.bottleneck is not None or part.more_ffns:
-            return "it knows no bottlenecks and one feed-forward net a layer"
-        if any(type(norm).__name__ == "NoNorm" for norm in part.norms):
-            return "it does not know NoNorm"
-        kind = type(part.activation).__name__
-        if kind not in ACTIVATIONS:
-            return f"it does not know the activation function {kind}"
+        if part.bottleneck is not None and not all(
+            can_join(maps) for maps in _read_by_bottleneck(part, part.bottleneck)
+        ):
+            return "what reads the input of a layer does not quantize it as one"
+        if part.more_ffns and part.bottleneck is None:
+            return "it knows several feed-forward nets in bottlenecks only"
+        kinds = {type(net.activation).__name__ for net in part.ffns}
+        if not kinds <= ACTIVATIONS.keys() or len(kinds) > 1:
+            return f"it does not know the activation function {' and '.join(sorted(kinds))}"
         if part.attention_output.columns != part.attention_output.rows:
             return "it has fewer heads than its width has room for"
-    if len({(part.heads, part.attention_output.rows, part.ffn_in.rows) for part in parts}) > 1:
+    if len({(p.heads, p.attention_output.rows, p.width, *(n.ffn_in.rows for n in p.ffns)) for p in parts}) > 1:
         return "its layers are of several widths, and one room is laid out for all"
     return ""
 
 
 def _norm(norm: Any) -> tuple[Tensor, Tensor, float]:
-    """Weight, shift and epsilon of a norm, the last 0 for a NoNorm."""
+    """Weight, shift and epsilon of a norm, the last below 0 for a NoNorm."""
     weight = norm.weight.detach().float().clone()
     shift = torch.zeros_like(weight) if norm.bias is None else norm.bias.detach().float().clone()
-    return weight, shift, getattr(norm, "eps", 0.0)
+    return weight, shift, getattr(norm, "eps", -1.0)

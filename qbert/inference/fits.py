@@ -31,7 +31,7 @@ def reason_not_to_fuse_layer(layer: Any) -> str:
     if any(p.spec.activation_bits not in (8, None) for p in packed):
         return "some of its inputs have fewer than 8 bits"
     whole = [part for part in parts.linears if is_factored(part)]
-    activations = [parts.activation, *(net.activation for net in parts.more_ffns)]
+    activations = [net.activation for net in parts.ffns]
     # MobileBERT has a map that it does not use where attention is inside of the bottleneck.
     every = [m for m in layer.modules() if isinstance(m, PackedLinear)]
     inner = {id(m) for part in (*every, *whole, *activations) for m in part.modules()}
