@@ -70,7 +70,7 @@ def test_records_of_several_tasks_become_one_page_and_picture(world: Path) -> No
 
 def test_predictions_are_held_against_every_part_and_the_whole(world: Path) -> None:
     asked = ("--model", str(world / "encoder"), "--task", "sst2", "--data-dir", str(world / "data"), "--rows", "24")
-    asked += ("--output-dir", str(world / "judged"), "--calibration-rows", "96", "--teacher-epochs", "1")
+    asked += ("--output-dir", str(world / "judged"), "--calibration-rows", "128", "--teacher-epochs", "1")
     done = run_here("study/plan_predictions.py", *asked, "--size-mb", "0.025", QBERT_CACHE=str(world / "cache"))
     assert done.returncode == 0, done.stderr
     rows = json.loads((world / "judged" / "budget.json").read_text())["rows"]
