@@ -18,7 +18,6 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import torch
 from compress_budget import Budget, add_budget_arguments, load_float_model
 
 from qbert.cli.arguments import add_task_arguments, positive, prepare_run, run_script
@@ -81,39 +80,37 @@ class Judge:
     def judge(self, size_mb: float) -> None:
         """Keep the rows of one size: every part alone, all parts, and all parts with rounded activations."""
         from qbert import quantize_model
-        from qbert.encoders.targets import find_targets
 
         if _key(size_mb, _WHOLE) in self.record:
             return
         unit, files = self.planner.unit, self.planner.part(()).files
         picked = files.choose(size_mb)
-        made = quantize_model(self.model, files.configuration(picked), calibration_data=self.planner.rest)
-        paths = {target.name: target.path for target in find_targets(self.model)}
-        weights = {}
+        config = files.configuration(picked)
         for item, index in zip(files.items, picked, strict=True):
-            path, option = paths[item.names[0]], item.options[index]
-            weights[path] = made.get_submodule(path).quantized_weight()
-            key = _key(size_mb, item.names[0])
+            key, option = _key(size_mb, item.names[0]), item.options[index]
             if key not in self.record:
-                found = self._with({path: weights[path]})
+                found = self.measured(self._rounded(dict.fromkeys(item.names, option.rule), files.settings))
                 self.record.add(key, {"predicted": unit * option.damage, "bits": option.rule["bits"], **found})
         total = unit * files.damage(picked)
-        self.record.add(_key(size_mb, _PARTS), {"predicted": total, **self._with(weights)})
+        self.record.add(
+            _key(size_mb, _PARTS),
+            {"predicted": total, **self.measured(self._rounded(config.rules, files.settings))},
+        )
         prediction = self.planner.calibrated((), size_mb)
+        made = quantize_model(self.model, config, calibration_data=self.planner.rest)
         total = prediction(files.damage(picked))
         self.record.add(_key(size_mb, _WHOLE), {"predicted": total, "trial": str(prediction), **self.measured(made)})
 
-    def _with(self, weights: dict[str, torch.Tensor]) -> dict[str, float]:
-        """What the float model does with other weights in some places."""
-        modules: dict[Any, torch.Tensor] = {self.model.get_submodule(path): w for path, w in weights.items()}
-        plain = {module: module.weight.data for module in modules}
-        for module, weight in modules.items():
-            module.weight.data = weight.detach().to(plain[module]).reshape(plain[module].shape)
-        try:
-            return self.measured(self.model)
-        finally:
-            for module, weight in plain.items():
-                module.weight.data = weight
+    def _rounded(self, rules: Any, settings: Any) -> Any:
+        """The float model with some parts rounded as a plan says, activations as they are.
+
+        By `quantize_model` and not by another weight alone, since compensated rounding moves biases too, and fits what
+        comes later to what came before.
+        """
+        from qbert import BitsConfig, quantize_model
+
+        config = BitsConfig(dict(rules), embedding_bits=32, **{**settings, "activation_bits": None})
+        return quantize_model(self.model, config, calibration_data=self.planner.rest)
 
 
 def _key(size_mb: float, name: str) -> str:

@@ -68,6 +68,17 @@ def test_records_of_several_tasks_become_one_page_and_picture(world: Path) -> No
     assert foreign.returncode == 2
 
 
+def test_predictions_are_held_against_every_part_and_the_whole(world: Path) -> None:
+    asked = ("--model", str(world / "encoder"), "--task", "sst2", "--data-dir", str(world / "data"), "--rows", "24")
+    asked += ("--output-dir", str(world / "judged"), "--calibration-rows", "128", "--teacher-epochs", "1")
+    done = run_here("study/plan_predictions.py", *asked, "--size-mb", "0.025", QBERT_CACHE=str(world / "cache"))
+    assert done.returncode == 0, done.stderr
+    rows = json.loads((world / "judged" / "budget.json").read_text())["rows"]
+    assert len(rows) == 18 and {"predicted", "training rows", "held-out rows"} <= set(rows["0.025 MB: all parts"][0])
+    page = (world / "judged" / "predictions.md").read_text()
+    assert "whole, activations too" in page and "encoder.layer.1.output.dense" in page
+
+
 def test_students_and_budgets_exclude_each_other(world: Path) -> None:
     done = run_here("compress.py", *arguments_for(world, "--student", "small", "--size-mb", "1"))
     assert done.returncode == 2 and "--student trains a student; --size-mb" in done.stderr
