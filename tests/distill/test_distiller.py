@@ -103,7 +103,7 @@ def test_bits_go_down_stage_by_stage_with_the_last_student_as_teacher(tmp_path: 
     trainer = distiller(tmp_path, recipe=gradual(), max_steps=6, callbacks=[Watch()])
     trainer.train()
     assert bits == [8, 8, 4, 4, 2, 2] and own_teacher == [True, True, False, False, True, True]
-    assert trainer.student.bert.embeddings.word_embeddings.weight_quantizer.bits == 8
+    assert trainer.student.bert.embeddings.word_embeddings.weight_quantizer.bits == 4
     layer = trainer.student.bert.encoder.layer[0].output.dense
     assert torch.unique(layer.weight_quantizer.codes(layer.weight)).numel() <= 4
 
