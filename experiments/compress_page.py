@@ -106,7 +106,7 @@ def _draw_task(panels: Sequence[Any], content: dict[str, Any], styles: dict[str,
         panels[0].plot(
             [p[0] for p in points],
             [p[2] for p in points],
-            line,
+            linestyle=line or "none",
             marker=marker,
             color=colour,
             markersize=size,

@@ -4,7 +4,7 @@ r"""Other post-training quantizers on the rows and the model of `ptq_table.py`: 
 
 Peers that are packages are used where they are installed; `missing` says which are not. GPTQ as published is here in
 plain float64 (Frantar et al. 2023, algorithm 1; columns by activity, damping 1 %), since the packages that carry it
-quantize language models on GPUs: auto-gptq 0.7 imports names that transformers 5 has not, and gptqmodel 7 asks for
+quantize language models on GPUs: auto-gptq 0.7 (archived) was not tried, and gptqmodel 7 asks for
 another torch than the library is tested with. It stands alone because nothing but the table asks for peers.
 """
 
