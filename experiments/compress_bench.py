@@ -27,6 +27,7 @@ from qbert.students.depth import DepthTable, compare_depths
 
 if TYPE_CHECKING:
     from compress_plans import Phase, Plan
+    from transformers import TrainingArguments
 
 # (encoder, tables) in which every student is stored and scored, from the largest
 FORMS = ((8, 8), (4, 4), (2, 4))
@@ -219,8 +220,6 @@ class Bench:
     @functools.cache  # noqa: B019
     def searched(self, seed: int) -> tuple[Any, int]:
         """(cell, layers) that a search for this task comes to, taken up again where it was interrupted."""
-        from transformers import TrainingArguments
-
         from qbert import students
         from qbert.distill import recipes
         from qbert.distill.checkpoint import last_good_checkpoint
@@ -239,20 +238,7 @@ class Bench:
             self.probed,
             space.to(arguments.device),
             recipes.adabert_search(self.probed.losses, depth=most),
-            TrainingArguments(
-                str(folder),
-                per_device_train_batch_size=arguments.batch_size,
-                max_steps=_SEARCH_STEPS,
-                learning_rate=2e-3,
-                warmup_steps=0.1,
-                logging_steps=20,
-                save_steps=100,
-                save_total_limit=1,
-                seed=seed,
-                use_cpu=arguments.device == "cpu",
-                bf16=arguments.bf16,
-                report_to="none",
-            ),
+            self._training(folder, _SEARCH_STEPS, 2e-3, seed, save_steps=100),
             self.rows.examples,
             data_collator=self.rows.collate,
             processing_class=self.tokenizer,
@@ -293,8 +279,6 @@ class Bench:
         return row, student
 
     def _run_phase(self, folder: Path, plan: Plan, phase: Phase, student: nn.Module, steps: int, seed: int) -> None:
-        from transformers import TrainingArguments
-
         from qbert.distill import Distiller, TeacherOutputs
         from qbert.distill.checkpoint import last_good_checkpoint, load_weights, save_weights
 
@@ -306,21 +290,14 @@ class Bench:
         recipe = phase.recipe(self)
         rows = phase.rows(self)
         rate = (arguments.learning_rate or plan.rate) * phase.rate
-        settings = TrainingArguments(
-            str(folder),
-            per_device_train_batch_size=arguments.batch_size,
-            max_steps=steps,
-            learning_rate=rate,
-            warmup_steps=0.1,
+        settings = self._training(
+            folder,
+            steps,
+            rate,
+            seed,
             weight_decay=0.01,
             train_sampling_strategy="group_by_length",
-            logging_steps=20,
             save_steps=200,
-            save_total_limit=1,
-            seed=seed,
-            use_cpu=arguments.device == "cpu",
-            bf16=arguments.bf16,
-            report_to="none",
             optim=recipe.arguments.get("optim", "adamw_torch"),
         )
         outputs = None
@@ -342,6 +319,25 @@ class Bench:
         print(f"  {phase.name}: {steps} steps{f', from {checkpoint}' if checkpoint else ''}", flush=True)
         distiller.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         save_weights(student, done)
+
+    def _training(self, folder: Path, steps: int, rate: float, seed: int, **more: Any) -> TrainingArguments:
+        from transformers import TrainingArguments
+
+        arguments = self.arguments
+        return TrainingArguments(
+            str(folder),
+            per_device_train_batch_size=arguments.batch_size,
+            max_steps=steps,
+            learning_rate=rate,
+            warmup_steps=0.1,
+            logging_steps=20,
+            save_total_limit=1,
+            seed=seed,
+            use_cpu=arguments.device == "cpu",
+            bf16=arguments.bf16,
+            report_to="none",
+            **more,
+        )
 
     def trained_in(self, name: str, seed: int) -> Path:
         """Folder of the curves and checkpoints of one student."""

@@ -679,9 +679,26 @@ inline const float* normed(const float* x, int64_t rows, const Layer& layer, con
   return room.normed;
 }
 
+// Every head of sequences begin to end: from `room.qkv` into `room.mixed`, whose rows are `wide` apart.
+template <class AnyRoom>
+void attend_all(const Batch& batch, int64_t begin, int64_t end, int64_t heads, int64_t width, const AnyRoom& room, int64_t wide,
+                const float* rotation, int64_t window, Team team) {
+  const int64_t base = batch.starts[begin], depth = width / heads, items = (end - begin) * heads;
+  for (int64_t item = team.first(items); item < team.last(items); item++) {
+    const int64_t sequence = begin + item / heads, head = item % heads;
+    const int64_t start = batch.starts[sequence] - base, rows = batch.starts[sequence + 1] - base - start;
+    const float* bias = batch.bias;
+    if (bias) bias += sequence * batch.strides[0] + head * batch.strides[1];
+    const Head h = {room.qkv + start * room.wide_qkv + head * depth, room.wide_qkv, width, depth, rows,
+                    batch.keys[sequence], bias, batch.strides[2],
+                    room.mixed + start * wide + head * depth, wide, rotation, window};
+    attend(h, HeadScratch(room.scratch + team.place * room.scratch_floats, depth, batch.keys[sequence]));
+  }
+}
+
 void run_layer(const Layer& layer, const Batch& batch, int64_t begin, int64_t end, const Room& room, Team team) {
   const int64_t base = batch.starts[begin], tokens = batch.starts[end] - base;
-  const int64_t width = layer.output.rows, depth = width / layer.heads;
+  const int64_t width = layer.output.rows;
   for (int64_t row = 0; row < tokens; row += room.at_once) {
     const int64_t rows = std::min(room.at_once, tokens - row);
     const float* x = normed(room.x + row * room.wide_x, rows, layer, layer.norm1, layer.shift1, layer.eps1, room, team);
@@ -690,17 +707,7 @@ void run_layer(const Layer& layer, const Batch& batch, int64_t begin, int64_t en
     multiply(room.narrow, rows, layer.qkv, {room.qkv + row * room.wide_qkv, room.wide_qkv, false}, team);
     team.wait();
   }
-  const int64_t items = (end - begin) * layer.heads;
-  for (int64_t item = team.first(items); item < team.last(items); item++) {
-    const int64_t sequence = begin + item / layer.heads, head = item % layer.heads;
-    const int64_t start = batch.starts[sequence] - base, rows = batch.starts[sequence + 1] - base - start;
-    const float* bias = batch.bias;
-    if (bias) bias += sequence * batch.strides[0] + head * batch.strides[1];
-    const Head h = {room.qkv + start * room.wide_qkv + head * depth, room.wide_qkv, width, depth, rows,
-                    batch.keys[sequence], bias, batch.strides[2],
-                    room.mixed + start * room.wide_x + head * depth, room.wide_x, layer.rotation, layer.window};
-    attend(h, HeadScratch(room.scratch + team.place * room.scratch_floats, depth, batch.keys[sequence]));
-  }
+  attend_all(batch, begin, end, layer.heads, width, room, room.wide_x, layer.rotation, layer.window, team);
   team.wait();
   for (int64_t row = 0; row < tokens; row += room.at_once) {
     const int64_t rows = std::min(room.at_once, tokens - row);
@@ -773,7 +780,7 @@ inline void copy_normed(const float* from, int64_t width, const Norm& norm, floa
 
 void run_thin_layer(const ThinLayer& layer, const Batch& batch, int64_t begin, int64_t end, const ThinRoom& room, Team team) {
   const int64_t base = batch.starts[begin], tokens = batch.starts[end] - base;
-  const int64_t width = layer.output.columns, depth = width / layer.heads;
+  const int64_t width = layer.output.columns;
   auto linear = [&](const float* from, int64_t stride, int64_t rows, const Matrix& m, const Output& out) {
     quantize(from, stride, rows, m, room.codes, team);
     team.wait();
@@ -798,17 +805,7 @@ void run_thin_layer(const ThinLayer& layer, const Batch& batch, int64_t begin, i
                   count * sizeof(float));
     team.wait();
   }
-  const int64_t items = (end - begin) * layer.heads;
-  for (int64_t item = team.first(items); item < team.last(items); item++) {
-    const int64_t sequence = begin + item / layer.heads, head = item % layer.heads;
-    const int64_t start = batch.starts[sequence] - base, rows = batch.starts[sequence + 1] - base - start;
-    const float* bias = batch.bias;
-    if (bias) bias += sequence * batch.strides[0] + head * batch.strides[1];
-    const Head h = {room.qkv + start * room.wide_qkv + head * depth, room.wide_qkv, width, depth, rows,
-                    batch.keys[sequence], bias, batch.strides[2],
-                    room.mixed + start * room.wide_thin + head * depth, room.wide_thin, nullptr, 0};
-    attend(h, HeadScratch(room.scratch + team.place * room.scratch_floats, depth, batch.keys[sequence]));
-  }
+  attend_all(batch, begin, end, layer.heads, width, room, room.wide_thin, nullptr, 0, team);
   team.wait();
   for (int64_t row = 0; row < tokens; row += room.at_once) {
     const int64_t rows = std::min(room.at_once, tokens - row);
