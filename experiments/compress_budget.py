@@ -19,6 +19,7 @@ one page and picture of several records.
 from __future__ import annotations
 
 import argparse
+import functools
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -310,7 +311,6 @@ class Budget:
 
     def make_rivals(self, name: str, budget: dict[str, Any], variant: Variant) -> None:
         """Simpler choices in a file of this size."""
-        from qbert import hessian_spectrum
         from qbert.pipeline import rivals
 
         if variant.label:
@@ -318,11 +318,9 @@ class Budget:
         size_mb = self.record.content["plans"][name]["size"]
         planner = self.planner(variant)
         files = planner.part(()).files
-        fraction = min(1.0, _SPECTRUM_ROWS / self.arguments.calibration_rows)
-        spectrum = hessian_spectrum(variant.model, variant.labelled, fraction=fraction, **_SPECTRUM)  # type: ignore[arg-type]
         choices = {
             "uniform bits": rivals.uniform(files, size_mb),
-            "paper's ranking": rivals.ranked(files, spectrum.ranking(), size_mb),
+            "paper's ranking": rivals.ranked(files, self.ranking, size_mb),
             **{f"chance, draw {seed}": rivals.by_chance(files, size_mb, seed) for seed in range(self.arguments.draws)},
         }
         for rival, picked in choices.items():
@@ -331,6 +329,23 @@ class Budget:
                 predicted = planner.prediction(files.damage(picked))
                 row = self.made(files, picked, variant, predicted)
                 self.add(title, rival.split(",")[0], size_mb, {"seed": 0, **row})
+
+    @functools.cached_property
+    def ranking(self) -> list[str]:
+        """Layers by |mean| + std of their top eigenvalues, measured once for all budgets."""
+        from qbert import hessian_spectrum
+
+        variant = self.variants[0]
+        fraction = min(1.0, _SPECTRUM_ROWS / self.arguments.calibration_rows)
+        spectrum = hessian_spectrum(
+            variant.model,
+            variant.labelled,
+            fraction=fraction,
+            checkpoint=self.folder / "spectrum",
+            resume=self.arguments.resume,
+            **_SPECTRUM,  # type: ignore[arg-type]
+        )
+        return spectrum.ranking()
 
     def made(self, files: FilePlan, picked: list[int], variant: Variant, predicted: float) -> dict[str, Any]:
         """The row of one choice of a file plan."""
