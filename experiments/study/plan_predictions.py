@@ -61,7 +61,7 @@ class Judge:
         self.record, self.model, self.planner = (
             bench.record,
             variant.model,
-            bench.planner(variant, structures=[], ranks=False),
+            bench.planner(variant, structures=[], further=False),
         )
         split, pairs = bench.task.evaluation_splits[0], wants_pairs(self.model)
         held_out = prepare(bench.task, variant.tokenizer, split, limit=rows, as_pairs=pairs).batches(32)

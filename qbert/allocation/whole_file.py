@@ -24,7 +24,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -62,29 +62,31 @@ class Option:
         size: bytes in the file, its share of the header included.
         damage: predicted, in units of the outputs' metric (for classes: nats).
         parts: where something else stands in the place of a matrix, the rules of its parts; None for the weight itself.
+        form: what stands there (`Alternative.form`); empty for the weight itself.
     """
 
     rule: Mapping[str, Any]
     size: int
     damage: float
     parts: Mapping[str, Mapping[str, Any]] | None = None
+    form: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Alternative:
-    """One way to store a matrix in the place of which something else stands, such as two factors.
+    """One way to store a matrix in the place of which something else stands, such as two factors or other values.
 
     Attributes:
         rules: name of each part -> what a `BitsConfig` says of it.
         change: [O, I], what is computed with minus the matrix.
         size: bytes in the file, its share of the header included.
-        rank: of the factors.
+        form: what stands there, in words of whoever puts it there: ``{"rank": 96}``.
     """
 
     rules: Mapping[str, Mapping[str, Any]]
     change: Tensor
     size: int
-    rank: int
+    form: Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -112,7 +114,7 @@ class FilePlan:
         bits: the widths to choose from, out of 2, 3, 4, 8 and 16 or 32 (float).
         fixed: pattern -> bits, or a mapping of `TensorSpec` fields, for what is not to be decided.
         further: name of a matrix -> what may stand in its place; whoever makes the model has to put it there
-            (`ranks`).
+            (`forms`).
         progress: show bars.
         **settings: defaults of the `BitsConfig` (``groups``, ``scheme``, ``rounding``, ...); compensated rounding where
             they do not say.
@@ -208,7 +210,7 @@ class FilePlan:
         return self.constant + sum(item.options[p].size for item, p in zip(self.items, picked, strict=True))
 
     def configuration(self, picked: Sequence[int]) -> BitsConfig:
-        """The `BitsConfig` of a choice, an index for every item; of the model with factors where `ranks` says so."""
+        """The `BitsConfig` of a choice, an index for every item; of the model changed as `forms` says."""
         rules: dict[str, dict[str, Any]] = {}
         for item, p in zip(self.items, picked, strict=True):
             option = item.options[p]
@@ -216,10 +218,10 @@ class FilePlan:
             rules |= {name: dict(rule) for name, rule in named.items()}
         return BitsConfig(rules, embedding_bits=8, **self.settings)
 
-    def ranks(self, picked: Sequence[int]) -> dict[str, int]:
-        """Name -> rank of the matrices that a choice stores as two factors."""
+    def forms(self, picked: Sequence[int]) -> dict[str, dict[str, Any]]:
+        """Name -> form of the matrices in whose place a choice puts something else (`Alternative.form`)."""
         pairs = [(item.names[0], item.options[p]) for item, p in zip(self.items, picked, strict=True)]
-        return {name: int(option.rule["rank"]) for name, option in pairs if option.parts is not None}
+        return {name: dict(option.form) for name, option in pairs if option.parts is not None}
 
 
 def whole_file_bytes(model: nn.Module, config: BitsConfig) -> int:
@@ -440,7 +442,7 @@ class _Damages:
             yield Option(rule, rules.size(rules.spec(rule)), scale * next(harms))
         for other in rules.further:
             bits = next(iter(other.rules.values()))["bits"]
-            yield Option({"bits": bits, "rank": other.rank}, other.size, scale * next(harms), other.rules)
+            yield Option({"bits": bits, **other.form}, other.size, scale * next(harms), other.rules, other.form)
 
 
 def _slopes(module: nn.Module, call: Call, change: Tensor) -> Tensor:

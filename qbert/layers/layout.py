@@ -92,11 +92,15 @@ def stored_sparsity(matrix: Tensor, bits: int, zero: StoredZero, scheme: str) ->
 
     A zero point that is learned, or always between two codes, gives no weight that is exactly zero.
     """
-    exact = zero == "int8" or FIXED_ZERO.get(scheme) == 0.0
-    if not exact or not half_is_zero(matrix):
+    if (zero != "int8" and FIXED_ZERO.get(scheme) != 0.0) or not half_is_zero(matrix):
         return None
     columns = matrix.shape[1]
     return "2:4" if half_row_nbytes(columns, bits) < packed_row_nbytes(columns, bits) else None
+
+
+def has_exact_zero(scheme: str) -> bool:
+    """Whether a weight that is zero stays so on every grid of a scheme, as long as zero points are not learned."""
+    return scheme == "asymmetric" or FIXED_ZERO.get(scheme) == 0.0
 
 
 def stored_zero(quantizer: WeightQuantizer) -> StoredZero:

@@ -1,8 +1,8 @@
-"""Ways to store a matrix that change the model's structure: two factors of a rank, in some bits each.
+"""Ways to store a matrix that change the model's structure: two factors of a rank, or 2:4 zeros, in some bits each.
 
-In a file of its own, since a `FilePlan` chooses among options without knowing what structures there are. Ranks stand in
-the same exact choice as bits: their factors are fitted to one half of the rows (Chen et al. 2021, DRONE), and their
-damage is measured on the other half.
+In a file of its own, since a `FilePlan` chooses among options without knowing what structures there are. They stand in
+the same exact choice as bits: factors (Chen et al. 2021, DRONE) and zeros (Frantar and Alistarh 2023, SparseGPT) are
+fitted to one half of the rows, and their damage is measured on the other half.
 """
 
 from __future__ import annotations
@@ -16,59 +16,102 @@ from torch import Tensor, nn
 from qbert.allocation.whole_file import FILE_DEFAULTS, Alternative
 from qbert.bits import DEFAULT_GROUPS, SPEC_FIELDS, TensorSpec
 from qbert.encoders.targets import Target
+from qbert.layers.layout import has_exact_zero
 from qbert.layers.quantizer import WeightQuantizer
-from qbert.quantizers.groups import row_groups
+from qbert.pipeline.steps import Factorize, Prune, Structure
+from qbert.quantizers.groups import group_layout, row_groups
+from qbert.quantizers.sparsity import Pattern, sparsify
 from qbert.sizes import quantized_header_bytes, tensor_bytes
 from qbert.students.curvature import Moments, layer_matrices, second_moments
 from qbert.students.lowrank import Spectrum, paying_rank
 
 SHARES = (0.375, 0.625)  # of the largest rank that takes fewer values than the matrix
 FACTOR_BITS = (4, 8)
-WEIGHTING: Final = "activations"
+PATTERN: Final = "2:4"
+SPARSE_BITS = (3, 4)  # at 2 bits no grid has a zero between its other codes; at 8 rather fewer bits for all weights
+_WEIGHTING: Final = "activations"
 _DAMPING = 0.01
 _LONGER_NAMES = 32  # bytes of header that a bias and a range of activations take more, as part of a factor
 
 
-def rank_alternatives(
-    model: nn.Module, batches: Sequence[Any], settings: Mapping[str, Any], shares: Sequence[float] = SHARES
+def matrix_alternatives(
+    model: nn.Module,
+    batches: Sequence[Any],
+    settings: Mapping[str, Any],
+    bits: Sequence[int],
+    shares: Sequence[float] = SHARES,
 ) -> dict[str, list[Alternative]]:
-    """Name of every matrix of the layers -> its pairs of factors.
+    """Name of every matrix of the layers -> its pairs of factors, and itself with 2:4 zeros.
 
     Args:
         model: a float encoder.
-        batches: rows that the factors are fitted to, without labels.
+        batches: rows that factors and zeros are fitted to, without labels.
         settings: defaults of the `BitsConfig`.
+        bits: the widths that a plan chooses from.
         shares: ranks, as shares of the largest that takes fewer values than the matrix itself.
     """
     targets = layer_matrices(model)
     moments = second_moments(model, batches, [cast(nn.Linear, t.module) for t in targets], gradients=False)
-    return {
-        target.name: list(_of(target, moments[cast(nn.Linear, target.module)], settings, shares)) for target in targets
-    }
+    known = {name: value for name, value in {**FILE_DEFAULTS, **settings}.items() if name in SPEC_FIELDS}
+    known["groups"] = known.get("groups") or DEFAULT_GROUPS
+    found: dict[str, list[Alternative]] = {}
+    for target in targets:
+        moment = moments[cast(nn.Linear, target.module)]
+        found[target.name] = [
+            *_factors(target, moment, known, shares),
+            *_sparse(target, moment, known, [width for width in bits if width in SPARSE_BITS]),
+        ]
+    return found
+
+
+def steps_of(forms: Mapping[str, Mapping[str, Any]]) -> tuple[Structure, ...]:
+    """The steps that put what `FilePlan.forms` says in the place of matrices: zeros first, since factors have names of
+    their own."""
+    ranks = {name: int(form["rank"]) for name, form in forms.items() if "rank" in form}
+    sparse = tuple(name for name, form in forms.items() if "pattern" in form)
+    steps: list[Structure] = [Prune(pattern=PATTERN, names=sparse)] if sparse else []
+    return (*steps, Factorize(ranks, weighting=_WEIGHTING)) if ranks else tuple(steps)
 
 
 @torch.no_grad()
-def _of(
-    target: Target, moments: Moments, settings: Mapping[str, Any], shares: Sequence[float]
+def _factors(
+    target: Target, moments: Moments, known: Mapping[str, Any], shares: Sequence[float]
 ) -> Iterator[Alternative]:
     matrix = target.matrix.detach()
     spectrum = Spectrum.of(matrix, moments, _DAMPING)
     most = paying_rank(*target.shape)
     ranks = sorted({rank for share in shares if 0 < (rank := round(most * share / 8) * 8) <= most})
-    known = {name: value for name, value in {**FILE_DEFAULTS, **settings}.items() if name in SPEC_FIELDS}
     for rank in ranks:
         factors = dict(zip(("down", "up"), spectrum.factors(rank), strict=True))
         for bits in FACTOR_BITS:
             rule = {"bits": bits, "rounding": "nearest"}
-            spec = TensorSpec(**{**known, **rule, "groups": known.get("groups") or DEFAULT_GROUPS})
+            spec = TensorSpec(**{**known, **rule})  # type: ignore[arg-type]
             rounded = {part: _rounded(values.to(matrix), spec) for part, values in factors.items()}
-            size = sum(_bytes(target, part, values, spec) for part, values in factors.items())
+            size = sum(_bytes(_like(target, values, f".{part}"), spec) for part, values in factors.items())
             yield Alternative(
                 {f"{target.name}.{part}": rule for part in factors},
                 rounded["up"] @ rounded["down"] - matrix,
                 size + _LONGER_NAMES,
-                rank,
+                {"rank": rank},
             )
+
+
+@torch.no_grad()
+def _sparse(target: Target, moments: Moments, known: Mapping[str, Any], widths: Sequence[int]) -> Iterator[Alternative]:
+    if target.shape[1] % 4 or not has_exact_zero(TensorSpec(**{**known, "bits": 4}).scheme):
+        return
+    matrix = target.matrix.detach()
+    sparse = sparsify(matrix, moments.inputs, Pattern.parse(PATTERN))
+    own = _like(target, sparse)
+    for bits in widths:
+        spec = TensorSpec(**{**known, "bits": bits})
+        quantizer = WeightQuantizer(*group_layout(own, spec), spec).to(matrix.device)
+        if spec.rounding == "compensated":
+            rounded = quantizer.compensate(sparse, moments.inputs.to(matrix.device))
+        else:
+            quantizer.find(sparse)
+            rounded = quantizer(sparse)
+        yield Alternative({target.name: {"bits": bits}}, rounded - matrix, _bytes(own, spec), {"pattern": PATTERN})
 
 
 def _rounded(values: Tensor, spec: TensorSpec) -> Tensor:
@@ -78,8 +121,13 @@ def _rounded(values: Tensor, spec: TensorSpec) -> Tensor:
     return quantizer(values)  # type: ignore[no-any-return]
 
 
-def _bytes(target: Target, part: str, values: Tensor, spec: TensorSpec) -> int:
-    """Bytes in the file of one factor."""
+def _like(target: Target, values: Tensor, part: str = "") -> Target:
+    """A target of these values [O, I] in the place of another, or as a part of it."""
     linear = nn.Linear(values.shape[1], values.shape[0], bias=False)
-    factor = Target(f"{target.name}.{part}", f"{target.path}.{part}", linear, "linear", target.layer, None)
-    return sum(tensor_bytes(factor, spec)) + quantized_header_bytes(factor, spec)
+    linear.weight = nn.Parameter(values, requires_grad=False)
+    return Target(target.name + part, target.path + part, linear, "linear", target.layer, None)
+
+
+def _bytes(target: Target, spec: TensorSpec) -> int:
+    """Bytes in the file of one matrix."""
+    return sum(tensor_bytes(target, spec)) + quantized_header_bytes(target, spec)

@@ -41,9 +41,9 @@ from qbert.encoders.targets import base_model, encoder_layers
 from qbert.files import write_whole
 from qbert.inference.cpu import optimize_for_inference
 from qbert.packing import pack
-from qbert.pipeline.alternatives import WEIGHTING, rank_alternatives
+from qbert.pipeline.alternatives import matrix_alternatives, steps_of
 from qbert.pipeline.run import Pipeline, short
-from qbert.pipeline.steps import Depth, Factorize, Pack, Prune, Quantize, Share, Step, Structure
+from qbert.pipeline.steps import Depth, Pack, Prune, Quantize, Share, Step, Structure
 from qbert.plots import new_figure
 from qbert.progress import progress_bar
 from qbert.quantize import quantize_model
@@ -200,7 +200,7 @@ def plan(
     shape: tuple[int, int] = (1, 128),
     bits: Sequence[int] = (2, 3, 4, 8),
     structures: Sequence[Sequence[Step]] | None = None,
-    ranks: bool = True,
+    further: bool = True,
     progress: bool = False,
     **settings: Any,
 ) -> Plan:
@@ -218,7 +218,7 @@ def plan(
         bits: the widths to choose from.
         structures: what to try beside bits alone, each a sequence of `Depth`, `Share`, `Prune` and `Factorize`; where
             None, one layer, two and half of them fewer, and a quarter and half of the feed-forward columns fewer.
-        ranks: whether matrices may also be stored as two factors, a rank and bits for each.
+        further: whether matrices may also be stored as two factors or with 2:4 zeros, in bits of their own.
         progress: show bars.
         **settings: defaults of the `BitsConfig`.
 
@@ -228,7 +228,7 @@ def plan(
         TypeError: a model or batches of another type.
     """
     _check_budgets(model, size_mb, latency_ms, within)
-    planner = Planner(model, batches, bits=bits, structures=structures, ranks=ranks, progress=progress, **settings)
+    planner = Planner(model, batches, bits=bits, structures=structures, further=further, progress=progress, **settings)
     return planner.plan(size_mb=size_mb, latency_ms=latency_ms, within=within, shape=shape)
 
 
@@ -236,7 +236,7 @@ class Planner:
     """What each structure of one model costs and does, measured once for plans of several budgets.
 
     Args:
-        model, batches, bits, structures, ranks, progress, **settings: as `plan`.
+        model, batches, bits, structures, further, progress, **settings: as `plan`.
     """
 
     def __init__(
@@ -246,7 +246,7 @@ class Planner:
         *,
         bits: Sequence[int] = (2, 3, 4, 8),
         structures: Sequence[Sequence[Step]] | None = None,
-        ranks: bool = True,
+        further: bool = True,
         progress: bool = False,
         **settings: Any,
     ) -> None:
@@ -255,7 +255,7 @@ class Planner:
         checked = check_batches(batches)
         if checked is None or len(checked) < 4:
             raise ValueError("batches: plans are fitted, scored and checked on different rows; pass at least 4 batches")
-        self.model, self.bits, self.ranks, self.progress, self.settings = model, bits, ranks, progress, settings
+        self.model, self.bits, self.further, self.progress, self.settings = model, bits, further, progress, settings
         self.check = [batch for i, batch in enumerate(checked) if i % 4 == 3]
         self.rest = [batch for i, batch in enumerate(checked) if i % 4 != 3]
         self.fit, self.score = fitted_and_scored(self.rest)
@@ -379,7 +379,7 @@ class Planner:
         """The options of one structure, measured the first time."""
         if steps not in self._parts:
             model = self._changed(steps)
-            further = rank_alternatives(model, self.fit, self.settings) if self.ranks else None
+            further = matrix_alternatives(model, self.fit, self.settings, self.bits) if self.further else None
             files = FilePlan(model, self.rest, self.bits, further=further, progress=self.progress, **self.settings)
             self._parts[steps] = _Part(steps, files, self._start(steps)[0])
         return self._parts[steps]
@@ -401,7 +401,7 @@ class Planner:
         files = part.files
         activations = self._divergence_between(model, self._eight_bits(model))
         picked = files.choose(min(size_mb or part.largest_mb, part.largest_mb))
-        for step in _factors(files.ranks(picked)):
+        for step in steps_of(files.forms(picked)):
             model = step.change(model, self.fit)
         trial = quantize_model(model, files.configuration(picked), calibration_data=self.fit)
         expected = self.unit * files.damage(picked) + activations
@@ -444,7 +444,7 @@ class Planner:
         files = part.files
         picked = files.choose(min(size_mb or part.largest_mb, part.largest_mb))
         return Candidate(
-            (*steps, *_factors(files.ranks(picked))),
+            (*steps, *steps_of(files.forms(picked))),
             files.configuration(picked),
             files.size(picked) / 1e6,
             latency_ms,
@@ -557,11 +557,6 @@ class Planner:
                 else:
                     found.append(logits if logits.dim() < 3 else logits[batch["attention_mask"].bool()])
         return torch.cat(found).float().cpu()
-
-
-def _factors(ranks: Mapping[str, int]) -> tuple[Factorize, ...]:
-    """The step that makes the factors of a choice; none where no matrix has any."""
-    return (Factorize(ranks, weighting=WEIGHTING),) if ranks else ()
 
 
 def _timed(model: Any, inputs: Mapping[str, Tensor]) -> list[float]:

@@ -97,7 +97,7 @@ def _plain(item: Item) -> list[int]:
 
 
 def _is_composed(option: Option) -> bool:
-    return bool(option.rule.get("rank") or option.rule.get("row_bits"))
+    return option.parts is not None or bool(option.rule.get("rank") or option.rule.get("row_bits"))
 
 
 def _is_table(item: Item) -> bool:

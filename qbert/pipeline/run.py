@@ -330,7 +330,8 @@ def short(step: Step) -> str:
         widths = step.bits if not isinstance(step.bits, Mapping) else "mixed"
         return f"quantize ({widths} bits, tables {step.config().embedding_bits})"
     if isinstance(step, Prune):
-        named = {"heads": step.heads, "ffn": step.ffn, "zeros": step.pattern}
+        where = "" if isinstance(step.names, str) else f" in {len(step.names)} matrices"
+        named = {"heads": step.heads, "ffn": step.ffn, "zeros": step.pattern and f"{step.pattern}{where}"}
         return "prune (" + ", ".join(f"{name} {value}" for name, value in named.items() if value) + ")"
     if isinstance(step, Factorize):
         which = f"{len(step.rank)} matrices" if isinstance(step.rank, Mapping) else f"rank {step.rank}"

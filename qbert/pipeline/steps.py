@@ -110,19 +110,25 @@ class Prune(Structure):
         heads, ffn: shares of every layer's heads and feed-forward columns, in [0, 1).
         pattern: zeros in the matrices that are left: "2:4", or a share.
         rows: training rows for second-order scores.
+        names: patterns of the matrices that get zeros, as in `BitsConfig`.
     """
 
     heads: float = 0.0
     ffn: float = 0.0
     pattern: str | float | None = None
     rows: int = 384
+    names: str | tuple[str, ...] = "*"
     kind: ClassVar[str] = "prune"
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.names, str):
+            object.__setattr__(self, "names", tuple(self.names))
 
     def change(self, model: nn.Module, batches: Sequence[Mapping[str, Any]] | None) -> nn.Module:
         """See `qbert.students.pruned.prune`."""
         from qbert.students.pruned import prune
 
-        return prune(model, heads=self.heads, ffn=self.ffn, pattern=self.pattern, data=batches)
+        return prune(model, heads=self.heads, ffn=self.ffn, pattern=self.pattern, data=batches, names=self.names)
 
 
 @dataclass(frozen=True)

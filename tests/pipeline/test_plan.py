@@ -14,6 +14,7 @@ from transformers import AutoModel, AutoModelForSequenceClassification, AutoToke
 import qbert
 from qbert.pipeline import Depth, Distill, Factorize, Pack, Prune, Quantize, compress
 from qbert.pipeline import plan as plans
+from qbert.pipeline.alternatives import steps_of
 from qbert.tasks import build_sentence_model, load_task
 from qbert.tasks.evaluation import fidelity
 
@@ -84,7 +85,9 @@ def test_what_is_measured_is_what_a_forward_pass_says(sized: plans.Plan, world: 
         if isinstance(step, Depth):
             model = qbert.students.depth(model, step.layers)
         elif isinstance(step, Prune):
-            model = qbert.prune(model, ffn=step.ffn, heads=step.heads, data=rest)
+            model = qbert.prune(
+                model, ffn=step.ffn, heads=step.heads, pattern=step.pattern, names=step.names, data=rest
+            )
         elif isinstance(step, Factorize):
             model = qbert.factorize(model, step.rank, weighting=step.weighting, data=rest)
     packed = qbert.pack(qbert.quantize_model(model, sized.best.config, calibration_data=rest))
@@ -192,10 +195,36 @@ def test_a_matrix_of_low_rank_may_be_stored_as_two_factors(world: dict[str, Any]
     plain = [option for option in options if option.parts is None]
     assert options[best].damage < min(option.damage for option in plain if option.rule["bits"] < 4)
     picked = [best if i == place else 0 for i in range(len(files.items))]
-    ranks, size = files.ranks(picked), files.size(picked)
-    assert set(ranks) == {name}
-    steps = (Factorize(ranks, weighting="activations"), Quantize(files.configuration(picked)), Pack())
+    forms, size = files.forms(picked), files.size(picked)
+    assert set(forms) == {name}
+    steps = (*steps_of(forms), Quantize(files.configuration(picked)), Pack())
     done = compress(model, world["tokenizer"], world["data"], steps, folder=tmp_path, progress=False)
+    assert 0.95 * size <= (done.folder / "model.safetensors").stat().st_size <= size
+
+
+def test_a_matrix_of_2_to_4_zeros_may_be_stored_as_such(world: dict[str, Any], tmp_path: Path) -> None:
+    model = copy.deepcopy(world["model"])
+    name = "encoder.layer.0.intermediate.dense"
+    matrix = model.base_model.get_submodule(name).weight
+    with torch.no_grad():
+        matrix.mul_(torch.tensor([1.0, 0.0, 0.0, 1.0]).repeat(matrix.shape[1] // 4))
+    files = plans.Planner(model, world["batches"], structures=[]).part(()).files
+    place = next(i for i, item in enumerate(files.items) if item.names == (name,))
+    options = files.items[place].options
+    sparse = next(i for i, o in enumerate(options) if o.form == {"pattern": "2:4"} and o.rule["bits"] == 4)
+    plain = next(i for i, o in enumerate(options) if o.parts is None and o.rule["bits"] == 4)
+    # The zeros are there already: the same codes, and a file without the zeros either way.
+    assert options[sparse].damage == pytest.approx(options[plain].damage, rel=0.3, abs=1e-9)
+    assert options[sparse].size == options[plain].size
+    dense = next(i for i, item in enumerate(files.items) if item.names == ("encoder.layer.0.output.dense",))
+    kinds = [(o.form.get("pattern"), o.rule["bits"]) for o in files.items[dense].options]
+    own, other = kinds.index(("2:4", 4)), kinds.index((None, 4))
+    assert files.items[dense].options[own].size < files.items[dense].options[other].size
+    picked = [sparse if i == place else own if i == dense else 0 for i in range(len(files.items))]
+    forms, size = files.forms(picked), files.size(picked)
+    steps = (*steps_of(forms), Quantize(files.configuration(picked)), Pack())
+    assert "prune (zeros 2:4 in 2 matrices)" in plans.structure_name(steps)
+    done = compress(world["model"], world["tokenizer"], world["data"], steps, folder=tmp_path, progress=False)
     assert 0.95 * size <= (done.folder / "model.safetensors").stat().st_size <= size
 
 
