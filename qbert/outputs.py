@@ -8,7 +8,8 @@ The damage that small changes do to the outputs of a model is, to second order,
 
 with J the derivative of the outputs of one sample in what a module returns for its token t, and F the metric of the
 outputs: for classes the Fisher matrix diag(p) - p p^T, so that the damage is the KL divergence from the outputs as they
-were; for a sentence embedding that of the unit vector, so that it is 1 - cosine; for numbers half the squared change.
+were, and diag(p (1 - p)) for labels each of which may hold or not; for a sentence embedding that of the unit vector, so
+that it is 1 - cosine; for numbers half the squared change.
 With one random vector z of covariance F a sample, the gradients g_t of z^T y give an unbiased estimate by a single
 backward pass: the mean of (sum_t g_t dy_t)^2 / 2.
 
@@ -64,6 +65,7 @@ def output_gradients(
         ValueError: if the model returns no tensor.
     """
     generator = torch.Generator().manual_seed(seed)
+    kind = getattr(getattr(model, "config", None), "problem_type", None)
     frozen = [m.weight for m in modules if not m.weight.requires_grad]
     with evaluation_mode(model):
         for batch in progress_bar(batches, desc="gradients", disable=not progress):
@@ -78,7 +80,7 @@ def output_gradients(
                     weight.requires_grad_(True)  # type: ignore[operator]
                 with torch.enable_grad():
                     inputs = {k: v for k, v in to_device(batch, model).items() if k != "labels"}
-                    probed, samples = _probe(run_batch(model, inputs), inputs.get("attention_mask"), generator)
+                    probed, samples = _probe(run_batch(model, inputs), inputs.get("attention_mask"), kind, generator)
                     found = torch.autograd.grad(probed, [y for _, _, y in seen], allow_unused=True)
             finally:
                 for weight in frozen:
@@ -94,16 +96,19 @@ def output_gradients(
             )
 
 
-def _probe(output: Any, mask: Tensor | None, generator: torch.Generator) -> tuple[Tensor, int]:
-    """(z^T y over all samples, number of samples) of a model's output."""
+def _probe(output: Any, mask: Tensor | None, kind: str | None, generator: torch.Generator) -> tuple[Tensor, int]:
+    """(z^T y over all samples, number of samples) of a model's output; `kind` is ``config.problem_type``."""
     values = dict(output) if isinstance(output, Mapping) else {}
     if isinstance(values.get("start_logits"), Tensor) and isinstance(values.get("end_logits"), Tensor):
         ends = [values["start_logits"], values["end_logits"]]
         return torch.stack([_classes(y, generator).sum() for y in ends]).sum(), len(ends[0])
     logits = values.get("logits")
     if isinstance(logits, Tensor):
-        if logits.dim() < 2 or logits.shape[-1] == 1:
+        if logits.dim() < 2 or logits.shape[-1] == 1 or kind == "regression":
             return (logits * _signs(logits, generator)).sum(), len(logits)
+        if kind == "multi_label_classification":
+            p = logits.detach().sigmoid()
+            return (logits * (p * (1 - p)).sqrt() * _signs(logits, generator)).sum(), len(logits)
         probed = _classes(logits, generator)  # [N] or [N, T]
         if probed.dim() == 2:
             keep = torch.ones_like(probed) if mask is None or mask.shape != probed.shape else mask.to(probed)

@@ -100,7 +100,7 @@ class Prediction:
     """Divergence of a model from the damages of its parts: (unit x damage + activations) x together.
 
     Attributes:
-        unit: 1; where the divergence is a mean squared difference 2, since damages are half of that.
+        unit: 1; of a mean squared difference of C values 2 / C, since damages are half of their sum.
         activations: divergence of the model with everything at 8 bits: what rounded activations do.
         together: divergence of a trial plan as a multiple of what its parts and activations do one by one.
     """
@@ -539,10 +539,11 @@ class Planner:
 
     @property
     def unit(self) -> float:
-        """2 where the divergence is the mean squared difference of values, since damages are half of that; else 1."""
+        """What a damage is in units of the divergence: of the mean squared difference of C values 2 / C, else 1."""
         outputs = self.wanted["check"]
-        values = not self.embeds and (self.kind == "regression" or outputs.dim() == 1 or outputs.shape[1] == 1)
-        return 2.0 if values else 1.0
+        width = outputs.shape[1] if outputs.dim() > 1 else 1
+        values = not self.embeds and (self.kind == "regression" or width == 1)
+        return 2.0 / width if values else 1.0
 
     def outputs(self, model: nn.Module, batches: Sequence[Any]) -> Tensor:
         """[rows, outputs] of a model: logits, or the mean of the last hidden states over real tokens."""

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from encoders import build, inputs_for
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -139,16 +140,26 @@ def test_predicted_damage_is_the_divergence_of_small_changes() -> None:
     assert 0.6 * measured <= plan.damage(picked) <= 1.7 * measured
 
 
-def test_gradients_of_random_vectors_give_the_fisher_metric() -> None:
-    """The mean of their squares is the second derivative of the KL divergence in a layer's output."""
+@pytest.mark.parametrize("kind", ["single_label_classification", "multi_label_classification", "regression"])
+def test_gradients_of_random_vectors_give_the_metric_of_the_outputs(kind: str) -> None:
+    """The mean of their squares is the second derivative in a layer's output of what such outputs diverge by."""
     model = trained_like(num_labels=3)
+    model.config.problem_type = kind
     batch = inputs_for("bert", batch=1)
     dense = model.classifier
     rows = {k: v[:1].expand(1000, -1) for k, v in batch.items()}
     ((samples, (call,)),) = output_gradients(model, [rows], [dense])
     with torch.no_grad():
-        p = model(**batch).logits.softmax(-1)[0]
-    assert torch.allclose(call.gradient.T @ call.gradient / samples, torch.diag(p) - torch.outer(p, p), atol=0.04)
+        logits = model(**batch).logits[0]
+    diverged = {
+        "single_label_classification": lambda y: F.kl_div(y.log_softmax(0), logits.softmax(0), reduction="sum"),
+        "multi_label_classification": lambda y: F.binary_cross_entropy_with_logits(
+            y, logits.sigmoid(), reduction="sum"
+        ),
+        "regression": lambda y: (y - logits).square().sum() / 2,
+    }[kind]
+    metric = torch.autograd.functional.hessian(diverged, logits)
+    assert torch.allclose(call.gradient.T @ call.gradient / samples, metric, atol=0.04 * float(metric.max() / 0.25))
 
 
 @pytest.mark.parametrize("family", ["bert", "roberta", "distilbert", "albert", "mpnet", "electra"])
