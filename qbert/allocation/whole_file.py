@@ -28,7 +28,6 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qbert.allocation.blocks import Fixed, check_widths, fixed_value
@@ -48,6 +47,7 @@ from qbert.usage import UseCounter
 _GRADIENT_SHARE = 0.9  # as quantize_model weighs the inputs of compensated rounding
 _RANKS = (0.25, 0.375, 0.5, 0.625, 0.75)  # of the length of a row
 _MEAN_BITS = (2.05, 2.1, 2.2, 2.35, 2.5, 2.75, 3.0, 3.25, 3.5, 4.0, 5.0)
+_SAMPLES = 8  # whose gradients of a whole matrix are held at once
 _LARGE_HEAD = 2**14  # values of a head that is worth a choice of its own
 FILE_DEFAULTS: dict[str, Any] = {"rounding": "compensated", "activation_range": "asymmetric"}
 _SCHEMES = ("asymmetric", "midrise")  # that tables choose from
@@ -419,13 +419,15 @@ class _Damages:
             else:
                 linear.setdefault(self.rule_of[call.module].first.module, []).append(call)
         for module, own in linear.items():
-            for index, change in enumerate(self.changes[module]):
-                if change is None:
-                    continue
-                slopes = [_slopes(module, call, change.float()) for call in own]
-                if len({len(s) for s in slopes}) == 1:  # calls for the same samples, whose changes add up
-                    slopes = [torch.stack(slopes).sum(0)]
-                self.sums[module][index] += sum(float(s.square().sum()) for s in slopes)
+            made = [(i, change) for i, change in enumerate(self.changes[module]) if change is not None]
+            if not made:
+                continue
+            slopes = _slopes(module, own, [change for _, change in made])
+            if len({len(s) for s in slopes}) == 1:  # calls for the same samples, whose changes add up
+                slopes = [torch.stack(slopes).sum(0)]
+            for s in slopes:
+                for (index, _), total in zip(made, s.square().sum(0).tolist(), strict=True):
+                    self.sums[module][index] += total
 
     @torch.no_grad()
     def options(self, rules: _Rules, uses: UseCounter) -> Iterator[Option]:
@@ -445,14 +447,34 @@ class _Damages:
             yield Option({"bits": bits, **other.form}, other.size, scale * next(harms), other.rules, other.form)
 
 
-def _slopes(module: nn.Module, call: Call, change: Tensor) -> Tensor:
-    """Change of z^T y of every sample [B] when the weight of a matrix changes."""
-    x, gradient = call.input.float(), call.gradient.float()
+def _slopes(module: nn.Module, calls: Sequence[Call], changes: Sequence[Tensor]) -> list[Tensor]:
+    """Change of z^T y of every sample of each call, [B, changes], when the weight of a matrix changes.
+
+    A sample's is the inner product of a change with its own gradient sum_t g_t x_t^T, made once for all changes.
+    """
     if isinstance(module, nn.Conv1d):
-        moved = module._conv_forward(x, change, None)
-    else:
-        moved = F.linear(x, change) if isinstance(module, nn.Linear) else x @ change
-    return (moved * gradient).flatten(1).sum(1)
+        moved = [[module._conv_forward(call.input.float(), c.float(), None) for c in changes] for call in calls]
+        return [
+            torch.stack([(y * call.gradient.float()).flatten(1).sum(1) for y in of_call], 1)
+            for call, of_call in zip(calls, moved, strict=True)
+        ]
+    outputs_first = isinstance(module, nn.Linear)
+    flat = torch.stack([c.flatten() for c in changes], 1).float()  # [O I, changes]
+    found = []
+    for call in calls:
+        x, gradient = (
+            v.float().flatten(1, -2) if v.dim() > 2 else v.float().unsqueeze(1) for v in (call.input, call.gradient)
+        )
+        left, right = (gradient, x) if outputs_first else (x, gradient)
+        found.append(
+            torch.cat(
+                [
+                    torch.bmm(a.transpose(1, 2), b).flatten(1) @ flat
+                    for a, b in zip(left.split(_SAMPLES), right.split(_SAMPLES), strict=True)
+                ]
+            )
+        )
+    return found
 
 
 def _table_options(
@@ -470,6 +492,7 @@ def _table_options(
             errors[key] = rounded_rows(weight[read.rows], spec) - weight[read.rows]
         return errors[key]
 
+    fewest: dict[tuple[int, str], Tensor] = {}
     directions: Directions | None = None
     for rule in _table_rules(rules, weight, use):
         spec = rules.spec(rule)
@@ -480,7 +503,11 @@ def _table_options(
             directions = directions or Directions(weight, use)
             yield rule, spec, read.harm(_rank_error(weight[read.rows], directions, spec))
         elif spec.row_bits:
-            widths = row_widths(weight, spec, use)[read.rows]
+            least = replace(spec, bits=min(spec.bits, *(bits for bits, _ in spec.row_bits)), row_bits=())
+            key = least.bits, least.scheme
+            if key not in fewest:
+                fewest[key] = row_errors(weight, least)
+            widths = row_widths(weight, spec, use, fewest[key])[read.rows]
             whole = torch.zeros(len(read.rows), weight.shape[1], device=weight.device)
             for bits in widths.unique().tolist():
                 inside = widths == bits

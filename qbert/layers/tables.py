@@ -271,10 +271,16 @@ def fill_table(made: ComposedTable, weight: Tensor, spec: TensorSpec, use: Table
         made.part(bits).weight.copy_(weight[widths == bits])
 
 
-def row_widths(weight: Tensor, spec: TensorSpec, use: TableUse) -> Tensor:
-    """Bits of every row [V] of a table: the more, the more its rounding to the fewest bits is expected to harm."""
+def row_widths(weight: Tensor, spec: TensorSpec, use: TableUse, errors: Tensor | None = None) -> Tensor:
+    """Bits of every row [V] of a table: the more, the more its rounding to the fewest bits is expected to harm.
+
+    Args:
+        errors: `row_errors` at the fewest bits, where they are known.
+    """
     counts = _counts(spec, len(weight))
-    harm = use.share.to(weight.device) * row_errors(weight, replace(spec, bits=min(counts)))
+    if errors is None:
+        errors = row_errors(weight, replace(spec, bits=min(counts)))
+    harm = use.share.to(weight.device) * errors
     order = harm.argsort(descending=True, stable=True)
     widths = torch.empty(len(weight), dtype=torch.int64, device=weight.device)
     widths[order] = torch.tensor([b for b in sorted(counts, reverse=True) for _ in range(counts[b])]).to(order.device)
