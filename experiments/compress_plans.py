@@ -346,8 +346,9 @@ PLANS: dict[str, Plan] = {
         "sandwich",
         "Reid et al. 2021",
         sandwich,
-        (Phase("distillation", lambda bench: recipes.tinybert(projection=False)),),
+        (Phase("distillation", all_depths),),
         "sandwich",
+        rate=1e-4,  # gradients of a layer that is applied several times add up
     ),
     "pruned": Plan(
         "half of the FFN pruned",
