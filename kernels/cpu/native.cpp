@@ -46,6 +46,19 @@ struct Matrix {
   const float *scale, *bias, *sum, *correction;  // the last is null where there are no zeros
 };
 
+// What is added to the scores of a query q and a key k by their distance, whose row is p = places[farthest + distance], distances
+// beyond `farthest` counting as that: (q k + q keys[p]) scale + k queries[p]. Rows rise with the distance.
+struct Positions {
+  const float* keys;      // [heads][depth][columns], columns a multiple of NB from `rows`; or null
+  const float* queries;   // [heads][rows][depth], times scale; or null
+  const int32_t* places;  // [2 farthest + 1]
+  int64_t farthest, rows, columns;
+  float scale, unused;
+  int64_t place(int64_t distance) const { return places[std::min(std::max(distance, -farthest), farthest) + farthest]; }
+  // How many rows lie between those of the smallest and the largest distance.
+  int64_t between(int64_t queries, int64_t keys) const { return place(queries - 1) - place(1 - keys) + 1; }
+};
+
 struct Layer {
   Matrix qkv, output, ffn_in, ffn_out;
   const float *norm1, *shift1, *norm2, *shift2;  // padded with zeros; of pre-norm layers null where there is none
@@ -54,6 +67,7 @@ struct Layer {
   int32_t pre_norm, gated;  // gated: the second half of what ffn_in gives multiplies the activated first half
   int32_t window, unused;   // tokens that are seen on each side; 0 for all
   const float* rotation;    // [positions][head width], cosines and then sines of half a head each; or null
+  const Positions* positions;
 };
 
 // With epsilon below 0 a scale and a shift, MobileBERT's NoNorm; weight null where there is none.
@@ -503,6 +517,8 @@ struct Head {
   int64_t out_stride;
   const float* rotation;  // of the first token, or null
   int64_t window;
+  const Positions* positions;
+  int64_t number;  // of the head
 };
 
 // A row of a head, rotated and times `scale`, to every `step`-th place.
@@ -520,21 +536,84 @@ inline void copy_head(const float* from, int64_t depth, const float* rotation, f
   }
 }
 
+// Of a head with so many rows and keys.
 struct HeadScratch {
   float *keys, *values, *queries, *scores, *mixed;
-  static int64_t floats(int64_t depth, int64_t longest) {
+  float *by_key, *by_query;  // what positions add: [MR][rows of the table], [rows of the table between those of distances][keys]
+  int32_t* places;           // of all distances, from the largest on
+  static int64_t floats(int64_t depth, int64_t rows, int64_t longest, const Positions* positions) {
     const int64_t columns = padded(longest, W), deep = padded(depth, W);
-    return depth * columns + longest * deep + MR * depth + MR * columns + MR * deep + 5 * W;
+    const int64_t own = depth * columns + longest * deep + MR * depth + MR * columns + MR * deep + 5 * W;
+    if (!positions) return own;
+    return own + MR * positions->columns + positions->between(rows, longest) * columns + rows + longest + 3 * W;
   }
-  HeadScratch(float* at, int64_t depth, int64_t longest) {
+  HeadScratch(float* at, int64_t depth, int64_t rows, int64_t longest, const Positions* positions) {
     const int64_t columns = padded(longest, W), deep = padded(depth, W);
     keys = at;
     values = keys + padded(depth * columns, W);
     queries = values + longest * deep;
     scores = queries + padded(MR * depth, W);
     mixed = scores + MR * columns;
+    by_key = mixed + MR * deep;
+    by_query = by_key + (positions ? MR * positions->columns : 0);
+    places = reinterpret_cast<int32_t*>(by_query + (positions ? positions->between(rows, longest) * columns : 0));
   }
 };
+
+// k queries[p] of all keys, for the rows p of the table that distances have; of each row the keys that some query meets there.
+void position_scores(const Head& h, const HeadScratch& s) {
+  const int64_t count = h.rows + h.keys - 1, columns = padded(h.keys, W);
+  for (int64_t i = 0; i < count; i++) s.places[i] = static_cast<int32_t>(h.positions->place(h.rows - 1 - i));
+  if (!h.positions->queries) return;
+  const float* queries = h.positions->queries + h.number * h.positions->rows * h.depth;
+  const int64_t first = s.places[count - 1], last = s.places[0] + 1;
+  int64_t least = count - 1;  // the smallest distance whose row is not before those of this round
+  for (int64_t row = first; row < last; row += MR) {
+    const int64_t end = std::min<int64_t>(row + MR, last);
+    while (least > 0 && s.places[least] < row) least--;
+    int64_t most = least;
+    while (most > 0 && s.places[most - 1] < end) most--;
+    const int64_t smallest = h.rows - 1 - least, largest = h.rows - 1 - most;
+    const int64_t begin = std::max<int64_t>(-largest, 0) / W * W;
+    const int64_t stop = padded(std::min(h.keys, h.rows - smallest), W);
+    const float* q = queries + row * h.depth;
+    float* to = s.by_query + (row - first) * columns;
+    switch (end - row) {
+      case 1: score_rows<1>(q, s.keys, h.depth, columns, begin, stop, to); break;
+      case 2: score_rows<2>(q, s.keys, h.depth, columns, begin, stop, to); break;
+      case 3: score_rows<3>(q, s.keys, h.depth, columns, begin, stop, to); break;
+      case 4: score_rows<4>(q, s.keys, h.depth, columns, begin, stop, to); break;
+      case 5: score_rows<std::min(5, MR)>(q, s.keys, h.depth, columns, begin, stop, to); break;
+      default: score_rows<MR>(q, s.keys, h.depth, columns, begin, stop, to);
+    }
+  }
+}
+
+// Adds what positions give to the scores of queries row to row + ROWS.
+template <int ROWS>
+inline void add_positions(const Head& h, const HeadScratch& s, int64_t row, int64_t columns) {
+  const Positions& positions = *h.positions;
+  const int64_t wide = positions.columns;
+  const int32_t first = s.places[h.rows + h.keys - 2];
+  if (positions.keys) {
+    const int64_t begin = positions.place(row - h.keys + 1) / W * W, end = padded(positions.place(row + ROWS - 1) + 1, W);
+    score_rows<ROWS>(s.queries, positions.keys + h.number * h.depth * wide, h.depth, wide, begin, end, s.by_key);
+  }
+  for (int r = 0; r < ROWS; r++) {
+    const int32_t* places = s.places + h.rows - 1 - row - r;
+    float* p = s.scores + r * columns;
+    const float *by_key = s.by_key + r * wide, *by_query = s.by_query;
+    const int32_t keys = static_cast<int32_t>(h.keys), stride = static_cast<int32_t>(columns);
+    if (positions.keys) {
+#pragma GCC ivdep
+      for (int32_t k = 0; k < keys; k++) p[k] += by_key[places[k]];
+    }
+    if (positions.queries) {
+#pragma GCC ivdep
+      for (int32_t k = 0; k < keys; k++) p[k] += by_query[(places[k] - first) * stride + k];
+    }
+  }
+}
 
 template <int ROWS>
 void attend_rows(const Head& h, const HeadScratch& s, int64_t row, float scale) {
@@ -550,6 +629,7 @@ void attend_rows(const Head& h, const HeadScratch& s, int64_t row, float scale) 
     copy_head(h.qkv + (row + r) * h.stride, h.depth, h.rotation ? h.rotation + (row + r) * h.depth : nullptr, scale,
               s.queries + r * h.depth, 1);
   score_rows<ROWS>(s.queries, s.keys, h.depth, columns, begin, last, s.scores);
+  if (h.positions) add_positions<ROWS>(h, s, row, columns);
   for (int r = 0; r < ROWS; r++) {
     float* p = s.scores + r * columns;
     if (h.bias)
@@ -596,7 +676,8 @@ void attend(const Head& h, const HeadScratch& s) {
   }
   for (int64_t i = 0; i < h.depth; i++)
     for (int64_t k = h.keys; k < columns; k++) s.keys[i * columns + k] = 0;
-  const float scale = 1.0f / std::sqrt(static_cast<float>(h.depth));
+  if (h.positions) position_scores(h, s);
+  const float scale = h.positions ? h.positions->scale : 1.0f / std::sqrt(static_cast<float>(h.depth));
   const int64_t groups = (h.rows + MR - 1) / MR;
   for (int64_t g = 0; g < groups; g++) {
     const int64_t row = h.rows * g / groups;
@@ -654,7 +735,7 @@ struct Room {
     r.mixed = reinterpret_cast<float*>(take(tokens * r.wide_x * 4));
     r.normed = reinterpret_cast<float*>(take(layer.pre_norm ? r.at_once * r.wide_x * 4 : 0));
     r.hidden = reinterpret_cast<float*>(take(r.at_once * r.wide_hidden * 4));
-    r.scratch_floats = padded(HeadScratch::floats(width / layer.heads, longest), W);
+    r.scratch_floats = padded(HeadScratch::floats(width / layer.heads, longest, longest, layer.positions), W);
     r.scratch = reinterpret_cast<float*>(take(members * r.scratch_floats * 4));
     r.narrow.stride = padded(width * 2, 64), r.broad.stride = padded(broad * 2, 64);
     if (!layer.qkv.wide && !layer.output.wide && !layer.ffn_in.wide) r.narrow.stride = padded(width, 64);
@@ -682,7 +763,7 @@ inline const float* normed(const float* x, int64_t rows, const Layer& layer, con
 // Every head of sequences begin to end: from `room.qkv` into `room.mixed`, whose rows are `wide` apart.
 template <class AnyRoom>
 void attend_all(const Batch& batch, int64_t begin, int64_t end, int64_t heads, int64_t width, const AnyRoom& room, int64_t wide,
-                const float* rotation, int64_t window, Team team) {
+                const float* rotation, int64_t window, const Positions* positions, Team team) {
   const int64_t base = batch.starts[begin], depth = width / heads, items = (end - begin) * heads;
   for (int64_t item = team.first(items); item < team.last(items); item++) {
     const int64_t sequence = begin + item / heads, head = item % heads;
@@ -691,8 +772,8 @@ void attend_all(const Batch& batch, int64_t begin, int64_t end, int64_t heads, i
     if (bias) bias += sequence * batch.strides[0] + head * batch.strides[1];
     const Head h = {room.qkv + start * room.wide_qkv + head * depth, room.wide_qkv, width, depth, rows,
                     batch.keys[sequence], bias, batch.strides[2],
-                    room.mixed + start * wide + head * depth, wide, rotation, window};
-    attend(h, HeadScratch(room.scratch + team.place * room.scratch_floats, depth, batch.keys[sequence]));
+                    room.mixed + start * wide + head * depth, wide, rotation, window, positions, head};
+    attend(h, HeadScratch(room.scratch + team.place * room.scratch_floats, depth, rows, batch.keys[sequence], positions));
   }
 }
 
@@ -707,7 +788,7 @@ void run_layer(const Layer& layer, const Batch& batch, int64_t begin, int64_t en
     multiply(room.narrow, rows, layer.qkv, {room.qkv + row * room.wide_qkv, room.wide_qkv, false}, team);
     team.wait();
   }
-  attend_all(batch, begin, end, layer.heads, width, room, room.wide_x, layer.rotation, layer.window, team);
+  attend_all(batch, begin, end, layer.heads, width, room, room.wide_x, layer.rotation, layer.window, layer.positions, team);
   team.wait();
   for (int64_t row = 0; row < tokens; row += room.at_once) {
     const int64_t rows = std::min(room.at_once, tokens - row);
@@ -762,7 +843,7 @@ struct ThinRoom {
     r.x = floats(tokens * r.wide_x), r.thin = floats(tokens * r.wide_thin), r.qkv = floats(tokens * r.wide_qkv);
     r.mixed = floats(tokens * r.wide_thin), r.read = floats(r.at_once * r.wide_read);
     r.shared = floats(r.at_once * r.wide_thin), r.hidden = floats(r.at_once * r.wide_hidden);
-    r.scratch_floats = padded(HeadScratch::floats(width / layer.heads, longest), W);
+    r.scratch_floats = padded(HeadScratch::floats(width / layer.heads, longest, longest, nullptr), W);
     r.scratch = floats(members * r.scratch_floats);
     r.codes.stride = padded(std::max(most, broad) * 2, 64);
     r.codes.at = reinterpret_cast<uint8_t*>(take(r.at_once * r.codes.stride));
@@ -805,7 +886,7 @@ void run_thin_layer(const ThinLayer& layer, const Batch& batch, int64_t begin, i
                   count * sizeof(float));
     team.wait();
   }
-  attend_all(batch, begin, end, layer.heads, width, room, room.wide_thin, nullptr, 0, team);
+  attend_all(batch, begin, end, layer.heads, width, room, room.wide_thin, nullptr, 0, nullptr, team);
   team.wait();
   for (int64_t row = 0; row < tokens; row += room.at_once) {
     const int64_t rows = std::min(room.at_once, tokens - row);
@@ -892,7 +973,7 @@ template <class Kind, class Place>
 int32_t run_stack(const Kind* layers, int64_t count, const Batch* batch, const int64_t* chunks, int64_t chunk_count,
                   const float* x, float* y, int32_t threads) {
   int64_t longest = 1, most = 1;
-  for (int64_t s = 0; s < batch->sequences; s++) longest = std::max(longest, batch->keys[s]);
+  for (int64_t s = 0; s < batch->sequences; s++) longest = std::max(longest, batch->starts[s + 1] - batch->starts[s]);
   for (int64_t c = 0; c < chunk_count; c++)
     most = std::max(most, batch->starts[chunks[c + 1]] - batch->starts[chunks[c]]);
   const int members = chunk_count >= threads ? 1 : threads;

@@ -151,6 +151,7 @@ def _other_pieces(part: LayerParts) -> str:
         "pre-norm": part.pre_norm,
         "gated": part.gated,
         "rotated": part.rotation is not None,
+        "relative positions": part.relative is not None,
         f"{1 + len(part.more_ffns)} feed-forward nets": part.more_ffns,
         f"{part.attention_output.rows} inside": part.bottleneck,
     }

@@ -164,6 +164,33 @@ def test_sequences_do_not_depend_on_each_other_nor_on_padding_or_threads(instruc
         torch.testing.assert_close(alone, got, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("instructions", SETS)
+@pytest.mark.parametrize("terms", ["both", "keys", "queries", "neither"])
+def test_scores_by_position_are_added_for_every_distance(terms: str, instructions: str) -> None:
+    torch.manual_seed(0)
+    products, norms, heads = some_layer(48, 4, 96, instructions)
+    places = torch.tensor([0, 1, 1, 2, 3, 6, 7, 7, 8], dtype=torch.int32)  # of distances -4 to 4; nothing is at 4 or 5
+    keys, queries = torch.randn(2, heads, 9, 12)
+    scale = 0.2
+    used = [keys if terms in ("both", "keys") else None, queries if terms in ("both", "queries") else None]
+    positions = native.NativePositions(scale, places, *used)
+    fast = NativeLayers([(products, norms, heads, 0, False, False, 0, None, positions)])
+    for batch, tokens in ((1, 1), (3, 2), (2, 9), (1, 70)):
+        x = torch.randn(batch, tokens, 48)
+        q, k, _ = products[0](x).view(batch, tokens, 3, heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
+        order = torch.arange(tokens)
+        rows = places.long()[(order[:, None] - order).clamp(-4, 4) + 4]
+        added = (q @ k.transpose(2, 3)) * (scale - 12**-0.5)
+        if used[0] is not None:
+            added += torch.einsum("bhqd,hqkd->bhqk", q, keys[:, rows]) * scale
+        if used[1] is not None:
+            added += torch.einsum("bhkd,hqkd->bhqk", k, queries[:, rows]) * scale
+        for mask in (None, torch.randn(batch, 1, tokens, tokens)):
+            expected = twin(x, products, norms, heads, added if mask is None else added + mask)
+            error = (fast(x, mask) - expected).abs().amax(-1)  # a value between two codes may fall to either
+            assert float((error < 1e-3).float().mean()) > 0.95 and float(error.max()) < 0.3
+
+
 def test_a_query_that_sees_nothing_gets_zeros_from_attention() -> None:
     products, norms, heads = some_layer(48, 4, 96, native.instruction_set())
     x, mask = torch.randn(2, 5, 48), torch.ones(2, 1, 1, 5, dtype=torch.bool)
