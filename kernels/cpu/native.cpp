@@ -712,13 +712,14 @@ struct Arena {
 
 constexpr int64_t ROWS_AT_ONCE = 48;  // so that the widest activations of a layer stay in the second cache
 
-// Where the activations of some tokens lie while they pass through the layers.
+// Where the activations of some tokens lie while they pass through the layers, of which the widest decides.
 struct Room {
   float *x, *qkv, *mixed, *normed, *hidden, *scratch;
   Codes narrow, broad;
-  int64_t wide_x, wide_qkv, wide_hidden, scratch_floats, at_once;
+  int64_t wide_x, wide_qkv, wide_mixed, wide_hidden, scratch_floats, at_once;
 
-  static size_t lay_out(Room* room, char* memory, const Layer& layer, int64_t tokens, int64_t longest, int members) {
+  static size_t lay_out(Room* room, char* memory, const Layer* layers, int64_t count, int64_t tokens, int64_t longest,
+                        int members) {
     size_t used = 0;
     auto take = [&](size_t bytes) {
       char* at = memory + used;
@@ -727,19 +728,26 @@ struct Room {
     };
     Room own;
     Room& r = room ? *room : own;
-    const int64_t width = layer.output.rows, broad = layer.ffn_out.columns;
-    r.wide_x = padded(width, NB), r.wide_qkv = padded(3 * width, NB), r.wide_hidden = padded(layer.ffn_in.rows, NB);
+    int64_t inner = 0, hidden = 0, narrow = 0, broad = 0;
+    r.scratch_floats = 0;
+    for (const Layer* layer = layers; layer < layers + count; layer++) {
+      const Matrix *qkv = &layer->qkv, *output = &layer->output, *in = &layer->ffn_in, *out = &layer->ffn_out;
+      inner = std::max<int64_t>(inner, output->columns), hidden = std::max<int64_t>(hidden, in->rows);
+      for (const Matrix* m : {qkv, output, in}) narrow = std::max<int64_t>(narrow, m->columns * (m->wide ? 2 : 1));
+      broad = std::max<int64_t>(broad, out->columns * (out->wide ? 2 : 1));
+      const int64_t floats = HeadScratch::floats(output->columns / layer->heads, longest, longest, layer->positions);
+      r.scratch_floats = std::max(r.scratch_floats, padded(floats, W));
+    }
+    r.wide_x = padded(layers->output.rows, NB), r.wide_qkv = padded(3 * inner, NB), r.wide_mixed = padded(inner, NB);
+    r.wide_hidden = padded(hidden, NB);
     r.at_once = std::min<int64_t>(tokens, ROWS_AT_ONCE * members);
     r.x = reinterpret_cast<float*>(take(tokens * r.wide_x * 4));
     r.qkv = reinterpret_cast<float*>(take(tokens * r.wide_qkv * 4));
-    r.mixed = reinterpret_cast<float*>(take(tokens * r.wide_x * 4));
-    r.normed = reinterpret_cast<float*>(take(layer.pre_norm ? r.at_once * r.wide_x * 4 : 0));
+    r.mixed = reinterpret_cast<float*>(take(tokens * r.wide_mixed * 4));
+    r.normed = reinterpret_cast<float*>(take(layers->pre_norm ? r.at_once * r.wide_x * 4 : 0));
     r.hidden = reinterpret_cast<float*>(take(r.at_once * r.wide_hidden * 4));
-    r.scratch_floats = padded(HeadScratch::floats(width / layer.heads, longest, longest, layer.positions), W);
     r.scratch = reinterpret_cast<float*>(take(members * r.scratch_floats * 4));
-    r.narrow.stride = padded(width * 2, 64), r.broad.stride = padded(broad * 2, 64);
-    if (!layer.qkv.wide && !layer.output.wide && !layer.ffn_in.wide) r.narrow.stride = padded(width, 64);
-    if (!layer.ffn_out.wide) r.broad.stride = padded(broad, 64);
+    r.narrow.stride = padded(narrow, 64), r.broad.stride = padded(broad, 64);
     r.narrow.at = reinterpret_cast<uint8_t*>(take(r.at_once * r.narrow.stride));
     r.broad.at = reinterpret_cast<uint8_t*>(take(r.at_once * r.broad.stride));
     r.narrow.grids = reinterpret_cast<RowGrid*>(take(r.at_once * sizeof(RowGrid)));
@@ -779,7 +787,7 @@ void attend_all(const Batch& batch, int64_t begin, int64_t end, int64_t heads, i
 
 void run_layer(const Layer& layer, const Batch& batch, int64_t begin, int64_t end, const Room& room, Team team) {
   const int64_t base = batch.starts[begin], tokens = batch.starts[end] - base;
-  const int64_t width = layer.output.rows;
+  const int64_t width = layer.output.rows, inner = layer.output.columns;
   for (int64_t row = 0; row < tokens; row += room.at_once) {
     const int64_t rows = std::min(room.at_once, tokens - row);
     const float* x = normed(room.x + row * room.wide_x, rows, layer, layer.norm1, layer.shift1, layer.eps1, room, team);
@@ -788,13 +796,13 @@ void run_layer(const Layer& layer, const Batch& batch, int64_t begin, int64_t en
     multiply(room.narrow, rows, layer.qkv, {room.qkv + row * room.wide_qkv, room.wide_qkv, false}, team);
     team.wait();
   }
-  attend_all(batch, begin, end, layer.heads, width, room, room.wide_x, layer.rotation, layer.window, layer.positions, team);
+  attend_all(batch, begin, end, layer.heads, inner, room, room.wide_mixed, layer.rotation, layer.window, layer.positions, team);
   team.wait();
   for (int64_t row = 0; row < tokens; row += room.at_once) {
     const int64_t rows = std::min(room.at_once, tokens - row);
     float* x = room.x + row * room.wide_x;
     const Output added = {x, room.wide_x, true};
-    quantize(room.mixed + row * room.wide_x, room.wide_x, rows, layer.output, room.narrow, team);
+    quantize(room.mixed + row * room.wide_mixed, room.wide_mixed, rows, layer.output, room.narrow, team);
     team.wait();
     multiply(room.narrow, rows, layer.output, added, team);
     team.wait();
@@ -824,7 +832,8 @@ struct ThinRoom {
   Codes codes;
   int64_t wide_x, wide_thin, wide_qkv, wide_read, wide_hidden, scratch_floats, at_once;
 
-  static size_t lay_out(ThinRoom* room, char* memory, const ThinLayer& layer, int64_t tokens, int64_t longest, int members) {
+  static size_t lay_out(ThinRoom* room, char* memory, const ThinLayer* layers, int64_t, int64_t tokens, int64_t longest, int members) {
+    const ThinLayer& layer = layers[0];  // all are of the same widths
     size_t used = 0;
     auto take = [&](size_t bytes) {
       char* at = memory + used;
@@ -977,11 +986,11 @@ int32_t run_stack(const Kind* layers, int64_t count, const Batch* batch, const i
   for (int64_t c = 0; c < chunk_count; c++)
     most = std::max(most, batch->starts[chunks[c + 1]] - batch->starts[chunks[c]]);
   const int members = chunk_count >= threads ? 1 : threads;
-  const size_t bytes = Place::lay_out(nullptr, nullptr, layers[0], most, longest, members) + 64;
+  const size_t bytes = Place::lay_out(nullptr, nullptr, layers, count, most, longest, members) + 64;
   auto some = [&](char* memory, int64_t chunk, Team team) {
     Place room;
     const int64_t tokens = batch->starts[chunks[chunk + 1]] - batch->starts[chunks[chunk]];
-    Place::lay_out(&room, memory, layers[0], tokens, longest, members);
+    Place::lay_out(&room, memory, layers, count, tokens, longest, members);
     run_some(layers, count, *batch, chunks[chunk], chunks[chunk + 1], x, y, room, team);
   };
   return in_blocks(chunk_count, threads, members == 1, bytes, some);
@@ -1027,7 +1036,7 @@ int32_t qbert_linear(const Matrix* m, const float* x, int64_t tokens, float* y, 
   return in_blocks(blocks, threads, alone, bytes, some);
 }
 
-// x [tokens, width] through `count` layers of one width into y; chunks[i] to chunks[i + 1] are sequences that run together.
+// x [tokens, width] through `count` layers into y, of one width outside, of any heads and widths inside; chunks[i] to chunks[i + 1] are sequences that run together.
 int32_t qbert_layers(const Layer* layers, int64_t count, const Batch* batch, const int64_t* chunks, int64_t chunk_count,
                      const float* x, float* y, int32_t threads) {
   return run_stack<Layer, Room>(layers, count, batch, chunks, chunk_count, x, y, threads);

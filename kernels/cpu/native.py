@@ -356,7 +356,7 @@ class NativeLayer(NamedTuple):
 
 
 class NativeLayers:
-    """A stack of layers of one width, heads and products. Immutable.
+    """A stack of layers of one width, with any heads and feed-forward columns inside of each. Immutable.
 
     Args:
         layers: for each layer what `NativeLayer` names, in its order.

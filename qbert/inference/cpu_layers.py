@@ -523,10 +523,9 @@ def reason_not_native_layers(parts: Sequence[LayerParts]) -> str:
         kinds = {type(net.activation).__name__ for net in part.ffns}
         if not kinds <= ACTIVATIONS.keys() or len(kinds) > 1:
             return f"it does not know the activation function {' and '.join(sorted(kinds))}"
-        if part.attention_output.columns != part.attention_output.rows:
-            return "it has fewer heads than its width has room for"
-    if len({(p.heads, p.attention_output.rows, p.width, *(n.ffn_in.rows for n in p.ffns)) for p in parts}) > 1:
-        return "its layers are of several widths, and one room is laid out for all"
+    thin = [p for p in parts if p.bottleneck is not None]
+    if len({(p.heads, p.attention_output.rows, p.width, *(n.ffn_in.rows for n in p.ffns)) for p in thin}) > 1:
+        return "its thin layers are of several widths, and one room is laid out for all"
     return ""
 
 

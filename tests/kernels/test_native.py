@@ -117,13 +117,17 @@ def twin(
     """One layer, [B, T, H], of torch's operators and single products."""
     batch, tokens, width = x.shape
     query, key, value = products[0](x).view(batch, tokens, 3, heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
-    mixed = F.scaled_dot_product_attention(query, key, value, mask).transpose(1, 2).reshape(x.shape)
+    mixed = F.scaled_dot_product_attention(query, key, value, mask).transpose(1, 2).flatten(2)
     y = F.layer_norm(products[1](mixed) + x, [width], *norms[0])
     return F.layer_norm(products[3](F.gelu(products[2](y))) + y, [width], *norms[1])
 
 
-def some_layer(width: int, heads: int, inner: int, instructions: str) -> tuple[list[NativeProduct], list, int]:
-    shapes = ((3 * width, width), (width, width), (inner, width), (width, inner))
+def some_layer(
+    width: int, heads: int, inner: int, instructions: str, attended: int | None = None
+) -> tuple[list[NativeProduct], list, int]:
+    """A layer of `width` with `inner` columns, whose heads together are `attended` wide, as wide as it without."""
+    attended = attended or width
+    shapes = ((3 * attended, width), (width, attended), (inner, width), (width, inner))
     products = [
         prepared(cases.layer(o, i, 4, "symmetric", seed=n), instructions, asymmetric=n % 2 == 0)
         for n, (o, i) in enumerate(shapes)
@@ -147,6 +151,20 @@ def test_a_layer_is_its_pieces(width: int, heads: int, inner: int, instructions:
             got, expected = fast(x, mask), twin(x, products, norms, heads, mask)
             error = (got - expected).abs().amax(-1)  # a value between two codes may fall to either
             assert float((error < 1e-3).float().mean()) > 0.95 and float(error.max()) < 0.3
+
+
+@pytest.mark.parametrize("instructions", SETS)
+def test_layers_of_different_heads_and_columns_share_a_stack(instructions: str) -> None:
+    torch.manual_seed(0)
+    sizes = ((3, 96, 36), (1, 200, 12), (6, 30, 72), (4, 70, 48))  # heads, columns, width of all heads
+    layers = [some_layer(48, heads, inner, instructions, attended) for heads, inner, attended in sizes]
+    fast = NativeLayers([(*layer, 0) for layer in layers])
+    for batch, tokens in ((2, 7), (5, 33)):
+        expected = x = torch.randn(batch, tokens, 48)
+        for layer in layers:
+            expected = twin(expected, *layer, None)
+        error = (fast(x) - expected).abs().amax(-1)  # a value between two codes may fall to either
+        assert float((error < 1e-3).float().mean()) > 0.8 and float(error.max()) < 0.5
 
 
 @pytest.mark.parametrize("instructions", SETS)
