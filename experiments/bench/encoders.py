@@ -31,6 +31,21 @@ _BASE = {"hidden_size": 768, "num_attention_heads": 12, "vocab_size": 1000}
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "ModernBERT-base": ("ModernBertConfig", {**_BASE, "intermediate_size": 1152, "pad_token_id": 0}),
     "MobileBERT": ("MobileBertConfig", {"vocab_size": 1000}),
+    "DeBERTa-v3-base": (
+        "DebertaV2Config",
+        {
+            **_BASE,
+            "intermediate_size": 3072,
+            "type_vocab_size": 0,
+            "layer_norm_eps": 1e-7,
+            "share_att_key": True,
+            "relative_attention": True,
+            "position_buckets": 256,
+            "norm_rel_ebd": "layer_norm",
+            "pos_att_type": ["p2c", "c2p"],
+            "position_biased_input": False,
+        },
+    ),
     "ViT-base": ("ViTConfig", {"hidden_size": 768, "num_attention_heads": 12, "intermediate_size": 3072}),
 }
 # The ids that ModernBERT's config wants inside of its vocabulary.

@@ -46,6 +46,19 @@ struct Matrix {
   const float *scale, *bias, *sum, *correction;  // the last is null where there are no zeros
 };
 
+// What is added to the scores of a query q and a key k by their distance, whose row is p = places[farthest + distance], distances
+// beyond `farthest` counting as that: (q k + q keys[p]) scale + k queries[p]. Rows rise with the distance.
+struct Positions {
+  const float* keys;      // [heads][depth][columns], columns a multiple of NB from `rows`; or null
+  const float* queries;   // [heads][rows][depth], times scale; or null
+  const int32_t* places;  // [2 farthest + 1]
+  int64_t farthest, rows, columns;
+  float scale, unused;
+  int64_t place(int64_t distance) const { return places[std::min(std::max(distance, -farthest), farthest) + farthest]; }
+  // How many rows lie between those of the smallest and the largest distance.
+  int64_t between(int64_t queries, int64_t keys) const { return place(queries - 1) - place(1 - keys) + 1; }
+};
+
 struct Layer {
   Matrix qkv, output, ffn_in, ffn_out;
   const float *norm1, *shift1, *norm2, *shift2;  // padded with zeros; of pre-norm layers null where there is none
@@ -54,6 +67,7 @@ struct Layer {
   int32_t pre_norm, gated;  // gated: the second half of what ffn_in gives multiplies the activated first half
   int32_t window, unused;   // tokens that are seen on each side; 0 for all
   const float* rotation;    // [positions][head width], cosines and then sines of half a head each; or null
+  const Positions* positions;
 };
 
 // With epsilon below 0 a scale and a shift, MobileBERT's NoNorm; weight null where there is none.
@@ -503,6 +517,8 @@ struct Head {
   int64_t out_stride;
   const float* rotation;  // of the first token, or null
   int64_t window;
+  const Positions* positions;
+  int64_t number;  // of the head
 };
 
 // A row of a head, rotated and times `scale`, to every `step`-th place.
@@ -520,21 +536,84 @@ inline void copy_head(const float* from, int64_t depth, const float* rotation, f
   }
 }
 
+// Of a head with so many rows and keys.
 struct HeadScratch {
   float *keys, *values, *queries, *scores, *mixed;
-  static int64_t floats(int64_t depth, int64_t longest) {
+  float *by_key, *by_query;  // what positions add: [MR][rows of the table], [rows of the table between those of distances][keys]
+  int32_t* places;           // of all distances, from the largest on
+  static int64_t floats(int64_t depth, int64_t rows, int64_t longest, const Positions* positions) {
     const int64_t columns = padded(longest, W), deep = padded(depth, W);
-    return depth * columns + longest * deep + MR * depth + MR * columns + MR * deep + 5 * W;
+    const int64_t own = depth * columns + longest * deep + MR * depth + MR * columns + MR * deep + 5 * W;
+    if (!positions) return own;
+    return own + MR * positions->columns + positions->between(rows, longest) * columns + rows + longest + 3 * W;
   }
-  HeadScratch(float* at, int64_t depth, int64_t longest) {
+  HeadScratch(float* at, int64_t depth, int64_t rows, int64_t longest, const Positions* positions) {
     const int64_t columns = padded(longest, W), deep = padded(depth, W);
     keys = at;
     values = keys + padded(depth * columns, W);
     queries = values + longest * deep;
     scores = queries + padded(MR * depth, W);
     mixed = scores + MR * columns;
+    by_key = mixed + MR * deep;
+    by_query = by_key + (positions ? MR * positions->columns : 0);
+    places = reinterpret_cast<int32_t*>(by_query + (positions ? positions->between(rows, longest) * columns : 0));
   }
 };
+
+// k queries[p] of all keys, for the rows p of the table that distances have; of each row the keys that some query meets there.
+void position_scores(const Head& h, const HeadScratch& s) {
+  const int64_t count = h.rows + h.keys - 1, columns = padded(h.keys, W);
+  for (int64_t i = 0; i < count; i++) s.places[i] = static_cast<int32_t>(h.positions->place(h.rows - 1 - i));
+  if (!h.positions->queries) return;
+  const float* queries = h.positions->queries + h.number * h.positions->rows * h.depth;
+  const int64_t first = s.places[count - 1], last = s.places[0] + 1;
+  int64_t least = count - 1;  // the smallest distance whose row is not before those of this round
+  for (int64_t row = first; row < last; row += MR) {
+    const int64_t end = std::min<int64_t>(row + MR, last);
+    while (least > 0 && s.places[least] < row) least--;
+    int64_t most = least;
+    while (most > 0 && s.places[most - 1] < end) most--;
+    const int64_t smallest = h.rows - 1 - least, largest = h.rows - 1 - most;
+    const int64_t begin = std::max<int64_t>(-largest, 0) / W * W;
+    const int64_t stop = padded(std::min(h.keys, h.rows - smallest), W);
+    const float* q = queries + row * h.depth;
+    float* to = s.by_query + (row - first) * columns;
+    switch (end - row) {
+      case 1: score_rows<1>(q, s.keys, h.depth, columns, begin, stop, to); break;
+      case 2: score_rows<2>(q, s.keys, h.depth, columns, begin, stop, to); break;
+      case 3: score_rows<3>(q, s.keys, h.depth, columns, begin, stop, to); break;
+      case 4: score_rows<4>(q, s.keys, h.depth, columns, begin, stop, to); break;
+      case 5: score_rows<std::min(5, MR)>(q, s.keys, h.depth, columns, begin, stop, to); break;
+      default: score_rows<MR>(q, s.keys, h.depth, columns, begin, stop, to);
+    }
+  }
+}
+
+// Adds what positions give to the scores of queries row to row + ROWS.
+template <int ROWS>
+inline void add_positions(const Head& h, const HeadScratch& s, int64_t row, int64_t columns) {
+  const Positions& positions = *h.positions;
+  const int64_t wide = positions.columns;
+  const int32_t first = s.places[h.rows + h.keys - 2];
+  if (positions.keys) {
+    const int64_t begin = positions.place(row - h.keys + 1) / W * W, end = padded(positions.place(row + ROWS - 1) + 1, W);
+    score_rows<ROWS>(s.queries, positions.keys + h.number * h.depth * wide, h.depth, wide, begin, end, s.by_key);
+  }
+  for (int r = 0; r < ROWS; r++) {
+    const int32_t* places = s.places + h.rows - 1 - row - r;
+    float* p = s.scores + r * columns;
+    const float *by_key = s.by_key + r * wide, *by_query = s.by_query;
+    const int32_t keys = static_cast<int32_t>(h.keys), stride = static_cast<int32_t>(columns);
+    if (positions.keys) {
+#pragma GCC ivdep
+      for (int32_t k = 0; k < keys; k++) p[k] += by_key[places[k]];
+    }
+    if (positions.queries) {
+#pragma GCC ivdep
+      for (int32_t k = 0; k < keys; k++) p[k] += by_query[(places[k] - first) * stride + k];
+    }
+  }
+}
 
 template <int ROWS>
 void attend_rows(const Head& h, const HeadScratch& s, int64_t row, float scale) {
@@ -550,6 +629,7 @@ void attend_rows(const Head& h, const HeadScratch& s, int64_t row, float scale) 
     copy_head(h.qkv + (row + r) * h.stride, h.depth, h.rotation ? h.rotation + (row + r) * h.depth : nullptr, scale,
               s.queries + r * h.depth, 1);
   score_rows<ROWS>(s.queries, s.keys, h.depth, columns, begin, last, s.scores);
+  if (h.positions) add_positions<ROWS>(h, s, row, columns);
   for (int r = 0; r < ROWS; r++) {
     float* p = s.scores + r * columns;
     if (h.bias)
@@ -596,7 +676,8 @@ void attend(const Head& h, const HeadScratch& s) {
   }
   for (int64_t i = 0; i < h.depth; i++)
     for (int64_t k = h.keys; k < columns; k++) s.keys[i * columns + k] = 0;
-  const float scale = 1.0f / std::sqrt(static_cast<float>(h.depth));
+  if (h.positions) position_scores(h, s);
+  const float scale = h.positions ? h.positions->scale : 1.0f / std::sqrt(static_cast<float>(h.depth));
   const int64_t groups = (h.rows + MR - 1) / MR;
   for (int64_t g = 0; g < groups; g++) {
     const int64_t row = h.rows * g / groups;
@@ -631,13 +712,14 @@ struct Arena {
 
 constexpr int64_t ROWS_AT_ONCE = 48;  // so that the widest activations of a layer stay in the second cache
 
-// Where the activations of some tokens lie while they pass through the layers.
+// Where the activations of some tokens lie while they pass through the layers, of which the widest decides.
 struct Room {
   float *x, *qkv, *mixed, *normed, *hidden, *scratch;
   Codes narrow, broad;
-  int64_t wide_x, wide_qkv, wide_hidden, scratch_floats, at_once;
+  int64_t wide_x, wide_qkv, wide_mixed, wide_hidden, scratch_floats, at_once;
 
-  static size_t lay_out(Room* room, char* memory, const Layer& layer, int64_t tokens, int64_t longest, int members) {
+  static size_t lay_out(Room* room, char* memory, const Layer* layers, int64_t count, int64_t tokens, int64_t longest,
+                        int members) {
     size_t used = 0;
     auto take = [&](size_t bytes) {
       char* at = memory + used;
@@ -646,19 +728,26 @@ struct Room {
     };
     Room own;
     Room& r = room ? *room : own;
-    const int64_t width = layer.output.rows, broad = layer.ffn_out.columns;
-    r.wide_x = padded(width, NB), r.wide_qkv = padded(3 * width, NB), r.wide_hidden = padded(layer.ffn_in.rows, NB);
+    int64_t inner = 0, hidden = 0, narrow = 0, broad = 0;
+    r.scratch_floats = 0;
+    for (const Layer* layer = layers; layer < layers + count; layer++) {
+      const Matrix *qkv = &layer->qkv, *output = &layer->output, *in = &layer->ffn_in, *out = &layer->ffn_out;
+      inner = std::max<int64_t>(inner, output->columns), hidden = std::max<int64_t>(hidden, in->rows);
+      for (const Matrix* m : {qkv, output, in}) narrow = std::max<int64_t>(narrow, m->columns * (m->wide ? 2 : 1));
+      broad = std::max<int64_t>(broad, out->columns * (out->wide ? 2 : 1));
+      const int64_t floats = HeadScratch::floats(output->columns / layer->heads, longest, longest, layer->positions);
+      r.scratch_floats = std::max(r.scratch_floats, padded(floats, W));
+    }
+    r.wide_x = padded(layers->output.rows, NB), r.wide_qkv = padded(3 * inner, NB), r.wide_mixed = padded(inner, NB);
+    r.wide_hidden = padded(hidden, NB);
     r.at_once = std::min<int64_t>(tokens, ROWS_AT_ONCE * members);
     r.x = reinterpret_cast<float*>(take(tokens * r.wide_x * 4));
     r.qkv = reinterpret_cast<float*>(take(tokens * r.wide_qkv * 4));
-    r.mixed = reinterpret_cast<float*>(take(tokens * r.wide_x * 4));
-    r.normed = reinterpret_cast<float*>(take(layer.pre_norm ? r.at_once * r.wide_x * 4 : 0));
+    r.mixed = reinterpret_cast<float*>(take(tokens * r.wide_mixed * 4));
+    r.normed = reinterpret_cast<float*>(take(layers->pre_norm ? r.at_once * r.wide_x * 4 : 0));
     r.hidden = reinterpret_cast<float*>(take(r.at_once * r.wide_hidden * 4));
-    r.scratch_floats = padded(HeadScratch::floats(width / layer.heads, longest), W);
     r.scratch = reinterpret_cast<float*>(take(members * r.scratch_floats * 4));
-    r.narrow.stride = padded(width * 2, 64), r.broad.stride = padded(broad * 2, 64);
-    if (!layer.qkv.wide && !layer.output.wide && !layer.ffn_in.wide) r.narrow.stride = padded(width, 64);
-    if (!layer.ffn_out.wide) r.broad.stride = padded(broad, 64);
+    r.narrow.stride = padded(narrow, 64), r.broad.stride = padded(broad, 64);
     r.narrow.at = reinterpret_cast<uint8_t*>(take(r.at_once * r.narrow.stride));
     r.broad.at = reinterpret_cast<uint8_t*>(take(r.at_once * r.broad.stride));
     r.narrow.grids = reinterpret_cast<RowGrid*>(take(r.at_once * sizeof(RowGrid)));
@@ -682,7 +771,7 @@ inline const float* normed(const float* x, int64_t rows, const Layer& layer, con
 // Every head of sequences begin to end: from `room.qkv` into `room.mixed`, whose rows are `wide` apart.
 template <class AnyRoom>
 void attend_all(const Batch& batch, int64_t begin, int64_t end, int64_t heads, int64_t width, const AnyRoom& room, int64_t wide,
-                const float* rotation, int64_t window, Team team) {
+                const float* rotation, int64_t window, const Positions* positions, Team team) {
   const int64_t base = batch.starts[begin], depth = width / heads, items = (end - begin) * heads;
   for (int64_t item = team.first(items); item < team.last(items); item++) {
     const int64_t sequence = begin + item / heads, head = item % heads;
@@ -691,14 +780,14 @@ void attend_all(const Batch& batch, int64_t begin, int64_t end, int64_t heads, i
     if (bias) bias += sequence * batch.strides[0] + head * batch.strides[1];
     const Head h = {room.qkv + start * room.wide_qkv + head * depth, room.wide_qkv, width, depth, rows,
                     batch.keys[sequence], bias, batch.strides[2],
-                    room.mixed + start * wide + head * depth, wide, rotation, window};
-    attend(h, HeadScratch(room.scratch + team.place * room.scratch_floats, depth, batch.keys[sequence]));
+                    room.mixed + start * wide + head * depth, wide, rotation, window, positions, head};
+    attend(h, HeadScratch(room.scratch + team.place * room.scratch_floats, depth, rows, batch.keys[sequence], positions));
   }
 }
 
 void run_layer(const Layer& layer, const Batch& batch, int64_t begin, int64_t end, const Room& room, Team team) {
   const int64_t base = batch.starts[begin], tokens = batch.starts[end] - base;
-  const int64_t width = layer.output.rows;
+  const int64_t width = layer.output.rows, inner = layer.output.columns;
   for (int64_t row = 0; row < tokens; row += room.at_once) {
     const int64_t rows = std::min(room.at_once, tokens - row);
     const float* x = normed(room.x + row * room.wide_x, rows, layer, layer.norm1, layer.shift1, layer.eps1, room, team);
@@ -707,13 +796,13 @@ void run_layer(const Layer& layer, const Batch& batch, int64_t begin, int64_t en
     multiply(room.narrow, rows, layer.qkv, {room.qkv + row * room.wide_qkv, room.wide_qkv, false}, team);
     team.wait();
   }
-  attend_all(batch, begin, end, layer.heads, width, room, room.wide_x, layer.rotation, layer.window, team);
+  attend_all(batch, begin, end, layer.heads, inner, room, room.wide_mixed, layer.rotation, layer.window, layer.positions, team);
   team.wait();
   for (int64_t row = 0; row < tokens; row += room.at_once) {
     const int64_t rows = std::min(room.at_once, tokens - row);
     float* x = room.x + row * room.wide_x;
     const Output added = {x, room.wide_x, true};
-    quantize(room.mixed + row * room.wide_x, room.wide_x, rows, layer.output, room.narrow, team);
+    quantize(room.mixed + row * room.wide_mixed, room.wide_mixed, rows, layer.output, room.narrow, team);
     team.wait();
     multiply(room.narrow, rows, layer.output, added, team);
     team.wait();
@@ -743,7 +832,8 @@ struct ThinRoom {
   Codes codes;
   int64_t wide_x, wide_thin, wide_qkv, wide_read, wide_hidden, scratch_floats, at_once;
 
-  static size_t lay_out(ThinRoom* room, char* memory, const ThinLayer& layer, int64_t tokens, int64_t longest, int members) {
+  static size_t lay_out(ThinRoom* room, char* memory, const ThinLayer* layers, int64_t, int64_t tokens, int64_t longest, int members) {
+    const ThinLayer& layer = layers[0];  // all are of the same widths
     size_t used = 0;
     auto take = [&](size_t bytes) {
       char* at = memory + used;
@@ -762,7 +852,7 @@ struct ThinRoom {
     r.x = floats(tokens * r.wide_x), r.thin = floats(tokens * r.wide_thin), r.qkv = floats(tokens * r.wide_qkv);
     r.mixed = floats(tokens * r.wide_thin), r.read = floats(r.at_once * r.wide_read);
     r.shared = floats(r.at_once * r.wide_thin), r.hidden = floats(r.at_once * r.wide_hidden);
-    r.scratch_floats = padded(HeadScratch::floats(width / layer.heads, longest), W);
+    r.scratch_floats = padded(HeadScratch::floats(width / layer.heads, longest, longest, nullptr), W);
     r.scratch = floats(members * r.scratch_floats);
     r.codes.stride = padded(std::max(most, broad) * 2, 64);
     r.codes.at = reinterpret_cast<uint8_t*>(take(r.at_once * r.codes.stride));
@@ -805,7 +895,7 @@ void run_thin_layer(const ThinLayer& layer, const Batch& batch, int64_t begin, i
                   count * sizeof(float));
     team.wait();
   }
-  attend_all(batch, begin, end, layer.heads, width, room, room.wide_thin, nullptr, 0, team);
+  attend_all(batch, begin, end, layer.heads, width, room, room.wide_thin, nullptr, 0, nullptr, team);
   team.wait();
   for (int64_t row = 0; row < tokens; row += room.at_once) {
     const int64_t rows = std::min(room.at_once, tokens - row);
@@ -892,15 +982,15 @@ template <class Kind, class Place>
 int32_t run_stack(const Kind* layers, int64_t count, const Batch* batch, const int64_t* chunks, int64_t chunk_count,
                   const float* x, float* y, int32_t threads) {
   int64_t longest = 1, most = 1;
-  for (int64_t s = 0; s < batch->sequences; s++) longest = std::max(longest, batch->keys[s]);
+  for (int64_t s = 0; s < batch->sequences; s++) longest = std::max(longest, batch->starts[s + 1] - batch->starts[s]);
   for (int64_t c = 0; c < chunk_count; c++)
     most = std::max(most, batch->starts[chunks[c + 1]] - batch->starts[chunks[c]]);
   const int members = chunk_count >= threads ? 1 : threads;
-  const size_t bytes = Place::lay_out(nullptr, nullptr, layers[0], most, longest, members) + 64;
+  const size_t bytes = Place::lay_out(nullptr, nullptr, layers, count, most, longest, members) + 64;
   auto some = [&](char* memory, int64_t chunk, Team team) {
     Place room;
     const int64_t tokens = batch->starts[chunks[chunk + 1]] - batch->starts[chunks[chunk]];
-    Place::lay_out(&room, memory, layers[0], tokens, longest, members);
+    Place::lay_out(&room, memory, layers, count, tokens, longest, members);
     run_some(layers, count, *batch, chunks[chunk], chunks[chunk + 1], x, y, room, team);
   };
   return in_blocks(chunk_count, threads, members == 1, bytes, some);
@@ -946,7 +1036,7 @@ int32_t qbert_linear(const Matrix* m, const float* x, int64_t tokens, float* y, 
   return in_blocks(blocks, threads, alone, bytes, some);
 }
 
-// x [tokens, width] through `count` layers of one width into y; chunks[i] to chunks[i + 1] are sequences that run together.
+// x [tokens, width] through `count` layers into y, of one width outside, of any heads and widths inside; chunks[i] to chunks[i + 1] are sequences that run together.
 int32_t qbert_layers(const Layer* layers, int64_t count, const Batch* batch, const int64_t* chunks, int64_t chunk_count,
                      const float* x, float* y, int32_t threads) {
   return run_stack<Layer, Room>(layers, count, batch, chunks, chunk_count, x, y, threads);

@@ -63,6 +63,15 @@ class _Layer(ctypes.Structure):
         *((name, ctypes.c_float) for name in ("eps1", "eps2")),
         *((name, ctypes.c_int32) for name in ("heads", "activation", "pre_norm", "gated", "window", "unused")),
         ("rotation", ctypes.c_void_p),
+        ("positions", ctypes.c_void_p),
+    ]
+
+
+class _Positions(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("keys", "queries", "places")),
+        *((name, ctypes.c_int64) for name in ("farthest", "rows", "columns")),
+        *((name, ctypes.c_float) for name in ("scale", "unused")),
     ]
 
 
@@ -315,6 +324,18 @@ def _operand(codes: Tensor, zero: Tensor) -> tuple[Tensor, int, Tensor | None]:
 # ------------------------------------------------------------------------------------------------ layers
 
 
+class NativePositions(NamedTuple):
+    """What is added to scores by relative position, as in `qbert.encoders.parts.RelativePositions`.
+
+    keys, queries: float32 [heads, rows, D], what the maps make of the table; ``None`` where there is no such term.
+    """
+
+    scale: float
+    places: Tensor
+    keys: Tensor | None
+    queries: Tensor | None
+
+
 class NativeLayer(NamedTuple):
     """One layer of a stack.
 
@@ -331,10 +352,11 @@ class NativeLayer(NamedTuple):
     gated: bool = False
     window: int = 0
     rotation: Tensor | None = None
+    positions: NativePositions | None = None
 
 
 class NativeLayers:
-    """A stack of layers of one width, heads and products. Immutable.
+    """A stack of layers of one width, with any heads and feed-forward columns inside of each. Immutable.
 
     Args:
         layers: for each layer what `NativeLayer` names, in its order.
@@ -361,7 +383,20 @@ class NativeLayers:
             self._layers[place] = _Layer(
                 *matrices, *map(_pointer, vectors), *(0.0 if n is None else n[2] for n in layer.norms),
                 layer.heads, layer.activation, layer.pre_norm, layer.gated, layer.window, 0, _pointer(rotation),
+                None if layer.positions is None else ctypes.addressof(self._positions(layer.positions, tile)),
             )  # fmt: skip
+
+    def _positions(self, given: NativePositions, tile: int) -> _Positions:
+        keys, queries, places = given.keys, given.queries, given.places.to(torch.int32).contiguous()
+        rows = next((t.shape[1] for t in (keys, queries) if t is not None), 0)
+        columns = -(-rows // tile) * tile
+        if keys is not None:
+            keys = F.pad(keys.float().transpose(1, 2), (0, columns - rows)).contiguous()
+        if queries is not None:
+            queries = (queries.float() * given.scale).contiguous()
+        made = _Positions(*map(_pointer, (keys, queries, places)), len(places) // 2, rows, columns, given.scale, 0.0)
+        self._kept += [keys, queries, places, made]
+        return made
 
     def __call__(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """float32 [B, T, H] to [B, T, H]; `mask` broadcasts to [B, heads, T, T], true or 0 where a key is seen."""

@@ -3,7 +3,8 @@
 Families of the BERT kind, post-norm, differ in names only: BERT's ``intermediate.dense`` is DistilBERT's ``ffn.lin1``.
 Others differ in a few pieces, each of which is a field: norms before instead of behind (ViT, ModernBERT), a gated
 feed-forward net, rotated queries and keys, a window of tokens that are seen (ModernBERT), a bottleneck around the layer
-and several feed-forward nets (MobileBERT). A new family is described here, and runs by what computes these pieces.
+and several feed-forward nets (MobileBERT), scores by relative position (DeBERTa-v2). A new family is described here,
+and runs by what computes these pieces.
 
     >>> LayerParts.of(model.encoder.layer[0]).ffn_in
 """
@@ -45,6 +46,24 @@ class Bottleneck(NamedTuple):
     up_norm: nn.Module
 
 
+class RelativePositions(NamedTuple):
+    """What DeBERTa adds to the scores of queries q and keys k (He et al. 2021, equation 4).
+
+    They are (q k + q to_key(table[p]) + k to_query(table[p])) scale, with p the place of the distance of q from k.
+
+    scale: of all three terms.
+    places: int32 [2 n + 1], rows of the table for distances -n to n, which stand for all that are farther.
+    table: [rows, H], the same for every input.
+    to_key, to_query: the maps of its rows to the width of all heads; ``None`` where there is no such term.
+    """
+
+    scale: float
+    places: Tensor
+    table: Tensor
+    to_key: nn.Module | None
+    to_query: nn.Module | None
+
+
 class LayerParts(NamedTuple):
     """What an encoder layer is made of.
 
@@ -54,6 +73,7 @@ class LayerParts(NamedTuple):
     gated: the second half of what `ffn_in` gives multiplies the activated first half.
     window: how many tokens on each side a token sees; 0 for all.
     rotation: float32 [positions, head width], cosines and then sines by which halves of queries and keys are rotated.
+    relative: what is added to the scores by position.
     more_ffns: feed-forward nets between attention and the last one.
     """
 
@@ -73,12 +93,13 @@ class LayerParts(NamedTuple):
     rotation: Tensor | None = None
     more_ffns: tuple[FeedForward, ...] = ()
     bottleneck: Bottleneck | None = None
+    relative: RelativePositions | None = None
 
     @classmethod
     def of_any_kind(cls, layer: Any) -> LayerParts | None:
-        """The parts of a layer of the BERT kind (`of`), or of ViT, ModernBERT or MobileBERT; ``None`` for any other.
+        """The parts of a layer of the BERT kind (`of`), or of ViT, ModernBERT, MobileBERT or DeBERTa-v2; or ``None``.
 
-        ModernBERT's rotation is not in its layers, and is left out.
+        ModernBERT's rotation and DeBERTa's table of positions are not in their layers, and are left out.
         """
         kind = type(layer).__name__
         if kind == "ViTLayer" and hasattr(layer.attention, "q_proj"):
@@ -93,6 +114,13 @@ class LayerParts(NamedTuple):
                 attention.config.num_attention_heads, attention.Wqkv, attention.Wqkv, attention.Wqkv, attention.Wo,
                 layer.attn_norm, mlp.Wi, mlp.act, mlp.Wo, layer.mlp_norm, pre_norm=True, gated=True,
                 window=(attention.sliding_window or 1) - 1,  # which the layer holds with one more
+            )  # fmt: skip
+        if kind == "DebertaV2Layer":
+            attention, output, inner = layer.attention.self, layer.attention.output, layer.intermediate
+            return cls(
+                attention.num_attention_heads, attention.query_proj, attention.key_proj, attention.value_proj,
+                output.dense, output.LayerNorm,
+                inner.dense, inner.intermediate_act_fn, layer.output.dense, layer.output.LayerNorm,
             )  # fmt: skip
         return _mobilebert(layer) if kind == "MobileBertLayer" else cls.of(layer)
 

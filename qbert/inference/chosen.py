@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -20,6 +21,7 @@ from qbert.kernels.cpu.chains import compiled
 from qbert.kernels.cpu.native import NativeLayers
 from qbert.layers.linear import PackedLinear
 
+logger = logging.getLogger(__name__)
 Program = Callable[[Tensor, Tensor | None], Tensor]
 _SEQUENCE = 32  # tokens of each sequence that is measured
 
@@ -53,6 +55,8 @@ class ChosenLayers:
         if engine == "native" and not_native:
             raise ValueError(f"engine='native' cannot run these layers: {not_native}; use engine='auto'")
         if engine == "auto":
+            if not_native:
+                logger.info("the native engine does not run these layers: %s", not_native)
             names = [n for n in ENGINES if not reason_not(n) and not (n == "native" and not_native)]
             first = parts[0]
             bits = max(p.layout.bits for p in first.linears)
@@ -151,8 +155,11 @@ def _other_pieces(part: LayerParts) -> str:
         "pre-norm": part.pre_norm,
         "gated": part.gated,
         "rotated": part.rotation is not None,
+        "relative positions": part.relative is not None,
         f"{1 + len(part.more_ffns)} feed-forward nets": part.more_ffns,
         f"{part.attention_output.rows} inside": part.bottleneck,
+        f"attention {part.attention_output.in_features} wide": part.attention_output.in_features
+        != part.attention_output.out_features,
     }
     return "".join(f", {name}" for name, there in pieces.items() if there)
 

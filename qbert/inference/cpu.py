@@ -2,8 +2,8 @@
 
 `optimize_for_inference` prepares every packed layer for the products of `qbert.kernels.cpu`, by the engine that is
 fastest on this machine (`qbert.inference.engines`). Encoders of the BERT kind (BERT, RoBERTa, XLM-R, ELECTRA,
-CamemBERT, DistilBERT, MPNet, ALBERT), MobileBERT, ModernBERT and ViT get more: Q, K and V are one product, and all
-layers run as one program, the native library (`qbert.kernels.cpu.native`) or torch's operators
+CamemBERT, DistilBERT, MPNet, ALBERT), MobileBERT, DeBERTa-v2, ModernBERT and ViT get more: Q, K and V are one product,
+and all layers run as one program, the native library (`qbert.kernels.cpu.native`) or torch's operators
 (`qbert.inference.cpu_layers`). The first takes sequences of any lengths without padding between them. For the second,
 sequences run in chunks that stay in the cache; where nobody reads the outputs of padding they are sorted by length and
 each chunk is cut to its longest member, so that padding costs next to nothing. A layer that does not fit runs between
@@ -37,6 +37,15 @@ from qbert.inference.cpu_base import (
     reason_not_in_base,
     rotation_of,
     run_alone_in_base,
+)
+from qbert.inference.cpu_deberta import (
+    FusedDeberta,
+    is_deberta,
+    positions_of,
+    reason_not_deberta,
+    reason_not_layer,
+    run_alone_in_deberta,
+    seen_in_pairs,
 )
 from qbert.inference.cpu_model import FusedModel, tokens_before_padding
 from qbert.inference.engines import RUNTIMES, check_engine
@@ -159,12 +168,15 @@ def optimize_for_inference(
     fused: set[int] = set()
     if encoder is not None and not reason:
         fused_encoder = FusedEncoder(encoder, exact, skip, engine)
-        encoder.forward = FusedWholeModel(base, fused_encoder) if in_base else fused_encoder
-        encoder.extra_repr = EngineReport(fused_encoder)
+        holder: Any = encoder
+        forward: FastForward = fused_encoder
+        if in_base or is_deberta(encoder):
+            holder, forward = base, (FusedWholeModel if in_base else FusedDeberta)(base, fused_encoder)
+        holder.forward, holder.extra_repr = forward, EngineReport(fused_encoder)
         altered = reason_not_to_replace([base])
         if altered:
             logger.info("%s keeps its own forward: %s", type(base).__name__, altered)
-        elif hasattr(base, "embeddings") and hasattr(encoder, "layer"):
+        elif holder is encoder and hasattr(base, "embeddings") and hasattr(encoder, "layer"):
             base.forward = FusedModel(base, fused_encoder.run, fused_encoder.cross_attention)  # type: ignore[method-assign]
         own_layers = _log_layers(type(base).__name__, encoder)
         fused = {id(m) for layer in layers_of(encoder) for m in layer.modules()}
@@ -347,6 +359,8 @@ class FusedEncoder(FastForward):
 
     def _run(self, x: Tensor, mask: Tensor | None) -> Tensor:
         added = self._biased_mask(x, mask) if hasattr(self.encoder, "relative_attention_bias") else mask
+        if mask is not None and is_deberta(self.encoder):
+            added = seen_in_pairs(mask)
         for stage in self._stages:
             x = run_alone(self.encoder, stage, x, mask) if isinstance(stage, int) else stage(x, added)
         return x
@@ -367,18 +381,28 @@ def _reason_not_to_fuse(base: Any, encoder: Any) -> str:
     layers = layers_of(encoder)
     if not layers:
         return "it has no list of encoder layers"
-    altered = reason_not_to_replace([encoder])
+    altered = reason_not_to_replace([base, encoder] if is_deberta(encoder) else [encoder])
     if altered:
         return altered
     if encoder is base and reason_not_in_base(base):
         return reason_not_in_base(base)
-    reasons = list(filter(None, map(reason_not_to_fuse_layer, layers)))
+    if is_deberta(encoder) and reason_not_deberta(base):
+        return reason_not_deberta(base)
+    reasons = list(filter(None, _reasons_not_to_fuse(encoder)))
     attention = getattr(getattr(base, "config", None), "_attn_implementation", "eager")
     if reasons and attention not in ("sdpa", "eager"):
         return f"{reasons[0]}, and {attention} attention takes no mask of its own"
     if not hasattr(encoder, "layer") and encoder is not base:  # whose layers cannot be run by one of them alone
         return next(iter(reasons), "")
     return reasons[0] if len(reasons) == len(layers) else ""
+
+
+def _reasons_not_to_fuse(encoder: Any) -> list[str]:
+    """For each layer of `encoder` why it cannot be fused; empty where it can."""
+    reasons = [reason_not_to_fuse_layer(layer) for layer in layers_of(encoder)]
+    if is_deberta(encoder):
+        return [reason or reason_not_layer(encoder, index) for index, reason in enumerate(reasons)]
+    return reasons
 
 
 _MAPPING = "embedding_hidden_mapping_in"  # ALBERT's encoder begins with it
@@ -398,8 +422,7 @@ def layers_of(encoder: Any) -> list[Any]:
 def _log_layers(model: str, encoder: Any) -> list[nn.Module]:
     """Say which layers of a fused `encoder` are less than they could be; returns those that run in their own way."""
     own_layers = []
-    for index, layer in enumerate(layers_of(encoder)):
-        reason = reason_not_to_fuse_layer(layer)
+    for index, (layer, reason) in enumerate(zip(layers_of(encoder), _reasons_not_to_fuse(encoder), strict=True)):
         if reason:
             logger.info("layer %d of %s is not fused: %s; it runs in its own way", index, model, reason)
             own_layers.append(layer)
@@ -446,8 +469,8 @@ def stages_of(encoder: Any, exact: bool = True, engine: str = "auto") -> list[St
         exact, engine: as for `optimize_for_inference`.
     """
     stages: list[Stage] = []
-    layers = layers_of(encoder)
-    for fits, indices in groupby(range(len(layers)), lambda i: not reason_not_to_fuse_layer(layers[i])):
+    layers, reasons = layers_of(encoder), _reasons_not_to_fuse(encoder)
+    for fits, indices in groupby(range(len(layers)), lambda i: not reasons[i]):
         if fits:
             parts = [parts for i in indices if (parts := _parts_of(encoder, layers[i]))]
             stages.append(ChosenLayers.of(parts, exact, engine))
@@ -458,6 +481,8 @@ def stages_of(encoder: Any, exact: bool = True, engine: str = "auto") -> list[St
 
 def _parts_of(encoder: Any, layer: Any) -> LayerParts | None:
     parts = LayerParts.of_any_kind(layer)
+    if parts is not None and is_deberta(encoder):
+        return parts._replace(relative=positions_of(encoder, layer))
     if parts is None or not hasattr(encoder, "rotary_emb"):
         return parts
     return parts._replace(rotation=rotation_of(encoder, layer.attention_type))
@@ -476,6 +501,8 @@ def run_alone(encoder: Any, index: int, x: Tensor, mask: Tensor | None) -> Tenso
     """
     if type(encoder).__name__ in LAYERS_IN_BASE:
         return run_alone_in_base(encoder, index, x, mask)
+    if is_deberta(encoder):
+        return run_alone_in_deberta(encoder, index, x, mask)
     only = copy(encoder)  # so that the encoder itself decides how its layers are called
     only._modules = {**encoder._modules, "layer": encoder.layer[index : index + 1]}
     # In the layer's dtype, which is another where the model was moved after it was optimized.

@@ -23,11 +23,16 @@ _TO_EMBEDDINGS = ("bool_masked_pos", "interpolate_pos_encoding")
 _KNOWN_ROTATIONS = ("default", "linear", "yarn", "llama3", "proportional")  # that do not depend on the length
 
 
-class _Layers(Protocol):
+class Layers(Protocol):
+    """The fused layers of an encoder, as `qbert.inference.cpu.FusedEncoder`."""
+
     skip_padding: bool
 
-    def run(self, hidden_states: Tensor, lengths: Tensor | None) -> Tensor: ...
-    def run_masked(self, hidden_states: Tensor, keep: Tensor) -> Tensor: ...
+    def run(self, hidden_states: Tensor, lengths: Tensor | None) -> Tensor:
+        """[B, T, H] and the tokens of each sequence [B] (None: all) to [B, T, H]."""
+
+    def run_masked(self, hidden_states: Tensor, keep: Tensor) -> Tensor:
+        """[B, T, H] to [B, T, H], where bool `keep` [B, T] says which tokens are seen."""
 
 
 class FusedWholeModel(FastForward):
@@ -40,7 +45,7 @@ class FusedWholeModel(FastForward):
 
     own = ("base", "layers")
 
-    def __init__(self, base: Any, layers: _Layers) -> None:
+    def __init__(self, base: Any, layers: Layers) -> None:
         self.base, self.layers = base, layers
         self.names = list(inspect.signature(type(base).forward).parameters)[1:]
         self.window = max((window_of(layer) for layer in base.layers), default=0)

@@ -1,10 +1,11 @@
-"""Fused encoder layers on a CPU: those of BERT and its relatives, ViT, ModernBERT and MobileBERT as one program.
+"""Fused encoder layers on a CPU: of BERT and its relatives, ViT, ModernBERT, MobileBERT and DeBERTa, as one program.
 
 `FusedLayers` is a stack of layers, each made from its pieces (`qbert.encoders.parts`): where the norms stand, how
-attention is rotated, which tokens it sees, how many feed-forward nets there are, gated or not. A layer of the BERT kind
-is four int8 products; a matrix in float takes a float product instead, and maps that quantize the same input
-differently take one each. `FusedEmbeddings` is what comes before the layers of the BERT kind. TorchScript compiles both
-(`qbert.kernels.cpu.chains.compiled`), so that one short sentence does not spend half of its time in Python.
+attention is rotated or told positions, which tokens it sees, how many feed-forward nets there are, gated or not. A
+layer of the BERT kind is four int8 products; a matrix in float takes a float product instead, and maps that quantize
+the same input differently take one each. `FusedEmbeddings` is what comes before the layers of the BERT kind.
+TorchScript compiles both (`qbert.kernels.cpu.chains.compiled`), so that one short sentence does not spend half of its
+time in Python.
 
     >>> layers = FusedLayers([LayerParts.of(layer) for layer in encoder.layer])
     >>> y = compiled(layers)(x, None)     # [B, T, H]
@@ -20,12 +21,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qbert.encoders.factors import is_factored
-from qbert.encoders.parts import Bottleneck, LayerParts
+from qbert.encoders.parts import Bottleneck, LayerParts, RelativePositions
 from qbert.inference.fits import can_join, maps_of, one_input
 from qbert.inference.forward import reason_not_to_replace
 from qbert.kernels.cpu import CpuLinear
 from qbert.kernels.cpu.chains import FloatChain
-from qbert.kernels.cpu.native import ACTIVATIONS, NativeLayer, NativeLayers, NativeThinLayer, NativeThinLayers
+from qbert.kernels.cpu.native import (
+    ACTIVATIONS,
+    NativeLayer,
+    NativeLayers,
+    NativePositions,
+    NativeThinLayer,
+    NativeThinLayers,
+)
 from qbert.layers.embedding import PackedEmbedding
 from qbert.layers.linear import PackedLinear
 from qbert.layers.tables import grids_of, is_packed_table
@@ -198,7 +206,8 @@ class _Attention(nn.Module):
 
     def __init__(self, parts: LayerParts, make: _Makers) -> None:
         super().__init__()
-        self.qkv, self.mix, self.output = make.chain(*parts.inputs), _Mix(parts), make.chain(parts.attention_output)
+        self.qkv, self.output = make.chain(*parts.inputs), make.chain(parts.attention_output)
+        self.mix = _Mix(parts) if parts.relative is None else _RelativeMix(parts.heads, parts.relative, make.engine)
         self.heads, self.is_local = parts.heads, parts.window > 0
 
     def forward(self, x: Tensor, batch: int, mask: Tensor | None, near: Tensor | None) -> Tensor:
@@ -229,6 +238,61 @@ class _Mix(nn.Module):
         first, second = x.chunk(2, 3)
         turned = torch.cat([first * cosine - second * sine, second * cosine + first * sine], 3)
         return turned.to(x.dtype)
+
+
+class _RelativeMix(nn.Module):
+    """Attention whose scores depend on the distance of query and key too: `RelativePositions`."""
+
+    def __init__(self, heads: int, positions: RelativePositions, engine: str | None) -> None:
+        super().__init__()
+        dtype = torch.bfloat16 if engine == "bf16" else torch.float32
+        nothing = torch.zeros(heads, 0, 1, device="cpu")
+        keys, queries = (_of_positions(heads, positions, m, engine) for m in (positions.to_key, positions.to_query))
+        self.keys = (nothing if keys is None else keys).to(dtype).transpose(1, 2)  # [heads, D, rows]
+        self.queries = (nothing if queries is None else queries).to(dtype).transpose(1, 2)
+        self.by_key, self.by_query = keys is not None, queries is not None
+        self.places, self.scale = positions.places.long(), positions.scale
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+        """As for `_Mix`."""
+        length, farthest = query.shape[2], len(self.places) // 2
+        order = torch.arange(length)
+        places = self.places[(order[:, None] - order).clamp_(-farthest, farthest) + farthest]  # [query, key]
+        shape = (query.shape[0], query.shape[1], length, length)
+        first = int(places[0, length - 1])
+        count = int(places[length - 1, 0]) + 1 - first
+        places = places - first
+        added: Tensor | None = None
+        if self.by_key:
+            scores = torch.matmul(query, self.keys.narrow(2, first, count))
+            added = scores.gather(3, places.expand(shape))
+        if self.by_query:
+            scores = torch.matmul(key, self.queries.narrow(2, first, count))
+            by_query = scores.gather(3, places.t().expand(shape)).transpose(2, 3)
+            added = by_query if added is None else added + by_query
+        bias = mask
+        if added is not None:
+            bias = added * self.scale
+            if mask is not None:
+                bias = bias.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else bias + mask
+        mixed = F.scaled_dot_product_attention(query, key, value, bias, scale=self.scale).transpose(1, 2)
+        return mixed.reshape(mixed.shape[0] * mixed.shape[1], -1)
+
+
+@torch.no_grad()
+def _of_positions(heads: int, positions: RelativePositions, of: Any, engine: str | None) -> Tensor | None:
+    """What `of` makes of the table, float32 [heads, rows, D]: once, since it is the same for every input.
+
+    In int8 it is what the layer itself computes; engines that do not round inputs do not round the table either.
+    """
+    if of is None:
+        return None
+    if engine in ("bf16", "fp32") and isinstance(of, PackedLinear):
+        bias = None if of.bias is None else of.bias.float()
+        rows = F.linear(positions.table.float(), of.quantized_weight().float(), bias)
+    else:
+        rows = of(positions.table).float()
+    return rows.view(len(rows), heads, -1).transpose(0, 1).contiguous()  # type: ignore[no-any-return]
 
 
 class _LayerNorm(nn.Module):
@@ -398,8 +462,18 @@ def native_layers(parts: Sequence[LayerParts], exact: bool = True) -> NativeLaye
         made[id(part.query)] = NativeLayer(
             products, [None if isinstance(n, nn.Identity) else _norm(n) for n in part.norms], part.heads,
             ACTIVATIONS[type(part.activation).__name__], part.pre_norm, part.gated, part.window, part.rotation,
+            _native_positions(part.heads, part.relative),
         )  # fmt: skip
     return NativeLayers([made[id(part.query)] for part in parts])
+
+
+def _native_positions(heads: int, positions: RelativePositions | None) -> NativePositions | None:
+    if positions is None:
+        return None
+    maps = (positions.to_key, positions.to_query)
+    return NativePositions(
+        positions.scale, positions.places, *(_of_positions(heads, positions, m, "native") for m in maps)
+    )
 
 
 def _native_thin_layer(part: LayerParts, outer: Bottleneck, exact: bool) -> NativeThinLayer:
@@ -449,10 +523,9 @@ def reason_not_native_layers(parts: Sequence[LayerParts]) -> str:
         kinds = {type(net.activation).__name__ for net in part.ffns}
         if not kinds <= ACTIVATIONS.keys() or len(kinds) > 1:
             return f"it does not know the activation function {' and '.join(sorted(kinds))}"
-        if part.attention_output.columns != part.attention_output.rows:
-            return "it has fewer heads than its width has room for"
-    if len({(p.heads, p.attention_output.rows, p.width, *(n.ffn_in.rows for n in p.ffns)) for p in parts}) > 1:
-        return "its layers are of several widths, and one room is laid out for all"
+    thin = [p for p in parts if p.bottleneck is not None]
+    if len({(p.heads, p.attention_output.rows, p.width, *(n.ffn_in.rows for n in p.ffns)) for p in thin}) > 1:
+        return "its thin layers are of several widths, and one room is laid out for all"
     return ""
 
 

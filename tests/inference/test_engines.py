@@ -73,6 +73,22 @@ def test_a_single_layer_runs_by_each_engine(engine: str) -> None:
     assert torch.equal(copy.deepcopy(fast)(x), fast(x))
 
 
+@pytest.mark.skipif("native" not in RUN, reason=reason_not("native"))
+@pytest.mark.parametrize("family", ["bert", "distilbert", "roberta"])
+def test_students_with_fewer_heads_and_columns_run_by_the_native_engine(family: str) -> None:
+    torch.manual_seed(0)
+    teacher = AutoModel.from_config(build(family).config).eval()
+    student = qbert.prune(teacher, heads=[0.5, 0.25], ffn=[0.0, 0.4])
+    packed = pack(qbert.quantize_model(student, qbert.BitsConfig(4, activation_range="asymmetric")))
+    mask = (torch.arange(9) < torch.tensor([[9], [3], [7], [1]])).long()
+    batch = {"input_ids": torch.randint(5, 100, mask.shape), "attention_mask": mask}
+    expected = hidden(packed, batch)
+    assert "native" in repr(optimize_for_inference(packed))
+    for skip in (False, True):
+        fast = optimize_for_inference(packed, engine="native", skip_padding=skip)
+        assert (hidden(fast, batch) - expected).norm() < 0.02 * expected.norm()
+
+
 def test_what_another_engine_computes_is_taken_only_for_a_quarter_of_the_time() -> None:
     assert best({"native": 3.0, "fbgemm": 2.0, "bf16": 1.7}) == "fbgemm"
     assert best({"native": 3.0, "fbgemm": 2.0, "bf16": 1.6}) == "bf16"

@@ -1,4 +1,4 @@
-"""Encoders that are not of the BERT kind, fused: ViT, ModernBERT and MobileBERT beside their packed selves."""
+"""Encoders that are not of the BERT kind, fused: ViT, ModernBERT, MobileBERT, DeBERTa-v2 beside their packed selves."""
 
 import copy
 import logging
@@ -17,13 +17,20 @@ from qbert.encoders.parts import LayerParts
 from qbert.inference.chosen import ChosenLayers
 from qbert.inference.cpu import optimize_for_inference
 from qbert.inference.cpu_base import FusedWholeModel
+from qbert.inference.cpu_deberta import FusedDeberta, positions_of
 from qbert.inference.cpu_layers import FusedLayers
 from qbert.inference.cpu_model import FusedModel
 from qbert.inference.engines import INT8, reason_not
 from qbert.packing import pack
 
-pytestmark = pytest.mark.filterwarnings("ignore:.* of the weights of ViT.* stay in float")
-FAMILIES = ("vit", "modernbert", "mobilebert")
+pytestmark = pytest.mark.filterwarnings("ignore:.* of the weights of (ViT|DebertaV2).* stay in float")
+FORWARDS = {
+    "vit": FusedWholeModel,
+    "modernbert": FusedWholeModel,
+    "mobilebert": FusedModel,
+    "deberta-v2": FusedDeberta,
+}
+FAMILIES = tuple(FORWARDS)
 EXACT = {"activation_bits": None}
 # A full layer, two that see two tokens on each side, and a full one.
 WINDOWED = {"num_hidden_layers": 4, "local_attention": 4}
@@ -34,7 +41,9 @@ def lively(model: Any) -> Any:
     """The model with weights so large that every piece of a layer shows in what comes out."""
     generator = torch.Generator().manual_seed(0)
     for name, parameter in model.named_parameters():
-        if parameter.dim() == 2 and "embed" not in name:
+        if "rel_embeddings" in name:
+            parameter.data.mul_(100)
+        elif parameter.dim() == 2 and "embed" not in name:
             parameter.data.mul_(5)
         elif parameter.dim() == 1:
             parameter.data.add_(torch.randn(parameter.shape, generator=generator), alpha=0.2)
@@ -69,7 +78,7 @@ def error(got: torch.Tensor, expected: torch.Tensor) -> float:
 def test_each_int8_engine_computes_the_packed_model(family: str, engine: str) -> None:
     packed, batch = packed_encoder(family, activation_range="asymmetric"), inputs_for(family, 3, 11)
     fast = optimize_for_inference(packed, engine=engine)
-    assert isinstance(fast.forward, FusedModel if family == "mobilebert" else FusedWholeModel)
+    assert isinstance(fast.forward, FORWARDS[family])
     assert f"fused layers: {engine} (as asked)" in repr(fast)
     assert error(hidden(fast, batch), hidden(packed, batch)) < 0.02
 
@@ -80,10 +89,12 @@ def test_the_compiled_layers_are_their_uncompiled_twin(family: str) -> None:
     stack = fast.encoder.forward if family == "mobilebert" else fast.forward.layers
     (stage,) = stack._stages
     assert isinstance(stage, ChosenLayers)
-    layers = fast.encoder.layer if family == "mobilebert" else fast.layers
+    layers = fast.encoder.layer if hasattr(fast, "encoder") else fast.layers
     parts = [part for layer in layers if (part := LayerParts.of_any_kind(layer)) is not None]
     if family == "modernbert":
         parts = [part._replace(rotation=torch.randn(9, 12)) for part in parts]
+    if family == "deberta-v2":
+        parts = [part._replace(relative=positions_of(fast.encoder, x)) for part, x in zip(parts, layers, strict=True)]
     assert_compiled_is_uncompiled(FusedLayers(parts, engine="fbgemm"))
 
 
@@ -98,7 +109,8 @@ def masks(length: int) -> dict[str, torch.Tensor]:
 @pytest.mark.usefixtures("uncompiled")
 @pytest.mark.parametrize("kind", ["right", "left", "holes", "an empty row"])
 @pytest.mark.parametrize(
-    ("family", "attention"), [("modernbert", "sdpa"), ("modernbert", "eager"), ("mobilebert", "sdpa")]
+    ("family", "attention"),
+    [("modernbert", "sdpa"), ("modernbert", "eager"), ("mobilebert", "sdpa"), ("deberta-v2", "eager")],
 )
 def test_no_mask_changes_an_output_unless_padding_is_skipped(family: str, attention: str, kind: str) -> None:
     packed = packed_encoder(family, **EXACT)
@@ -163,18 +175,18 @@ def test_every_head_gets_what_the_packed_model_gives_it(family: str) -> None:
         assert got.keys() == expected.keys()
         for key in got:
             assert torch.allclose(got[key], expected[key], rtol=1e-3, atol=1e-3), (name, key)
-    assert len(tried) >= {"vit": 2, "modernbert": 5, "mobilebert": 6}[family]
+    assert len(tried) >= {"vit": 2, "modernbert": 5, "mobilebert": 6, "deberta-v2": 5}[family]
 
 
 @pytest.mark.usefixtures("uncompiled")
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_layer_in_float_runs_between_fused_ones(family: str, caplog: pytest.LogCaptureFixture) -> None:
-    stem = "encoder.layer" if family == "mobilebert" else "layers"
+    stem = "encoder.layer" if family in ("mobilebert", "deberta-v2") else "layers"
     overrides = WINDOWED if family == "modernbert" else {}
-    whole = {"vit": 2, "mobilebert": 2, "modernbert": 4}[family]
+    whole = 4 if family == "modernbert" else 2
     bits = {f"{stem}.{i}": 32 if i == 1 else 4 for i in range(whole)} | {"*": 4}
     packed = packed_encoder(family, bits, overrides, **EXACT)
-    for attention in ("sdpa", "eager"):
+    for attention in ("sdpa", "eager") if family != "deberta-v2" else ("eager",):
         packed.set_attn_implementation(attention)
         with caplog.at_level(logging.INFO, logger="qbert.inference.cpu"):
             fast = optimize_for_inference(packed)
@@ -226,10 +238,12 @@ def test_what_a_whole_fused_model_does_not_serve_gets_its_own_forward() -> None:
 
 
 @pytest.mark.usefixtures("uncompiled")
-def test_a_copy_of_a_whole_fused_model_stands_alone() -> None:
-    fast, batch = optimize_for_inference(packed_encoder("vit")), inputs_for("vit")
+@pytest.mark.parametrize("family", ["vit", "deberta-v2"])
+def test_a_copy_of_a_whole_fused_model_stands_alone(family: str) -> None:
+    fast, batch = optimize_for_inference(packed_encoder(family)), inputs_for(family)
     twin = copy.deepcopy(fast)
-    assert twin.forward.base is twin and twin.forward.layers.encoder is twin
+    assert twin.forward.base is twin
+    assert twin.forward.layers.encoder is (twin if family == "vit" else twin.encoder)
     assert torch.equal(hidden(twin, batch), hidden(fast, batch))
 
 

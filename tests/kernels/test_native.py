@@ -117,13 +117,17 @@ def twin(
     """One layer, [B, T, H], of torch's operators and single products."""
     batch, tokens, width = x.shape
     query, key, value = products[0](x).view(batch, tokens, 3, heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
-    mixed = F.scaled_dot_product_attention(query, key, value, mask).transpose(1, 2).reshape(x.shape)
+    mixed = F.scaled_dot_product_attention(query, key, value, mask).transpose(1, 2).flatten(2)
     y = F.layer_norm(products[1](mixed) + x, [width], *norms[0])
     return F.layer_norm(products[3](F.gelu(products[2](y))) + y, [width], *norms[1])
 
 
-def some_layer(width: int, heads: int, inner: int, instructions: str) -> tuple[list[NativeProduct], list, int]:
-    shapes = ((3 * width, width), (width, width), (inner, width), (width, inner))
+def some_layer(
+    width: int, heads: int, inner: int, instructions: str, attended: int | None = None
+) -> tuple[list[NativeProduct], list, int]:
+    """A layer of `width` with `inner` columns, whose heads together are `attended` wide, as wide as it without."""
+    attended = attended or width
+    shapes = ((3 * attended, width), (width, attended), (inner, width), (width, inner))
     products = [
         prepared(cases.layer(o, i, 4, "symmetric", seed=n), instructions, asymmetric=n % 2 == 0)
         for n, (o, i) in enumerate(shapes)
@@ -150,6 +154,20 @@ def test_a_layer_is_its_pieces(width: int, heads: int, inner: int, instructions:
 
 
 @pytest.mark.parametrize("instructions", SETS)
+def test_layers_of_different_heads_and_columns_share_a_stack(instructions: str) -> None:
+    torch.manual_seed(0)
+    sizes = ((3, 96, 36), (1, 200, 12), (6, 30, 72), (4, 70, 48))  # heads, columns, width of all heads
+    layers = [some_layer(48, heads, inner, instructions, attended) for heads, inner, attended in sizes]
+    fast = NativeLayers([(*layer, 0) for layer in layers])
+    for batch, tokens in ((2, 7), (5, 33)):
+        expected = x = torch.randn(batch, tokens, 48)
+        for layer in layers:
+            expected = twin(expected, *layer, None)
+        error = (fast(x) - expected).abs().amax(-1)  # a value between two codes may fall to either
+        assert float((error < 1e-3).float().mean()) > 0.8 and float(error.max()) < 0.5
+
+
+@pytest.mark.parametrize("instructions", SETS)
 def test_sequences_do_not_depend_on_each_other_nor_on_padding_or_threads(instructions: str, threads: int) -> None:
     torch.manual_seed(0)
     fast = NativeLayers([(*some_layer(48, 4, 96, instructions), 0)] * 2)
@@ -162,6 +180,33 @@ def test_sequences_do_not_depend_on_each_other_nor_on_padding_or_threads(instruc
         alone = fast.run(padded, torch.tensor([len(padded)]), torch.tensor([len(part)]))[: len(part)]
         torch.testing.assert_close(fast(part[None])[0], got, rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(alone, got, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("instructions", SETS)
+@pytest.mark.parametrize("terms", ["both", "keys", "queries", "neither"])
+def test_scores_by_position_are_added_for_every_distance(terms: str, instructions: str) -> None:
+    torch.manual_seed(0)
+    products, norms, heads = some_layer(48, 4, 96, instructions)
+    places = torch.tensor([0, 1, 1, 2, 3, 6, 7, 7, 8], dtype=torch.int32)  # of distances -4 to 4; nothing is at 4 or 5
+    keys, queries = torch.randn(2, heads, 9, 12)
+    scale = 0.2
+    used = [keys if terms in ("both", "keys") else None, queries if terms in ("both", "queries") else None]
+    positions = native.NativePositions(scale, places, *used)
+    fast = NativeLayers([(products, norms, heads, 0, False, False, 0, None, positions)])
+    for batch, tokens in ((1, 1), (3, 2), (2, 9), (1, 70)):
+        x = torch.randn(batch, tokens, 48)
+        q, k, _ = products[0](x).view(batch, tokens, 3, heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
+        order = torch.arange(tokens)
+        rows = places.long()[(order[:, None] - order).clamp(-4, 4) + 4]
+        added = (q @ k.transpose(2, 3)) * (scale - 12**-0.5)
+        if used[0] is not None:
+            added += torch.einsum("bhqd,hqkd->bhqk", q, keys[:, rows]) * scale
+        if used[1] is not None:
+            added += torch.einsum("bhkd,hqkd->bhqk", k, queries[:, rows]) * scale
+        for mask in (None, torch.randn(batch, 1, tokens, tokens)):
+            expected = twin(x, products, norms, heads, added if mask is None else added + mask)
+            error = (fast(x, mask) - expected).abs().amax(-1)  # a value between two codes may fall to either
+            assert float((error < 1e-3).float().mean()) > 0.95 and float(error.max()) < 0.3
 
 
 def test_a_query_that_sees_nothing_gets_zeros_from_attention() -> None:
