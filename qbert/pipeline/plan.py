@@ -60,6 +60,7 @@ _NOISY = 0.5
 # A choice of layers needs a forward pass on these; it only starts a comparison on all rows.
 _SEARCH_BATCHES = 4
 _FFN_SHARES = (0.25, 0.5)
+_FASTER_FFN_SHARES = (0.25, 0.5, 0.75)
 _FINEST = 0.03  # share of a size that plans within a share of the answers are told apart by
 _SLACK = 2.0  # times the share that a structure may lose before any bits: few rows measure it
 _HEAD_SHARE = 0.25
@@ -276,10 +277,7 @@ class Planner:
         if wrong is not None:
             raise ValueError(f"structures: {wrong!r} is none; give sequences of Depth, Share, Prune and Factorize")
         self.structures = list(dict.fromkeys([(), *given]))
-        shallow = [steps for steps in self.structures if structures is None and isinstance((*steps, None)[0], Depth)]
-        narrow = Prune(ffn=_FFN_SHARES[-1])
-        # What takes both away is for time alone: for bytes, bits do less harm.
-        self._faster = [(*steps, narrow) for steps in shallow if (narrow,) in self.structures]
+        self._faster = list(self._for_time()) if structures is None else []
         self._always_left_out = tuple(self.left_out)
 
     def _usual(self) -> list[tuple[Step, ...]]:
@@ -299,6 +297,17 @@ class Planner:
                 found.append((step,))
         return found
 
+    def _for_time(self) -> Iterator[tuple[Step, ...]]:
+        """What takes layers, columns and heads away at once, for time alone: for bytes, bits do less harm."""
+        shallow = [steps for steps in self.structures if isinstance((*steps, None)[0], Depth)]
+        columns = any(isinstance(step, Prune) and step.ffn for steps in self.structures for step in steps)
+        heads = any(isinstance(step, Prune) and step.heads for steps in self.structures for step in steps)
+        for steps in ((), *shallow):
+            for out in (0.0, _HEAD_SHARE) if heads else (0.0,):
+                for ffn in _FASTER_FFN_SHARES if columns else (0.0,):
+                    if out or ffn:
+                        yield (*steps, Prune(heads=out, ffn=ffn))
+
     def plan(
         self,
         *,
@@ -312,8 +321,10 @@ class Planner:
         self.left_out = list(self._always_left_out)
         timed = {}
         if latency_ms is not None:
-            self.structures = list(dict.fromkeys([*self.structures, *self._faster]))
-            timed = {steps: self._latency(self._shaped(steps), shape) for steps in self.structures}
+            more = progress_bar(
+                dict.fromkeys([*self.structures, *self._faster]), desc="milliseconds", disable=not self.progress
+            )
+            timed = {steps: self._latency(self._shaped(steps), shape) for steps in more}
         parts = list(self._within_budgets(size_mb, latency_ms, within, timed))
         if within is not None:
             candidates = list(self._smaller_and_smaller(parts, within, timed))
@@ -348,11 +359,16 @@ class Planner:
     ) -> Iterator[_Part]:
         """The structures that keep the budgets and may win, with the damage of all their options."""
         bound, found = float("inf"), False
-        for steps in progress_bar(self.structures, desc="structures", disable=not self.progress):
+        tried = self.structures
+        if latency_ms is not None:
+            slow = [
+                f"{structure_name(steps)}: {ms:.2f} ms are too slow" for steps, ms in timed.items() if ms > latency_ms
+            ]
+            self.left_out += slow
+            # The nearest in float first: most of the others then cannot win, and their parts are not measured.
+            tried = sorted((s for s, ms in timed.items() if ms <= latency_ms), key=lambda steps: self._start(steps)[0])
+        for steps in progress_bar(tried, desc="structures", disable=not self.progress):
             name = structure_name(steps)
-            if latency_ms is not None and timed[steps] > latency_ms:
-                self.left_out.append(f"{name}: {timed[steps]:.2f} ms are too slow")
-                continue
             start, agreement = self._start(steps)
             if within is not None and agreement < 100 * (1 - _SLACK * within):
                 self.left_out.append(f"{name}: agrees on {agreement:.1f} % before any bits")
@@ -366,7 +382,7 @@ class Planner:
                 continue
             if not found:
                 self.prediction = self.calibrated(steps, size_mb)
-            if size_mb is not None:
+            if within is None:
                 bound = min(bound, self.fill(steps, size_mb).predicted)
             found = True
             yield part
