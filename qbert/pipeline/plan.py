@@ -366,7 +366,9 @@ class Planner:
             ]
             self.left_out += slow
             # The nearest in float first: most of the others then cannot win, and their parts are not measured.
-            tried = sorted((s for s, ms in timed.items() if ms <= latency_ms), key=lambda steps: self._start(steps)[0])
+            fast = [steps for steps, ms in timed.items() if ms <= latency_ms]
+            starts = [self._start(steps)[0] for steps in progress_bar(fast, desc="in float", disable=not self.progress)]
+            tried = [fast[i] for i in np.argsort(starts, kind="stable")]
         for steps in progress_bar(tried, desc="structures", disable=not self.progress):
             name = structure_name(steps)
             start, agreement = self._start(steps)
