@@ -117,7 +117,7 @@ def optimize_for_inference(
             skipped, or the batch is computed layer by layer.
         engine: on a CPU, "auto", or one of "native", "fbgemm", "onednn" (8-bit products, as the packed layers compute
             them), "bf16" and "fp32" (inputs are not rounded to 8 bits: nearer to the float model, farther from the
-            packed one). "auto" takes the fastest, and one of the last two only if it is a quarter faster.
+            packed one). "auto" takes the fastest, and one of the last two only if it is more than a twentieth faster.
             "openvino" and "onnxruntime" run the whole base model in that runtime, from low-bit weights (2 and 3 bits in
             4 in OpenVINO), which rounds inputs of products in its own way or not at all; heads stay in torch. They are
             taken where they are asked for only, compute no gradients, and do not skip padding.
