@@ -28,6 +28,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from qbert.encoders.copied import CopiedParameters
 from qbert.encoders.parts import LayerParts
 from qbert.encoders.targets import base_model
 from qbert.inference.chosen import ChosenLayers, ChosenLinear, can_choose
@@ -86,7 +87,12 @@ def optimize_for_inference(
 
     The parameters of the encoder are frozen (``requires_grad`` off), since a wanted gradient leads to the slow path;
     those of a head are not. Hooks on modules inside of a fused layer are not called. Weights can no longer be loaded
-    into the model, since the operands would stay the old ones.
+    into the model, since the operands would stay the old ones; for the same reason calls raise RuntimeError after a
+    bias, a norm or another parameter that was copied has got other values (in place, by ``parameter.data = ...`` or as
+    a new parameter), until this function is called again. The next call notices if it has 128 tokens or more, or
+    gradients are enabled, or the call before wanted some, as in a training; shorter ones, for which a look at every
+    parameter would cost 5 % of their time, notice one time in 32. What is written in place through ``parameter.data``
+    (``p.data.mul_(2)``) is never noticed: torch does not count it.
 
     Args:
         packed: what `qbert.pack`, `qbert.load` or ``from_pretrained`` returned, on the CPU or a CUDA device.
@@ -111,7 +117,7 @@ def optimize_for_inference(
             skipped, or the batch is computed layer by layer.
         engine: on a CPU, "auto", or one of "native", "fbgemm", "onednn" (8-bit products, as the packed layers compute
             them), "bf16" and "fp32" (inputs are not rounded to 8 bits: nearer to the float model, farther from the
-            packed one). "auto" takes the fastest, and one of the last two only if it is a quarter faster.
+            packed one). "auto" takes the fastest, and one of the last two only if it is more than a twentieth faster.
             "openvino" and "onnxruntime" run the whole base model in that runtime, from low-bit weights (2 and 3 bits in
             4 in OpenVINO), which rounds inputs of products in its own way or not at all; heads stay in torch. They are
             taken where they are asked for only, compute no gradients, and do not skip padding.
@@ -228,11 +234,12 @@ class FusedEncoder(FastForward):
         exact, skip_padding, engine: as for `optimize_for_inference`.
     """
 
-    own = ("encoder",)
+    own = ("encoder", "_copied")
 
     def __init__(self, encoder: Any, exact: bool = True, skip_padding: bool = False, engine: str = "auto") -> None:
         self.encoder, self.skip_padding = encoder, skip_padding
         self._stages = stages_of(encoder, exact, engine)
+        self._copied = CopiedParameters(_copied_from(encoder))
         self._position_bias: Tensor | None = None
         self.cross_attention = any(hasattr(layer, "add_cross_attention") for layer in layers_of(encoder))
 
@@ -241,6 +248,7 @@ class FusedEncoder(FastForward):
         from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPastAndCrossAttentions
 
         if not self._can_run(hidden_states, attention_mask, kwargs):
+            self.doubt()
             return type(self.encoder).forward(self.encoder, hidden_states, attention_mask, **kwargs)
         if hasattr(self.encoder, _MAPPING):
             hidden_states = getattr(self.encoder, _MAPPING)(hidden_states)
@@ -249,17 +257,23 @@ class FusedEncoder(FastForward):
             lengths = _lengths(attention_mask, hidden_states.shape[:2])
         if attention_mask is not None and lengths is None:
             mask = attention_mask if attention_mask.dtype == torch.bool else attention_mask.float()
+            self._copied.check(hidden_states.shape[0] * hidden_states.shape[1])
             result = self._outside(hidden_states, lambda x: self._run_chunks(x, mask))
         else:
             result = self.run(hidden_states, lengths)
         kind = BaseModelOutputWithPastAndCrossAttentions if self.cross_attention else BaseModelOutput
         return kind(last_hidden_state=result)
 
+    def doubt(self) -> None:
+        """Parameters may have other values from now on: gradients were wanted, or more than the fused layers give."""
+        self._copied.doubt()
+
     def run(self, hidden_states: Tensor, lengths: Tensor | None) -> Tensor:
         """[B, T, H] and the tokens of each sequence, [B] int64 from 1 (None: all T), to [B, T, H] in its dtype.
 
         What stands behind the tokens of a sequence is padding, which nothing attends to.
         """
+        self._copied.check(hidden_states.shape[0] * hidden_states.shape[1])
         longest = hidden_states.shape[1]
         native = self._native_layers(hidden_states)
         if native is not None:
@@ -273,6 +287,7 @@ class FusedEncoder(FastForward):
 
     def run_masked(self, hidden_states: Tensor, keep: Tensor) -> Tensor:
         """[B, T, H] to [B, T, H] in its dtype, where bool `keep` [B, T] says which tokens are seen."""
+        self._copied.check(hidden_states.shape[0] * hidden_states.shape[1])
         return self._outside(hidden_states, lambda x: self._run_chunks(x, keep[:, None, None]))
 
     @staticmethod
@@ -403,6 +418,15 @@ def _reasons_not_to_fuse(encoder: Any) -> list[str]:
     if is_deberta(encoder):
         return [reason or reason_not_layer(encoder, index) for index, reason in enumerate(reasons)]
     return reasons
+
+
+def _copied_from(encoder: Any) -> dict[str, nn.Module]:
+    """The modules of an encoder whose parameters its fused layers hold copies of, by name."""
+    names = {module: name for name, module in encoder.named_modules()}
+    fused = zip(layers_of(encoder), _reasons_not_to_fuse(encoder), strict=True)
+    found = {names[layer]: layer for layer, reason in fused if not reason}
+    tables = ("rel_embeddings", "LayerNorm") if is_deberta(encoder) else ("relative_attention_bias",)
+    return found | {name: getattr(encoder, name) for name in tables if hasattr(encoder, name)}
 
 
 _MAPPING = "embedding_hidden_mapping_in"  # ALBERT's encoder begins with it

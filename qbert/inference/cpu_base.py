@@ -28,6 +28,9 @@ class Layers(Protocol):
 
     skip_padding: bool
 
+    def doubt(self) -> None:
+        """Parameters may have other values from now on."""
+
     def run(self, hidden_states: Tensor, lengths: Tensor | None) -> Tensor:
         """[B, T, H] and the tokens of each sequence [B] (None: all) to [B, T, H]."""
 
@@ -58,6 +61,7 @@ class FusedWholeModel(FastForward):
         more = {name: given.pop(name) for name in _TO_EMBEDDINGS if name in given}
         padded_right, lengths = lengths_of(mask)
         if not self._can_run(values, mask, given) or not self._same_in_every_row(values, mask, padded_right):
+            self.layers.doubt()
             return type(base).forward(base, *args, **kwargs)
         with torch.inference_mode():
             if base.main_input_name == "pixel_values":

@@ -52,6 +52,7 @@ class FusedDeberta(FastForward):
         more = {name: given.pop(name) for name in _TO_EMBEDDINGS if name in given}
         padded_right, lengths = lengths_of(mask)
         if ids is None or not self._can_run(ids, mask, given):
+            self.layers.doubt()
             return type(base).forward(base, *args, **kwargs)
         with torch.inference_mode():
             x = base.embeddings(input_ids=ids, mask=mask, **more)

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qbert.encoders.copied import CopiedParameters
 from qbert.inference.cpu_layers import FusedEmbeddings, reason_not_to_fuse_embeddings
 from qbert.inference.forward import FastForward, is_recording
 from qbert.kernels.cpu.chains import compiled
@@ -32,7 +33,7 @@ class FusedModel(FastForward):
         cross_attention: whether its kind can be a decoder too, and has outputs that say so.
     """
 
-    own = ("base", "run")
+    own = ("base", "run", "_copied")
 
     def __init__(self, base: Any, run: Callable[[Tensor, Tensor | None], Tensor], cross_attention: bool) -> None:
         self.base, self.run, self.cross_attention = base, run, cross_attention
@@ -44,6 +45,7 @@ class FusedModel(FastForward):
         if reason:
             logger.info("the embeddings of %s are not fused: %s", type(base).__name__, reason)
         self._embed = None if reason else compiled(FusedEmbeddings(base.embeddings))
+        self._copied = CopiedParameters({} if reason else {"embeddings": base.embeddings})
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Token ids and mask [B, T] to transformers' output, with ``last_hidden_state`` [B, T, H]."""
@@ -53,6 +55,7 @@ class FusedModel(FastForward):
         ids = {name: given.pop(name) for name in self.id_names if name in given}
         padded_right, lengths = lengths_of(mask)
         if input_ids is None or not padded_right or not self._can_run(input_ids, mask, given):
+            self._copied.doubt()
             return type(base).forward(base, *args, **kwargs)
         with torch.inference_mode():
             x = self._embedded(input_ids, **ids)
@@ -65,6 +68,7 @@ class FusedModel(FastForward):
     ) -> Tensor:
         embeddings = self.base.embeddings
         if self._embed is not None and position_ids is None and embeddings.LayerNorm.weight.dtype == torch.float32:
+            self._copied.check(ids.numel())
             try:
                 return self._embed(ids, token_type_ids)  # type: ignore[no-any-return]
             except (RuntimeError, IndexError):

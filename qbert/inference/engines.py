@@ -9,12 +9,15 @@ Five engines can compute an encoder layer or a single linear map:
     fp32      the same in float32
 
 The first three compute what the packed layers do. The other two round less, so they are nearer to the float model, not
-to the packed one; they are taken only where they are a quarter faster. Candidates run in turn, round after round, so
-that load on the machine slows all alike, and the smallest time counts. The four products of an encoder layer choose
+to the packed one; they are taken only where they are more than a twentieth faster, so that no model is slower than it
+would be in bfloat16 or float32 by more than that. Candidates run in turn, round after round, so that load on the
+machine slows all alike, and the smallest time counts. The four products of an encoder layer choose
 together, because changing between kinds of numbers inside of a layer costs passes over memory.
 
 What was found is written to ``engines/`` in the cache folder, under a key of processor, versions, threads and shape:
-the same cache gives the same engines, and what another machine has found is not used.
+the same cache gives the same engines, and what another machine has found is not used. A measurement that was disturbed,
+because others had the processor or the times of one candidate lie far apart, serves its own process only: the next one
+measures again.
 
     >>> choice = choose(layer_key, {"native": ..., "fbgemm": ...})
     >>> choice.at(16)
@@ -26,6 +29,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import logging
+import statistics
 import time
 from bisect import bisect_left
 from collections.abc import Callable, Mapping
@@ -50,8 +54,13 @@ INT8 = ("native", "fbgemm", "onednn")
 TOKENS, LIMITS = (16, 96, 384), (32, 192)
 _ROUNDS, _MORE_ROUNDS = 4, 12
 _HOPELESS = 1.6  # times as slow as the best in the first round: not measured again
-_GAIN = 1.25  # how much faster an engine must be that computes something else than the packed layers do
-_DISTURBED = 1.5  # wall time over CPU time from which others had the processor
+_GAIN = 1.05  # how much faster an engine must be that computes something else than the packed layers do
+# Wall time over CPU time from which others had the processor; the middle of a candidate's times over the smallest,
+# beside what the clock is off by, from which something else slowed them, such as a neighbour of the core.
+_DISTURBED, _SPREAD, _TICK = 1.5, 1.3, 5e-6
+_BUSY = "measured on a busy machine, the smallest of several rounds"
+# What was measured in this process and could not be kept for others.
+_passing: dict[str, Choice] = {}
 
 Run = Callable[[], object]
 
@@ -129,6 +138,7 @@ def choose(shape: str, candidates: Mapping[str, Callable[[int], tuple[Run, Calla
     key = f"{_machine()}, {torch.get_num_threads()} threads, {shape}, of {' '.join(candidates)}"
     path = _remembered(key)
     found = None if path is None else _read(path, key)
+    found = found or _passing.get(key)
     if found is not None:
         return found
     times, disturbed = [], False
@@ -138,20 +148,23 @@ def choose(shape: str, candidates: Mapping[str, Callable[[int], tuple[Run, Calla
         least = min(rough.values())
         near = [engine for engine, value in rough.items() if value <= _HOPELESS * least]
         if len(near) > 1:
-            fine, busy = measure({engine: made[engine][1]() for engine in near}, rounds=_ROUNDS)
+            fine, later = measure({engine: made[engine][1]() for engine in near}, rounds=_ROUNDS)
             rough |= fine
+            busy |= later
         times.append({engine: round(value * 1e6, 2) for engine, value in rough.items()})
         disturbed |= busy
-    note = "measured on a busy machine, the smallest of several rounds" if disturbed else ""
-    choice = Choice(tuple(map(best, times)), tuple(times), note)
-    if path is not None:
-        content = {"key": key, "engines": choice.engines, "microseconds": choice.microseconds, "note": note}
-        write_json(path, content)
+    choice = Choice(tuple(map(best, times)), tuple(times), _BUSY if disturbed else "")
+    if path is None or disturbed:
+        _passing[key] = choice
+    else:
+        write_json(path, {"key": key, "engines": choice.engines, "microseconds": choice.microseconds, "note": ""})
+    if disturbed:
+        logger.info("the machine was busy while engines were measured, which are not remembered: %s: %s", shape, choice)
     return choice
 
 
 def best(times: Mapping[str, float]) -> str:
-    """The engine to take from times in any unit: the fastest in int8, unless another is a quarter faster."""
+    """The engine to take from times in any unit: the fastest in int8, unless another is over a twentieth faster."""
     exact = [engine for engine in times if engine in INT8]
     first = min(times, key=lambda engine: times[engine])
     if not exact or first in exact:
@@ -161,9 +174,9 @@ def best(times: Mapping[str, float]) -> str:
 
 
 def measure(calls: Mapping[str, Run], rounds: int) -> tuple[dict[str, float], bool]:
-    """Smallest seconds of each call, in turn, and whether others had the processor meanwhile (then more rounds ran)."""
+    """Smallest seconds of each call, in turn, and whether the measurement was disturbed (then more rounds ran)."""
     clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
-    seconds = dict.fromkeys(calls, float("inf"))
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
     with torch.inference_mode():
         for run in calls.values():
             for _ in range(2 if rounds == 1 else 3):  # a compiled program is made in its first calls
@@ -175,12 +188,19 @@ def measure(calls: Mapping[str, Run], rounds: int) -> tuple[dict[str, float], bo
                 run()  # not timed: the one before left the caches to itself
                 before = clock()
                 run()
-                seconds[name] = min(seconds[name], clock() - before)
+                seconds[name].append(clock() - before)
             done += 1
-            busy = time.perf_counter() - start > _DISTURBED * (time.process_time() - own)
-            if busy and done == rounds and rounds == _ROUNDS:
+            shared = time.perf_counter() - start > _DISTURBED * (time.process_time() - own)
+            disturbed = shared or _far_apart(seconds)
+            if disturbed and done == rounds and rounds == _ROUNDS:
                 rounds = _MORE_ROUNDS
-    return seconds, busy
+    return {name: min(times) for name, times in seconds.items()}, disturbed
+
+
+def _far_apart(seconds: Mapping[str, list[float]]) -> bool:
+    """Whether the times of one of the two fastest candidates, between which the choice is, differ much."""
+    fastest = sorted(seconds.values(), key=min)[:2]
+    return any(statistics.median(times) > _SPREAD * min(times) + _TICK for times in fastest)
 
 
 @functools.cache
@@ -210,8 +230,10 @@ def _read(path: Path, key: str) -> Choice | None:
             raise ValueError(f"it is about {content['key']}")
         times = tuple(dict(t) for t in content["microseconds"])
         engines = tuple(content["engines"])
-        if len(engines) != len(TOKENS) or len(times) != len(TOKENS) or not set(engines) <= set(ENGINES):
+        if len(engines) != len(TOKENS) or len(times) != len(TOKENS) or engines != tuple(map(best, times)):
             raise ValueError("it is not of this version")
+        if content["note"] not in ("", None):
+            raise ValueError("it was measured on a busy machine")
         return Choice(engines, times, content["note"])
     except FileNotFoundError:
         return None

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qbert.encoders.copied import CopiedParameters
 from qbert.inference.cpu_model import is_plain_request, tokens_before_padding
 from qbert.inference.forward import FastForward, remove_fast_forwards
 from qbert.runtimes.onnx import OnnxSession, onnx_twin, write_onnx
@@ -51,7 +52,7 @@ class RuntimeModel(FastForward):
             padding.
     """
 
-    own = ("base",)
+    own = ("base", "_copied")
 
     def __init__(self, base: Any, engine: str, zero_padding: bool) -> None:
         self.base, self.engine, self.zero_padding = base, engine, zero_padding
@@ -69,6 +70,7 @@ class RuntimeModel(FastForward):
                 f"engine={engine!r} cannot run {type(base).__name__}: {lines[0][:300]}; use engine='auto'"
             ) from error
         self._kind = type(_plain_result(base))
+        self._copied = CopiedParameters({"": base})
         self.report = RuntimeReport(f"runtime: {engine} (as asked), relative error {self.error:.1e}")
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -84,6 +86,7 @@ class RuntimeModel(FastForward):
             )
         if ids is None or not self._can_run(ids, mask, types, given):
             return type(base).forward(base, *args, **kwargs)
+        self._copied.check(ids.numel())
         seen = torch.ones_like(ids) if mask is None else mask.to(torch.int64)
         types = torch.zeros_like(ids) if types is None else types
         values = {"input_ids": ids, "attention_mask": seen, "token_type_ids": types}

@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from qbert.encoders.copied import CopiedParameters
 from qbert.kernels import dispatch
 from qbert.kernels.cpu import CpuLinear
 from qbert.kernels.operands import InputGrid
@@ -74,6 +75,7 @@ class PackedLinear(PackedTensor):
         self.activation_quantizer = ActivationQuantizer(bits, mode) if dynamic and bits else None
         self._fast: Callable[[Tensor], Tensor] | None = None
         self._fast_device = torch.device("cpu")
+        self._copied: CopiedParameters | None = None
 
     @classmethod
     def shaped_as(cls, module: nn.Linear, layout: PackedLayout, source: PackedTensor | None = None) -> PackedLinear:
@@ -111,6 +113,7 @@ class PackedLinear(PackedTensor):
         self._fast_device = self.owner.codes.device
         if self._fast_device.type == "cpu":
             self._fast = self.cpu_linear(exact)
+            self._copied = CopiedParameters({f"linear map {self.columns} to {self.rows}": self})
         else:
             self._fast = self._gpu_linear()
 
@@ -143,6 +146,8 @@ class PackedLinear(PackedTensor):
         if self._fast is not None and input.device == self._fast_device and not torch.compiler.is_compiling():
             differentiable = input.requires_grad and torch.is_grad_enabled()
             if not differentiable and input.dtype != torch.float64:
+                if self._copied is not None:
+                    self._copied.check(input.numel() // max(self.columns, 1))
                 try:
                     return self._fast(input)
                 except RuntimeError:

@@ -292,3 +292,49 @@ def test_a_position_bias_that_another_thread_replaces_is_not_read(monkeypatch: p
 
     forward.__class__ = Interrupted
     assert torch.equal(hidden(fast, long), expected) and hidden(fast, short).isfinite().all()
+
+
+CHANGED = {
+    "bert": ("encoder.layer.1.output.LayerNorm.weight", "encoder.layer.0.intermediate.dense.bias"),
+    "roberta": ("embeddings.LayerNorm.bias", "encoder.layer.1.attention.self.value.bias"),
+    "mpnet": ("encoder.relative_attention_bias.weight", "encoder.layer.0.attention.LayerNorm.bias"),
+    "deberta-v2": ("encoder.rel_embeddings.weight", "encoder.layer.1.attention.self.pos_key_proj.bias"),
+    "modernbert": ("layers.1.mlp_norm.weight",),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.* of the weights of DebertaV2.* stay in float")
+@pytest.mark.parametrize("family", CHANGED)
+def test_a_change_of_what_was_copied_is_told_and_mended_by_a_second_call(family: str) -> None:
+    bits = {"*": 4, "encoder.relative_attention_bias": 32} if family == "mpnet" else 4
+    packed = pack(qbert.quantize_model(AutoModel.from_config(build(family).config).eval(), bits))
+    batch = inputs_for(family, 16)
+    for name in CHANGED[family]:
+        fast = optimize_for_inference(packed)
+        with torch.no_grad():
+            before = fast(**batch)[0]
+            fast.get_parameter(name).mul_(3).add_(1)
+            with pytest.raises(RuntimeError, match=f"{name.split('.', 1)[1]} was changed after qbert"):
+                fast(**batch)
+            twin = copy.deepcopy(packed)
+            twin.get_parameter(name).mul_(3).add_(1)
+            got, expected = optimize_for_inference(fast, inplace=True)(**batch)[0], twin(**batch)[0]
+            keep = batch["attention_mask"].bool()
+            assert (got - expected)[keep].norm() < 0.03 * expected[keep].norm()
+            assert not torch.equal(got[keep], before[keep])
+
+
+def test_a_bias_trained_on_the_slow_path_is_not_forgotten_on_the_fast_one() -> None:
+    fast, batch = optimize_for_inference(encoder("bert")), inputs_for("bert")
+    bias = fast.encoder.layer[0].output.dense.bias.requires_grad_()
+    fast(**batch)[0].sum().backward()
+    torch.optim.SGD([bias], lr=0.1).step()
+    with torch.no_grad(), pytest.raises(RuntimeError, match=r"layer\.0\.output\.dense\.bias was changed"):
+        fast(**batch)
+
+
+def test_single_linear_maps_tell_a_changed_bias_too() -> None:
+    fast = optimize_for_inference(pack(qbert.quantize_model(nn.Sequential(nn.Linear(48, 24)), 8)))
+    fast[0].bias.data = torch.ones(24)
+    with pytest.raises(RuntimeError, match=r"linear map 48 to 24\.bias was changed"):
+        fast(torch.randn(2, 48))

@@ -14,6 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 import qbert
 from qbert.encoders.weights import matrix_size, stored, weight_matrix
+from qbert.inference.engines import INT8, reason_not
 from qbert.layers.kind import TrainableLayer, kind_of
 from qbert.layers.packed import PackedTensor
 from qbert.layers.recurrent import GateRecurrence, open_recurrent
@@ -103,7 +104,9 @@ def test_the_optimized_form_computes_the_same(name: str) -> None:
     layer, x = LAYERS[name] if name in LAYERS else (RECURRENT[name], torch.randn(5, 4, 8))
     packed = qbert.pack(qbert.quantize_model(nn.Sequential(layer).eval(), qbert.BitsConfig(4, groups=6)))
     with torch.no_grad():
-        for got, expected in zip(flat(qbert.optimize_for_inference(packed)(x)), flat(packed(x)), strict=True):
+        engine = next(e for e in INT8 if not reason_not(e))  # at this size fp32, which rounds less, may be the fastest
+        fast = qbert.optimize_for_inference(packed, engine=engine)
+        for got, expected in zip(flat(fast(x)), flat(packed(x)), strict=True):
             torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
 
 
