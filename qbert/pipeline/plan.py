@@ -20,6 +20,7 @@ References: Yao et al. 2021, HAWQ-V3, section 3.4 (bits as an integer program); 
 
 from __future__ import annotations
 
+import math
 import os
 import statistics
 import time
@@ -33,7 +34,7 @@ from torch import Tensor, nn
 
 from qbert.allocation.budgets import rounded_up
 from qbert.allocation.whole_file import FILE_DEFAULTS, FilePlan, fitted_and_scored
-from qbert.arguments import real_number
+from qbert.arguments import is_whole, real_number
 from qbert.bits import BitsConfig
 from qbert.calibration import check_batches, run_batch
 from qbert.encoders.modes import evaluation_mode
@@ -367,6 +368,7 @@ class Planner:
             self.left_out += slow
             # The nearest in float first: most of the others then cannot win, and their parts are not measured.
             fast = [steps for steps, ms in timed.items() if ms <= latency_ms]
+            fast = [steps for steps in fast if not any(_takes_more(steps, other) for other in fast)]
             starts = [self._start(steps)[0] for steps in progress_bar(fast, desc="in float", disable=not self.progress)]
             tried = [fast[i] for i in np.argsort(starts, kind="stable")]
         for steps in progress_bar(tried, desc="structures", disable=not self.progress):
@@ -576,6 +578,25 @@ class Planner:
                 else:
                     found.append(logits if logits.dim() < 3 else logits[batch["attention_mask"].bool()])
         return torch.cat(found).float().cpu()
+
+
+def _takes_more(steps: Sequence[Step], other: Sequence[Step]) -> bool:
+    """Whether a structure takes away all that another does, and more: it can be faster, and never nearer."""
+    own, less = _taken(steps), _taken(other)
+    return own is not None and less is not None and own != less and all(a >= b for a, b in zip(own, less, strict=True))
+
+
+def _taken(steps: Sequence[Step]) -> tuple[float, float, float] | None:
+    """(minus layers kept, heads, columns) of the usual structures; None of others."""
+    layers, heads, ffn = -math.inf, 0.0, 0.0
+    for step in steps:
+        if isinstance(step, Depth) and not is_whole(step.layers):
+            layers = -float(len(step.layers))  # type: ignore[arg-type]
+        elif isinstance(step, Prune) and step.pattern is None:
+            heads, ffn = step.heads, step.ffn
+        else:
+            return None
+    return layers, heads, ffn
 
 
 def _timed(model: Any, inputs: Mapping[str, Tensor]) -> list[float]:

@@ -181,6 +181,14 @@ def test_impossible_budgets_are_refused(world: dict[str, Any], budget: dict[str,
         qbert.plan(world["model"], world["batches"], **{"structures": [], **budget})
 
 
+def test_what_takes_more_away_than_another_is_known() -> None:
+    half, both = (Prune(ffn=0.5),), (Depth((0, 2)), Prune(heads=0.25, ffn=0.5))
+    assert plans._takes_more(both, half) and not plans._takes_more(half, both)
+    assert plans._takes_more((Prune(ffn=0.75),), half) and not plans._takes_more(half, half)
+    assert not plans._takes_more((Prune(heads=0.25, ffn=0.25),), half)
+    assert not plans._takes_more((Depth((0, 2)), Factorize(4)), half)
+
+
 def test_a_matrix_of_low_rank_may_be_stored_as_two_factors(world: dict[str, Any], tmp_path: Path) -> None:
     model = copy.deepcopy(world["model"])
     name = "encoder.layer.0.intermediate.dense"
