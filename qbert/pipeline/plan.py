@@ -60,8 +60,7 @@ _TIMINGS, _ATTEMPTS = 15, 3
 _NOISY = 0.5
 # A choice of layers needs a forward pass on these; it only starts a comparison on all rows.
 _SEARCH_BATCHES = 4
-_FFN_SHARES = (0.25, 0.5)
-_FASTER_FFN_SHARES = (0.25, 0.5, 0.75)
+_FFN_SHARES = (0.25, 0.5, 0.75)
 _FINEST = 0.03  # share of a size that plans within a share of the answers are told apart by
 _SLACK = 2.0  # times the share that a structure may lose before any bits: few rows measure it
 _HEAD_SHARE = 0.25
@@ -219,7 +218,8 @@ def plan(
         shape: (sequences, tokens) of the call that `latency_ms` is about.
         bits: the widths to choose from.
         structures: what to try beside bits alone, each a sequence of `Depth`, `Share`, `Prune` and `Factorize`; where
-            None, one layer, two and half of them fewer, and a quarter and half of the feed-forward columns fewer.
+            None, one layer, two and half of them fewer, shared ones, fewer heads, and a quarter, half and three quarters of
+            the feed-forward columns fewer; for `latency_ms` also all of these together.
         further: whether matrices may also be stored as two factors or with 2:4 zeros, in bits of their own.
         progress: show bars.
         **settings: defaults of the `BitsConfig`.
@@ -305,7 +305,7 @@ class Planner:
         heads = any(isinstance(step, Prune) and step.heads for steps in self.structures for step in steps)
         for steps in ((), *shallow):
             for out in (0.0, _HEAD_SHARE) if heads else (0.0,):
-                for ffn in _FASTER_FFN_SHARES if columns else (0.0,):
+                for ffn in _FFN_SHARES if columns else (0.0,):
                     if out or ffn:
                         yield (*steps, Prune(heads=out, ffn=ffn))
 
