@@ -218,8 +218,8 @@ def plan(
         shape: (sequences, tokens) of the call that `latency_ms` is about.
         bits: the widths to choose from.
         structures: what to try beside bits alone, each a sequence of `Depth`, `Share`, `Prune` and `Factorize`; where
-            None, one layer, two and half of them fewer, shared ones, fewer heads, and a quarter, half and three quarters of
-            the feed-forward columns fewer; for `latency_ms` also all of these together.
+            None, one layer, two and half of them fewer, shared ones, fewer heads, and a quarter, half and three
+            quarters of the feed-forward columns fewer; for `latency_ms` also several of these at once.
         further: whether matrices may also be stored as two factors or with 2:4 zeros, in bits of their own.
         progress: show bars.
         **settings: defaults of the `BitsConfig`.
