@@ -397,7 +397,7 @@ def test_what_cannot_be_optimized_is_said(caplog: pytest.LogCaptureFixture) -> N
     with pytest.raises(ValueError, match="meta"):
         optimize_for_inference(encoder("bert").to("meta"))
     tiny = {"hidden_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 96}
-    with caplog.at_level(logging.INFO, logger="qbert.inference"):
+    with caplog.at_level(logging.INFO, logger="qbert.inference.cpu"):
         optimize_for_inference(pack(qbert.quantize_model(AutoModel.from_config(DebertaConfig(**tiny)).eval(), 4)))
         some = qbert.quantize_model(AutoModel.from_config(build("bert").config), {"encoder.layer.0": 4})
         optimize_for_inference(pack(some))
