@@ -34,7 +34,8 @@ import torch
 from torch import Tensor, nn
 
 from qbert.encoders.factors import is_factored
-from qbert.encoders.targets import attention_heads, base_model, join_path, linear_role
+from qbert.encoders.parts import LayerParts
+from qbert.encoders.targets import attention_heads, base_model, encoder_layers, join_path, linear_role
 
 _RELATIONS = {"relations.query": "query", "relations.key": "key", "relations.value": "value"}
 _STATES = frozenset({"hidden", "embeddings", "cls"})
@@ -71,7 +72,9 @@ class Recorder:
         self.wanted = {check_feature(name) for name in features}
         self.relation_heads = relation_heads
         self._calls: dict[str, list[Tensor]] = {}
+        self._heads: dict[str, list[int | None]] = {}  # of each call; None where the layer does not say
         self._sources = self._find_sources()
+        self._own_heads = _heads_by_map(model) if {"query", "key", "value"} & set(self._sources) else {}
         self._handles: list[Any] = []
 
     @property
@@ -94,19 +97,21 @@ class Recorder:
                 return list(states)
             return [states[0]] if name == "embeddings" else [state[:, 0] for state in states]
         if name == "scores":
-            heads = self._heads()
-            pairs = zip(self._calls["query"], self._calls["key"], strict=True)
-            return [dot_scores(query, key, heads) for query, key in pairs]
+            pairs = zip(self._calls["query"], self._calls["key"], self._heads["query"], strict=True)
+            return [dot_scores(query, key, heads or self._config_heads()) for query, key, heads in pairs]
         if name in _RELATIONS:
-            heads = self.relation_heads or self._heads()
-            return [dot_scores(x, x, heads) for x in self._calls[_RELATIONS[name]]]
-        calls = self._calls[name]
-        if not calls:
+            role = _RELATIONS[name]
+            given = self.relation_heads
+            calls = zip(self._calls[role], self._heads[role], strict=True)
+            return [dot_scores(x, x, given or heads or self._config_heads()) for x, heads in calls]
+        values = self._calls[name]
+        if not values:
             raise ValueError(f"feature {name!r}: the module was not called in the forward pass of the model")
-        return calls
+        return values
 
     def __enter__(self) -> Recorder:
         self._calls = {key: [] for key in self._sources}
+        self._heads = {key: [] for key in self._sources}
         for key, modules in self._sources.items():
             for module in modules:
                 self._handles.append(module.register_forward_hook(self._hook(key)))
@@ -121,7 +126,7 @@ class Recorder:
 
     def forget(self) -> None:
         """Let go of the tensors of the last pass."""
-        self._calls = {}
+        self._calls, self._heads = {}, {}
 
     def _hook(self, key: str) -> Any:
         def record(module: nn.Module, args: Any, output: Any) -> None:
@@ -129,6 +134,7 @@ class Recorder:
             while not isinstance(value, Tensor):
                 value = value[0]
             self._calls[key].append(value)
+            self._heads[key].append(self._own_heads.get(id(module)))
 
         return record
 
@@ -177,11 +183,17 @@ class Recorder:
                 return modules[candidate]
         raise ValueError(f"feature 'module:{path}': {type(self.model).__name__} has no module of that name")
 
-    def _heads(self) -> int:
+    def _config_heads(self) -> int:
         heads = attention_heads(base_model(self.model)[1])
         if not heads:
             raise ValueError(f"{type(self.model).__name__} does not say its number of attention heads in its config")
         return heads
+
+
+def _heads_by_map(model: nn.Module) -> dict[int, int]:
+    """id of a query, key or value map -> attention heads of its layer; pruned ones have fewer than the config says."""
+    parts = [LayerParts.of(layer) for _, layer in encoder_layers(model)]
+    return {id(m): p.heads for p in parts if p is not None for m in (p.query, p.key, p.value)}
 
 
 def dot_scores(query: Tensor, key: Tensor, heads: int) -> Tensor:

@@ -429,7 +429,10 @@ def _misfit(match: Match, ours: list[int], theirs: list[int]) -> str:
     shapes = f"term {match.term!r}: the student's feature has shape {ours} and the teacher's {theirs}"
     if match.feature == "scores" and ours[1] != theirs[1]:
         names = "'relations.query', 'relations.key' or 'relations.value'"
-        return f"{shapes}, {ours[1]} and {theirs[1]} heads; match {names}, which have as many heads as you say"
+        return (
+            f"{shapes}, {ours[1]} and {theirs[1]} heads; leave the term out, or match {names}, which have as many "
+            "heads as you say"
+        )
     if match.feature.startswith("relations."):
         return f"{shapes}; give all relations options={{'heads': N}} with an N that divides both widths"
     return f"{shapes}; give the match projection='linear' or match another feature"

@@ -249,7 +249,7 @@ class Budget:
     def make_plan(self, name: str, budget: dict[str, Any], variant: Variant) -> None:
         """The plan, without and with distillation."""
         import qbert
-        from qbert.pipeline import Distill, Pipeline
+        from qbert.pipeline import Distill, Pipeline, Prune
 
         place = self.folder / name.replace(" ", "").replace(",", "-")
         kept = self.record.content["plans"]
@@ -266,9 +266,10 @@ class Budget:
         plan, pipeline, arguments = kept[name], Pipeline.load(place / "plan.json"), self.arguments
         made = {f"plan ({name}): {plan['name']}": (pipeline, arguments.seeds[:1], "plan")}
         if arguments.recipe:
-            training = Pipeline(
-                (*pipeline.steps[:-1], Distill(arguments.recipe, steps=arguments.steps), *pipeline.steps[-1:])
-            )
+            fewer_heads = any(isinstance(step, Prune) and step.heads for step in pipeline.steps)
+            options = {"scores": 0.0} if fewer_heads and arguments.recipe == "qbert_kd" else {}
+            learning = Distill(arguments.recipe, steps=arguments.steps, options=options)
+            training = Pipeline((*pipeline.steps[:-1], learning, *pipeline.steps[-1:]))
             made[f"plan ({name}), then {arguments.recipe}"] = (training, arguments.seeds, "trained plan")
         for title, (steps, seeds, group) in made.items():
             done = {row["seed"] for row in self.record[title]}

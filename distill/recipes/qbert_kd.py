@@ -19,12 +19,13 @@ def qbert_kd(*, temperature: float = 1.0, hidden: float = 1.0, scores: float = 1
 
     Args:
         temperature: of the soft targets.
-        hidden, scores: weights of the hidden-state and attention-score terms.
+        hidden, scores: weights of the hidden-state and attention-score terms; 0 leaves a term out, such as the scores
+            of a student with fewer heads.
     """
+    further = (Match("hidden", weight=hidden) if hidden else None, Match("scores", weight=scores) if scores else None)
     matches = (
         Match("logits", options={"temperature": temperature}),
-        Match("hidden", weight=hidden),
-        Match("scores", weight=scores),
+        *(match for match in further if match is not None),
     )
     return Recipe(
         name="qbert_kd",
