@@ -58,13 +58,13 @@ class ChosenLayers:
             if not_native:
                 logger.info("the native engine does not run these layers: %s", not_native)
             names = [n for n in ENGINES if not reason_not(n) and not (n == "native" and not_native)]
-            first = parts[0]
-            bits = max(p.layout.bits for p in first.linears)
-            ranges = first.inputs[0].spec.activation_range
-            shape = f"layer {first.width} x {first.ffn_in.rows}, {first.heads} heads, "  # type: ignore[union-attr]
-            shape += f"{type(first.activation).__name__}, {ranges} ranges, {bits} bits" + _other_pieces(first)
+            widest = max(parts, key=lambda p: p.ffn_in.rows + p.attention_output.columns)  # type: ignore[operator,return-value]
+            bits = max(p.layout.bits for p in widest.linears)
+            ranges = widest.inputs[0].spec.activation_range
+            shape = f"layer {widest.width} x {widest.ffn_in.rows}, {widest.heads} heads, "  # type: ignore[union-attr]
+            shape += f"{type(widest.activation).__name__}, {ranges} ranges, {bits} bits" + _other_pieces(widest)
             shape += "" if exact else ", not exact"
-            choice = choose(shape, {n: _layer_candidate(first, exact, n) for n in names})
+            choice = choose(shape, {n: _layer_candidate(widest, exact, n) for n in names})
         else:
             choice = forced(engine)
         programs = {name: program(parts, exact, name) for name in dict.fromkeys(choice.engines)}
