@@ -40,7 +40,7 @@ def test_the_plan_stands_beside_its_rivals_and_is_not_made_again(world: Path) ->
     assert [row["seed"] for row in trained] == [0, 1]
     assert all(row["megabytes"] <= 0.03 for rows in content["rows"].values() for row in rows)
     assert "median of 2 random choices (0.03 MB)" in (world / "out" / "budget.md").read_text()
-    (place,) = (path for path in (world / "out").iterdir() if path.is_dir())
+    (place,) = (path.parent for path in (world / "out").rglob("plan.json"))
     assert (place / "front.png").is_file() and qbert.Pipeline.load(place / "plan.json").steps[-1].kind == "pack"
     again = run_here("compress.py", *asked, "--resume", QBERT_CACHE=str(world / "cache"))
     assert again.returncode == 0, again.stderr
