@@ -22,10 +22,10 @@ def qbert_kd(*, temperature: float = 1.0, hidden: float = 1.0, scores: float = 1
         hidden, scores: weights of the hidden-state and attention-score terms; 0 leaves a term out, such as the scores
             of a student with fewer heads.
     """
-    further = (Match("hidden", weight=hidden) if hidden else None, Match("scores", weight=scores) if scores else None)
+    weights = {"hidden": hidden, "scores": scores}
     matches = (
         Match("logits", options={"temperature": temperature}),
-        *(match for match in further if match is not None),
+        *(Match(feature, weight=weight) for feature, weight in weights.items() if weight),
     )
     return Recipe(
         name="qbert_kd",

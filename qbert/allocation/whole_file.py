@@ -388,14 +388,20 @@ def _changes(rules: _Rules, moment: Tensor | None) -> list[Tensor | None]:
         if spec is None:
             changes.append(None)
             continue
-        quantizer = WeightQuantizer(*group_layout(rules.first, spec), spec).to(weight.device)
-        if moment is not None and spec.rounding == "compensated":
-            rounded = quantizer.compensate(weight, moment.to(weight.device))
-        else:
-            quantizer.find(weight)
-            rounded = quantizer(weight)
+        rounded = rounded_matrix(rules.first, spec, moment)
         changes.append(stored(rules.first.module, rounded - weight).to(torch.bfloat16))
     return changes
+
+
+@torch.no_grad()
+def rounded_matrix(target: Target, spec: TensorSpec, moment: Tensor | None = None) -> Tensor:
+    """A weight [O, I] on the grids of a specification; compensated, if it says so, for a second moment [I, I]."""
+    weight = target.matrix.detach()
+    quantizer = WeightQuantizer(*group_layout(target, spec), spec).to(weight.device)
+    if moment is not None and spec.rounding == "compensated":
+        return quantizer.compensate(weight, moment.to(weight.device))
+    quantizer.find(weight)
+    return quantizer(weight)  # type: ignore[no-any-return]
 
 
 class _Damages:
@@ -515,7 +521,11 @@ def _table_options(
             yield rule, spec, read.harm(whole)
         else:
             by_row = spec.groups is None and spec.input_group_size is None
-            yield rule, spec, read.harm(error(spec) if by_row else _grouped_error(rules.first, spec)[read.rows])
+            yield (
+                rule,
+                spec,
+                read.harm(error(spec) if by_row else (rounded_matrix(rules.first, spec) - weight)[read.rows]),
+            )
 
 
 def _rank_error(rows: Tensor, directions: Directions, spec: TensorSpec) -> Tensor:
@@ -524,13 +534,6 @@ def _rank_error(rows: Tensor, directions: Directions, spec: TensorSpec) -> Tenso
     of_up = WeightQuantizer(row_groups(len(up), DEFAULT_GROUPS), 1, part_specs(spec, 0)["up"])
     of_up.find(up)
     return rounded_rows(rows @ down, spec) @ of_up(up).T - rows  # type: ignore[no-any-return]
-
-
-def _grouped_error(target: Target, spec: TensorSpec) -> Tensor:
-    weight = target.matrix.detach()
-    quantizer = WeightQuantizer(*group_layout(target, spec), spec).to(weight.device)
-    quantizer.find(weight)
-    return (quantizer(weight) - weight).float()  # type: ignore[no-any-return]
 
 
 class _Read:

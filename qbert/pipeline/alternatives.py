@@ -13,13 +13,13 @@ from typing import Any, Final, cast
 import torch
 from torch import Tensor, nn
 
-from qbert.allocation.whole_file import FILE_DEFAULTS, Alternative
+from qbert.allocation.whole_file import FILE_DEFAULTS, Alternative, rounded_matrix
 from qbert.bits import DEFAULT_GROUPS, SPEC_FIELDS, TensorSpec
 from qbert.encoders.targets import Target
 from qbert.layers.layout import has_exact_zero
 from qbert.layers.quantizer import WeightQuantizer
 from qbert.pipeline.steps import Factorize, Prune, Structure
-from qbert.quantizers.groups import group_layout, row_groups
+from qbert.quantizers.groups import row_groups
 from qbert.quantizers.sparsity import Pattern, sparsify
 from qbert.sizes import quantized_header_bytes, tensor_bytes
 from qbert.students.curvature import Moments, layer_matrices, second_moments
@@ -105,12 +105,7 @@ def _sparse(target: Target, moments: Moments, known: Mapping[str, Any], widths: 
     own = _like(target, sparse)
     for bits in widths:
         spec = TensorSpec(**{**known, "bits": bits})
-        quantizer = WeightQuantizer(*group_layout(own, spec), spec).to(matrix.device)
-        if spec.rounding == "compensated":
-            rounded = quantizer.compensate(sparse, moments.inputs.to(matrix.device))
-        else:
-            quantizer.find(sparse)
-            rounded = quantizer(sparse)
+        rounded = rounded_matrix(own, spec, moments.inputs)
         yield Alternative({target.name: {"bits": bits}}, rounded - matrix, _bytes(own, spec), {"pattern": PATTERN})
 
 

@@ -20,6 +20,7 @@ References: Yao et al. 2021, HAWQ-V3, section 3.4 (bits as an integer program); 
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 import statistics
@@ -303,11 +304,10 @@ class Planner:
         shallow = [steps for steps in self.structures if isinstance((*steps, None)[0], Depth)]
         columns = any(isinstance(step, Prune) and step.ffn for steps in self.structures for step in steps)
         heads = any(isinstance(step, Prune) and step.heads for steps in self.structures for step in steps)
-        for steps in ((), *shallow):
-            for out in (0.0, _HEAD_SHARE) if heads else (0.0,):
-                for ffn in _FFN_SHARES if columns else (0.0,):
-                    if out or ffn:
-                        yield (*steps, Prune(heads=out, ffn=ffn))
+        shares = (0.0, _HEAD_SHARE) if heads else (0.0,), _FFN_SHARES if columns else (0.0,)
+        for steps, out, ffn in itertools.product(((), *shallow), *shares):
+            if out or ffn:
+                yield (*steps, Prune(heads=out, ffn=ffn))
 
     def plan(
         self,
