@@ -37,13 +37,16 @@ enum Range { SYMMETRIC, ASYMMETRIC, STATIC };
 enum Activation { GELU, GELU_TANH, RELU };
 
 // One linear map [rows, columns]. Arrays over rows are padded with zeros to a multiple of NB; weight is laid out
-// [rows / NB][depth / group][NB][group], group = 4, or 2 where `wide`; depth is columns padded to a multiple of 4.
+// [rows / NB][depth / group][NB][group], group = 4, or 2 where `wide`; depth is columns padded to a multiple of 4. Further
+// terms of the same map follow as `next`, of rising `place`.
 struct Matrix {
   int32_t rows, columns, depth, wide, range, offset;
+  int32_t place, adds;  // the first column of the output that is its own; whether it is added to the term before
   float step, unused;
   const int8_t* weight;
   const int32_t* start;
   const float *scale, *bias, *sum, *correction;  // the last is null where there are no zeros
+  const Matrix *down, *next;  // what the input goes through first, whole in itself; another term of the same input; or null
 };
 
 // What is added to the scores of a query q and a key k by their distance, whose row is p = places[farthest + distance], distances
@@ -433,6 +436,56 @@ inline void multiply(const Codes& codes, int64_t rows, const Matrix& m, const Ou
   product<false>(codes, rows, m, out, team);
 }
 
+// What passes between the two factors of a map: so many rows, `stride` floats apart.
+struct Between {
+  float* at;
+  int64_t stride;
+};
+
+inline bool same_grid(const Matrix& a, const Matrix& b) {
+  return a.range == b.range && a.offset == b.offset && a.step == b.step && a.wide == b.wide && a.columns == b.columns;
+}
+
+// A map with all of its terms. A term's rows are padded to a multiple of NB, which the next term writes over: one after the other.
+void map_rows(const float* x, int64_t stride, int64_t rows, const Matrix& map, Codes codes, Between between, const Output& out,
+              Team team) {
+  const Matrix* held = nullptr;  // the term for which x lies in `codes`
+  for (const Matrix* term = &map; term; term = term->next) {
+    const Matrix& first = term->down ? *term->down : *term;
+    if (!held || !same_grid(*held, first)) {
+      quantize(x, stride, rows, first, codes, team);
+      team.wait();
+    }
+    held = &first;
+    if (term->down) {
+      multiply(codes, rows, first, {between.at, between.stride, false}, team);
+      team.wait();
+      quantize(between.at, between.stride, rows, *term, codes, team);
+      team.wait();
+      held = nullptr;
+    }
+    multiply(codes, rows, *term, {out.at + term->place, out.stride, out.add || term->adds}, team);
+    team.wait();
+  }
+}
+
+// Columns of what a map reads.
+inline int64_t width_of(const Matrix& map) { return map.down ? map.down->columns : map.columns; }
+
+// Bytes of a row of codes, and floats between two factors, that suffice for a map.
+inline int64_t code_bytes(const Matrix& map) {
+  int64_t most = 0;
+  for (const Matrix* term = &map; term; term = term->next)
+    for (const Matrix* m = term; m; m = m->down) most = std::max<int64_t>(most, m->columns * (m->wide ? 2 : 1));
+  return most;
+}
+inline int64_t floats_between(const Matrix& map) {
+  int64_t most = 0;
+  for (const Matrix* term = &map; term; term = term->next)
+    if (term->down) most = std::max(most, padded(term->down->rows, NB));
+  return most;
+}
+
 // ---------------------------------------------------------------------------------------------- the rest of a layer
 
 // LayerNorm, or with eps below 0 NoNorm, of a row of `width` values in place; what is behind it, up to the next multiple of W, is zero and stays so.
@@ -716,6 +769,7 @@ constexpr int64_t ROWS_AT_ONCE = 48;  // so that the widest activations of a lay
 struct Room {
   float *x, *qkv, *mixed, *normed, *hidden, *scratch;
   Codes narrow, broad;
+  Between between;
   int64_t wide_x, wide_qkv, wide_mixed, wide_hidden, scratch_floats, at_once;
 
   static size_t lay_out(Room* room, char* memory, const Layer* layers, int64_t count, int64_t tokens, int64_t longest,
@@ -729,16 +783,18 @@ struct Room {
     Room own;
     Room& r = room ? *room : own;
     int64_t inner = 0, hidden = 0, narrow = 0, broad = 0;
-    r.scratch_floats = 0;
+    r.scratch_floats = 0, r.between.stride = 0;
     for (const Layer* layer = layers; layer < layers + count; layer++) {
       const Matrix *qkv = &layer->qkv, *output = &layer->output, *in = &layer->ffn_in, *out = &layer->ffn_out;
-      inner = std::max<int64_t>(inner, output->columns), hidden = std::max<int64_t>(hidden, in->rows);
-      for (const Matrix* m : {qkv, output, in}) narrow = std::max<int64_t>(narrow, m->columns * (m->wide ? 2 : 1));
-      broad = std::max<int64_t>(broad, out->columns * (out->wide ? 2 : 1));
-      const int64_t floats = HeadScratch::floats(output->columns / layer->heads, longest, longest, layer->positions);
+      inner = std::max(inner, width_of(*output)), hidden = std::max<int64_t>(hidden, in->rows);
+      for (const Matrix* m : {qkv, output, in}) narrow = std::max(narrow, code_bytes(*m));
+      broad = std::max(broad, code_bytes(*out));
+      for (const Matrix* m : {qkv, output, in, out}) r.between.stride = std::max(r.between.stride, floats_between(*m));
+      const int64_t floats = HeadScratch::floats(width_of(*output) / layer->heads, longest, longest, layer->positions);
       r.scratch_floats = std::max(r.scratch_floats, padded(floats, W));
     }
-    r.wide_x = padded(layers->output.rows, NB), r.wide_qkv = padded(3 * inner, NB), r.wide_mixed = padded(inner, NB);
+    r.wide_x = padded(layers->output.rows, NB), r.wide_mixed = padded(inner, NB);
+    r.wide_qkv = padded(3 * inner, NB) + NB;  // the last of three terms may end in the middle of a tile
     r.wide_hidden = padded(hidden, NB);
     r.at_once = std::min<int64_t>(tokens, ROWS_AT_ONCE * members);
     r.x = reinterpret_cast<float*>(take(tokens * r.wide_x * 4));
@@ -746,6 +802,7 @@ struct Room {
     r.mixed = reinterpret_cast<float*>(take(tokens * r.wide_mixed * 4));
     r.normed = reinterpret_cast<float*>(take(layers->pre_norm ? r.at_once * r.wide_x * 4 : 0));
     r.hidden = reinterpret_cast<float*>(take(r.at_once * r.wide_hidden * 4));
+    r.between.at = reinterpret_cast<float*>(take(r.at_once * r.between.stride * 4));
     r.scratch = reinterpret_cast<float*>(take(members * r.scratch_floats * 4));
     r.narrow.stride = padded(narrow, 64), r.broad.stride = padded(broad, 64);
     r.narrow.at = reinterpret_cast<uint8_t*>(take(r.at_once * r.narrow.stride));
@@ -787,14 +844,12 @@ void attend_all(const Batch& batch, int64_t begin, int64_t end, int64_t heads, i
 
 void run_layer(const Layer& layer, const Batch& batch, int64_t begin, int64_t end, const Room& room, Team team) {
   const int64_t base = batch.starts[begin], tokens = batch.starts[end] - base;
-  const int64_t width = layer.output.rows, inner = layer.output.columns;
+  const int64_t width = layer.output.rows, inner = width_of(layer.output);
   for (int64_t row = 0; row < tokens; row += room.at_once) {
     const int64_t rows = std::min(room.at_once, tokens - row);
     const float* x = normed(room.x + row * room.wide_x, rows, layer, layer.norm1, layer.shift1, layer.eps1, room, team);
-    quantize(x, room.wide_x, rows, layer.qkv, room.narrow, team);
-    team.wait();
-    multiply(room.narrow, rows, layer.qkv, {room.qkv + row * room.wide_qkv, room.wide_qkv, false}, team);
-    team.wait();
+    const Output out = {room.qkv + row * room.wide_qkv, room.wide_qkv, false};
+    map_rows(x, room.wide_x, rows, layer.qkv, room.narrow, room.between, out, team);
   }
   attend_all(batch, begin, end, layer.heads, inner, room, room.wide_mixed, layer.rotation, layer.window, layer.positions, team);
   team.wait();
@@ -802,23 +857,16 @@ void run_layer(const Layer& layer, const Batch& batch, int64_t begin, int64_t en
     const int64_t rows = std::min(room.at_once, tokens - row);
     float* x = room.x + row * room.wide_x;
     const Output added = {x, room.wide_x, true};
-    quantize(room.mixed + row * room.wide_mixed, room.wide_mixed, rows, layer.output, room.narrow, team);
-    team.wait();
-    multiply(room.narrow, rows, layer.output, added, team);
-    team.wait();
+    const float* mixed = room.mixed + row * room.wide_mixed;
+    map_rows(mixed, room.wide_mixed, rows, layer.output, room.narrow, room.between, added, team);
     for (int64_t r = team.first(rows); !layer.pre_norm && r < team.last(rows); r++)
       normalize(x + r * room.wide_x, width, layer.norm1, layer.shift1, layer.eps1);
     const float* y = normed(x, rows, layer, layer.norm2, layer.shift2, layer.eps2, room, team);
-    quantize(y, room.wide_x, rows, layer.ffn_in, room.narrow, team);
-    team.wait();
-    multiply(room.narrow, rows, layer.ffn_in, {room.hidden, room.wide_hidden, false}, team);
-    team.wait();
+    const Output hidden = {room.hidden, room.wide_hidden, false};
+    map_rows(y, room.wide_x, rows, layer.ffn_in, room.narrow, room.between, hidden, team);
     for (int64_t r = team.first(rows); r < team.last(rows); r++)
-      activate_row(room.hidden + r * room.wide_hidden, layer.ffn_out.columns, layer.activation, layer.gated);
-    quantize(room.hidden, room.wide_hidden, rows, layer.ffn_out, room.broad, team);
-    team.wait();
-    multiply(room.broad, rows, layer.ffn_out, added, team);
-    team.wait();
+      activate_row(room.hidden + r * room.wide_hidden, width_of(layer.ffn_out), layer.activation, layer.gated);
+    map_rows(room.hidden, room.wide_hidden, rows, layer.ffn_out, room.broad, room.between, added, team);
     for (int64_t r = team.first(rows); !layer.pre_norm && r < team.last(rows); r++)
       normalize(x + r * room.wide_x, width, layer.norm2, layer.shift2, layer.eps2);
     team.wait();
@@ -872,10 +920,7 @@ void run_thin_layer(const ThinLayer& layer, const Batch& batch, int64_t begin, i
   const int64_t base = batch.starts[begin], tokens = batch.starts[end] - base;
   const int64_t width = layer.output.columns;
   auto linear = [&](const float* from, int64_t stride, int64_t rows, const Matrix& m, const Output& out) {
-    quantize(from, stride, rows, m, room.codes, team);
-    team.wait();
-    multiply(room.codes, rows, m, out, team);
-    team.wait();
+    map_rows(from, stride, rows, m, room.codes, {nullptr, 0}, out, team);
   };
   for (int64_t row = 0; row < tokens; row += room.at_once) {
     const int64_t rows = std::min(room.at_once, tokens - row);

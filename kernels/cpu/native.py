@@ -50,9 +50,12 @@ _CHUNK_TOKENS = 128  # that pass through all layers before the next ones, so tha
 
 class _Matrix(ctypes.Structure):
     _fields_ = [
-        *((name, ctypes.c_int32) for name in ("rows", "columns", "depth", "wide", "range", "offset")),
+        *((name, ctypes.c_int32) for name in ("rows", "columns", "depth", "wide", "range", "offset", "place", "adds")),
         *((name, ctypes.c_float) for name in ("step", "unused")),
-        *((name, ctypes.c_void_p) for name in ("weight", "start", "scale", "bias", "sum", "correction")),
+        *(
+            (name, ctypes.c_void_p)
+            for name in ("weight", "start", "scale", "bias", "sum", "correction", "down", "next")
+        ),
     ]
 
 
@@ -289,7 +292,7 @@ class NativeProduct:
         tensors += [] if correction is None else [wider(left)]
         pointers = [t.data_ptr() for t in tensors] + [None] * (correction is None)
         step = 1.0 if activation_scale is None else abs(activation_scale)
-        matrix = _Matrix(rows, columns, depth, wide, _RANGES[kind], offset, step, 0.0, *pointers)
+        matrix = _Matrix(rows, columns, depth, wide, _RANGES[kind], offset, 0, 0, step, 0.0, *pointers)
         return cls(matrix, tuple(tensors), library, bias)
 
     @property
@@ -336,15 +339,29 @@ class NativePositions(NamedTuple):
     queries: Tensor | None
 
 
+class NativeTerm(NamedTuple):
+    """One term of a linear map: a product, alone or behind another one.
+
+    product: gives the rows of the output from `place` on.
+    down: what the input goes through first, where the map is two factors.
+    adds: whether the rows are added to those of the term before.
+    """
+
+    product: NativeProduct
+    down: NativeProduct | None = None
+    place: int = 0
+    adds: bool = False
+
+
 class NativeLayer(NamedTuple):
     """One layer of a stack.
 
-    products: query, key and value as one, attention output, both of the feed-forward net; norms: the two, as (weight,
-    shift, epsilon), or ``None`` where there is none; activation: the number of its function in `ACTIVATIONS`; the
-    others as in `qbert.encoders.parts.LayerParts`.
+    maps: query, key and value as one, attention output, both of the feed-forward net, each as its terms in the order of
+    their places; norms: the two, as (weight, shift, epsilon), or ``None`` where there is none; activation: the number
+    of its function in `ACTIVATIONS`; the others as in `qbert.encoders.parts.LayerParts`.
     """
 
-    products: Sequence[NativeProduct]
+    maps: Sequence[Sequence[NativeTerm]]
     norms: Sequence[Any]
     heads: int
     activation: int
@@ -363,28 +380,40 @@ class NativeLayers:
     """
 
     def __init__(self, layers: Sequence[Sequence[Any]]) -> None:
-        self.library = layers[0][0][0].library
+        first = NativeLayer(*layers[0]).maps[1][0].product
+        self.library, self.width = first.library, first.matrix.rows
         self._run: Any = self.library.qbert_layers
         tile = self.library.qbert_columns_of_a_tile()
-        self.width = layers[0][0][1].matrix.rows
         padding = (0, -self.width % tile)
         self.positions = 2**62  # of the longest sequence
         self._kept: list[Any] = []
         self._layers: Any = (_Layer * len(layers))()
         for place, layer in enumerate(NativeLayer(*given) for given in layers):
-            matrices = [p.matrix for p in layer.products]
+            matrices = [self._first_of(terms) for terms in layer.maps]
             vectors = [
                 None if norm is None else F.pad(norm[i], padding).contiguous() for norm in layer.norms for i in (0, 1)
             ]
             rotation = None if layer.rotation is None else layer.rotation.float().contiguous()
             if rotation is not None:
                 self.positions = min(self.positions, len(rotation))
-            self._kept += [*layer.products, *vectors, rotation]
+            self._kept += [*vectors, rotation]
             self._layers[place] = _Layer(
                 *matrices, *map(_pointer, vectors), *(0.0 if n is None else n[2] for n in layer.norms),
                 layer.heads, layer.activation, layer.pre_norm, layer.gated, layer.window, 0, _pointer(rotation),
                 None if layer.positions is None else ctypes.addressof(self._positions(layer.positions, tile)),
             )  # fmt: skip
+
+    def _first_of(self, terms: Sequence[NativeTerm]) -> _Matrix:
+        following: _Matrix | None = None
+        for term in reversed(terms):
+            made = _Matrix.from_buffer_copy(term.product.matrix)
+            made.place, made.adds = term.place, term.adds
+            made.down = None if term.down is None else ctypes.addressof(term.down.matrix)
+            made.next = None if following is None else ctypes.addressof(following)
+            self._kept += [term, made]
+            following = made
+        assert following is not None
+        return following
 
     def _positions(self, given: NativePositions, tile: int) -> _Positions:
         keys, queries, places = given.keys, given.queries, given.places.to(torch.int32).contiguous()

@@ -13,9 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qbert.encoders.factors import is_factored
 from qbert.encoders.parts import LayerParts
 from qbert.inference.cpu_layers import FusedLayers, native_layers, reason_not_native_layers, reason_not_to_choose
 from qbert.inference.engines import ENGINES, Choice, Run, choose, forced, reason_not
+from qbert.inference.fits import maps_of
 from qbert.kernels.cpu import CpuLinear
 from qbert.kernels.cpu.chains import compiled
 from qbert.kernels.cpu.native import NativeLayers
@@ -58,10 +60,11 @@ class ChosenLayers:
             if not_native:
                 logger.info("the native engine does not run these layers: %s", not_native)
             names = [n for n in ENGINES if not reason_not(n) and not (n == "native" and not_native)]
-            widest = max(parts, key=lambda p: p.ffn_in.rows + p.attention_output.columns)  # type: ignore[operator,return-value]
-            bits = max(p.layout.bits for p in widest.linears)
-            ranges = widest.inputs[0].spec.activation_range
-            shape = f"layer {widest.width} x {widest.ffn_in.rows}, {widest.heads} heads, "  # type: ignore[union-attr]
+            widest = max(parts, key=lambda p: p.ffn_in.out_features + p.attention_output.in_features)  # type: ignore[operator,return-value]
+            maps: list[Any] = [m for linear in widest.linears for m in maps_of(linear)]
+            bits = max(m.layout.bits for m in maps)
+            ranges = maps[0].spec.activation_range
+            shape = f"layer {widest.width} x {widest.ffn_in.out_features}, {widest.heads} heads, "  # type: ignore[union-attr]
             shape += f"{type(widest.activation).__name__}, {ranges} ranges, {bits} bits" + _other_pieces(widest)
             shape += "" if exact else ", not exact"
             choice = choose(shape, {n: _layer_candidate(widest, exact, n) for n in names})
@@ -157,9 +160,12 @@ def _other_pieces(part: LayerParts) -> str:
         "rotated": part.rotation is not None,
         "relative positions": part.relative is not None,
         f"{1 + len(part.more_ffns)} feed-forward nets": part.more_ffns,
-        f"{part.attention_output.rows} inside": part.bottleneck,
+        f"{part.attention_output.out_features} inside": part.bottleneck,
         f"attention {part.attention_output.in_features} wide": part.attention_output.in_features
         != part.attention_output.out_features,
+        f"ranks {' '.join(str(getattr(linear, 'rank', 0)) for linear in part.linears)}": any(
+            map(is_factored, part.linears)
+        ),
     }
     return "".join(f", {name}" for name, there in pieces.items() if there)
 

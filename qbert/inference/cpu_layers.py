@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from qbert.encoders.factors import is_factored
 from qbert.encoders.parts import Bottleneck, LayerParts, RelativePositions
-from qbert.inference.fits import can_join, maps_of, one_input
+from qbert.inference.fits import can_join, maps_of
 from qbert.inference.forward import reason_not_to_replace
 from qbert.kernels.cpu import CpuLinear
 from qbert.kernels.cpu.chains import FloatChain
@@ -31,6 +31,7 @@ from qbert.kernels.cpu.native import (
     NativeLayer,
     NativeLayers,
     NativePositions,
+    NativeTerm,
     NativeThinLayer,
     NativeThinLayers,
 )
@@ -456,15 +457,29 @@ def native_layers(parts: Sequence[LayerParts], exact: bool = True) -> NativeLaye
     for part in parts:
         if id(part.query) in made:
             continue
-        products: list[Any] = [_joined(part.inputs, exact, "native").chain]
-        others = (part.attention_output, part.ffn_in, part.ffn_out)
-        products += [p.cpu_linear(exact, "native").chain for p in others]  # type: ignore[operator,union-attr]
+        maps = (part.inputs, [part.attention_output], [part.ffn_in], [part.ffn_out])
         made[id(part.query)] = NativeLayer(
-            products, [None if isinstance(n, nn.Identity) else _norm(n) for n in part.norms], part.heads,
+            [_native_terms(m, exact) for m in maps],
+            [None if isinstance(n, nn.Identity) else _norm(n) for n in part.norms], part.heads,
             ACTIVATIONS[type(part.activation).__name__], part.pre_norm, part.gated, part.window, part.rotation,
             _native_positions(part.heads, part.relative),
         )  # fmt: skip
     return NativeLayers([made[id(part.query)] for part in parts])
+
+
+def _native_terms(maps: list[Any], exact: bool) -> list[NativeTerm]:
+    """Maps of one input, whole or in factors, their rows under each other."""
+    if can_join(maps):
+        return [NativeTerm(_joined(maps, exact, "native").chain)]  # type: ignore[arg-type]
+    terms: list[NativeTerm] = []
+    place = 0
+    for one in maps:
+        *whole, product = products = [m.cpu_linear(exact, "native").chain for m in maps_of(one)]  # type: ignore[operator]
+        if len(products) == 3:
+            terms.append(NativeTerm(products[0], None, place))
+        terms.append(NativeTerm(product, whole[-1] if whole else None, place, adds=len(products) == 3))
+        place += product.matrix.rows
+    return terms
 
 
 def _native_positions(heads: int, positions: RelativePositions | None) -> NativePositions | None:
@@ -501,13 +516,14 @@ def _read_by_bottleneck(parts: LayerParts, outer: Bottleneck) -> tuple[list[Any]
 
 
 def reason_not_to_choose(parts: Sequence[LayerParts]) -> str:
-    """Why the engine of layers is settled beforehand; empty if all their products are int8, Q, K and V as one."""
+    """Why the engine of layers is settled beforehand; empty if all their products are int8."""
     for part in parts:
-        packed = [p for p in part.linears if isinstance(p, PackedLinear)]
-        if len(packed) < len(part.linears) or any(p.spec.activation_bits is None for p in packed):
+        maps = [m for linear in part.linears for m in maps_of(linear)]
+        packed = [m for m in maps if isinstance(m, PackedLinear)]
+        if len(packed) < len(maps) or any(p.spec.activation_bits is None for p in packed):
             return "some of its products are in float"
-        if any(p.layout.input_groups > 1 for p in packed) or not (part.bottleneck or one_input(part)):
-            return "its inputs are not quantized as one"
+        if any(p.layout.input_groups > 1 for p in packed):
+            return "its inputs are quantized in groups"
     return ""
 
 
@@ -524,6 +540,8 @@ def reason_not_native_layers(parts: Sequence[LayerParts]) -> str:
         if not kinds <= ACTIVATIONS.keys() or len(kinds) > 1:
             return f"it does not know the activation function {' and '.join(sorted(kinds))}"
     thin = [p for p in parts if p.bottleneck is not None]
+    if any(is_factored(m) for p in thin for m in p.linears):
+        return "its thin layers have maps in factors"
     if len({(p.heads, p.attention_output.rows, p.width, *(n.ffn_in.rows for n in p.ffns)) for p in thin}) > 1:
         return "its thin layers are of several widths, and one room is laid out for all"
     return ""

@@ -1,8 +1,10 @@
 """The native engine against the reference, for every instruction set that this processor has."""
 
+import functools
 import os
 import stat
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -11,7 +13,7 @@ from torch.nn import functional as F
 
 from qbert.kernels import formats, reference
 from qbert.kernels.cpu import native
-from qbert.kernels.cpu.native import NativeLayers, NativeProduct
+from qbert.kernels.cpu.native import NativeLayers, NativeProduct, NativeTerm
 
 sys.path.insert(0, str(Path(__file__).parent))
 import test_cpu as cases
@@ -112,7 +114,7 @@ def test_weights_rounded_once_more_cost_little(kind: dict, zero: str, instructio
 
 
 def twin(
-    x: torch.Tensor, products: list[NativeProduct], norms: list, heads: int, mask: torch.Tensor | None
+    x: torch.Tensor, products: Sequence[Callable], norms: list, heads: int, mask: torch.Tensor | None
 ) -> torch.Tensor:
     """One layer, [B, T, H], of torch's operators and single products."""
     batch, tokens, width = x.shape
@@ -120,6 +122,11 @@ def twin(
     mixed = F.scaled_dot_product_attention(query, key, value, mask).transpose(1, 2).flatten(2)
     y = F.layer_norm(products[1](mixed) + x, [width], *norms[0])
     return F.layer_norm(products[3](F.gelu(products[2](y))) + y, [width], *norms[1])
+
+
+def one_term_each(products: list[NativeProduct]) -> list[list[NativeTerm]]:
+    """Each product as a map of one term."""
+    return [[NativeTerm(product)] for product in products]
 
 
 def some_layer(
@@ -141,7 +148,7 @@ def some_layer(
 def test_a_layer_is_its_pieces(width: int, heads: int, inner: int, instructions: str) -> None:
     torch.manual_seed(0)
     products, norms, _ = some_layer(width, heads, inner, instructions)
-    fast = NativeLayers([(products, norms, heads, 0)])
+    fast = NativeLayers([(one_term_each(products), norms, heads, 0)])
     for batch, tokens in ((1, 1), (2, 7), (5, 33), (1, 150)):
         x = torch.randn(batch, tokens, width)
         seen = torch.rand(batch, 1, 1, tokens) > 0.3
@@ -158,7 +165,7 @@ def test_layers_of_different_heads_and_columns_share_a_stack(instructions: str) 
     torch.manual_seed(0)
     sizes = ((3, 96, 36), (1, 200, 12), (6, 30, 72), (4, 70, 48))  # heads, columns, width of all heads
     layers = [some_layer(48, heads, inner, instructions, attended) for heads, inner, attended in sizes]
-    fast = NativeLayers([(*layer, 0) for layer in layers])
+    fast = NativeLayers([(one_term_each(layer[0]), *layer[1:], 0) for layer in layers])
     for batch, tokens in ((2, 7), (5, 33)):
         expected = x = torch.randn(batch, tokens, 48)
         for layer in layers:
@@ -168,9 +175,45 @@ def test_layers_of_different_heads_and_columns_share_a_stack(instructions: str) 
 
 
 @pytest.mark.parametrize("instructions", SETS)
+@pytest.mark.parametrize(("width", "heads", "inner"), [(48, 4, 96), (130, 13, 70), (20, 2, 90)])
+def test_maps_in_factors_are_their_terms(width: int, heads: int, inner: int, instructions: str) -> None:
+    torch.manual_seed(0)
+
+    def product(rows: int, columns: int, asymmetric: bool = True) -> NativeProduct:
+        return prepared(cases.layer(rows, columns, 8, "integer", seed=rows), instructions, asymmetric=asymmetric)
+
+    def factors(rows: int, columns: int, rank: int, place: int = 0, adds: bool = False) -> NativeTerm:
+        return NativeTerm(product(rows, rank, place > 0), product(rank, columns), place, adds)
+
+    whole = NativeTerm(product(width, width, asymmetric=False), None, 2 * width)
+    maps = [
+        [factors(width, width, 7), factors(width, width, 18, width), whole, factors(width, width, 3, 2 * width, True)],
+        [factors(width, width, 11)],
+        [NativeTerm(product(inner, width)), factors(inner, width, 5, 0, True)],
+        [factors(width, inner, 13)],
+    ]
+
+    def computed(terms: list[NativeTerm], x: torch.Tensor) -> torch.Tensor:
+        y = torch.zeros(*x.shape[:-1], 3 * width if len(terms) > 2 else terms[0].product.matrix.rows)
+        for term in terms:
+            part = y[..., term.place : term.place + term.product.matrix.rows]
+            part += term.product(x if term.down is None else term.down(x))
+        return y
+
+    norms = some_layer(width, heads, inner, instructions)[1]
+    fast = NativeLayers([(maps, norms, heads, 0)])
+    for batch, tokens in ((1, 1), (2, 7), (5, 33)):
+        x = torch.randn(batch, tokens, width)
+        expected = twin(x, [functools.partial(computed, terms) for terms in maps], norms, heads, None)
+        error = (fast(x) - expected).abs().amax(-1)  # a value between two codes may fall to either
+        assert float((error < 1e-3).float().mean()) > 0.8 and float(error.max()) < 0.5
+
+
+@pytest.mark.parametrize("instructions", SETS)
 def test_sequences_do_not_depend_on_each_other_nor_on_padding_or_threads(instructions: str, threads: int) -> None:
     torch.manual_seed(0)
-    fast = NativeLayers([(*some_layer(48, 4, 96, instructions), 0)] * 2)
+    products, norms, heads = some_layer(48, 4, 96, instructions)
+    fast = NativeLayers([(one_term_each(products), norms, heads, 0)] * 2)
     lengths = torch.tensor([5, 1, 40, 17, 130, 3])
     x = torch.randn(int(lengths.sum()), 48)
     whole = fast.run(x, lengths, lengths)
@@ -192,7 +235,7 @@ def test_scores_by_position_are_added_for_every_distance(terms: str, instruction
     scale = 0.2
     used = [keys if terms in ("both", "keys") else None, queries if terms in ("both", "queries") else None]
     positions = native.NativePositions(scale, places, *used)
-    fast = NativeLayers([(products, norms, heads, 0, False, False, 0, None, positions)])
+    fast = NativeLayers([(one_term_each(products), norms, heads, 0, False, False, 0, None, positions)])
     for batch, tokens in ((1, 1), (3, 2), (2, 9), (1, 70)):
         x = torch.randn(batch, tokens, 48)
         q, k, _ = products[0](x).view(batch, tokens, 3, heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
@@ -213,7 +256,7 @@ def test_a_query_that_sees_nothing_gets_zeros_from_attention() -> None:
     products, norms, heads = some_layer(48, 4, 96, native.instruction_set())
     x, mask = torch.randn(2, 5, 48), torch.ones(2, 1, 1, 5, dtype=torch.bool)
     mask[1] = False
-    got = NativeLayers([(products, norms, heads, 0)])(x, mask)
+    got = NativeLayers([(one_term_each(products), norms, heads, 0)])(x, mask)
     torch.testing.assert_close(got, twin(x, products, norms, heads, mask), rtol=1e-3, atol=2e-3)
 
 

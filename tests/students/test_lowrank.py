@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 import qbert
 from qbert.encoders.factors import CorrectedLinear, FactoredLinear
 from qbert.encoders.zeros import noted_zeros
+from qbert.inference.engines import INT8, reason_not
 from qbert.students.curvature import layer_matrices, second_moments
 from qbert.students.lowrank import Spectrum, paying_rank, quantize_with_correction, ranks_within
 
@@ -120,8 +121,10 @@ def test_a_factored_student_goes_the_whole_way(tmp_path: Path) -> None:
     for name, saved in (("float", student), ("trainable", quantized), ("packed", packed)):
         saved.save_pretrained(tmp_path / name)
         assert same_state(qbert.load(tmp_path / name), saved)
-    fast = qbert.optimize_for_inference(packed)
-    torch.testing.assert_close(outputs(fast, batch), outputs(packed, batch), rtol=0, atol=1e-5)
+    expected = outputs(packed, batch)
+    for engine in (engine for engine in INT8 if not reason_not(engine)):
+        got = outputs(qbert.optimize_for_inference(packed, engine=engine), batch)
+        assert float((got - expected).norm() / expected.norm()) < 0.01  # a value between two codes may fall to either
     loss = quantized.train()(**batch, labels=torch.tensor([0, 1])).loss
     loss.backward()
     assert quantized.bert.get_submodule(QUERY).down.weight.grad.abs().sum() > 0
