@@ -9,13 +9,14 @@ changed; tables and activations stay in float, so that rows differ in one thing.
 Bits a weight count everything that is stored of those matrices over the number of weights they had before: codes,
 scales and zero points; of a matrix with zeros the codes that are not zero and what tells their places.
 
-``--time`` adds milliseconds of the packed models (8 bits, optimized for inference), each beside the whole model in
-turns, so that a loaded machine slows both.
+``--time`` adds milliseconds of packed models (8 bits, optimized for inference) beside the float model, all in turns,
+so that a loaded machine slows all; its rows are named "time: ..." for ``--only``, and ``--only time`` makes no others.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -28,8 +29,7 @@ from qbert.results import Record, markdown_table, provenance
 
 _RANKS = {"*": 96, "*.intermediate.dense": 153, "encoder.layer.?.output.dense": 153}
 _CORRECTIONS = {"*": 15, "*.intermediate.dense": 25, "encoder.layer.?.output.dense": 25}
-_SHAPES = ((1, 16), (32, 64))
-_ROUNDS = 12
+_SHAPES = ((1, 16), (1, 128), (8, 32), (32, 64))
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -42,7 +42,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--only", nargs="+", help="leave out rows whose label holds none of these texts")
     parser.add_argument("--steps", type=positive, help="also train a few of the students for so many steps")
-    parser.add_argument("--time", action="store_true", help="also time packed models of other shapes")
+    parser.add_argument("--time", action="store_true", help="also time packed models of other shapes, on one core")
     parser.add_argument("--resume", action="store_true", help="go on with the rows that are in the output folder")
     parser.add_argument("--report", help="Markdown file to write; default: <output-dir>/structure.md")
     return parser.parse_args()
@@ -202,29 +202,34 @@ def told(found: dict[str, Any]) -> str:
     return ", ".join(f"{k} {v:.4g}" for k, v in flat.items())
 
 
-def times(model: Any, student: Any) -> dict[str, float]:
-    """Milliseconds of both, packed at 8 bits and optimized, at each shape: medians of calls in turns."""
-    import torch
-
+def timed_students(model: Any, data: Any) -> dict[str, Callable[[], Any]]:
+    """Label -> maker of those whose packed models are timed; which heads and columns are taken out is no matter."""
     import qbert
 
-    fast = [qbert.optimize_for_inference(qbert.pack(qbert.quantize_model(m, 8))) for m in (model, student)]
-    found: dict[str, float] = {}
-    for batch, length in _SHAPES:
-        ids = torch.randint(1000, 2000, (batch, length), generator=torch.Generator().manual_seed(0))
-        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-        taken: list[list[float]] = [[], []]
-        with torch.inference_mode():
-            for turn in range(_ROUNDS + 3):
-                for which, each in enumerate(fast):
-                    calls = 20 if batch == 1 else 1
-                    start = time.process_time()
-                    for _ in range(calls):
-                        each(**inputs)
-                    if turn >= 3:
-                        taken[which].append((time.process_time() - start) / calls)
-        whole, small = (sorted(t)[len(t) // 2] * 1e3 for t in taken)
-        found |= {f"ms whole {batch}x{length}": whole, f"ms {batch}x{length}": small}
+    made: dict[str, Callable[[], Any]] = {"bits alone": lambda: model}
+    for heads, ffn in itertools.product((0.0, 0.25, 0.5), (0.0, 0.25, 0.5, 0.75)):
+        label = " and ".join(f"{what} {share:.0%} out" for what, share in (("heads", heads), ("ffn", ffn)) if share)
+        if label:
+            made[label] = partial(qbert.prune, model, heads=heads, ffn=ffn)
+    made["rank by budget 0.5"] = lambda: qbert.factorize(model, 0.5, data=data)
+    return {f"time: {label}": make for label, make in made.items()}
+
+
+def times(model: Any, students: dict[str, Any]) -> dict[str, dict[str, tuple[float, float]]]:
+    """By label and shape the CPU milliseconds on one core of a student in 8 bits and of the float model, in turns."""
+    from compress_bench import milliseconds, one_thread
+
+    import qbert
+    from qbert.encoders.targets import base_model
+
+    found: dict[str, dict[str, tuple[float, float]]] = {label: {} for label in students}
+    with one_thread():
+        packed = (qbert.pack(qbert.quantize_model(student, 8)) for student in students.values())
+        fast = [base_model(m)[1] for m in (model, *(qbert.optimize_for_inference(m) for m in packed))]
+        for batch, length in _SHAPES:
+            whole, *taken = milliseconds(fast, batch, length, 1000)
+            for label, ms in zip(found, taken, strict=True):
+                found[label][f"{batch}x{length}"] = (ms, whole)
     return found
 
 
@@ -232,7 +237,6 @@ def page(record: Record, task: Any, arguments: argparse.Namespace) -> str:
     """The tables in Markdown."""
     domains = list(dict.fromkeys(name for label in record for name in record[label][0].get("elsewhere", ())))
     header = ["", "bits a weight", "KL", "agreement %", f"{task.primary_metric}", "% of the teacher", *domains]
-    timed = ["ms 1x16", "ms 32x64", "x whole 1x16", "x whole 32x64"]
     rows, fast = [], []
     for label in record:
         (found,) = record[label]
@@ -242,16 +246,16 @@ def page(record: Record, task: Any, arguments: argparse.Namespace) -> str:
             cells += [f"{found['score']:.2f}", f"{found['retention']:.1f}"]
             rows.append([label, *cells, *(f"{there[name]:.2f}" if name in there else "" for name in domains)])
         else:
-            pairs = [(found[f"ms {b}x{t}"], found[f"ms whole {b}x{t}"]) for b, t in _SHAPES]
-            fast.append([label, *(f"{m:.2f}" for m, _ in pairs), *(f"{w / m:.2f}" for m, w in pairs)])
-    text = [provenance(), "", task.describe(), "", markdown_table(header, rows)]
+            fast.append(
+                [label.removeprefix("time: "), *(f"{ms:.2f} ({whole / ms:.1f})" for ms, whole in found.values())]
+            )
+            whole_times = [f"{whole:.2f}" for _, whole in found.values()]
+    text = [provenance(), "", task.describe()]
+    text += ["", markdown_table(header, rows)] if rows else []
     if fast:
-        text += [
-            "",
-            "CPU time of packed models (8 bits, optimized), one thread:",
-            "",
-            markdown_table(["", *timed], fast),
-        ]
+        shapes = ["", *(f"{batch}x{length}" for batch, length in _SHAPES)]
+        text += ["", "CPU milliseconds of one core, packed in 8 bits and fused, in turns with the float model"]
+        text += ["(times its speed):", "", markdown_table(shapes, [["float", *whole_times], *fast])]
     return "\n".join(text)
 
 
@@ -311,23 +315,14 @@ def main() -> None:
         found = row_of(student, score, reference, before, domains)
         record.add(name, {**found, "cpu_seconds": time.process_time() - start})
         print(f"{name}: {told(found)}", flush=True)
-    if arguments.time:
-        import qbert
-
-        shapes = {
-            "rank by budget 0.5": lambda: qbert.factorize(model, 0.5, data=data),
-            "ffn 25% out": lambda: qbert.prune(model, ffn=0.25),
-            "ffn 50% out": lambda: qbert.prune(model, ffn=0.5),
-            "heads 25% out": lambda: qbert.prune(model, heads=0.25),
-            "heads 50% out": lambda: qbert.prune(model, heads=0.5),
-            "heads 25% and ffn 50% out": lambda: qbert.prune(model, heads=0.25, ffn=0.5),
-        }
-        for label, make in shapes.items():
-            wanted = not arguments.only or any(text in f"time: {label}" for text in arguments.only)
-            if f"time: {label}" not in record and wanted:
-                found = times(model, make())
-                record.add(f"time: {label}", found)
-                print(label, ", ".join(f"{k} {v:.2f}" for k, v in found.items()), flush=True)
+    wanted = {
+        label: make()
+        for label, make in timed_students(model, data).items()
+        if arguments.time and label not in record and (not arguments.only or any(t in label for t in arguments.only))
+    }
+    for label, found in times(model, wanted).items() if wanted else ():
+        record.add(label, found)
+        print(label, ", ".join(f"{shape}: {ms:.2f} ms" for shape, (ms, _) in found.items()), flush=True)
     text = page(record, task, arguments)
     target = Path(arguments.report) if arguments.report else folder / "structure.md"
     write_whole(target, lambda aside: aside.write_text(text + "\n", encoding="utf-8"))
