@@ -117,6 +117,8 @@ class Saver:
             kwargs["state_dict"] = file_state(self.model, kwargs.get("state_dict"))
             kwargs.setdefault("save_original_format", False)  # the names that resuming a training looks for
         self.plain(self.model, aside, **kwargs)
+        for path in aside.glob("*.safetensors"):  # safetensors keeps its files from all but their owner
+            path.chmod((aside / "config.json").stat().st_mode & 0o777)
         if not (folder / "README.md").exists():
             (aside / "README.md").write_text(model_card(self.model, folder.name), encoding="utf-8")
         for index in list(aside.glob("*.safetensors.index*.json")):

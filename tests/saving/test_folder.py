@@ -133,6 +133,18 @@ def test_every_way_of_saving_is_found_again(form: Any, options: Any, tmp_path: P
         assert not hasattr(loaded.config, "transformers_weights")
 
 
+@pytest.mark.skipif(os.name != "posix", reason="permissions are those of POSIX")
+def test_who_may_read_the_configuration_may_read_the_weights(tmp_path: Path) -> None:
+    before = os.umask(0o027)
+    try:
+        qbert.pack(student(0)).save_pretrained(tmp_path / "whole")
+        student(0).save_pretrained(tmp_path / "shards", max_shard_size="2KB")
+    finally:
+        os.umask(before)
+    modes = {path.stat().st_mode & 0o777 for path in tmp_path.rglob("*") if path.is_file()}
+    assert modes == {0o640}
+
+
 def test_a_shard_outside_of_the_folder_is_refused(tmp_path: Path) -> None:
     folder = tmp_path / "model"
     qbert.pack(student(0)).save_pretrained(folder, max_shard_size="2KB")
