@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+from other_domains import OtherDomain, other_domains
 from torch import nn
 
 from qbert import BitsConfig, model_size, optimize_for_inference, pack, quantize_model
@@ -40,7 +41,6 @@ _PROBE_ROWS = 2000
 _SEARCH_STEPS = 300  # of weights and choices together
 # (encoder, tables) of models that are made smaller by bits alone, from the smallest
 BITS_ALONE = ((2, 2), (2, 3), (2, 4), (3, 3), (3, 4), (4, 4), (4, 8), (8, 8))
-_OTHER_DOMAIN = {"sst2": "reviews", "reviews": "sst2"}
 
 
 class Rows(NamedTuple):
@@ -383,26 +383,15 @@ class Bench:
         return evaluate(model, self.task, self.tokenizer, split=split, limit=limit, progress=False)
 
     @functools.cached_property
-    def elsewhere(self) -> Any:
+    def elsewhere(self) -> OtherDomain | None:
         """Another task with the same labels, whose texts are of another kind; None where there is none at hand."""
-        from qbert.tasks import load_task
-
-        other = _OTHER_DOMAIN.get(self.task.name)
-        if other == "reviews":
-            return load_task(other)
-        folder = self.arguments.data_dir
-        return load_task(other, data_dir=folder) if other and folder and (Path(folder) / other).is_dir() else None
+        limit = self.arguments.eval_limit or 1000
+        found = other_domains(self.task, self.tokenizer, data_dir=self.arguments.data_dir, limit=limit)
+        return found[0] if found else None
 
     def evaluate_elsewhere(self, model: nn.Module) -> float | None:
         """Score on the other domain's held-out rows; None where there is none."""
-        from qbert.tasks import evaluate
-
-        if self.elsewhere is None:
-            return None
-        split, limit = self.elsewhere.evaluation_splits[0], self.arguments.eval_limit
-        return evaluate(  # type: ignore[no-any-return]
-            model, self.elsewhere, self.tokenizer, split=split, limit=limit, progress=False
-        ).primary
+        return None if self.elsewhere is None else self.elsewhere.evaluate(model).primary
 
     def quantized(self, model: nn.Module, bits: int, embedding_bits: int) -> nn.Module:
         """`model` at these bits, below 8 rounded for its own inputs on training rows; no training follows."""

@@ -28,6 +28,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from compress_bench import load_teacher, milliseconds, one_thread
+from other_domains import OtherDomain, other_domains
+from qat_table import spread
 
 from qbert.allocation.whole_file import FilePlan
 from qbert.encoders.inputs import without_labels
@@ -40,13 +42,27 @@ _SIZE_MB = 10.2  # where no budget and no student is named
 _SPECTRUM = {"runs": 5, "tol": 1e-2}
 _SPECTRUM_ROWS = 32
 _POOL = 8  # rows to draw one from
+_ELSEWHERE_ROWS = 1000
 _SHAPE = (1, 128)  # sequences, tokens of what is timed
 _CORPUS = 20_000  # training rows whose pieces make a vocabulary
 # CPU seconds for MiniLM-L6 (22.7 M parameters) of measuring the options of one structure, and of rounding one model.
 _MEASURING, _ROUNDING, _PARAMETERS = 75.0, 30.0, 22.7e6
 _MORE_FAMILIES = ((Share("sandwich"),), (Factorize(0.5),))
 _BACKWARD = 4.0  # passes of the model that a training step and its teacher take
-COLUMNS = ("score", "retention", "agreement", "divergence", "checked", "predicted", "megabytes", "ms", "times")
+# What a row says: key -> (header, digits); the score is called by its metric.
+_CELLS = {
+    "score": ("", 2),
+    "retention": ("of float", 1),
+    "agreement": ("same answer", 1),
+    "divergence": ("divergence", 4),
+    "checked": ("on training rows", 4),
+    "predicted": ("predicted", 4),
+    "other domain": ("other domain", 2),
+    "megabytes": ("MB", 2),
+    "ms": (f"ms {_SHAPE[0]}x{_SHAPE[1]}", 1),
+    "times": ("of float's speed", 1),
+}
+_NO_SPREAD = ("megabytes", "ms", "times")
 
 
 def add_budget_arguments(parser: argparse.ArgumentParser) -> None:
@@ -148,6 +164,11 @@ class Budget:
         if arguments.trim_vocabulary:
             self.variants.append(self.variant("trimmed vocabulary, ", *self.trimmed(model, tokenizer)))
         self.planners: dict[str, Any] = {}
+        self.others: dict[str, OtherDomain | None] = {}
+        elsewhere = self.elsewhere(self.variants[0])
+        if elsewhere is not None:
+            self.record.content["other domain"] = elsewhere.name
+            self.record.content["float"]["other domain"] = elsewhere.evaluate(model).primary
 
     # ---- what is planned for ----
 
@@ -205,6 +226,14 @@ class Budget:
         split, limit = self.task.evaluation_splits[0], self.arguments.eval_limit
         return evaluate(model, self.task, tokenizer, split=split, limit=limit, progress=False)
 
+    def elsewhere(self, variant: Variant) -> OtherDomain | None:
+        """Rows of another kind of text with the same classes, tokenized for a variant; None where there are none."""
+        if variant.label not in self.others:
+            limit = self.arguments.eval_limit or _ELSEWHERE_ROWS
+            found = other_domains(self.task, variant.tokenizer, data_dir=self.arguments.data_dir, limit=limit)
+            self.others[variant.label] = found[0] if found else None
+        return self.others[variant.label]
+
     def row(self, model: Any, variant: Variant, predicted: float | None, megabytes: float) -> dict[str, Any]:
         """Score, likeness to the teacher and speed of a packed model."""
         from qbert.tasks.evaluation import fidelity
@@ -212,12 +241,14 @@ class Budget:
         result = self.scored(model, variant.tokenizer)
         likeness = fidelity(self.reference.logits, result.logits, getattr(self.model.config, "problem_type", None))
         ms, plain = self.speed(model, variant)
+        elsewhere = self.elsewhere(variant)
         return {
             "score": result.primary,
             "retention": 100 * result.primary / self.reference.primary if self.reference.primary else 0.0,
             "agreement": likeness.agreement,
             "divergence": likeness.divergence,
             "predicted": predicted,
+            "other domain": None if elsewhere is None else elsewhere.evaluate(model).primary,
             "megabytes": megabytes,
             "ms": ms,
             "times": plain / ms,
@@ -381,24 +412,18 @@ def budget_table(content: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     rows |= {name: kept for name, kept in found.items() if not name.startswith("chance")}
     for size in dict.fromkeys(name.split("(")[1] for name in found if name.startswith("chance")):
         drawn = [found[n][0] for n in found if n.startswith("chance") and n.endswith(f"({size}")]
-        middle = {key: median(row[key] for row in drawn) for key in COLUMNS if drawn[0].get(key) is not None}
+        middle = {key: median(row[key] for row in drawn) for key in _CELLS if drawn[0].get(key) is not None}
         rows[f"median of {len(drawn)} random choices ({size}"] = [middle]
-    header = ["", content["metric"], "of float", "same answer", "divergence", "on training rows", "predicted", "MB"]
-    header += [f"ms {_SHAPE[0]}x{_SHAPE[1]}", "of float's speed", "seeds"]
-    return header, [[name, *_cells(kept), str(len(kept))] for name, kept in rows.items()]
+    shown = [key for key in _CELLS if any(row.get(key) is not None for kept in rows.values() for row in kept)]
+    header = ["", *(content["metric"] if key == "score" else _CELLS[key][0] for key in shown), "seeds"]
+    return header, [[name, *(_cell(kept, key) for key in shown), str(len(kept))] for name, kept in rows.items()]
 
 
-def _cells(rows: list[dict[str, Any]]) -> list[str]:
-    digits = {"score": 2, "retention": 1, "agreement": 1, "megabytes": 2, "ms": 1, "times": 1}
-    cells = []
-    for key in COLUMNS:
-        values = [row[key] for row in rows if row.get(key) is not None]
-        mean = sum(values) / len(values) if values else 0.0
-        spread = (sum((v - mean) ** 2 for v in values) / (len(values) - 1)) ** 0.5 if len(values) > 1 else None
-        places = digits.get(key, 4)
-        text = f"{mean:.{places}f}" if values else ""
-        cells.append(text if spread is None or key in ("megabytes", "ms", "times") else f"{text} ± {spread:.{places}f}")
-    return cells
+def _cell(rows: list[dict[str, Any]], key: str) -> str:
+    values = [row[key] for row in rows if row.get(key) is not None]
+    if not values:
+        return ""
+    return spread(values[:1] if key in _NO_SPREAD else values, _CELLS[key][1])
 
 
 def run_budgets(arguments: argparse.Namespace, folder: Path) -> None:

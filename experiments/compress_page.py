@@ -55,6 +55,7 @@ def section(content: dict[str, Any]) -> str:
     """Markdown of one task."""
     plans = "\n".join(f"{name}:\n\n```text\n{plan['text']}\n```\n" for name, plan in content["plans"].items())
     rows = content["float"]["rows"]
+    there = f"; other domain: {content['other domain']}" if "other domain" in content else ""
     saw = f"plans and roundings saw {content['asked']['rows']} training rows without labels"
     return "\n\n".join(
         [
@@ -63,7 +64,7 @@ def section(content: dict[str, Any]) -> str:
             markdown_table(*families_table(content)),
             "Every model:",
             markdown_table(*budget_table(content)),
-            f"{content['data']}. Scores are of {rows:,} held-out rows; {saw}. {content['made by']}",
+            f"{content['data']}. Scores are of {rows:,} held-out rows{there}; {saw}. {content['made by']}",
             plans,
         ]
     )

@@ -25,6 +25,7 @@ from qbert.tasks.evaluation import evaluate_prepared
 # Task -> (other task, split, class of the other task by class of the model; None where they are the same).
 _ELSEWHERE: dict[str, tuple[tuple[str, str, tuple[int, ...] | None], ...]] = {
     "sst2": (("reviews", "validation", None),),
+    "reviews": (("sst2", "validation", None),),
     "mnli": (("mnli", "validation_mismatched", None), ("rte", "validation", (0, 1, 1))),
     "mrpc": (("qqp", "validation", None),),
 }
@@ -68,6 +69,8 @@ def other_domains(
     """
     found = []
     for name, split, classes in _ELSEWHERE.get(task.name, ()):
+        if task.name == "reviews" and not data_dir:
+            continue  # whoever stays with the embedded rows may have no network
         try:
             other = load_task(name, data_dir=None if name == "reviews" else data_dir)
         except (FileNotFoundError, ConnectionError) as error:
