@@ -166,6 +166,9 @@ class Recorder:
         named = [(n, m) for n, m in named if id(m) not in parts]
         # DeBERTa's pos_query_proj has the query role too, but projects positions.
         found: list[nn.Module] = [m for n, m in named if linear_role(n) == role and not re.search(r"\bpos_", n)]
+        # A table that attends to itself (SAFE) has such maps too, and is no layer.
+        inside = {id(m) for _, layer in encoder_layers(self.model) for m in layer.modules()}
+        found = [m for m in found if id(m) in inside] or found
         config = getattr(base, "config", None)
         relative = bool(getattr(config, "relative_attention", False)) or hasattr(config, "rope_parameters")
         if not found or (relative and "scores" in self.wanted):

@@ -8,6 +8,7 @@ from encoders import build, inputs_for
 
 import qbert
 from qbert.distill.features import Recorder
+from qbert.students.shared import narrow_table
 
 SCORE_FAMILIES = ("bert", "roberta", "distilbert", "albert", "electra", "vit")
 
@@ -41,6 +42,12 @@ def test_shared_layers_are_recorded_by_call() -> None:
     features = record(model, {"scores", "hidden"}, inputs_for("albert"))
     assert len(features["scores"]) == 5 and len(features["hidden"]) == 6
     assert not torch.equal(features["scores"][0], features["scores"][1])
+
+
+def test_attention_of_a_table_is_no_layer() -> None:
+    student = narrow_table(build("bert"), 12, heads=2)
+    features = record(student, {"scores", "hidden"}, inputs_for("bert"))
+    assert len(features["scores"]) == 2 and len(features["hidden"]) == 3
 
 
 def test_quantized_students_give_the_same_features() -> None:
