@@ -19,12 +19,12 @@ import torch
 from torch import Tensor, nn
 
 from qbert.bits import BitsConfig, TensorSpec
+from qbert.by_length import by_length
 from qbert.calibration import (
     Batch,
     Moment,
     calibrate_activations,
     check_batches,
-    check_lengths,
     input_moments,
     mean_logits,
 )
@@ -114,6 +114,8 @@ def quantize_model(
     static = [p for p, s in specs.items() if s.activation_range == "static" and not targets[p].is_embedding]
     if static and batches is None:
         raise ValueError(f"activation_range='static' of {static[0]} needs calibration_data; pass a few batches")
+    if batches is not None:
+        batches = by_length(model, batches)
     uses = _uses_of_composed(model, specs, batches)
     if not inplace:
         model = copy.deepcopy(model)
@@ -124,7 +126,6 @@ def quantize_model(
     open_recurrent(model, specs.keys())
     wanted = None
     if compensated and batches is not None:
-        check_lengths(model, batches)
         wanted = mean_logits(model, batches)
     done = _Conversions(model)
     if uses:

@@ -59,7 +59,7 @@ FLOORS = (
     ("layers", "hessian"),
     ("calibration", "sizes", "runtimes"),
     ("inference",),
-    ("outputs", "rounded"),
+    ("outputs", "rounded", "by_length"),
     ("usage",),
     ("quantize", "distill"),
     ("allocation", "saving", "onnx", "openvino"),

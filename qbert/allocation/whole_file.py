@@ -34,7 +34,8 @@ from qbert.allocation.blocks import Fixed, check_widths, fixed_value
 from qbert.allocation.budgets import check_bounds, rounded_up
 from qbert.allocation.knapsack import choose
 from qbert.bits import DEFAULT_GROUPS, FLOAT_BITS, BitsConfig, TensorSpec, largest_rank
-from qbert.calibration import Batch, check_batches, check_lengths, input_moments
+from qbert.by_length import by_length
+from qbert.calibration import Batch, check_batches, input_moments
 from qbert.encoders.targets import HEAD_ROLE, Target, base_models, find_targets, targets_found_once
 from qbert.encoders.weights import is_table, stored
 from qbert.layers.quantizer import WeightQuantizer
@@ -145,8 +146,7 @@ class FilePlan:
         checked = check_batches(batches)
         if checked is None:
             raise ValueError("calibration_data: a file is planned for data; pass batches of some hundred rows")
-        check_lengths(model, checked)
-        fit, score = fitted_and_scored(checked)
+        fit, score = (by_length(model, part) for part in fitted_and_scored(checked))
         groups = _sharing(model)
         rules = [_Rules(model, group, self.widths, self.settings, fixed) for group in groups]
         free = [r for r in rules if r.matrix_rules or r.is_table]

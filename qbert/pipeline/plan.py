@@ -37,6 +37,7 @@ from qbert.allocation.budgets import rounded_up
 from qbert.allocation.whole_file import FILE_DEFAULTS, FilePlan, fitted_and_scored
 from qbert.arguments import is_whole, real_number
 from qbert.bits import BitsConfig
+from qbert.by_length import by_length
 from qbert.calibration import check_batches, run_batch
 from qbert.encoders.modes import evaluation_mode
 from qbert.encoders.targets import base_model, encoder_layers
@@ -259,14 +260,13 @@ class Planner:
         if checked is None or len(checked) < 4:
             raise ValueError("batches: plans are fitted, scored and checked on different rows; pass at least 4 batches")
         self.model, self.bits, self.further, self.progress, self.settings = model, bits, further, progress, settings
-        self.check = [batch for i, batch in enumerate(checked) if i % 4 == 3]
+        self.check = by_length(model, [batch for i, batch in enumerate(checked) if i % 4 == 3])
         self.rest = [batch for i, batch in enumerate(checked) if i % 4 != 3]
-        self.fit, self.score = fitted_and_scored(self.rest)
+        self.fit, self.score = (by_length(model, part) for part in fitted_and_scored(self.rest))
         self.kind = getattr(getattr(model, "config", None), "problem_type", None)
         self.embeds = False
         self.wanted = {
             "score": self.outputs(model, self.score),
-            "rest": self.outputs(model, self.rest),
             "check": self.outputs(model, self.check),
         }
         self.left_out: list[str] = []

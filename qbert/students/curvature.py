@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from qbert.allocation.kronecker import kronecker_factors
+from qbert.by_length import by_length
 from qbert.calibration import Batch, check_batches, run_batch
 from qbert.encoders.inputs import to_device, unmasked
 from qbert.encoders.modes import evaluation_mode
@@ -67,6 +68,7 @@ def second_moments(
     batches = check_batches(data)
     if batches is None:
         raise ValueError("data is missing; give batches of a few hundred unlabelled rows")
+    batches = by_length(model, batches)
     if not gradients:
         seen = observe(model, linears, lambda: (run_batch(model, to_device(b, model)) for b in batches), batches)
         return {m: Moments(of.second, None) for m, of in seen.items()}
@@ -148,6 +150,7 @@ def observe_layers(
     batches = check_batches(data)
     if batches is None:
         raise ValueError("data is missing; give batches of a few hundred unlabelled rows")
+    batches = by_length(model, batches)
     layers = [layer for _, layer in encoder_layers(model)]
 
     def run(index: int) -> None:
