@@ -175,23 +175,28 @@ class FilePlan:
         """The size of the smallest file, in MB of 10^6 bytes."""
         return (self.constant + sum(min(o.size for o in item.options) for item in self.items)) / 1e6
 
-    def choose(self, size_mb: float) -> list[int]:
+    def choose(self, size_mb: float, *, further: bool = True) -> list[int]:
         """Index of the chosen option of every item: the least total damage in a file of at most `size_mb` MB.
+
+        Args:
+            size_mb: MB of 10^6 bytes.
+            further: whether something else may stand in the place of a matrix.
 
         Raises:
             ValueError: if there is no such file; the sentence names the smallest.
         """
         (bound,) = check_bounds(size_mb=size_mb).values()
         assert bound is not None
-        damage = [[o.damage for o in item.options] for item in self.items]
-        sizes = [[float(o.size) for o in item.options] for item in self.items]
+        free = [[i for i, o in enumerate(item.options) if further or o.parts is None] for item in self.items]
+        damage = [[item.options[i].damage for i in kept] for item, kept in zip(self.items, free, strict=True)]
+        sizes = [[float(item.options[i].size) for i in kept] for item, kept in zip(self.items, free, strict=True)]
         picked = choose(damage, [sizes], [math.floor(bound * 1e6) - self.constant])
         if picked is None:
             raise ValueError(
                 f"size_mb={size_mb:g} is too small with bits={self.widths!r}: {self.constant / 1e6:.4f} MB is not "
                 f"chosen here (biases, norms, heads), and the smallest file has {rounded_up(self.smallest_mb)} MB"
             )
-        return picked
+        return [kept[p] for kept, p in zip(free, picked, strict=True)]
 
     def config(self, size_mb: float) -> BitsConfig:
         """The configuration of the least predicted damage whose packed file has at most `size_mb` MB of 10^6 bytes.

@@ -56,6 +56,9 @@ from qbert.students.depth import compare_depths
 from qbert.tasks.evaluation import fidelity, wants_pairs
 
 _CHECKED = 3  # plans that are made and compared by a forward pass
+_CHECKED_PLAIN = (
+    2  # of which the same structure with bits alone is made too: the more options, the more luck in the best
+)
 _FRONT_POINTS = 24
 _TIMINGS, _ATTEMPTS = 15, 3
 # Where half of the runs take this much longer than the fastest, the clock says more of other work than of the model.
@@ -129,7 +132,8 @@ class Plan:
 
     Attributes:
         best: the chosen one.
-        candidates: the best plan of every structure within the budgets, nearest to the float model first.
+        candidates: the best plan of every structure within the budgets, of the best of them with bits alone too, the
+            nearest to the float model first.
         left_out: structures that cannot keep a budget or cannot win, and why.
         front: structure -> (MB, predicted divergence) over sizes.
         budget: what was asked for, in words.
@@ -336,10 +340,11 @@ class Planner:
                 )
             candidates.reverse()
         else:
-            ranked = sorted(
-                (self.fill(part.steps, size_mb, timed.get(part.steps)) for part in parts), key=lambda c: c.predicted
-            )
-            made = [self._made(c) for c in ranked[:_CHECKED]]
+            filled = [(self.fill(part.steps, size_mb, timed.get(part.steps)), part) for part in parts]
+            filled.sort(key=lambda pair: pair[0].predicted)
+            ranked = [candidate for candidate, _ in filled]
+            plain = [self._plain(candidate, part, size_mb) for candidate, part in filled[:_CHECKED_PLAIN]]
+            made = [self._made(c) for c in (*ranked[:_CHECKED], *filter(None, plain))]
             candidates = [*sorted(made, key=lambda c: c.measured or 0.0), *ranked[_CHECKED:]]
         return Plan(
             candidates[0],
@@ -458,11 +463,27 @@ class Planner:
             model = cast(Structure, step).change(model, batches)
         return model
 
-    def fill(self, steps: tuple[Step, ...], size_mb: float | None, latency_ms: float | None = None) -> Candidate:
-        """The least predicted divergence of a structure in a size; `latency_ms` is what it was measured to take."""
+    def fill(
+        self,
+        steps: tuple[Step, ...],
+        size_mb: float | None,
+        latency_ms: float | None = None,
+        *,
+        further: bool = True,
+    ) -> Candidate:
+        """The least predicted divergence of a structure in a size.
+
+        Args:
+            steps, size_mb: the structure and the size.
+            latency_ms: what it was measured to take.
+            further: whether matrices may be stored as two factors or with zeros.
+
+        Raises:
+            ValueError: nothing of it is as small.
+        """
         part = self.part(steps)
         files = part.files
-        picked = files.choose(min(size_mb or part.largest_mb, part.largest_mb))
+        picked = files.choose(min(size_mb or part.largest_mb, part.largest_mb), further=further)
         return Candidate(
             (*steps, *steps_of(files.forms(picked))),
             files.configuration(picked),
@@ -470,6 +491,15 @@ class Planner:
             latency_ms,
             part.start + self.prediction(files.damage(picked)),
         )
+
+    def _plain(self, candidate: Candidate, part: _Part, size_mb: float | None) -> Candidate | None:
+        """The plan of the same structure whose matrices are all whole; None where `candidate` is that, or none fits."""
+        if candidate.structure == part.steps:
+            return None
+        try:
+            return self.fill(part.steps, size_mb, candidate.latency_ms, further=False)
+        except ValueError:  # too small a size for bits alone
+            return None
 
     def _front(self, part: _Part) -> tuple[tuple[float, float], ...]:
         """(MB, predicted divergence) of a structure over sizes."""

@@ -76,7 +76,12 @@ def test_bits_alone_are_exact(world: dict[str, Any]) -> None:
             other = [x if i == a else y if i == b else p for i, p in enumerate(picked)]
             if part.files.size(other) <= 0.022e6:
                 assert part.files.damage(other) >= best - 1e-12
-    assert found.best.predicted == pytest.approx(found.prediction(best))
+    assert min(c.predicted for c in found.candidates) == pytest.approx(found.prediction(best))
+    whole = part.files.choose(0.022, further=False)
+    assert not part.files.forms(whole) and part.files.damage(whole) >= best
+    plain = [c for c in found.candidates if not c.structure]
+    assert plain[0].predicted == pytest.approx(found.prediction(part.files.damage(whole)))
+    assert plain[0].measured is not None
 
 
 def test_what_is_measured_is_what_a_forward_pass_says(sized: plans.Plan, world: dict[str, Any]) -> None:
