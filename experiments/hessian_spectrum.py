@@ -7,7 +7,7 @@
 1. fine-tunes the encoder on the task (cached; ``--no-fine-tune`` takes a sentence encoder as it is, for stsb);
 2. measures the top Hessian eigenvalue of every encoder layer over several random subsets of the training data;
 3. ranks the layers by |mean| + std and turns the ranking into bits;
-4. quantizes after training at several widths and prints score and size.
+4. quantizes after training at several widths, rounded to nearest and compensated, and prints score and size.
 
 Writes spectrum.json, bits.json, ptq.json, spectrum.png and landscape.png. Under five minutes on two CPU cores with no
 argument. Under torchrun the processes share the blocks (gloo on CPUs, nccl with ``--device cuda``): the first one
@@ -36,6 +36,7 @@ from qbert.cli.arguments import (
 from qbert.extras import require
 
 _DEFAULT_SAMPLES = 32
+_CALIBRATION_ROWS = 384
 _DRAWS = 200
 
 
@@ -167,7 +168,13 @@ def bits_configs(arguments: argparse.Namespace, spectrum: Any, model: Any) -> di
     configs: dict[str, Any] = {f"{b} bits": qbert.BitsConfig(b, **settings) for b in (8, 4, 3, 2)}
     configs["2/3 mixed"] = qbert.allocate_bits(spectrum, bits=(2, 3), model=model, **settings)
     configs["2/4 mixed"] = qbert.allocate_bits(spectrum, bits=(2, 4), model=model, **settings)
-    return {**configs, label: chosen, "chosen": chosen}
+    configs[label] = chosen
+    compensated = {"rounding": "compensated", **settings}
+    configs |= {f"{b} bits, compensated": qbert.BitsConfig(b, **compensated) for b in (3, 2)}
+    configs[f"{label}, compensated"] = qbert.allocate_bits(
+        spectrum, **requested(arguments, model), rounding="compensated"
+    )
+    return {**configs, "chosen": chosen}
 
 
 def main() -> None:
@@ -183,6 +190,7 @@ def main() -> None:
         return
     from other_domains import other_domains
     from ptq import ptq_report, ptq_table
+    from ptq_table import calibration_batches
 
     import qbert
     from qbert.files import write_json
@@ -209,8 +217,17 @@ def main() -> None:
         return evaluate(candidate, task, tokenizer, split=split, limit=arguments.eval_limit, progress=False)
 
     domains = other_domains(task, tokenizer, data_dir=arguments.data_dir, limit=arguments.eval_limit or 1000)
-    results = ptq_report(model, configs, score, elsewhere={domain.name: domain.evaluate for domain in domains})
+    results = ptq_report(
+        model,
+        configs,
+        score,
+        calibration_data=calibration_batches(task, model, tokenizer, _CALIBRATION_ROWS, arguments.seed),
+        elsewhere={domain.name: domain.evaluate for domain in domains},
+    )
     print(text_table(*ptq_table(results, task.primary_metric)))
+    print(
+        f"compensated: codes chosen for the outputs on {_CALIBRATION_ROWS} training rows without labels; else nearest"
+    )
     write_json(
         folder / "ptq.json",
         {
