@@ -199,16 +199,18 @@ def main() -> None:
 
     spectrum.save(folder / "spectrum.json")
     shutil.rmtree(folder / "spectrum.partial", ignore_errors=True)
-    spectrum.plot(folder / "spectrum.png")
     configs = bits_configs(arguments, spectrum, model)
     chosen = configs.pop("chosen")
+    title = f"{arguments.model or 'MiniLM-L6'} on {task.name}"
+    widths = {name: f"{bits} bits" for name, bits in _widths(spectrum, chosen).items() if bits}
+    spectrum.plot(folder / "spectrum.png", title=title, notes=widths)
     chosen.save(folder / "bits.json")
     print(_spectrum_table(spectrum, chosen))
     if len(spectrum.eigenvalues) > 1:
         sure = qbert.bit_shares(spectrum, draws=_DRAWS, **requested(arguments, model))
         print(f"These bits come out of {100 * sure.same:.0f} % of {_DRAWS} random draws of the same runs.")
     if not arguments.no_landscape:
-        landscapes(model, data, spectrum, arguments, folder / "landscape.png")
+        landscapes(model, data, spectrum, arguments, folder / "landscape.png", title)
 
     print(f"\nPost-training quantization, scored on {arguments.eval_limit or 'all'} held-out examples:")
 
@@ -242,14 +244,24 @@ def main() -> None:
     )
 
 
+def _widths(spectrum: Any, config: Any) -> dict[str, str]:
+    """Block -> the bits that follow from its rank."""
+    return {
+        name: "/".join(
+            map(str, sorted({config.rules[p]["bits"] for p in (name, *spectrum.members[name]) if p in config.rules}))
+        )
+        for name in spectrum.names
+    }
+
+
 def _spectrum_table(spectrum: Any, config: Any) -> str:
     """The table of the spectrum with the bits that follow from it in a last column."""
     from qbert.results import text_table
 
     rank = {name: i for i, name in enumerate(spectrum.ranking(), 1)}
     rows = []
+    widths = _widths(spectrum, config)
     for i, name in enumerate(spectrum.names):
-        widths = sorted({config.rules[p]["bits"] for p in (name, *spectrum.members[name]) if p in config.rules})
         rows.append(
             (
                 name,
@@ -257,7 +269,7 @@ def _spectrum_table(spectrum: Any, config: Any) -> str:
                 f"{spectrum.std[i]:.4g}",
                 f"{spectrum.sensitivity[i]:.4g}",
                 rank[name],
-                "/".join(map(str, widths)),
+                widths[name],
             )
         )
     table = text_table((spectrum.settings["granularity"], "mean", "std", "|mean|+std", "rank", "bits"), rows)
@@ -265,7 +277,7 @@ def _spectrum_table(spectrum: Any, config: Any) -> str:
 
 
 def landscapes(
-    model: Any, data: Any, spectrum: Any, arguments: argparse.Namespace, path: Path, steps: int = 15
+    model: Any, data: Any, spectrum: Any, arguments: argparse.Namespace, path: Path, title: str, steps: int = 15
 ) -> None:
     """Loss over the plane of the top two eigenvectors, for the most and the least sensitive block."""
     from qbert.hessian.landscape import loss_landscape
@@ -280,7 +292,7 @@ def landscapes(
         )
         for name in (ranking[0], ranking[-1])
     ]
-    plot_landscapes(surfaces, path, spectrum=spectrum)
+    plot_landscapes(surfaces, path, spectrum=spectrum, title=title)
 
 
 if __name__ == "__main__":

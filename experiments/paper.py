@@ -406,6 +406,7 @@ def make_figure(
             if rank > 0:
                 continue
             picture = here / f"{recipe['kind']}.png"
+            about = f"{own.model or 'MiniLM-L6'} on {name}"
             if recipe["kind"] == "landscape":
                 landscapes(
                     model,
@@ -413,10 +414,11 @@ def make_figure(
                     spectrum,
                     own,
                     picture,
+                    about,
                     _STEPS,
                 )
             else:
-                spectrum.plot(picture)
+                spectrum.plot(picture, title=about)
             print(spectrum)
             parts += [f"## {name}", "", f"![{recipe['title']}]({name}/{picture.name})", ""]
             parts += ["```", str(spectrum), "```", "", f"{task.describe()}. {provenance()}", ""]

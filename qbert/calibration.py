@@ -261,11 +261,16 @@ def mean_logits(model: nn.Module, batches: Sequence[Batch]) -> tuple[str, Tensor
 
 
 def check_lengths(model: nn.Module, batches: Sequence[Batch]) -> None:
-    """Refuse batches that are longer than the model's positions.
+    """Refuse batches that are longer than the model's positions, empty, or of ids that it has no rows for.
 
     Raises:
-        ValueError: naming both lengths.
+        ValueError: naming both lengths, or the id.
     """
+    for batch in batches:
+        ids = batch.get("input_ids")
+        if isinstance(ids, Tensor) and not ids.numel():
+            raise ValueError(f"calibration_data: a batch has input_ids {list(ids.shape)}; leave empty batches out")
+    _check_ids(model, batches)
     tables = [m for n, m in model.named_modules() if isinstance(m, nn.Embedding) and n.endswith("position_embeddings")]
     most = max((table.num_embeddings for table in tables), default=0)
     longest = max((b["input_ids"].shape[-1] for b in batches if isinstance(b.get("input_ids"), Tensor)), default=0)
@@ -274,6 +279,19 @@ def check_lengths(model: nn.Module, batches: Sequence[Batch]) -> None:
             f"calibration_data: a batch has {longest} tokens a row, but the model reads at most {most}; tokenize with "
             f"truncation=True, max_length={most}"
         )
+
+
+def _check_ids(model: nn.Module, batches: Sequence[Batch]) -> None:
+    whole = ("word_embeddings", "word_embeddings.table")  # and no part of a composed one
+    tables = [m for n, m in model.named_modules() if isinstance(m, nn.Embedding) and n.endswith(whole)]
+    rows = max((table.num_embeddings for table in tables), default=0)
+    for ids in (b["input_ids"] for b in batches if isinstance(b.get("input_ids"), Tensor)):
+        least, most = int(ids.min()), int(ids.max())
+        if rows and not 0 <= least <= most < rows:
+            raise ValueError(
+                f"calibration_data: the id {most if most >= rows else least} is none of the model's {rows}; tokenize "
+                "with the model's own tokenizer"
+            )
 
 
 class _Run:

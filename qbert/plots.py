@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,7 @@ from qbert.extras import require
 from qbert.files import write_whole
 
 _DECADES_FOR_LOG = 30.0
+_MOST_UPRIGHT = 14  # names below an axis
 _POINTS = 100  # along an axis of a drawn surface
 
 
@@ -35,8 +36,12 @@ def new_figure(width: float, height: float) -> Any:
     return figure
 
 
-def plot_spectrum(spectrum: Any, path: str | os.PathLike[str]) -> None:
+def plot_spectrum(
+    spectrum: Any, path: str | os.PathLike[str], *, title: str = "", notes: Mapping[str, str] | None = None
+) -> None:
     """Every run's eigenvalue by block, boxes over the runs, and |mean| + std; the suffix of `path` chooses the type.
+
+    `title` and `notes` as for `HessianSpectrum.plot`.
 
     Where magnitudes span more than thirtyfold, the axis is logarithmic and has no place for signs: negative values are
     then drawn at their magnitude, in a colour and a shape of their own, and boxes are those of the magnitudes.
@@ -75,15 +80,21 @@ def plot_spectrum(spectrum: Any, path: str | os.PathLike[str]) -> None:
         axes.set_yscale("log")
     elif (values < 0).any():
         axes.axhline(0, color="0.7", linewidth=0.8, zorder=0)
-    axes.set_xticks(positions, _short(spectrum.names), rotation=90 if blocks > 14 else 0)
+    joint = " - " if blocks > _MOST_UPRIGHT else "\n"
+    below_names = [joint + notes[name] if notes and notes.get(name) else "" for name in spectrum.names]
+    ticks = [short + note for short, note in zip(_short(spectrum.names), below_names, strict=True)]
+    axes.set_xticks(positions, ticks, rotation=90 if blocks > _MOST_UPRIGHT else 0)
     axes.set_xlabel(_axis_label(spectrum))
     axes.set_ylabel(f"{'magnitude of the top eigenvalue' if by_magnitude else 'top eigenvalue'}  [loss / weight²]")
     fraction = spectrum.settings.get("fraction")
     share = f", each on {100 * fraction:.3g} % of the data" if isinstance(fraction, int | float) else ""
-    axes.set_title(f"Top Hessian eigenvalue over {runs} run{'s' if runs > 1 else ''}{share}", fontsize="medium")
+    above = f"{title}\n" if title else ""
+    axes.set_title(f"{above}Top Hessian eigenvalue over {runs} run{'s' if runs > 1 else ''}{share}", fontsize="medium")
     axes.grid(axis="y", alpha=0.25)
-    boxes = "; boxes: median, quartiles, and the last value within 1.5 box lengths" if runs > 2 else ""
-    figure.legend(loc="outside lower center", ncols=2, fontsize="small", title=f"a mark a run{boxes}", frameon=False)
+    boxes = "; boxes: quartiles and median" if runs > 2 else ""
+    figure.legend(
+        loc="outside lower center", ncols=2, fontsize="small", title=f"one mark per run{boxes}", frameon=False
+    )
     write_whole(path, lambda aside: figure.savefig(aside, dpi=150))
 
 
@@ -102,7 +113,12 @@ def _axis_label(spectrum: Any) -> str:
 
 
 def plot_landscapes(
-    landscapes: Sequence[Any], path: str | os.PathLike[str], *, kind: str = "contour", spectrum: Any = None
+    landscapes: Sequence[Any],
+    path: str | os.PathLike[str],
+    *,
+    kind: str = "contour",
+    spectrum: Any = None,
+    title: str = "",
 ) -> None:
     """Draw surfaces side by side with one colour scale; a star marks the trained weights.
 
@@ -114,6 +130,7 @@ def plot_landscapes(
         kind: ``contour`` or ``surface`` (three-dimensional).
         spectrum: a `HessianSpectrum` of the same blocks; titles then say its mean and deviation over the runs beside
             the eigenvalues of the samples that the surface was measured on.
+        title: what was measured, such as the model and the task.
 
     Raises:
         ValueError: nothing to draw, or an unknown kind.
@@ -153,7 +170,7 @@ def plot_landscapes(
             axes.plot([0], [0], "*", color="red", markeredgecolor="white", markersize=14)
             axes.set_aspect("equal")
         axes.set_title(_landscape_title(surface, spectrum), fontsize="small")
-        axes.set_xlabel("distance along eigenvector 1")
+        axes.set_xlabel("distance along eigenvector 1 [weights, Euclidean]")
         axes.set_ylabel("distance along eigenvector 2")
     bar = figure.colorbar(
         ScalarMappable(norm, "viridis"),
@@ -163,8 +180,9 @@ def plot_landscapes(
         ticks=levels[::2],
         format="%.2g",
     )
-    bar.set_label("mean loss")
-    figure.supxlabel("star: the trained weights", fontsize="small", color="red")
+    bar.set_label("mean loss (square-root scale)")
+    about = f"{title}: mean" if title else "Mean"
+    figure.suptitle(f"{about} loss around the trained weights (star)", fontsize="medium")
     write_whole(path, lambda aside: figure.savefig(aside, dpi=150))
 
 

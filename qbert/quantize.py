@@ -84,9 +84,6 @@ def quantize_model(
             already, of the same model, data and configuration, are not rounded again.
         progress: show a bar over the matrices of compensated rounding.
 
-    Warns:
-        UserWarning: if weights of the encoder stay in float because no kind of layer covers their modules.
-
     Returns:
         The converted model, of the same class and in the same mode. Every converted module has
         ``quantized_weight()`` and the hooks of the module whose place it takes.
@@ -99,7 +96,8 @@ def quantize_model(
         TypeError: for a `model`, `bits_config` or `calibration_data` of another type.
 
     Warns:
-        UserWarning: where compensated rounding is asked for but matrices are rounded to nearest, because there is no
+        UserWarning: where weights of the encoder stay in float because no kind of layer covers their modules; where
+            compensated rounding is asked for but matrices are rounded to nearest, because there is no
             `calibration_data` or it does not reach them; and where it has fewer tokens than a matrix has inputs.
 
     Source: Shen et al. 2020, sections 3.1 and 3.3; for compensated rounding `qbert.quantizers.rounding`.

@@ -181,6 +181,9 @@ def model_size(
         bits_config: as for `quantize_model`. Static activation ranges count where the configuration asks for them
             (they also come with calibration data, which is not known here: 8 bytes a matrix).
 
+    Returns:
+        `ModelSize`: bytes of every tensor; print it for a table, ``.mb`` for MB of 10^6 bytes.
+
     Raises:
         ValueError: if the configuration does not fit (see `BitsConfig.resolve`), or is given for a quantized model.
     """

@@ -78,6 +78,19 @@ def test_pairs_of_texts_stay_together() -> None:
     assert rows_of(found) == rows_of(given)
 
 
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"input_ids": torch.full((4, 11), 100)}, "the id 100 is none of the model's 100"),
+        ({"input_ids": torch.full((4, 11), -1)}, "the id -1 is none of the model's 100"),
+        ({"input_ids": torch.zeros(0, 8, dtype=torch.long)}, r"a batch has input_ids \[0, 8\]; leave empty"),
+    ],
+)
+def test_rows_that_no_model_could_read_are_refused(change: dict[str, torch.Tensor], sentence: str) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        qbert.quantize_model(build("bert"), 3, calibration_data=[padded_batches()[0] | change])
+
+
 class _ReadsPadding(nn.Module):
     def __init__(self) -> None:
         super().__init__()

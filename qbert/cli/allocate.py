@@ -41,10 +41,14 @@ def allocate(spectrum: str, bits: str, save: str | None, model: str | None, **as
         widths = tuple(int(width) for width in bits.replace(",", " ").split())
     except ValueError as error:
         raise ValueError(f"--bits {bits} are no widths; write them as 2,3 or 2,3,4,8") from error
+    try:
+        measured = HessianSpectrum.load(spectrum)
+    except (ValueError, OSError) as error:
+        raise ValueError(f"SPECTRUM {spectrum}: {error}; qbert spectrum --save writes one") from error
     loaded = load_any(model) if model else None
     settings = {"groups": asked["groups"]} if asked["groups"] else {}
     config = qbert.allocate_bits(
-        HessianSpectrum.load(spectrum),
+        measured,
         widths,
         size_mb=asked["size_mb"],
         average_bits=asked["average_bits"],

@@ -18,6 +18,8 @@ import torch
 
 from qbert.extras import MissingPackageError
 
+_LONG = 120
+
 
 def add_task_arguments(parser: argparse.ArgumentParser) -> None:
     """``--model --task --data-dir --device --threads --seed --output-dir``, with their help."""
@@ -172,4 +174,6 @@ def check_device(device: str) -> None:
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device {device} is not usable here ({str(error).splitlines()[0]}); use cpu") from error
+        why = str(error).splitlines()[0]
+        why = f" ({why})" if len(why) < _LONG else ""  # torch names twenty kinds of device for a name it does not know
+        raise ValueError(f"--device {device} is not usable here{why}; use cpu, or cuda where there is a GPU") from error

@@ -35,7 +35,11 @@ def compress(model: str, out: str, task: str, data_dir: str | None, plan_file: s
     from qbert.tasks import load_task
 
     set_machine(asked["device"], asked["threads"])
-    plan, data = Pipeline.load(plan_file), load_task(task, data_dir=data_dir)
+    try:
+        plan = Pipeline.load(plan_file)
+    except ValueError as error:
+        raise ValueError(f"--plan {plan_file}: {error}; qbert plan --save writes one") from error
+    data = load_task(task, data_dir=data_dir)
     loaded, tokenizer = build_for(data, model)
     options = {name: asked[name] for name in ("train_limit", "eval_limit", "seed", "bf16")}
     done = run(loaded.to(asked["device"]), tokenizer, data, plan, folder=out, progress=not asked["as_json"], **options)

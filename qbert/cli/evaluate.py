@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from qbert.cli.options import as_json, build_for, machine_options, set_machine, show, task_options
+from qbert.cli.options import as_json, build_for, check_packed, machine_options, set_machine, show, task_options
 
 
 @click.command()
@@ -38,6 +38,7 @@ def evaluate(model: str, task: str, data_dir: str | None, beside: str | None, **
         loaded, tokenizer = build_for(data, name)
         loaded = loaded.to(asked["device"])
         if asked["optimize"] and name == model:
+            check_packed("MODEL", model, loaded)
             loaded = qbert.optimize_for_inference(loaded)
         options = {key: asked[key] for key in ("limit", "batch_size", "seed")}
         results[name] = scores_of(loaded, data, tokenizer, progress=not asked["as_json"], **options)

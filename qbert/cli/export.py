@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from qbert.cli.options import as_json, load_any, show
+from qbert.cli.options import as_json, check_packed, load_any, show
 
 _SUFFIXES = {"onnx": ".onnx", "openvino": ".xml"}
 
@@ -37,6 +37,7 @@ def export(folder: str, out: str, runtime: str | None, float_activations: bool, 
         raise ValueError(f"OUT {out} is no name for --to {runtime}; let it end in {_SUFFIXES[runtime]}")
     names = tuple(name.strip() for name in inputs.split(",") if name.strip())
     packed, said = load_any(folder), {}
+    check_packed("FOLDER", folder, packed)
     if named == "openvino":
         report = qbert.export_openvino(packed, out, inputs=names, quantize_activations=not float_activations)
         size, said = report.nbytes, {"error": report.error, "error_by_default": report.error_by_default}

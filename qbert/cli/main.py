@@ -42,7 +42,7 @@ def app() -> None:
 
     \b
     A fine-tuned classifier, from its float weights to a small file:
-      qbert quantize my-model out --bits 4               every matrix in 4 bits, tables in 8
+      qbert quantize my-model out --bits 4               every matrix and table in 4 bits
       qbert inspect out                                  what the folder holds
       qbert evaluate out --task sst2                     how good it is
       qbert distill my-model out --task sst2 --bits 2    fewer bits, made good by training

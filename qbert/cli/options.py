@@ -89,6 +89,28 @@ def load_any(source: str) -> Any:
     return load_quietly(kind, source).eval()
 
 
+def float_model(source: str) -> Any:
+    """As `load_any`, of a model that is not quantized yet.
+
+    Raises:
+        ValueError: it is; else as `load_any`.
+    """
+    from qbert.saving.records import is_quantized
+
+    model = load_any(source)
+    if is_quantized(model):
+        raise ValueError(f"MODEL {source} is quantized already; name the float model")
+    return model
+
+
+def check_packed(name: str, source: str, model: Any) -> None:
+    """Raises ValueError, for the argument `name`, where the model of `source` is not packed."""
+    from qbert.layers.packed import PackedTensor
+
+    if not any(isinstance(module, PackedTensor) for module in model.modules()):
+        raise ValueError(f"{name} {source} is no packed model; make one: qbert quantize {source} OUT --bits 4")
+
+
 def load_tokenizer(source: str) -> Any:
     """The tokenizer beside a model.
 
@@ -137,6 +159,26 @@ def unlabelled_batches(asked: Mapping[str, Any], tokenizer: Any) -> list[dict[st
         data = prepare(task, tokenizer, "train", limit=asked["rows"], seed=asked["seed"])
         return [without_labels(batch) for batch in data.batches(32, seed=asked["seed"])]
     return None
+
+
+def in_fours(batches: list[dict[str, Any]] | None) -> list[dict[str, Any]]:
+    """Few rows in four batches at least, as plans want them.
+
+    Raises:
+        ValueError: there are fewer than four rows.
+    """
+    batches = batches or []
+    rows = sum(len(batch["input_ids"]) for batch in batches)
+    if rows < 4:
+        raise ValueError(f"there are {rows} rows to plan on; give at least 4, better some hundred (--texts, --rows)")
+    if len(batches) >= 4:
+        return batches
+    most = max(1, rows // 4)
+    return [
+        {name: value[at : at + most] for name, value in batch.items()}
+        for batch in batches
+        for at in range(0, len(batch["input_ids"]), most)
+    ]
 
 
 def text_batches(path: str, tokenizer: Any, rows: int) -> list[dict[str, Any]]:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import click
 
 from qbert.cli.options import (
     as_json,
-    load_any,
+    float_model,
+    in_fours,
     load_tokenizer,
     machine_options,
     set_machine,
@@ -17,6 +19,8 @@ from qbert.cli.options import (
     task_options,
     unlabelled_batches,
 )
+
+_PICTURES = (".png", ".pdf", ".svg")
 
 
 @click.command()
@@ -49,17 +53,25 @@ def plan(model: str, shape: str, save: str | None, plot: str | None, **asked: An
     from qbert.pipeline.plan import plan as make_plan
 
     set_machine(asked["device"], asked["threads"])
+    rows_and_tokens = _shape(shape)
     if bool(asked["texts"]) == bool(asked["task"]):
         raise ValueError("give --texts FILE or --task NAME; a plan is made on one of them")
+    if all(asked[name] is None for name in ("size_mb", "latency_ms", "within")):
+        raise ValueError("give --size-mb, --latency-ms or --within; a plan needs a budget")
+    if plot and Path(plot).suffix not in _PICTURES:
+        raise ValueError(f"--plot {plot} is no kind of picture that can be drawn; end it in {', '.join(_PICTURES)}")
+    for option, path in (("--save", save), ("--plot", plot)):
+        if path and not Path(path).absolute().parent.is_dir():
+            raise ValueError(f"{option} {path} is in no folder that is there; make it first")
     tokenizer = load_tokenizer(model)
     batches = unlabelled_batches(asked, tokenizer)
     found = make_plan(
-        load_any(model).to(asked["device"]),
-        batches,
+        float_model(model).to(asked["device"]),
+        in_fours(batches),
         size_mb=asked["size_mb"],
         latency_ms=asked["latency_ms"],
         within=asked["within"],
-        shape=_shape(shape),
+        shape=rows_and_tokens,
         progress=not asked["as_json"],
     )
     if save:

@@ -11,7 +11,7 @@ import click
 from qbert.cli.options import (
     as_json,
     file_megabytes,
-    load_any,
+    float_model,
     load_tokenizer,
     machine_options,
     set_machine,
@@ -63,7 +63,7 @@ def quantize(model: str, out: str, **asked: Any) -> None:
         raise ValueError(f"OUT {out} is not empty; name another folder, or add --force")
     set_machine(asked["device"], asked["threads"])
     config = _configuration(asked)
-    loaded = load_any(model)
+    loaded = float_model(model)
     tokenizer = _tokenizer(model, needed=bool(asked["texts"] or asked["task"]))
     data = _calibration(asked, tokenizer)
     loaded = loaded.to(asked["device"])

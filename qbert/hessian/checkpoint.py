@@ -79,6 +79,11 @@ class Checkpoint:
         if not isinstance(found, dict) or not isinstance(state["results"], dict):
             raise ValueError(_damaged(file))
         different = sorted(k for k in self.signature.keys() | found.keys() if self.signature.get(k) != found.get(k))
+        if different == ["data", "runs"]:  # the data are those of all runs
+            raise ValueError(
+                f"checkpoint: {self.folder} belongs to another measurement of {found['runs']} runs, not "
+                f"{self.signature['runs']}; ask for as many, leave out resume, or give another folder"
+            )
         if different:
             raise ValueError(
                 f"checkpoint: {self.folder} belongs to another measurement (different: {', '.join(different)}); give "

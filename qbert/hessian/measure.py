@@ -124,6 +124,9 @@ def hessian_spectrum(
         resume: go on from `checkpoint`, if there is one; without it, an earlier one is overwritten.
         progress: show a progress bar, counted in Hessian products (in samples for ``ggn``).
 
+    Returns:
+        `HessianSpectrum`: eigenvalues, residuals and convergence [runs, blocks] in float64, and what was asked for.
+
     Raises:
         ValueError, TypeError: an argument that cannot be used, named with its value; a foreign checkpoint.
         ArithmeticError: a Hessian that is not finite.
@@ -180,11 +183,16 @@ def hessian_spectrum(
 
 
 def check_finite(model: nn.Module) -> None:
-    """Refuse weights that hold NaN or infinity, or can have no gradients.
+    """Refuse weights that hold NaN or infinity, or can have no gradients, as packed ones.
 
     Raises:
-        ValueError: naming the first such parameter.
+        ValueError: naming the first such parameter or module.
     """
+    for name, module in model.named_modules():
+        if hasattr(module, "quantized_weight") and not isinstance(getattr(module, "weight", None), nn.Parameter):
+            raise ValueError(
+                f"model: {name} is packed, and has no gradients; measure the float model, or the one that was packed"
+            )
     for name, parameter in model.named_parameters():
         if parameter.is_inference():
             raise ValueError(f"model: {name} was made in torch.inference_mode(); load the model outside of it")

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -177,11 +177,17 @@ class HessianSpectrum:
         check_seal(path, content)
         return spectrum
 
-    def plot(self, path: str | os.PathLike[str]) -> None:
-        """Draw the spread of the eigenvalues per block into an image file (type by its suffix)."""
+    def plot(self, path: str | os.PathLike[str], *, title: str = "", notes: Mapping[str, str] | None = None) -> None:
+        """Draw the spread of the eigenvalues per block into an image file (type by its suffix).
+
+        Args:
+            path: the file.
+            title: what was measured, such as the model and the task.
+            notes: block -> what stands below its name, such as the bits that it gets.
+        """
         from qbert.plots import plot_spectrum
 
-        plot_spectrum(self, path)
+        plot_spectrum(self, path, title=title, notes=notes)
 
     def __str__(self) -> str:
         rank = {name: position for position, name in enumerate(self.ranking(), 1)}

@@ -123,6 +123,9 @@ def optimize_for_inference(
             taken where they are asked for only, compute no gradients, and do not skip padding.
         warm_up: shapes (batch, length) that are run three times each, so that no later call of them compiles anything.
 
+    Returns:
+        A model of the same class with the same calls, in evaluation mode; a copy unless `inplace`.
+
     Raises:
         ValueError: for an engine that is unknown or cannot run on this machine, or a shape that is not two positive
             numbers; if the model has no packed layer, is on another device, or on one that cannot multiply `operands`
@@ -147,6 +150,9 @@ def optimize_for_inference(
     for shape in warm_up:
         if len(shape) != 2 or not all(isinstance(n, int) and n > 0 for n in shape):
             raise ValueError(f"warm_up: {shape!r} is not a batch and a length, such as (1, 16).")
+        longest = getattr(getattr(base_model(packed)[1], "config", None), "max_position_embeddings", None)
+        if longest and shape[1] > longest:
+            raise ValueError(f"warm_up: {shape!r} has more tokens than the model reads, {longest}; use fewer.")
     model = packed if inplace else deepcopy(packed)
     remove_fast_forwards(model)
     model.eval()

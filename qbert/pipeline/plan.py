@@ -63,6 +63,7 @@ _FRONT_POINTS = 24
 _TIMINGS, _ATTEMPTS = 15, 3
 # Where half of the runs take this much longer than the fastest, the clock says more of other work than of the model.
 _NOISY = 0.5
+_HOPELESS = 0.1  # of a file with the narrowest weights: nothing is worth measuring for that
 # A choice of layers needs a forward pass on these; it only starts a comparison on all rows.
 _SEARCH_BATCHES = 4
 _FFN_SHARES = (0.25, 0.5, 0.75)
@@ -121,8 +122,9 @@ class Prediction:
 
     def __str__(self) -> str:
         return (
-            f"predicted: damages of the parts plus {self.activations:.4f} of 8-bit activations, all times "
-            f"{self.together:.2f}, since a trial plan diverged by that much of the sum"
+            "predicted, measured: divergence from the float model (of classes in nats). Predicted is the sum over all\n"
+            f"weights, one by one, and {self.activations:.4f} for 8-bit activations, times {self.together:.2f}: by so "
+            "many times its own sum\na trial plan diverged."
         )
 
 
@@ -192,7 +194,7 @@ class Plan:
         lines = [f"Plan for {self.budget}:", text_table(header, rows), str(self.prediction), *self.left_out]
         bits = sorted({(rule["bits"], name) for name, rule in self.best.config.rules.items()})
         counts = {width: sum(b == width for b, _ in bits) for width, _ in bits}
-        lines.append("stored: " + ", ".join(f"{n} of {b} bits" for b, n in counts.items()))
+        lines.append("weights stored: " + ", ".join(f"{n} in {b} bits" for b, n in counts.items()))
         lines += [f"  {name}: {_form(rule)}" for name, rule in self.best.config.rules.items() if "embeddings" in name]
         return "\n".join(lines)
 
@@ -230,12 +232,15 @@ def plan(
         progress: show bars.
         **settings: defaults of the `BitsConfig`.
 
+    Returns:
+        `Plan`: print it for a table; `qbert.compress` makes the model by its ``.pipeline``.
+
     Raises:
-        ValueError: no budget, `within` beside another one, a budget that nothing can keep (the sentence says
+        ValueError: no budget, `within` beside `size_mb`, a budget that nothing can keep (the sentence says
             why), or one above the float model; a clock too noisy to keep a latency budget by (its spread is named).
         TypeError: a model or batches of another type.
     """
-    _check_budgets(model, size_mb, latency_ms, within)
+    _check_budgets(model, size_mb, latency_ms, within, bits, shape)
     planner = Planner(model, batches, bits=bits, structures=structures, further=further, progress=progress, **settings)
     return planner.plan(size_mb=size_mb, latency_ms=latency_ms, within=within, shape=shape)
 
@@ -322,7 +327,7 @@ class Planner:
         shape: tuple[int, int] = (1, 128),
     ) -> Plan:
         """The plan for one budget; arguments and errors as `plan`'s."""
-        _check_budgets(self.model, size_mb, latency_ms, within)
+        _check_budgets(self.model, size_mb, latency_ms, within, self.bits, shape)
         self.left_out = list(self._always_left_out)
         timed = {}
         if latency_ms is not None:
@@ -683,8 +688,17 @@ def _embedding(output: Any, batch: Mapping[str, Any]) -> Tensor:
     return nn.functional.normalize(value, dim=1)
 
 
-def _check_budgets(model: nn.Module, size_mb: float | None, latency_ms: float | None, within: float | None) -> None:
-    """Refuse budgets that say nothing or contradict each other."""
+def _check_budgets(
+    model: nn.Module,
+    size_mb: float | None,
+    latency_ms: float | None,
+    within: float | None,
+    bits: Sequence[int],
+    shape: tuple[int, int],
+) -> None:
+    """Refuse a quantized model, and budgets that say nothing, contradict each other or that nothing could keep."""
+    if is_quantized(model):
+        raise ValueError("model is quantized already; plan for the float model")
     given = {"size_mb": size_mb, "latency_ms": latency_ms, "within": within}
     asked = {name: value for name, value in given.items() if value is not None}
     if not asked:
@@ -698,7 +712,15 @@ def _check_budgets(model: nn.Module, size_mb: float | None, latency_ms: float | 
         raise ValueError(f"within={within!r} is not possible; use a share such as 0.01")
     whole = sum(p.numel() * p.element_size() for p in model.parameters()) / 1e6
     if size_mb is not None and size_mb >= whole:
-        raise ValueError(f"size_mb={size_mb:g} is no budget: the float model has {whole:.1f} MB")
+        raise ValueError(f"size_mb={size_mb:g} is no budget: the float model has {whole:.1f} MB; use a smaller number")
+    if size_mb is not None and size_mb < _HOPELESS * whole * min(bits) / 32:
+        raise ValueError(
+            f"size_mb={size_mb:g} is too small: with all weights in {min(bits)} bits this model takes about "
+            f"{whole * min(bits) / 32:.2g} MB, and structures save a part of that; use a larger number"
+        )
+    longest = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    if latency_ms is not None and longest and shape[1] > longest:
+        raise ValueError(f"shape: {shape[1]} tokens are more than the model reads, {longest}; use fewer")
 
 
 def _in_words(size_mb: float | None, latency_ms: float | None, within: float | None, shape: tuple[int, int]) -> str:

@@ -189,6 +189,9 @@ def compress(
         bf16: train in bfloat16.
         progress: show bars, and each step's row when it is there.
 
+    Returns:
+        `Compressed`: the packed model (or what the last step leaves), its folder, and the record of every step.
+
     Raises:
         ValueError: a model that is quantized already, an impossible step (the sentence names it), or a `folder` with
             the run of another plan, model or data.

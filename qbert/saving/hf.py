@@ -317,11 +317,18 @@ def load(path: str | os.PathLike[str], **kwargs: Any) -> Any:
         path: folder that ``save_pretrained``, ``Trainer.save_model`` or `save_trainable` wrote, or a hub name.
         **kwargs: passed on to ``from_pretrained`` (``dtype``, ``device_map``, ``revision``, ...).
 
+    Returns:
+        The model, in evaluation mode.
+
     Raises:
         ValueError: if the model is not quantized, or its files are damaged or incomplete.
         OSError: if there is no such model.
     """
     folder = Path(path) / kwargs.get("subfolder", "")
+    if folder.is_dir() and not any((folder / name).is_file() for name in ("config.json", "modules.json")):
+        raise ValueError(f"{path} is a folder without config.json; name the folder that holds the model")
+    if not folder.exists() and (folder.is_absolute() or len(folder.parts) > 2 or str(path).startswith((".", "~"))):
+        raise FileNotFoundError(f"{path} is not there; name a folder that holds a model, or a hub name")
     hub = {k: kwargs[k] for k in ("revision", "token", "cache_dir", "subfolder", "local_files_only") if k in kwargs}
     values = configuration(path, **hub)
     record = values.get("quantization_config")
@@ -331,7 +338,7 @@ def load(path: str | os.PathLike[str], **kwargs: Any) -> Any:
         return load_trainable(folder, **{k: v for k, v in kwargs.items() if k != "subfolder"})
     if method != METHOD or not isinstance(record, dict):
         refuse_lost_bits(folder)
-        raise ValueError(f"{path} is not a packed model (quant_method is {method!r}); load it with from_pretrained")
+        raise ValueError(f"{path} is a model that is not quantized by qbert; load it with from_pretrained")
     if (folder / "config.json").is_file():
         check_configuration(folder)
     if is_sentence_model(path, **hub):

@@ -56,10 +56,17 @@ def evaluate(
     Args:
         model: any model whose forward takes the batch as keywords and returns `.logits` (`start_logits` and
             `end_logits` for spans); a `SentenceRegression` gets its pairs encoded apart.
+        task, tokenizer: what is scored, and the tokenizer of the model.
+        batch_size: rows that are computed together; their order is by length.
+        max_length: tokens that a row is cut to; by task and tokenizer where None.
+        progress: show a bar.
         split: one split; every held-out split where None, the further ones with their name appended
             ("accuracy_mismatched").
         limit: score at most this many rows a split, drawn by `seed`.
         device: where to compute; where the model is when None. The model is put back into the mode it was in.
+
+    Returns:
+        `Evaluation`: metric -> value, and the outputs that were scored.
 
     Raises:
         ValueError: unknown split, a row without its label, or outputs that are not finite (names the split).

@@ -181,6 +181,7 @@ def fine_tune(
     """Tune an encoder on the training rows of `task`, or load the result of the same run from the cache.
 
     Args:
+        task: from `load_task`.
         model_name_or_path: hub name or folder; the embedded MiniLM where None.
         device: where to train; on CUDA devices that have bfloat16 the forward pass uses it.
         cache_dir: instead of ``$QBERT_CACHE`` or the platform's cache folder.
@@ -188,6 +189,9 @@ def fine_tune(
             starts it anew.
         progress: bars on standard error with loss, remaining time and the held-out score after each epoch.
         settings: fields of `TrainingSettings`; what is not given (or None) comes by task and model width.
+
+    Returns:
+        `FineTuned`: the model in evaluation mode, its tokenizer, and its held-out scores.
 
     Raises:
         ValueError: impossible setting, damaged model or cache entry, a loss that is not finite (names the step).

@@ -218,6 +218,11 @@ def test_export_to_openvino_says_how_near_it_is(
         (["plan", "WORLD/model", "--size-mb", "1"], "give --texts FILE or --task NAME"),
         (["plan", "WORLD/model", "--shape", "8", "--texts", "WORLD/long.txt"], "--shape 8 is no shape"),
         (["plan", "WORLD/model", "--texts", "WORLD/long.txt"], "a plan needs a budget"),
+        (["plan", "WORLD/model", "--size-mb", "1", "--texts", "WORLD/long.txt", "--plot", "x.gif"], "end it in .png"),
+        (["plan", "WORLD/model", "--size-mb", "1", "--texts", "WORLD/long.txt", "--save", "NEW/a/b.json"], "no folder"),
+        (["evaluate", "WORLD/model", "--task", "sst2", "--data-dir", "WORLD/data", "--optimize"], "is no packed model"),
+        (["export", "WORLD/model", "out.onnx"], "FOLDER .* is no packed model; make one: qbert quantize"),
+        (["compress", "WORLD/model", "NEW", "--task", "sst2", "--plan", "WORLD/model/config.json"], "--plan .*config"),
         (["distill", "WORLD/model", "NEW", "--task", "sst2"], "there is no student; give --bits 2"),
         (
             ["distill", "WORLD/model", "NEW", "--task", "sst2", "--bits", "2", "--recipe", "x"],

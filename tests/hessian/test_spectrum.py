@@ -14,6 +14,7 @@ from encoders import FAMILIES, build, inputs_for
 from torch.utils.data import DataLoader
 from transformers import AutoModelForSequenceClassification, BertConfig, BertForSequenceClassification, XLMConfig
 
+import qbert
 from qbert.hessian import HessianOperator, HessianSpectrum, hessian_spectrum, hessian_traces, parameter_blocks
 from qbert.hessian.batches import as_samples, draw, micro_batches
 from qbert.hessian.losses import model_loss
@@ -220,6 +221,12 @@ def test_a_finished_block_is_not_measured_again(tmp_path: Any) -> None:
 
     never.__qualname__ = plain_loss.__qualname__  # what the signature knows of a loss
     measure(checkpoint=tmp_path / "c", resume=True, loss_fn=never)
+
+
+def test_a_packed_model_is_refused_by_name() -> None:
+    packed = qbert.pack(qbert.quantize_model(tiny_bert(), 8))
+    with pytest.raises(ValueError, match="is packed, and has no gradients; measure the float model"):
+        measure(model=packed)
 
 
 @pytest.mark.parametrize(

@@ -171,7 +171,9 @@ def test_training_goes_where_it_is_put(sized: plans.Plan) -> None:
     [
         ({}, "a plan needs a budget"),
         ({"size_mb": 1000}, "is no budget: the float model has"),
-        ({"size_mb": 1e-4}, "no plan keeps it"),
+        ({"size_mb": 1e-4}, "is too small: with all weights in 2 bits this model takes about"),
+        ({"latency_ms": 5.0, "shape": (1, 9000)}, "9000 tokens are more than the model reads"),
+        ({"size_mb": 0.01}, "no plan keeps it"),
         ({"size_mb": 0.02, "within": 0.01}, "contradict"),
         ({"within": 1.0}, "use a share such as 0.01"),
         ({"latency_ms": -1}, "use a positive number"),
