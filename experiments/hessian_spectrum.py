@@ -9,7 +9,7 @@
 3. ranks the layers by |mean| + std and turns the ranking into bits;
 4. quantizes after training at several widths, rounded to nearest and compensated, and prints score and size.
 
-Writes spectrum.json, bits.json, ptq.json, spectrum.png and landscape.png. Under five minutes on two CPU cores with no
+Writes spectrum.json, bits.json, ptq.json, spectrum.png and landscape.png. About four minutes on two CPU cores with no
 argument. Under torchrun the processes share the blocks (gloo on CPUs, nccl with ``--device cuda``): the first one
 fine-tunes, prints and writes, and the numbers are those of one process. Reference: Shen et al. 2020, Q-BERT, sections
 3.1-3.3, figures 1 and 2.
