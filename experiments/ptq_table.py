@@ -201,11 +201,12 @@ def sections(results: list[Any], metric: str, arguments: argparse.Namespace, oth
 
 def calibration_batches(task: Any, model: Any, tokenizer: Any, rows: int, seed: int) -> list[Any]:
     """Batches of training rows without their labels."""
+    from qbert.encoders.inputs import without_labels
     from qbert.tasks.encoding import prepare
     from qbert.tasks.evaluation import wants_pairs
 
     data = prepare(task, tokenizer, "train", limit=rows, seed=seed, as_pairs=wants_pairs(model))
-    return [{k: v for k, v in batch.items() if k != "labels"} for _, batch in data.by_length(64)]
+    return [without_labels(batch) for _, batch in data.by_length(64)]
 
 
 def text_batches(path: str, model: Any, tokenizer: Any, rows: int, seed: int) -> list[Any]:
