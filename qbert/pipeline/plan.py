@@ -283,6 +283,7 @@ class Planner:
         self._models: dict[tuple[Step, ...], nn.Module] = {}
         self._parts: dict[tuple[Step, ...], _Part] = {}
         self._starts: dict[tuple[Step, ...], tuple[float, float]] = {}
+        self._last: tuple[tuple[Step, ...], nn.Module] | None = None
         given = self._usual() if structures is None else [tuple(steps) for steps in structures]
         wrong = next((step for steps in given for step in steps if not isinstance(step, Structure)), None)
         if wrong is not None:
@@ -348,8 +349,11 @@ class Planner:
             filled = [(self.fill(part.steps, size_mb, timed.get(part.steps)), part) for part in parts]
             filled.sort(key=lambda pair: pair[0].predicted)
             ranked = [candidate for candidate, _ in filled]
-            plain = [self._plain(candidate, part, size_mb) for candidate, part in filled[:_CHECKED_PLAIN]]
-            made = [self._made(c) for c in (*ranked[:_CHECKED], *filter(None, plain))]
+            checked: list[Candidate] = []
+            for place, (candidate, part) in enumerate(filled[:_CHECKED]):
+                plain = self._plain(candidate, part, size_mb) if place < _CHECKED_PLAIN else None
+                checked += [candidate, *([plain] if plain else [])]
+            made = [self._made(c) for c in progress_bar(checked, desc="plans", disable=not self.progress)]
             candidates = [*sorted(made, key=lambda c: c.measured or 0.0), *ranked[_CHECKED:]]
         return Plan(
             candidates[0],
@@ -517,10 +521,20 @@ class Planner:
 
     def _made(self, candidate: Candidate) -> Candidate:
         """The same plan, made by all rows but those that check it, with what a forward pass says of it."""
-        model = self.changed(candidate.structure, self.rest)
+        model = self._made_of(candidate.structure)
         packed = pack(quantize_model(model, candidate.config, calibration_data=self.rest))
         divergence, agreement = self._likeness(packed, self.check, "check")
         return replace(candidate, measured=divergence, agreement=agreement)
+
+    def _made_of(self, steps: tuple[Step, ...]) -> nn.Module:
+        """`changed` on all rows but those that check; the last structure is kept, whose plans follow each other."""
+        first = max((own for own in self._parts if steps[: len(own)] == own), key=len, default=())
+        if self._last is None or self._last[0] != first:
+            self._last = (first, self.changed(first, self.rest))
+        model = self._last[1]
+        for step in steps[len(first) :]:
+            model = cast(Structure, step).change(model, self.rest)
+        return model
 
     def _smaller_and_smaller(
         self, parts: Sequence[_Part], within: float, timed: Mapping[tuple[Step, ...], float]
