@@ -338,7 +338,7 @@ def load(path: str | os.PathLike[str], **kwargs: Any) -> Any:
         return load_trainable(folder, **{k: v for k, v in kwargs.items() if k != "subfolder"})
     if method != METHOD or not isinstance(record, dict):
         refuse_lost_bits(folder)
-        raise ValueError(f"{path} is a model that is not quantized by qbert; load it with from_pretrained")
+        raise ValueError(f"{path} is not a packed model (qbert did not quantize it); load it with from_pretrained")
     if (folder / "config.json").is_file():
         check_configuration(folder)
     if is_sentence_model(path, **hub):
