@@ -13,6 +13,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 import qbert
 from qbert.cli.inspect import folder_content
 from qbert.cli.main import app, main
+from qbert.cli.options import in_fours
 
 
 @pytest.fixture(scope="module")
@@ -239,6 +240,14 @@ def test_what_cannot_work_is_one_sentence(
     assert code == 2
     assert re.search(sentence, err), err
     assert not Path(new).exists()
+
+
+def test_few_rows_are_planned_on_in_four_batches() -> None:
+    rows = torch.arange(10).view(10, 1)
+    found = in_fours([{"input_ids": rows[:7]}, {"input_ids": rows[7:]}])
+    assert len(found) >= 4 and torch.equal(torch.cat([batch["input_ids"] for batch in found]), rows)
+    with pytest.raises(ValueError, match="there are 3 rows to plan on; give at least 4"):
+        in_fours([{"input_ids": rows[:3]}])
 
 
 @pytest.mark.parametrize("name", sorted(app.commands))
