@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from other_domains import OtherDomain, other_domains
+from other_domains import OtherDomain, other_domain
 from torch import nn
 
 from qbert import BitsConfig, model_size, optimize_for_inference, pack, quantize_model
@@ -385,9 +385,8 @@ class Bench:
     @functools.cached_property
     def elsewhere(self) -> OtherDomain | None:
         """Another task with the same labels, whose texts are of another kind; None where there is none at hand."""
-        limit = self.arguments.eval_limit or 1000
-        found = other_domains(self.task, self.tokenizer, data_dir=self.arguments.data_dir, limit=limit)
-        return found[0] if found else None
+        arguments = self.arguments
+        return other_domain(self.task, self.tokenizer, data_dir=arguments.data_dir, limit=arguments.eval_limit)
 
     def evaluate_elsewhere(self, model: nn.Module) -> float | None:
         """Score on the other domain's held-out rows; None where there is none."""

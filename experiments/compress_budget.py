@@ -28,7 +28,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from compress_bench import load_teacher, milliseconds, one_thread
-from other_domains import OtherDomain, other_domains
+from other_domains import OtherDomain, other_domain
 from qat_table import spread
 
 from qbert.allocation.whole_file import FilePlan
@@ -42,7 +42,6 @@ _SIZE_MB = 10.2  # where no budget and no student is named
 _SPECTRUM = {"runs": 5, "tol": 1e-2}
 _SPECTRUM_ROWS = 32
 _POOL = 8  # rows to draw one from
-_ELSEWHERE_ROWS = 1000
 _SHAPE = (1, 128)  # sequences, tokens of what is timed
 _CORPUS = 20_000  # training rows whose pieces make a vocabulary
 # CPU seconds for MiniLM-L6 (22.7 M parameters) of measuring the options of one structure, and of rounding one model.
@@ -229,9 +228,9 @@ class Budget:
     def elsewhere(self, variant: Variant) -> OtherDomain | None:
         """Rows of another kind of text with the same classes, tokenized for a variant; None where there are none."""
         if variant.label not in self.others:
-            limit = self.arguments.eval_limit or _ELSEWHERE_ROWS
-            found = other_domains(self.task, variant.tokenizer, data_dir=self.arguments.data_dir, limit=limit)
-            self.others[variant.label] = found[0] if found else None
+            self.others[variant.label] = other_domain(
+                self.task, variant.tokenizer, data_dir=self.arguments.data_dir, limit=self.arguments.eval_limit
+            )
         return self.others[variant.label]
 
     def row(self, model: Any, variant: Variant, predicted: float | None, megabytes: float) -> dict[str, Any]:

@@ -228,7 +228,7 @@ def main() -> None:
     )
     print(text_table(*ptq_table(results, task.primary_metric)))
     print(
-        f"compensated: codes chosen for the outputs on {_CALIBRATION_ROWS} training rows without labels; else nearest"
+        f"compensated: codes chosen for the outputs on {_CALIBRATION_ROWS} unlabelled training rows; the rest: nearest"
     )
     write_json(
         folder / "ptq.json",

@@ -87,6 +87,12 @@ def other_domains(
     return found
 
 
+def other_domain(task: Task, tokenizer: Any, *, data_dir: str | None, limit: int | None) -> OtherDomain | None:
+    """The first of `other_domains`, of at most `limit` rows (None: 1,000); None where no rows are at hand."""
+    found = other_domains(task, tokenizer, data_dir=data_dir, limit=limit or 1000)
+    return found[0] if found else None
+
+
 def scores_elsewhere(domains: Sequence[OtherDomain], model: Any) -> dict[str, float]:
     """Score of a model by name of the other domain."""
     return {domain.name: domain.evaluate(model).primary for domain in domains}
