@@ -56,9 +56,8 @@ from qbert.students.depth import compare_depths
 from qbert.tasks.evaluation import fidelity, wants_pairs
 
 _CHECKED = 3  # plans that are made and compared by a forward pass
-_CHECKED_PLAIN = (
-    2  # of which the same structure with bits alone is made too: the more options, the more luck in the best
-)
+# Of these, the same structure with bits alone is made too: the more options, the more luck in the best.
+_CHECKED_PLAIN = 2
 _FRONT_POINTS = 24
 _TIMINGS, _ATTEMPTS = 15, 3
 # Where half of the runs take this much longer than the fastest, the clock says more of other work than of the model.
@@ -240,6 +239,7 @@ def plan(
             why), or one above the float model; a clock too noisy to keep a latency budget by (its spread is named).
         TypeError: a model or batches of another type.
     """
+    _check_float(model)
     _check_budgets(model, size_mb, latency_ms, within, bits, shape)
     planner = Planner(model, batches, bits=bits, structures=structures, further=further, progress=progress, **settings)
     return planner.plan(size_mb=size_mb, latency_ms=latency_ms, within=within, shape=shape)
@@ -263,8 +263,7 @@ class Planner:
         progress: bool = False,
         **settings: Any,
     ) -> None:
-        if is_quantized(model):
-            raise ValueError("model is quantized already; plan for the float model")
+        _check_float(model)
         checked = check_batches(batches)
         if checked is None or len(checked) < 4:
             raise ValueError("batches: plans are fitted, scored and checked on different rows; pass at least 4 batches")
@@ -467,10 +466,7 @@ class Planner:
 
     def changed(self, steps: Sequence[Step], batches: Sequence[Any]) -> nn.Module:
         """The float model of a structure, fitted to these batches."""
-        model = self.model
-        for step in steps:
-            model = cast(Structure, step).change(model, batches)
-        return model
+        return _after(self.model, steps, batches)
 
     def fill(
         self,
@@ -531,10 +527,7 @@ class Planner:
         first = max((own for own in self._parts if steps[: len(own)] == own), key=len, default=())
         if self._last is None or self._last[0] != first:
             self._last = (first, self.changed(first, self.rest))
-        model = self._last[1]
-        for step in steps[len(first) :]:
-            model = cast(Structure, step).change(model, self.rest)
-        return model
+        return _after(self._last[1], steps[len(first) :], self.rest)
 
     def _smaller_and_smaller(
         self, parts: Sequence[_Part], within: float, timed: Mapping[tuple[Step, ...], float]
@@ -629,6 +622,13 @@ class Planner:
         return torch.cat(found).float().cpu()
 
 
+def _after(model: nn.Module, steps: Sequence[Step], batches: Sequence[Any]) -> nn.Module:
+    """`model` after these structural steps, fitted to these batches."""
+    for step in steps:
+        model = cast(Structure, step).change(model, batches)
+    return model
+
+
 def _takes_more(steps: Sequence[Step], other: Sequence[Step]) -> bool:
     """Whether a structure takes away all that another does, and more: it can be faster, and never nearer."""
     own, less = _taken(steps), _taken(other)
@@ -702,6 +702,11 @@ def _embedding(output: Any, batch: Mapping[str, Any]) -> Tensor:
     return nn.functional.normalize(value, dim=1)
 
 
+def _check_float(model: nn.Module) -> None:
+    if is_quantized(model):
+        raise ValueError("model is quantized already; plan for the float model")
+
+
 def _check_budgets(
     model: nn.Module,
     size_mb: float | None,
@@ -710,9 +715,7 @@ def _check_budgets(
     bits: Sequence[int],
     shape: tuple[int, int],
 ) -> None:
-    """Refuse a quantized model, and budgets that say nothing, contradict each other or that nothing could keep."""
-    if is_quantized(model):
-        raise ValueError("model is quantized already; plan for the float model")
+    """Refuse budgets that say nothing, contradict each other or that nothing could keep."""
     given = {"size_mb": size_mb, "latency_ms": latency_ms, "within": within}
     asked = {name: value for name, value in given.items() if value is not None}
     if not asked:
