@@ -34,8 +34,9 @@ from qbert.bits import Scheme
 from qbert.quantizers.grid import code_range, dequantize, quantize
 from qbert.quantizers.ranges import GroupRanges, covering_grid, extent, reduce_rows, shrunk
 
-_BLOCK = 128
+_BLOCK = 32
 _TINY = 1e-30
+_OBVIOUS = 0.75  # of nearest rounding's error in sums of float32; any larger share is looked at in float64
 _LEAST_SHARE = 0.1  # of a scale that one refit leaves
 _PARALLEL = 1e-6  # share of the determinant below which codes and a constant cannot be told apart
 _SHARES = (1.0, 0.85, 0.7, 0.55, 0.4)  # of the min-max range, tried beside the given one
@@ -364,15 +365,27 @@ def _better_of(
 ) -> Rounded:
     """The given codes, or those of nearest rounding in every row group whose outputs they serve better."""
 
-    def group_errors(codes: Tensor, grids: GroupRanges) -> Tensor:
-        blocks = codes.unflatten(1, (grids.scale.shape[1], -1))
-        rounded = dequantize(blocks, grids.scale[row_group].unsqueeze(-1), grids.zero[row_group].unsqueeze(-1))
-        return _group_sum(output_error(weight.detach().double() - rounded.flatten(1).double(), moment), row_group)
-
     blocks = weight.detach().to(_working_dtype(weight)).unflatten(1, (ranges.scale.shape[1], -1))
     scale, zero = ranges.scale[row_group].unsqueeze(-1), ranges.zero[row_group].unsqueeze(-1)
     nearest = quantize(blocks, scale, zero, *limits).flatten(1)
-    better = group_errors(codes, found) < group_errors(nearest, ranges)
+
+    def group_errors(codes: Tensor, grids: GroupRanges, rows: Tensor, dtype: torch.dtype) -> Tensor:
+        """[G], of those rows [O] alone that are True."""
+        kept, group = blocks[rows], row_group[rows]
+        codes = codes[rows].unflatten(1, kept.shape[1:])
+        rounded = dequantize(codes, grids.scale[group].unsqueeze(-1), grids.zero[group].unsqueeze(-1))
+        errors = torch.zeros(len(rows), dtype=dtype, device=rows.device)
+        errors[rows] = output_error((kept.to(dtype) - rounded.to(dtype)).flatten(1), moment)
+        return _group_sum(errors, row_group)
+
+    def is_better(rows: Tensor, dtype: torch.dtype, share: float = 1.0) -> Tensor:
+        return group_errors(codes, found, rows, dtype) < share * group_errors(nearest, ranges, rows, dtype)
+
+    # Products in float64 cost as much as the rounding itself.
+    better = is_better(torch.ones_like(row_group, dtype=torch.bool), blocks.dtype, _OBVIOUS)
+    unsure = ~better[row_group]
+    if bool(unsure.any()):
+        better |= is_better(unsure, torch.float64)
     return Rounded(
         torch.where(better[row_group].unsqueeze(1), codes, nearest),
         torch.where(better.unsqueeze(1), found.scale, ranges.scale),
