@@ -324,7 +324,7 @@ class Budget:
     def make_families(self, name: str, budget: dict[str, Any], variant: Variant) -> None:
         """One kind of structure at a time in files of this size, without training."""
         import qbert
-        from qbert.pipeline.plan import structure_name
+        from qbert.pipeline.candidates import structure_name
 
         if not self.arguments.families or "size_mb" not in budget or variant.label:
             return

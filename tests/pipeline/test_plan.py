@@ -12,7 +12,7 @@ from tiny_tasks import sentiment_rows, tiny_encoder, write_task
 from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer
 
 import qbert
-from qbert.pipeline import Depth, Distill, Factorize, Pack, Prune, Quantize, compress
+from qbert.pipeline import Depth, Distill, Factorize, Pack, Prune, Quantize, clock, compress
 from qbert.pipeline import plan as plans
 from qbert.pipeline.alternatives import matrix_alternatives, steps_of
 from qbert.quantizers.sparsity import half_is_zero
@@ -124,7 +124,7 @@ def test_a_latency_budget_leaves_out_what_is_too_slow(world: dict[str, Any], mon
 
 def test_a_noisy_clock_is_named(world: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     ticks = itertools.accumulate(itertools.cycle((0.0, 1.0, 0.0, 3.0, 0.0, 3.0)))  # a call takes one second, or three
-    monkeypatch.setattr(plans.time, "perf_counter", lambda: next(ticks))
+    monkeypatch.setattr(clock.time, "perf_counter", lambda: next(ticks))
     with pytest.raises(ValueError, match=r"200 % longer than the fastest .* this machine's clock says little"):
         qbert.plan(world["model"], world["batches"], latency_ms=10, structures=[])
 
