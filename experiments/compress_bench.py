@@ -184,7 +184,7 @@ class Bench:
 
         encoder = base_model(self.pretrained)[1]
         cache = self.folder / "masked-words"
-        return train_masked_words(encoder, self.tokenizer, self.texts, steps=_HEAD_STEPS, cache=cache, progress=False)
+        return train_masked_words(encoder, self.tokenizer, self.texts, steps=_HEAD_STEPS, cache=cache)
 
     @functools.cache  # noqa: B019
     def altered(self, likely: bool) -> Rows:
@@ -197,11 +197,9 @@ class Bench:
             return self.rows
         method: Any = Lexical(self.tokenizer.mask_token)
         if likely:
-            method = LikelyWords(self._word_head(), self.tokenizer, progress=False)
+            method = LikelyWords(self._word_head(), self.tokenizer)
         task = self.task.subset(train=self.arguments.train_limit, seed=self.arguments.seed)
-        longer = augmented(
-            task, method, copies=_COPIES, limit=_MOST_COPIES, cache=self.folder / "altered", progress=False
-        )
+        longer = augmented(task, method, copies=_COPIES, limit=_MOST_COPIES, cache=self.folder / "altered")
         print(longer)
         data = prepare(longer.task, self.tokenizer, "train")
         return Rows(data.examples, data.collate)
@@ -213,7 +211,7 @@ class Bench:
 
         examples = self.rows.examples
         chosen = [examples[i] for i in range(0, len(examples), max(len(examples) // _PROBE_ROWS, 1))]
-        probed = probe_layers(self.teacher, chosen, collate=self.rows.collate, progress=False)
+        probed = probe_layers(self.teacher, chosen, collate=self.rows.collate)
         print("probes of the teacher's layers, loss: " + ", ".join(f"{loss:.3f}" for loss in probed.losses), flush=True)
         return probed
 
@@ -303,7 +301,7 @@ class Bench:
         outputs = None
         if phase.keep_outputs and recipe.stages[0].takes_kept_outputs:
             kept = self.folder / "teacher-outputs"
-            outputs = TeacherOutputs.of(self.teacher, rows.examples, kept, collate=rows.collate, progress=False)
+            outputs = TeacherOutputs.of(self.teacher, rows.examples, kept, collate=rows.collate)
         distiller = Distiller(
             teacher_outputs=outputs,
             teacher=phase.teacher(self),
@@ -380,7 +378,7 @@ class Bench:
         from qbert.tasks import evaluate
 
         split, limit = self.task.evaluation_splits[0], self.arguments.eval_limit
-        return evaluate(model, self.task, self.tokenizer, split=split, limit=limit, progress=False)
+        return evaluate(model, self.task, self.tokenizer, split=split, limit=limit)
 
     @functools.cached_property
     def elsewhere(self) -> OtherDomain | None:
@@ -398,7 +396,7 @@ class Bench:
             return quantize_model(model, BitsConfig(8, embedding_bits=embedding_bits))
         matrices = {"bits": bits, "rounding": "compensated", "scheme": "midrise" if bits == 2 else "asymmetric"}
         config = BitsConfig({"*": matrices}, embedding_bits=embedding_bits)
-        return quantize_model(model, config, calibration_data=self.unlabelled(), progress=False)
+        return quantize_model(model, config, calibration_data=self.unlabelled(), progress=True)
 
     def shape(self, student: nn.Module) -> dict[str, Any]:
         """What depends on the shape alone: parameters, bytes, milliseconds."""

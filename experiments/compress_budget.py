@@ -223,7 +223,7 @@ class Budget:
         from qbert.tasks import evaluate
 
         split, limit = self.task.evaluation_splits[0], self.arguments.eval_limit
-        return evaluate(model, self.task, tokenizer, split=split, limit=limit, progress=False)
+        return evaluate(model, self.task, tokenizer, split=split, limit=limit)
 
     def elsewhere(self, variant: Variant) -> OtherDomain | None:
         """Rows of another kind of text with the same classes, tokenized for a variant; None where there are none."""

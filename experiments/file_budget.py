@@ -147,7 +147,7 @@ class Comparison:
         from qbert.tasks import evaluate
 
         split, limit = self.task.evaluation_splits[0], self.arguments.eval_limit
-        return evaluate(model, self.task, tokenizer, split=split, limit=limit, progress=False)
+        return evaluate(model, self.task, tokenizer, split=split, limit=limit)
 
     def add(self, key: str, student: Any, tokenizer: Any, **more: Any) -> None:
         """Score one student."""

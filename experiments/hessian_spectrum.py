@@ -216,7 +216,7 @@ def main() -> None:
 
     def score(candidate: Any) -> Any:
         split = task.evaluation_splits[0]
-        return evaluate(candidate, task, tokenizer, split=split, limit=arguments.eval_limit, progress=False)
+        return evaluate(candidate, task, tokenizer, split=split, limit=arguments.eval_limit)
 
     domains = other_domains(task, tokenizer, data_dir=arguments.data_dir, limit=arguments.eval_limit or 1000)
     results = ptq_report(

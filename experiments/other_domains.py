@@ -50,7 +50,7 @@ class OtherDomain:
 
     def evaluate(self, model: Any) -> Evaluation:
         """The model's outputs on these rows, and as ``primary`` the score of the other task."""
-        result = evaluate_prepared(model, self.data, progress=False)
+        result = evaluate_prepared(model, self.data)
         if self.classes is not None:
             predictions = [self.classes[int(p)] for p in result.predictions]
             scores = self.task.score(predictions, [row["label"] for row in self.data.rows])

@@ -243,7 +243,7 @@ def compare(name: str, arguments: argparse.Namespace, folder: Path) -> str:
     split = task.evaluation_splits[0]
 
     def score(candidate: Any) -> Any:
-        return evaluate(candidate, task, tokenizer, split=split, limit=arguments.eval_limit, progress=False)
+        return evaluate(candidate, task, tokenizer, split=split, limit=arguments.eval_limit)
 
     domains = other_domains(task, tokenizer, data_dir=arguments.data_dir, limit=arguments.eval_limit or 1000)
     parts = []

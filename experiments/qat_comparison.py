@@ -156,7 +156,7 @@ class Comparison:
 
         limits = [n for n in (limit, self.arguments.eval_limit) if n is not None]
         split = self.task.evaluation_splits[0]
-        return evaluate(model, self.task, self.tokenizer, split=split, limit=min(limits, default=None), progress=False)
+        return evaluate(model, self.task, self.tokenizer, split=split, limit=min(limits, default=None))
 
     def row(self, model: Any, seconds: float) -> dict[str, Any]:
         """Score, retention and likeness to the teacher, here and on other domains, and time of one student."""
@@ -192,7 +192,7 @@ class Comparison:
 
         if bits not in self._made:
             data = self.batches if bits.defaults["rounding"] == "compensated" else None
-            self._made[bits] = quantize_model(self.teacher, bits, calibration_data=data)
+            self._made[bits] = quantize_model(self.teacher, bits, calibration_data=data, progress=True)
         return copy.deepcopy(self._made[bits])
 
     def student(self, method: str) -> Any:

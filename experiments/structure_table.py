@@ -277,7 +277,7 @@ def main() -> None:
 
     def score(candidate: Any) -> Any:
         split = task.evaluation_splits[0]
-        return evaluate(candidate, task, tuned.tokenizer, split=split, limit=arguments.eval_limit, progress=False)
+        return evaluate(candidate, task, tuned.tokenizer, split=split, limit=arguments.eval_limit)
 
     asked = {
         "task": arguments.task,

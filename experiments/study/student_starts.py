@@ -73,7 +73,7 @@ def main() -> None:
     split = task.evaluation_splits[0]
 
     def measured(model: Any) -> Any:
-        return evaluate(model, task, tuned.tokenizer, split=split, limit=arguments.eval_limit, progress=False)
+        return evaluate(model, task, tuned.tokenizer, split=split, limit=arguments.eval_limit)
 
     reference = measured(tuned.model)
     lines: list[list[Any]] = []

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import datetime
+import io
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -157,6 +158,8 @@ def first_rank_first(rank: int) -> Iterator[None]:
 
 def run_script(main: Callable[[], None], resume_hint: str = "") -> None:
     """Run `main`; turn what the user can mend into one sentence, and an interrupt into a hint how to go on."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(line_buffering=True)  # into a pipe or a file too, where lines would come minutes late
     try:
         main()
     except KeyboardInterrupt:
