@@ -33,6 +33,7 @@ from qbert.progress import progress_bar
 from qbert.quantizers.activations import ActivationObserver
 
 Batch = Mapping[str, Tensor]
+Run = Callable[[int], Any]  # number of a batch -> the model's output for it
 _GRAM_BLOCK = 256
 _LAST_OUTPUTS = 8  # of a forward pass, among which the logits are looked for
 
@@ -169,6 +170,7 @@ def input_moments(
     *,
     weigh: float = 0.0,
     reference: nn.Module | None = None,
+    at_end: Callable[[Run], None] | None = None,
     progress: bool = False,
 ) -> Iterator[tuple[list[nn.Module], Moment]]:
     """Matrix after matrix, in the order in which the model calls them, the second moment of its inputs.
@@ -189,6 +191,8 @@ def input_moments(
             magnitude and normalized after the matrix. With 0, w = 1.
         reference: the model through which the gradients are computed, with modules of the same names; where some
             matrices of `model` are rounded already, it is the float model that they came from.
+        at_end: called after the last matrix with what puts batch i through the model and gives its output, computing
+            only the layers that are not known already.
         progress: show a bar over the matrices.
 
     Yields:
@@ -220,14 +224,17 @@ def input_moments(
             zeros = torch.zeros(width, width, dtype=torch.float64)
             yield shared, Moment(zeros, 0, zeros[0], zeros)
             bar.update(len(shared))
+        if at_end is not None:
+            at_end(passes.own.replayed)
 
 
 @torch.no_grad()
-def mean_logits(model: nn.Module, batches: Sequence[Batch]) -> tuple[str, Tensor] | None:
+def mean_logits(model: nn.Module, batches: Sequence[Batch], run: Run | None = None) -> tuple[str, Tensor] | None:
     """Name of the layer whose output is the model's logits, and their mean over rows that are no padding.
 
     Args:
         batches: at least one.
+        run: what puts batch i through the model, where that is less work than `run_batch`.
 
     Returns:
         (dotted name, [C] float64), or ``None`` where the logits are no layer's own output or that has no bias.
@@ -240,10 +247,10 @@ def mean_logits(model: nn.Module, batches: Sequence[Batch]) -> tuple[str, Tensor
     handles = [m.register_forward_hook(lambda m, x, y: made.append((y, m))) for m in candidates]
     try:
         with evaluation_mode(model):
-            for batch in batches:
+            for index, batch in enumerate(batches):
                 made.clear()
                 inputs = to_device(batch, model)
-                output = run_batch(model, inputs)
+                output = run_batch(model, inputs) if run is None else run(index)
                 logits = model_outputs(output)[0] if gives_logits(output) else None
                 head = next((m for y, m in made if y is logits), None)
                 if logits is None or head is None or head.bias.shape != logits.shape[-1:]:
@@ -317,11 +324,16 @@ class _Run:
         self.masks.close()
 
     @torch.no_grad()
-    def run(self, index: int) -> None:
-        """Put batch `index` through the model."""
+    def run(self, index: int) -> Any:
+        """The model's output for batch `index`."""
         inputs = to_device(self.batches[index], self.model)
         self.masks.mask = inputs.get("attention_mask")
-        run_batch(self.model, inputs)
+        return run_batch(self.model, inputs)
+
+    def replayed(self, index: int) -> Any:
+        """The same from the layers on whose inputs are kept."""
+        with self.cache.replay(index):
+            return self.run(index)
 
     def advance(self, depth: int, modules: Sequence[nn.Module]) -> None:
         """Keep what the layers below `depth` give, unless `modules` then read something else."""

@@ -23,6 +23,7 @@ from qbert.by_length import by_length
 from qbert.calibration import (
     Batch,
     Moment,
+    Run,
     calibrate_activations,
     check_batches,
     input_moments,
@@ -124,7 +125,8 @@ def quantize_model(
     open_recurrent(model, specs.keys())
     wanted = None
     if compensated and batches is not None:
-        wanted = mean_logits(model, batches)
+        _, wanted = mean_logits(model, batches) or (None, None)
+    ranged = any(spec.activation_range == "static" for spec in specs.values())
     done = _Conversions(model)
     if uses:
         specs |= done.compose({path: specs.pop(path) for path in uses}, uses)
@@ -136,10 +138,13 @@ def quantize_model(
         done.convert_tied()
         if batches is not None:
             if compensated:
-                _round_compensated(done, targets, compensated, batches, checkpoint, progress)
+                # Before static ranges are fixed nobody knows the last logits.
+                _round_compensated(
+                    done, targets, compensated, batches, checkpoint, progress, None if ranged else wanted
+                )
             calibrate_activations(model, batches)
-            if wanted is not None:
-                done.keep_mean_logits(wanted[1], batches)
+            if ranged and wanted is not None:
+                done.keep_mean_logits(wanted, batches)
     except BaseException:
         done.undo()
         raise
@@ -220,8 +225,12 @@ def _round_compensated(
     batches: list[Batch],
     checkpoint: str | os.PathLike[str] | None,
     progress: bool,
+    logits: Tensor | None,
 ) -> None:
-    """Convert matrices one after the other, each with codes for the inputs that those before it leave to it."""
+    """Convert matrices one after the other, each with codes for the inputs that those before it leave to it.
+
+    With `logits` [C] the model's mean ones are set to these at the end.
+    """
     kept = reference = None
     if checkpoint is not None:
         reference = copy.deepcopy(done.model)  # gradients must come from what stood here before any layer was rounded
@@ -242,8 +251,19 @@ def _round_compensated(
     depth = 0
     missed: list[str] = []
     few: dict[str, Moment] = {}
+
+    def keep_logits(run: Run) -> None:
+        if logits is not None:
+            done.keep_mean_logits(logits, batches, run)
+
     for modules, moment in input_moments(
-        done.model, batches, list(paths), weigh=_GRADIENT_SHARE, reference=reference, progress=progress
+        done.model,
+        batches,
+        list(paths),
+        weigh=_GRADIENT_SHARE,
+        reference=reference,
+        at_end=keep_logits,
+        progress=progress,
     ):
         if moment.inputs == 0:
             missed += [paths[m] for m in modules]
@@ -342,9 +362,9 @@ class _Conversions:
         if bias is not None:
             self._change(cast(nn.Parameter, modules[0].bias), bias)
 
-    def keep_mean_logits(self, wanted: Tensor, batches: list[Batch]) -> None:
+    def keep_mean_logits(self, wanted: Tensor, batches: list[Batch], run: Run | None = None) -> None:
         """Move the bias of the layer that gives the logits, so that their mean over the batches is this [C]."""
-        found = mean_logits(self.model, batches)
+        found = mean_logits(self.model, batches, run)
         if found is None:
             return
         name, logits = found
