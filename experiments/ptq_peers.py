@@ -3,9 +3,10 @@ r"""Other post-training quantizers on the rows and the model of `ptq_table.py`: 
 >>> model, megabytes = quantized_by("HQQ, groups of 64 inputs", model, 4, batches)
 
 Peers that are packages are used where they are installed; `missing` says which are not. GPTQ as published is here in
-plain float64 (Frantar et al. 2023, algorithm 1; columns by activity, damping 1 %), since the packages that carry it
-quantize language models on GPUs: auto-gptq 0.7 (archived) was not tried, and gptqmodel 7 asks for
-another torch than the library is tested with. It stands alone because nothing but the table asks for peers.
+plain float64 (Frantar et al. 2023, algorithm 1; columns by activity, damping 1 %, groups whose ranges are those of the
+given weights), since the packages that carry it quantize language models on GPUs: auto-gptq 0.7 (archived) was not
+tried, and gptqmodel 7 asks for another torch than the library is tested with. It stands alone because nothing but the
+table asks for peers.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import copy
 import importlib.util
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -88,32 +90,39 @@ def _grouped_bytes(matrices: Sequence[nn.Linear], bits: int, group: int) -> floa
 
 
 @torch.no_grad()
-def _gptq(model: nn.Module, matrices: Sequence[nn.Linear], bits: int, batches: Sequence[Batch]) -> float:
+def _gptq(
+    model: nn.Module, matrices: Sequence[nn.Linear], bits: int, batches: Sequence[Batch], group: int | None = None
+) -> float:
     for modules, moment in input_moments(model, batches, matrices):
         for module in modules:
             weight = weight_matrix(module).detach()
-            weight.copy_(gptq(weight, moment.value, bits))
+            weight.copy_(gptq(weight, moment.value, bits, group))
+    if group is not None:
+        return _grouped_bytes(matrices, bits, group)
     return sum(m.weight.numel() * bits / 8 + m.weight.shape[0] * _GRID_BYTES for m in matrices)
 
 
-def gptq(weight: Tensor, moment: Tensor, bits: int) -> Tensor:
-    """The values [O, I] float64 that GPTQ rounds a matrix to, on one min-max range a row.
+def gptq(weight: Tensor, moment: Tensor, bits: int, group: int | None = None) -> Tensor:
+    """The values [O, I] float64 that GPTQ rounds a matrix to, on one min-max range a row, or a row and group of inputs.
 
     Args:
         weight: [O, I].
         moment: [I, I], E[x x^T] of the inputs.
+        group: inputs that share a range, which is that of the given weights; None for all.
 
     Source: Frantar et al. 2023, algorithm 1, with columns in the order of activity.
     """
     order = torch.argsort(moment.diagonal(), descending=True)
     left = weight.double()[:, order].clone()
+    blocks = weight.double().unflatten(1, (-1, group or weight.shape[1]))
     hessian = moment.double()[order][:, order]
     hessian = hessian + _DAMPING * hessian.diagonal().mean() * torch.eye(len(hessian), dtype=torch.float64)
     factor = torch.linalg.cholesky(torch.linalg.inv(hessian), upper=True)
-    low, high = left.amin(1).clamp_max(0.0), left.amax(1).clamp_min(0.0)
-    scale = ((high - low) / (2**bits - 1)).clamp_min(torch.finfo(torch.float32).tiny)
-    zero = (-low / scale).round()
-    for j in range(left.shape[1]):
+    low, high = blocks.amin(2).clamp_max(0.0), blocks.amax(2).clamp_min(0.0)
+    scales = ((high - low) / (2**bits - 1)).clamp_min(torch.finfo(torch.float32).tiny)
+    zeros = (-low / scales).round()
+    for j, column in enumerate(order.tolist()):
+        scale, zero = (x[:, column // blocks.shape[2]] for x in (scales, zeros))
         code = (left[:, j] / scale + zero).round().clamp(0, 2**bits - 1)
         value = (code - zero) * scale
         error = (left[:, j] - value) / factor[j, j]
@@ -128,6 +137,7 @@ Peer = tuple[tuple[int, ...], str, Callable[[nn.Module, Sequence[nn.Linear], int
 # Name -> widths, package, how.
 PEERS: dict[str, Peer] = {
     "GPTQ, a range a row": ((8, 4, 3, 2), "", _gptq),
+    "GPTQ, groups of 64 inputs": ((4, 3, 2), "", partial(_gptq, group=_GROUP)),
     "HQQ, groups of 64 inputs": ((8, 4, 3, 2), "hqq", _hqq),
     "quanto, groups of 128 inputs": ((8, 4, 2), "optimum.quanto", _quanto),
 }
