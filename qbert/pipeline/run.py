@@ -184,7 +184,7 @@ def compress(
         plan: the steps.
         folder: for checkpoints, the record and the result.
         train_limit: use at most this many training rows, drawn by `seed`.
-        eval_limit: score on at most this many held-out rows, drawn by `seed`.
+        eval_limit: score on at most this many held-out rows, the same ones for every `seed`.
         seed: of data order, dropout and draws.
         bf16: train in bfloat16.
         progress: show bars, and each step's row when it is there.
@@ -310,8 +310,7 @@ class _Run:
 
     def _evaluate(self, model: nn.Module) -> Any:
         split = self.task.evaluation_splits[0]
-        limit, seed = self.eval_limit, self.seed
-        return evaluate(model, self.task, self.tokenizer, split=split, limit=limit, seed=seed, progress=False)
+        return evaluate(model, self.task, self.tokenizer, split=split, limit=self.eval_limit, progress=self.progress)
 
 
 def _saved(model: Any) -> Any:

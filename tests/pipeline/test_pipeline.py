@@ -1,5 +1,6 @@
 """A pipeline makes its steps in order, keeps each, scores each, and goes on where it was stopped."""
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -67,6 +68,26 @@ def test_one_step_is_the_library_call(world: dict[str, Any], tmp_path: Path) -> 
     wanted = qbert.pack(qbert.quantize_model(world["model"], 4)).state_dict()
     found = done.model.state_dict()
     assert found.keys() == wanted.keys() and all(torch.equal(found[key], wanted[key]) for key in wanted)
+
+
+def test_every_seed_is_scored_on_the_same_rows(world: dict[str, Any], tmp_path: Path) -> None:
+    torch.manual_seed(1)
+    model = copy.deepcopy(world["model"])
+    torch.nn.init.normal_(model.classifier.weight, std=3.0)  # else all rows are of one class
+    found = [
+        compress(
+            **{**world, "model": model},
+            plan=PLANS["bits"],
+            folder=tmp_path / str(seed),
+            eval_limit=9,
+            seed=seed,
+            progress=False,
+        )
+        .record.results[0]
+        .score
+        for seed in range(4)
+    ]
+    assert len(set(found)) == 1
 
 
 def test_a_sentence_encoder_goes_through_a_pipeline_by_the_cosines_of_pairs(tmp_path: Path) -> None:
