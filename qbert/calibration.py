@@ -572,16 +572,16 @@ class _Totals:
         self.count += len(x)
 
     def moment(self, depth: int) -> Moment:
-        """The means, of matrices of one encoder layer."""
+        """The means, of matrices of one encoder layer; nothing can be added after it."""
         count = max(self.count, 1)
         assert self.pivot is not None and self.products is not None
-        upper = self.products.triu()
-        pivot, weight = self.pivot.double(), self.weight / count
-        products = (upper + upper.triu(1).transpose(-1, -2)) / count
-        sums = torch.as_tensor(self.sums) / count
-        mixed = _outer(pivot, sums)
-        value = products + mixed + mixed.transpose(-1, -2) + weight * _outer(pivot, pivot)
-        covariance = products - (_outer(sums, sums) / weight if weight else 0.0)
+        products = self.products.triu_().div_(count)
+        products += products.triu(1).transpose(-1, -2)
+        pivot, weight, sums = self.pivot.double(), self.weight / count, torch.as_tensor(self.sums) / count
+        value = _plus_outer(products.clone(), pivot, sums)
+        _plus_outer(value, sums, pivot)
+        _plus_outer(value, pivot, pivot, weight)
+        covariance = _plus_outer(products, sums, sums, -1 / weight) if weight else products
         return Moment(value, self.count, sums + weight * pivot, covariance, depth)
 
 
@@ -589,8 +589,11 @@ def _by_group(a: Tensor, b: Tensor) -> Tensor:
     return torch.einsum("ngi,ngj->gij", a, b)
 
 
-def _outer(a: Tensor, b: Tensor) -> Tensor:
-    return a.unsqueeze(-1) * b.unsqueeze(-2)
+def _plus_outer(matrix: Tensor, a: Tensor, b: Tensor, times: float = 1.0) -> Tensor:
+    """Add `times` a b^T to [I, I], or to each of [g, I, I], in place."""
+    a, b = a.view(-1, a.shape[-1], 1), b.view(-1, 1, b.shape[-1])
+    matrix.view(-1, *matrix.shape[-2:]).baddbmm_(a, b, alpha=times)
+    return matrix
 
 
 def _twins(model: nn.Module, reference: nn.Module) -> dict[nn.Module, nn.Module]:
