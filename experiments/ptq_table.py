@@ -43,6 +43,7 @@ _METHODS: dict[str, dict[str, Any]] = {
     "compensated, 128 groups": {"rounding": "compensated"},
     "compensated, real offset": {"rounding": "compensated", "scheme": "offset"},
     "compensated, midrise": {"rounding": "compensated", "scheme": "midrise"},
+    "compensated, groups of 64 inputs": {"rounding": "compensated", "groups": 768, "input_group_size": 64},
 }
 _DEFAULT_METHODS = list(_METHODS)[:4]
 _GROUPS = (1, 12, 128, 768)
