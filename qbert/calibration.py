@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qbert.encoders.inputs import to_device, unmasked
+from qbert.encoders.inputs import most_positions, to_device, unmasked
 from qbert.encoders.modes import evaluation_mode
 from qbert.encoders.prefix import LayerCache
 from qbert.encoders.targets import encoder_layers
@@ -278,10 +278,9 @@ def check_lengths(model: nn.Module, batches: Sequence[Batch]) -> None:
         if isinstance(ids, Tensor) and not ids.numel():
             raise ValueError(f"calibration_data: a batch has input_ids {list(ids.shape)}; leave empty batches out")
     _check_ids(model, batches)
-    tables = [m for n, m in model.named_modules() if isinstance(m, nn.Embedding) and n.endswith("position_embeddings")]
-    most = max((table.num_embeddings for table in tables), default=0)
+    most = most_positions(model)
     longest = max((b["input_ids"].shape[-1] for b in batches if isinstance(b.get("input_ids"), Tensor)), default=0)
-    if longest > most > 0:
+    if most is not None and longest > most:
         raise ValueError(
             f"calibration_data: a batch has {longest} tokens a row, but the model reads at most {most}; tokenize with "
             f"truncation=True, max_length={most}"

@@ -384,6 +384,22 @@ def test_a_head_that_is_not_finite_is_named() -> None:
         qbert.quantize_model(model, qbert.BitsConfig(2, **COMPENSATED), calibration_data=batches("bert"))
 
 
+@pytest.mark.filterwarnings("ignore:calibration_data has")
+@pytest.mark.parametrize("family", ["bert", "distilbert", "roberta", "mpnet"])
+def test_rows_may_be_as_long_as_the_model_reads_and_no_longer(family: str) -> None:
+    model = build(family, max_position_embeddings=18).eval()
+    most = 16 if family in ("roberta", "mpnet") else 18
+    config = qbert.BitsConfig(4, groups=4, **COMPENSATED)
+    longest = inputs_for(family, length=most)
+    with torch.no_grad():
+        qbert.quantize_model(model, config, calibration_data=[longest])(**longest)
+    longer = {name: torch.cat([x, x[..., -1:]], -1) for name, x in longest.items()}
+    with pytest.raises(ValueError, match=rf"{most + 1} tokens a row, .* at most {most}; .*max_length={most}"):
+        qbert.quantize_model(model, config, calibration_data=[longer])
+    with pytest.raises(ValueError, match=rf"more tokens than the model reads, {most}"):
+        qbert.optimize_for_inference(qbert.pack(qbert.quantize_model(model, 4)), warm_up=[(1, most + 1)])
+
+
 def test_what_cannot_be_used_is_refused_with_its_mend() -> None:
     model = build("bert", max_position_embeddings=16).eval()
     with pytest.raises(ValueError, match=r"17 tokens a row, but the model reads at most 16; .*max_length=16"):

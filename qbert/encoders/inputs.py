@@ -48,3 +48,17 @@ def unmasked(x: Tensor, mask: Tensor | None) -> Tensor:
     if x.shape[:2] == flat.shape:
         return x[flat]
     return x[flat.flatten()] if x.dim() == 2 and len(x) == flat.numel() else x
+
+
+def most_positions(model: nn.Module) -> int | None:
+    """Tokens that a row may have; None where positions are not looked up in a table.
+
+    Where the table knows a position of padding (RoBERTa, MPNet), the rows up to that one are no token's.
+    """
+    found = []
+    for name, module in model.named_modules():
+        rows = getattr(module, "num_embeddings", None)
+        if name.endswith("position_embeddings") and isinstance(rows, int):
+            padding = getattr(module, "padding_idx", None)
+            found.append(rows - (0 if padding is None else padding + 1))
+    return max(found, default=None)
