@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from qbert.calibration import Batch, check_lengths, model_outputs, run_batch
+from qbert.calibration import Batch, check_readable, model_outputs, run_batch
 from qbert.encoders.inputs import to_device
 from qbert.encoders.modes import evaluation_mode
 
@@ -30,7 +30,7 @@ def by_length(model: nn.Module, batches: Sequence[Batch]) -> list[Batch]:
     Raises:
         ValueError: batches that are longer than the model can read.
     """
-    check_lengths(model, batches)
+    check_readable(model, batches)
     lengths = [_lengths(batch) for batch in batches]
     known = [n for n in lengths if n is not None]
     if len(known) < len(batches) or len({frozenset(batch) for batch in batches}) > 1:

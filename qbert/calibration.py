@@ -79,7 +79,7 @@ def calibrate_activations(model: nn.Module, batches: list[Batch]) -> None:
     layers = list(names)
     if not layers:
         return
-    check_lengths(model, batches)
+    check_readable(model, batches)
     observers = {layer: ActivationObserver() for layer in layers}
     quantizers = [layer.activation_quantizer for layer in layers if layer.activation_quantizer is not None]
     for quantizer in quantizers:
@@ -202,7 +202,7 @@ def input_moments(
     Raises:
         ValueError: if the input of a matrix holds NaN or infinity, or batches are longer than the model can read.
     """
-    check_lengths(model, batches)
+    check_readable(model, batches)
     names = {module: name for name, module in model.named_modules()}
     bar = progress_bar(total=len(modules), desc="rounding", disable=not progress)
     with _Passes(model, batches, reference) as passes, bar:
@@ -267,7 +267,7 @@ def mean_logits(model: nn.Module, batches: Sequence[Batch], run: Run | None = No
     return next(name for name, module in model.named_modules() if module is head), total / count
 
 
-def check_lengths(model: nn.Module, batches: Sequence[Batch]) -> None:
+def check_readable(model: nn.Module, batches: Sequence[Batch]) -> None:
     """Refuse batches that are longer than the model's positions, empty, or of ids that it has no rows for.
 
     Raises:
