@@ -28,7 +28,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qbert.calibration import Batch, run_batch, to_device
+from qbert.calibration import Batch, run_batch
+from qbert.encoders.inputs import to_device
 from qbert.encoders.modes import evaluation_mode
 from qbert.progress import progress_bar
 

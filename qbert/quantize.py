@@ -19,11 +19,11 @@ import torch
 from torch import Tensor, nn
 
 from qbert.bits import BitsConfig, TensorSpec
-from qbert.by_length import by_length
 from qbert.calibration import (
     Batch,
     Moment,
     Run,
+    by_length,
     calibrate_activations,
     check_batches,
     input_moments,

@@ -8,7 +8,7 @@ from encoders import build, outputs
 from torch import nn
 
 import qbert
-from qbert.by_length import by_length
+from qbert.calibration import by_length
 
 
 def padded_batches(pad: int = 0, types: bool = False, pairs: bool = False) -> list[dict[str, torch.Tensor]]:

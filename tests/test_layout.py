@@ -59,7 +59,7 @@ FLOORS = (
     ("layers", "hessian"),
     ("calibration", "sizes", "runtimes"),
     ("inference",),
-    ("outputs", "rounded", "by_length"),
+    ("outputs", "rounded"),
     ("usage",),
     ("quantize", "distill"),
     ("allocation", "saving", "onnx", "openvino"),

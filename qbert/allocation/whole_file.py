@@ -34,8 +34,7 @@ from qbert.allocation.blocks import Fixed, check_widths, fixed_value
 from qbert.allocation.budgets import check_bounds, rounded_up
 from qbert.allocation.knapsack import choose
 from qbert.bits import DEFAULT_GROUPS, FLOAT_BITS, BitsConfig, TensorSpec, largest_rank
-from qbert.by_length import by_length
-from qbert.calibration import Batch, check_batches, input_moments
+from qbert.calibration import Batch, by_length, check_batches, input_moments
 from qbert.encoders.targets import HEAD_ROLE, Target, base_models, find_targets, targets_found_once
 from qbert.encoders.weights import is_table, stored
 from qbert.layers.quantizer import WeightQuantizer

@@ -34,8 +34,7 @@ from qbert.allocation.budgets import rounded_up
 from qbert.allocation.whole_file import FILE_DEFAULTS, FilePlan, fitted_and_scored
 from qbert.arguments import is_whole, real_number
 from qbert.bits import BitsConfig
-from qbert.by_length import by_length
-from qbert.calibration import check_batches, run_batch
+from qbert.calibration import by_length, check_batches, run_batch
 from qbert.encoders.inputs import most_positions
 from qbert.encoders.modes import evaluation_mode
 from qbert.encoders.targets import base_model, encoder_layers

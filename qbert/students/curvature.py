@@ -20,8 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from qbert.allocation.kronecker import kronecker_factors
-from qbert.by_length import by_length
-from qbert.calibration import Batch, check_batches, run_batch
+from qbert.calibration import Batch, by_length, check_batches, run_batch
 from qbert.encoders.inputs import to_device, unmasked
 from qbert.encoders.modes import evaluation_mode
 from qbert.encoders.prefix import LayerCache

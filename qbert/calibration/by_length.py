@@ -12,7 +12,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from qbert.calibration import Batch, check_readable, model_outputs, run_batch
+from qbert.calibration.batches import Batch, check_readable, run_batch
+from qbert.calibration.outputs import model_outputs
 from qbert.encoders.inputs import to_device
 from qbert.encoders.modes import evaluation_mode
 

@@ -1,8 +1,6 @@
-r"""Calibration: what is read off a few batches of data, without labels.
+r"""The second moments :math:`C = E[x x^T]` of the inputs of every matrix, which compensated rounding needs.
 
-Static activation ranges (`calibrate_activations`), and the second moments :math:`C = E[x x^T]` of the inputs of every
-matrix (`input_moments`) that compensated rounding needs. Batches are run through the model in evaluation mode without
-gradients, padding is left out, and modes and hooks are restored afterwards.
+Batches are run through the model in evaluation mode, padding is left out, and modes and hooks are restored afterwards.
 
     >>> for modules, moment in input_moments(model, batches, modules):
     ...     round_them(modules, moment.value)
@@ -14,149 +12,24 @@ partly quantized model gives).
 from __future__ import annotations
 
 import itertools
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from qbert.encoders.inputs import most_positions, to_device, unmasked
+from qbert.calibration.batches import Batch, check_readable, run_batch
+from qbert.calibration.outputs import Run, model_outputs
+from qbert.calibration.rows import flat_rows, matrix_rows, padding_left_out, reads_rows
+from qbert.calibration.totals import Moment, Totals
+from qbert.encoders.inputs import to_device
 from qbert.encoders.modes import evaluation_mode
 from qbert.encoders.prefix import LayerCache
 from qbert.encoders.targets import encoder_layers
 from qbert.encoders.weights import weight_matrix
-from qbert.layers.kind import TrainableLayer, kind_of
+from qbert.layers.kind import kind_of
 from qbert.layers.recurrent import StepMasks
 from qbert.progress import progress_bar
-from qbert.quantizers.activations import ActivationObserver
-
-Batch = Mapping[str, Tensor]
-Run = Callable[[int], Any]  # number of a batch -> the model's output for it
-_GRAM_BLOCK = 256
-_LAST_OUTPUTS = 8  # of a forward pass, among which the logits are looked for
-
-
-def check_batches(data: Any) -> list[Batch] | None:
-    """`data` as a list of batches (a single batch is accepted), or ``None`` if it is None.
-
-    Raises:
-        TypeError: if it is not an iterable of mappings; ValueError if it is empty.
-    """
-    if data is None:
-        return None
-    if isinstance(data, Mapping):
-        data = [data] if data else []
-    if not isinstance(data, Iterable):
-        raise TypeError(f"calibration_data: expected batches (dicts of tensors), got {type(data).__name__}")
-    batches = list(data)
-    if not batches:
-        raise ValueError("calibration_data is empty; pass at least one batch")
-    for batch in batches:
-        if not isinstance(batch, Mapping) or not any(isinstance(value, Tensor) for value in batch.values()):
-            raise TypeError(
-                "calibration_data: every batch must be a dict of tensors, such as a tokenizer returns with "
-                f"return_tensors='pt'; got a {type(batch).__name__}"
-                + (f" of {', '.join(map(str, batch))}" if isinstance(batch, Mapping) else "")
-            )
-    return batches
-
-
-@torch.no_grad()
-def calibrate_activations(model: nn.Module, batches: list[Batch]) -> None:
-    """Fix the static activation ranges of `model` in two passes over `batches` (extent, then histogram).
-
-    Raises:
-        ValueError: if the input of a layer is not finite, or none is seen: the layer is never called, or every token is
-            masked; or if batches are longer than the model can read.
-    """
-    names = {
-        m: name
-        for name, m in model.named_modules()
-        if isinstance(m, TrainableLayer) and m.activation_quantizer and m.activation_quantizer.mode == "static"
-    }
-    layers = list(names)
-    if not layers:
-        return
-    check_readable(model, batches)
-    observers = {layer: ActivationObserver() for layer in layers}
-    quantizers = [layer.activation_quantizer for layer in layers if layer.activation_quantizer is not None]
-    for quantizer in quantizers:
-        quantizer.enabled = False
-    try:
-        _observe(model, batches, layers, lambda layer, x: observers[layer].see_extent(x))
-        for layer, observer in observers.items():
-            if not observer.is_finite:
-                raise ValueError(
-                    f"calibration_data: the input of {names[layer]} runs from {observer.low} to {observer.high}; pass "
-                    "batches on which the layer sees unmasked tokens and the float model computes no NaN or infinity"
-                )
-        _observe(model, batches, layers, lambda layer, x: observers[layer].see_values(x))
-    finally:
-        for quantizer in quantizers:
-            quantizer.enabled = True
-    for layer, quantizer in zip(layers, quantizers, strict=True):
-        quantizer.set_range(*observers[layer].best_range(quantizer.bits))
-
-
-def _observe(model: nn.Module, batches: list[Batch], layers: Iterable[Any], see: Callable[[Any, Tensor], None]) -> None:
-    """Run `batches` through the model; `see(layer, x)` gets what each layer quantizes, padding left out."""
-    masks = StepMasks(model)
-
-    def watch(layer: Any) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-        return lambda quantizer, args: see(layer, _padding_left_out(layer, masks, args[0])(args[0]))
-
-    handles = [layer.activation_quantizer.register_forward_pre_hook(watch(layer)) for layer in layers]
-    try:
-        with evaluation_mode(model):
-            for batch in batches:
-                inputs = to_device(batch, model)
-                masks.mask = inputs.get("attention_mask")
-                run_batch(model, inputs)
-    finally:
-        masks.close()
-        for handle in handles:
-            handle.remove()
-
-
-def _padding_left_out(module: nn.Module, masks: StepMasks, rows: Tensor) -> Callable[[Tensor], Tensor]:
-    """What leaves the padding out of the rows that a matrix reads in one call, and out of others of their shape."""
-    if module in masks:
-        steps = masks.of(module, rows)
-        return lambda x: x if steps is None else x[steps]
-    kind, mask = kind_of(module), masks.mask
-    if mask is not None and mask.dim() > 1 and kind is not None:
-        mask = kind.mask(module, mask.to(rows.device))
-    return lambda x: unmasked(x, mask)
-
-
-def run_batch(model: nn.Module, inputs: Mapping[str, Tensor]) -> Any:
-    """Call `model` on a dict batch: by keyword, or as one mapping where that is the model's own convention."""
-    if type(model).__name__ == "SentenceTransformer":
-        return model(dict(inputs))
-    return model(**inputs)
-
-
-@dataclass(frozen=True)
-class Moment:
-    """The second moment of a matrix's inputs.
-
-    Attributes:
-        value: [I, I] float64, C = E[w x x^T] over the inputs that are no padding, the weights w of mean 1; [g, I, I]
-            where each of g runs of rows has inputs of its own (convolutions of several channel groups).
-        inputs: how many those were.
-        mean: [I] or [g, I] float64, E[w x].
-        covariance: as `value`, of w x about its mean: the moment in which the error of a matrix counts whose bias is
-            free to move. Summed about a point near the mean, since inputs may vary by far less than they are long.
-        depth: number of the encoder layer; the moments of one layer are collected before any of its matrices changes.
-    """
-
-    value: Tensor
-    inputs: int
-    mean: Tensor
-    covariance: Tensor
-    depth: int = 0
 
 
 class _SeenError(Exception):
@@ -228,78 +101,6 @@ def input_moments(
             at_end(passes.own.replayed)
 
 
-@torch.no_grad()
-def mean_logits(model: nn.Module, batches: Sequence[Batch], run: Run | None = None) -> tuple[str, Tensor] | None:
-    """Name of the layer whose output is the model's logits, and their mean over rows that are no padding.
-
-    Args:
-        batches: at least one.
-        run: what puts batch i through the model, where that is less work than `run_batch`.
-
-    Returns:
-        (dotted name, [C] float64), or ``None`` where the logits are no layer's own output or that has no bias.
-    """
-    made: deque[tuple[Any, nn.Module]] = deque(maxlen=_LAST_OUTPUTS)
-    total: Tensor | None = None
-    head: nn.Module | None = None
-    count = 0
-    candidates = [m for m in model.modules() if isinstance(getattr(m, "bias", None), nn.Parameter)]
-    handles = [m.register_forward_hook(lambda m, x, y: made.append((y, m))) for m in candidates]
-    try:
-        with evaluation_mode(model):
-            for index, batch in enumerate(batches):
-                made.clear()
-                inputs = to_device(batch, model)
-                output = run_batch(model, inputs) if run is None else run(index)
-                logits = model_outputs(output)[0] if gives_logits(output) else None
-                head = next((m for y, m in made if y is logits), None)
-                if logits is None or head is None or head.bias.shape != logits.shape[-1:]:
-                    return None
-                rows = unmasked(logits, inputs.get("attention_mask")) if logits.dim() > 2 else logits
-                rows = rows.reshape(-1, rows.shape[-1]).double()
-                total = rows.sum(0) + (0.0 if total is None else total)
-                count += len(rows)
-    finally:
-        for handle in handles:
-            handle.remove()
-    if total is None:
-        return None
-    return next(name for name, module in model.named_modules() if module is head), total / count
-
-
-def check_readable(model: nn.Module, batches: Sequence[Batch]) -> None:
-    """Refuse batches that are longer than the model's positions, empty, or of ids that it has no rows for.
-
-    Raises:
-        ValueError: naming both lengths, or the id.
-    """
-    for batch in batches:
-        ids = batch.get("input_ids")
-        if isinstance(ids, Tensor) and not ids.numel():
-            raise ValueError(f"calibration_data: a batch has input_ids {list(ids.shape)}; leave empty batches out")
-    _check_ids(model, batches)
-    most = most_positions(model)
-    longest = max((b["input_ids"].shape[-1] for b in batches if isinstance(b.get("input_ids"), Tensor)), default=0)
-    if most is not None and longest > most:
-        raise ValueError(
-            f"calibration_data: a batch has {longest} tokens a row, but the model reads at most {most}; tokenize with "
-            f"truncation=True, max_length={most}"
-        )
-
-
-def _check_ids(model: nn.Module, batches: Sequence[Batch]) -> None:
-    whole = ("word_embeddings", "word_embeddings.table")  # and no part of a composed one
-    tables = [m for n, m in model.named_modules() if isinstance(m, nn.Embedding) and n.endswith(whole)]
-    rows = max((table.num_embeddings for table in tables), default=0)
-    for ids in (b["input_ids"] for b in batches if isinstance(b.get("input_ids"), Tensor)):
-        least, most = int(ids.min()), int(ids.max())
-        if rows and not 0 <= least <= most < rows:
-            raise ValueError(
-                f"calibration_data: the id {most if most >= rows else least} is none of the model's {rows}; tokenize "
-                "with the model's own tokenizer"
-            )
-
-
 class _Run:
     """A model that is run over batches, from a depth on whose inputs are kept."""
 
@@ -355,8 +156,8 @@ class _Run:
         seen: list[tuple[nn.Module, Tensor]] = []
 
         def hook(module: Any, args: tuple[Any, ...]) -> None:
-            rows = _rows(module, args[0].detach())
-            seen.append((module, _flat(module, _padding_left_out(module, self.masks, rows)(rows))))
+            rows = matrix_rows(module, args[0].detach())
+            seen.append((module, flat_rows(module, padding_left_out(module, self.masks, rows)(rows))))
             if len(seen) == calls:
                 raise _SeenError
 
@@ -426,7 +227,7 @@ class _Passes:
             shared = by_weight[id(module.weight)]
             self.depth_of |= dict.fromkeys(shared, depth)
             together = source == last and len(shared) == 1 and len(stages[-1][-1]) == 1
-            if together and _reads_rows(module) and _reads_rows(stages[-1][-1][0]):
+            if together and reads_rows(module) and reads_rows(stages[-1][-1][0]):
                 stages[-1].append(shared)
             else:
                 stages.append([shared])
@@ -463,7 +264,7 @@ class _Passes:
         stage_of = {module: number for number, stage in enumerate(stages) for module in stage[0]}
         calls = 0 if any(m in self.own.masks for m in stage_of) else sum(self.calls.get(m, 0) for m in stage_of)
         self.own.advance(depth, [shared[0] for shared in stages[0]])
-        totals = [_Totals() for _ in stages]
+        totals = [Totals() for _ in stages]
         for index in range(len(self.batches)):
             turn = dict.fromkeys(stage_of, 0)
             for module, x in self.own.inputs(list(stage_of), index, calls):
@@ -490,9 +291,9 @@ def _output_gradients(
     frozen: list[Any] = [m.weight for m in modules if not m.weight.requires_grad]
 
     def hook(module: Any, x: tuple[Any, ...], y: Tensor) -> None:
-        rows = _rows(module, x[0].detach())
-        real = _padding_left_out(module, run.masks, rows)
-        calls.append((module, _flat(module, real(rows)), y, real))
+        rows = matrix_rows(module, x[0].detach())
+        real = padding_left_out(module, run.masks, rows)
+        calls.append((module, flat_rows(module, real(rows)), y, real))
 
     handles = [m.register_forward_hook(hook) for m in modules]
     try:
@@ -519,108 +320,10 @@ def _output_gradients(
     return result
 
 
-def _rows(module: nn.Module, x: Tensor) -> Tensor:
-    """What the matrix of a float module is multiplied with: [..., I], or [..., g, I] for several groups of rows."""
-    kind = kind_of(module)
-    rows = x if kind is None else kind.rows(module, x)
-    return rows if _reads_rows(module) or _several(module) else rows.squeeze(-2)
-
-
-def _flat(module: nn.Module, rows: Tensor) -> Tensor:
-    """Rows [N, I], or [N, g, I] for several groups of rows."""
-    return rows.flatten(0, -3 if _several(module) else -2)
-
-
-def _several(module: nn.Module) -> bool:
-    """Whether groups of the matrix's rows have inputs of their own."""
-    groups: Any = getattr(module, "groups", 1)
-    return not _reads_rows(module) and groups > 1
-
-
-def _reads_rows(module: nn.Module) -> bool:
-    kind = kind_of(module)
-    return kind is None or kind.reads_rows
-
-
-class _Totals:
-    """Weighted sums over inputs, in float64."""
-
-    def __init__(self) -> None:
-        self.count, self.weight = 0, 0.0
-        self.pivot: Tensor | None = None
-        self.products: Tensor | None = None  # on and above the diagonal
-        self.sums: Tensor | float = 0.0
-
-    def add(self, x: Tensor, weights: Tensor | None) -> None:
-        """Add inputs [N, I] or [N, g, I] of these weights [N]."""
-        root: Any = 1.0 if weights is None else weights.sqrt().view(-1, *[1] * (x.dim() - 1))
-        x = x.float()
-        if self.pivot is None:
-            self.pivot = x.mean(0) if len(x) else torch.zeros_like(x.sum(0))
-        rows = (x - self.pivot) * root
-        if self.products is None:
-            width = rows.shape[-1]
-            self.products = torch.zeros(*rows.shape[1:], width, dtype=torch.float64, device=rows.device)
-        # On and above the diagonal alone, in blocks of columns, since the rest is the same.
-        for start in range(0, rows.shape[-1], _GRAM_BLOCK):
-            block = rows[..., start : start + _GRAM_BLOCK]
-            products = block.T @ rows[:, start:] if rows.dim() == 2 else _by_group(block, rows[..., start:])
-            self.products[..., start : start + _GRAM_BLOCK, start:] += products
-        self.sums = self.sums + (rows * root).double().sum(0)
-        self.weight += len(x) if weights is None else float(weights.double().sum())
-        self.count += len(x)
-
-    def moment(self, depth: int) -> Moment:
-        """The means, of matrices of one encoder layer; nothing can be added after it."""
-        count = max(self.count, 1)
-        assert self.pivot is not None and self.products is not None
-        products = self.products.triu_().div_(count)
-        products += products.triu(1).transpose(-1, -2)
-        pivot, weight, sums = self.pivot.double(), self.weight / count, torch.as_tensor(self.sums) / count
-        value = _plus_outer(products.clone(), pivot, sums)
-        _plus_outer(value, sums, pivot)
-        _plus_outer(value, pivot, pivot, weight)
-        covariance = _plus_outer(products, sums, sums, -1 / weight) if weight else products
-        return Moment(value, self.count, sums + weight * pivot, covariance, depth)
-
-
-def _by_group(a: Tensor, b: Tensor) -> Tensor:
-    return torch.einsum("ngi,ngj->gij", a, b)
-
-
-def _plus_outer(matrix: Tensor, a: Tensor, b: Tensor, times: float = 1.0) -> Tensor:
-    """Add `times` a b^T to [I, I], or to each of [g, I, I], in place."""
-    a, b = a.view(-1, a.shape[-1], 1), b.view(-1, 1, b.shape[-1])
-    matrix.view(-1, *matrix.shape[-2:]).baddbmm_(a, b, alpha=times)
-    return matrix
-
-
 def _twins(model: nn.Module, reference: nn.Module) -> dict[nn.Module, nn.Module]:
     """Module of `model` -> the one of the same name in `reference`."""
     there = dict(reference.named_modules(remove_duplicate=False))
     return {module: there[name] for name, module in model.named_modules() if name in there}
-
-
-_LOGITS = (("logits",), ("start_logits", "end_logits"))
-
-
-def model_outputs(output: Any) -> list[Tensor]:
-    """What a model is used for: its logits, else its last hidden states, else its first tensor."""
-    names = _named(output)
-    for wanted in (*_LOGITS, ("sentence_embedding",), ("last_hidden_state",)):
-        if all(isinstance(names.get(n), Tensor) for n in wanted):
-            return [names[n] for n in wanted]
-    values = names.values() if names else output if isinstance(output, (tuple, list)) else [output]
-    return [y for y in values if isinstance(y, Tensor)][:1]
-
-
-def gives_logits(output: Any) -> bool:
-    """Whether `model_outputs` are logits."""
-    return any(all(isinstance(_named(output).get(n), Tensor) for n in wanted) for wanted in _LOGITS)
-
-
-def _named(output: Any) -> Mapping[str, Any]:
-    return output if isinstance(output, Mapping) else vars(output) if hasattr(output, "__dict__") else {}
 
 
 def _random_seeds(y: Tensor, mask: Tensor | None, generator: torch.Generator) -> Tensor:
