@@ -21,6 +21,7 @@ from __future__ import annotations
 import argparse
 import functools
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
@@ -216,6 +217,15 @@ class Budget:
             self.planners[variant.label] = Planner(variant.model, variant.batches, progress=True, **options)
         return self.planners[variant.label]
 
+    def calibrated_planner(self, variant: Variant, size_mb: float) -> Any:
+        """The same, whose predictions know what damages leave out, also where its plans were kept by an earlier run."""
+        from qbert.pipeline.candidates import Prediction
+
+        planner = self.planner(variant)
+        if planner.prediction == Prediction():
+            planner.prediction = planner.calibrated((), size_mb)
+        return planner
+
     # ---- measuring ----
 
     def scored(self, model: Any, tokenizer: Any) -> Any:
@@ -269,8 +279,14 @@ class Budget:
     def planned(self, budget: dict[str, Any], variant: Variant) -> None:
         """Plan one budget, make it, and hold simpler choices of its size against it."""
         name = variant.label + ", ".join(f"{key} {value:g}" for key, value in budget.items())
-        for work in (self.make_plan, self.make_families, self.make_rivals):
-            stage = f"{name}: {work.__name__}"
+        asked = self.arguments
+        stages: list[tuple[Callable[..., None], str]] = [
+            (self.make_plan, f" ({asked.recipe}, seeds {asked.seeds})"),
+            *([(self.make_families, "")] if asked.families else []),
+            (self.make_rivals, f" ({asked.draws} draws)"),
+        ]
+        for work, how in stages:  # with more seeds or draws than before one goes on
+            stage = f"{name}: {work.__name__}{how}"
             if stage not in self.record.content["finished"]:
                 work(name, budget, variant)
                 self.record.content["finished"].append(stage)
@@ -326,10 +342,10 @@ class Budget:
         import qbert
         from qbert.pipeline.candidates import structure_name
 
-        if not self.arguments.families or "size_mb" not in budget or variant.label:
+        if "size_mb" not in budget or variant.label:
             return
         size = budget["size_mb"]
-        planner = self.planner(variant)
+        planner = self.calibrated_planner(variant, size)
         for steps in [*planner.structures, *_MORE_FAMILIES]:
             title = f"{structure_name(steps)} ({size:g} MB)"
             if not steps or title in self.record or planner.part(steps).files.smallest_mb > size:
@@ -347,7 +363,7 @@ class Budget:
         if variant.label:
             return
         size_mb = self.record.content["plans"][name]["size"]
-        planner = self.planner(variant)
+        planner = self.calibrated_planner(variant, size_mb)
         files = planner.part(()).files
         choices = {
             "uniform bits": rivals.uniform(files, size_mb),
