@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
@@ -98,7 +99,7 @@ def _gptq(
             weight = weight_matrix(module).detach()
             weight.copy_(gptq(weight, moment.value, bits, group))
     if group is not None:
-        return _grouped_bytes(matrices, bits, group)
+        return sum(_grouped_bytes([m], bits, math.gcd(group, m.weight.shape[1])) for m in matrices)
     return sum(m.weight.numel() * bits / 8 + m.weight.shape[0] * _GRID_BYTES for m in matrices)
 
 
@@ -108,13 +109,14 @@ def gptq(weight: Tensor, moment: Tensor, bits: int, group: int | None = None) ->
     Args:
         weight: [O, I].
         moment: [I, I], E[x x^T] of the inputs.
-        group: inputs that share a range, which is that of the given weights; None for all.
+        group: inputs that share a range, which is that of the given weights; None for all. Where it does not divide
+            their number, its largest part that does.
 
     Source: Frantar et al. 2023, algorithm 1, with columns in the order of activity.
     """
     order = torch.argsort(moment.diagonal(), descending=True)
     left = weight.double()[:, order].clone()
-    blocks = weight.double().unflatten(1, (-1, group or weight.shape[1]))
+    blocks = weight.double().unflatten(1, (-1, math.gcd(group or 0, weight.shape[1])))
     hessian = moment.double()[order][:, order]
     hessian = hessian + _DAMPING * hessian.diagonal().mean() * torch.eye(len(hessian), dtype=torch.float64)
     factor = torch.linalg.cholesky(torch.linalg.inv(hessian), upper=True)
