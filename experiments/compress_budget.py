@@ -282,7 +282,7 @@ class Budget:
         asked = self.arguments
         stages: list[tuple[Callable[..., None], str]] = [
             (self.make_plan, f" ({asked.recipe}, seeds {asked.seeds})"),
-            *([(self.make_families, "")] if asked.families else []),
+            *([(self.make_families, " (each alone)")] if asked.families else []),
             (self.make_rivals, f" ({asked.draws} draws)"),
         ]
         for work, how in stages:  # with more seeds or draws than before one goes on
