@@ -223,7 +223,7 @@ class Budget:
 
         planner = self.planner(variant)
         if planner.prediction == Prediction():
-            planner.prediction = planner.calibrated((), size_mb)
+            planner.prediction = planner.calibrated((), max(size_mb, 1.0001 * planner.part(()).files.smallest_mb))
         return planner
 
     # ---- measuring ----

@@ -98,9 +98,7 @@ def _gptq(
         for module in modules:
             weight = weight_matrix(module).detach()
             weight.copy_(gptq(weight, moment.value, bits, group))
-    if group is not None:
-        return sum(_grouped_bytes([m], bits, math.gcd(group, m.weight.shape[1])) for m in matrices)
-    return sum(m.weight.numel() * bits / 8 + m.weight.shape[0] * _GRID_BYTES for m in matrices)
+    return sum(_grouped_bytes([m], bits, math.gcd(group or 0, m.weight.shape[1])) for m in matrices)
 
 
 def gptq(weight: Tensor, moment: Tensor, bits: int, group: int | None = None) -> Tensor:

@@ -13,6 +13,7 @@ import os
 import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any, TypeVar, cast
 
 import torch
@@ -251,18 +252,13 @@ def _round_compensated(
     depth = 0
     missed: list[str] = []
     few: dict[str, Moment] = {}
-
-    def keep_logits(run: Run) -> None:
-        if logits is not None:
-            done.keep_mean_logits(logits, batches, run)
-
     for modules, moment in input_moments(
         done.model,
         batches,
         list(paths),
         weigh=_GRADIENT_SHARE,
         reference=reference,
-        at_end=keep_logits,
+        at_end=None if logits is None else partial(done.keep_mean_logits, logits, batches),
         progress=progress,
     ):
         if moment.inputs == 0:

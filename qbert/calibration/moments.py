@@ -163,8 +163,7 @@ class _Run:
 
         handles = [m.register_forward_pre_hook(hook) for m in modules]
         try:
-            with self.cache.replay(index):
-                self.run(index)
+            self.replayed(index)
         except _SeenError:
             pass
         finally:

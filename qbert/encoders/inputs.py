@@ -50,6 +50,11 @@ def unmasked(x: Tensor, mask: Tensor | None) -> Tensor:
     return x[flat.flatten()] if x.dim() == 2 and len(x) == flat.numel() else x
 
 
+def most_tokens(model: nn.Module, base: nn.Module) -> int | None:
+    """Tokens of the longest row that `model` says it takes: by its table of positions, else by the config of `base`."""
+    return most_positions(model) or getattr(getattr(base, "config", None), "max_position_embeddings", None)
+
+
 def most_positions(model: nn.Module) -> int | None:
     """Tokens that a row may have; None where positions are not looked up in a table.
 

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from qbert.encoders.copied import CopiedParameters
-from qbert.encoders.inputs import most_positions
+from qbert.encoders.inputs import most_tokens
 from qbert.encoders.parts import LayerParts
 from qbert.encoders.targets import base_model
 from qbert.inference.chosen import ChosenLayers, ChosenLinear, can_choose
@@ -151,8 +151,7 @@ def optimize_for_inference(
     for shape in warm_up:
         if len(shape) != 2 or not all(isinstance(n, int) and n > 0 for n in shape):
             raise ValueError(f"warm_up: {shape!r} is not a batch and a length, such as (1, 16).")
-        config = getattr(base_model(packed)[1], "config", None)
-        longest = most_positions(packed) or getattr(config, "max_position_embeddings", None)
+        longest = most_tokens(packed, base_model(packed)[1])
         if longest and shape[1] > longest:
             raise ValueError(f"warm_up: {shape!r} has more tokens than the model reads, {longest}; use fewer.")
     model = packed if inplace else deepcopy(packed)

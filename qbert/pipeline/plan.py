@@ -35,7 +35,7 @@ from qbert.allocation.whole_file import FILE_DEFAULTS, FilePlan, fitted_and_scor
 from qbert.arguments import is_whole, real_number
 from qbert.bits import BitsConfig
 from qbert.calibration import by_length, check_batches, run_batch
-from qbert.encoders.inputs import most_positions
+from qbert.encoders.inputs import most_tokens
 from qbert.encoders.modes import evaluation_mode
 from qbert.encoders.targets import base_model, encoder_layers
 from qbert.inference.cpu import optimize_for_inference
@@ -575,7 +575,7 @@ def _check_budgets(
             f"size_mb={size_mb:g} is too small: with all weights in {min(bits)} bits this model takes about "
             f"{whole * min(bits) / 32:.2g} MB, and structures save a part of that; use a larger number"
         )
-    longest = most_positions(model) or getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    longest = most_tokens(model, model)
     if latency_ms is not None and longest and shape[1] > longest:
         raise ValueError(f"shape: {shape[1]} tokens are more than the model reads, {longest}; use fewer")
 
