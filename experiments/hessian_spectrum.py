@@ -201,7 +201,7 @@ def main() -> None:
     shutil.rmtree(folder / "spectrum.partial", ignore_errors=True)
     configs = bits_configs(arguments, spectrum, model)
     chosen = configs.pop("chosen")
-    title = f"{arguments.model or 'MiniLM-L6'} on {task.name}"
+    title = title_of(arguments.model, task.name)
     widths = {name: f"{bits} bits" for name, bits in _widths(spectrum, chosen).items() if bits}
     spectrum.plot(folder / "spectrum.png", title=title, notes=widths)
     chosen.save(folder / "bits.json")
@@ -242,6 +242,12 @@ def main() -> None:
     print(
         f"\nwritten to {folder}: " + ", ".join(sorted(p.name for p in folder.iterdir() if not p.name.startswith(".")))
     )
+
+
+def title_of(model: str | None, task: str) -> str:
+    """What a picture shows: the encoder by its hub name or the name of its folder, and the task."""
+    name = Path(model).name if model and Path(model).is_dir() else model
+    return f"{name or 'MiniLM-L6'} on {task}"
 
 
 def _widths(spectrum: Any, config: Any) -> dict[str, str]:

@@ -29,7 +29,7 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-from hessian_spectrum import add_hessian_arguments, landscapes, measure
+from hessian_spectrum import add_hessian_arguments, landscapes, measure, title_of
 from qat_comparison import METHODS, POST_TRAINING, Comparison, teacher_limit
 from qat_distill import add_training_arguments, asked_of, check_seeds
 from qat_table import spread
@@ -47,9 +47,10 @@ from qbert.results import Record, markdown_table, provenance, refuse_foreign, te
 
 _BUDGET = ("teacher_epochs", "teacher_rows", "epochs", "train_limit", "eval_limit", "calibration_rows")
 _METHODS = ("qat", "kd", "ptq")
-# Of the time of a training step in float: a step of a student with its teacher, a forward pass, a Hessian product.
-_STUDENT, _FORWARD, _PRODUCT = 1.6, 0.35, 0.5
-_PRODUCTS = 20  # for an eigenvalue
+# Of the time of a training step in float: a step of a student with its teacher, a forward pass, a Hessian product, and
+# compensated rounding.
+_STUDENT, _FORWARD, _PRODUCT, _ROUNDING = 1.6, 0.35, 0.35, 2.5
+_PRODUCTS = 5  # for an eigenvalue
 _STEPS = 21  # points along an axis of a landscape
 
 
@@ -179,12 +180,10 @@ def fill(arguments: argparse.Namespace, recipe: dict[str, Any], folder: Path) ->
     comparison = Comparison(arguments, RECIPES["qbert_kd"](), bits_of({"bits": 8}, None, None), folder)
     asked = {key: value for key, value in asked_of(comparison).items() if key not in ("bits", "start", "learning rate")}
     record = Record(folder / f"table-{arguments.table}.json", asked, resume=arguments.resume)
-    work = [(row, seed) for row in recipe["rows"] for seed in _seeds(row, arguments)]
-    for row, _ in work:
+    for row in recipe["rows"]:
         for kept in record[row["label"]]:
             refuse_foreign(record.path, kept["recipe"], row)
-    done = {(label, kept["seed"]) for label in record for kept in record[label]}
-    left = [(row, seed) for row, seed in work if (row["label"], seed) not in done]
+    left = _left(arguments, recipe, record.content["rows"])
     spectrum = None
     if any(_needs_spectrum(row) for row, _ in left):
         spectrum = spectrum_of(comparison.task, comparison.teacher, comparison.tokenizer, arguments, folder)
@@ -212,6 +211,15 @@ def _seeds(row: dict[str, Any], arguments: argparse.Namespace) -> list[int]:
     return arguments.seeds[:1] if row["method"] == "ptq" else arguments.seeds
 
 
+def _left(
+    arguments: argparse.Namespace, recipe: dict[str, Any], kept: dict[str, list[dict[str, Any]]]
+) -> list[tuple[dict[str, Any], int]]:
+    """Rows of the recipe and their seeds that are not among the `kept` ones."""
+    done = {(label, row["seed"]) for label, rows in kept.items() for row in rows}
+    work = [(row, seed) for row in recipe.get("rows", ()) for seed in _seeds(row, arguments)]
+    return [(row, seed) for row, seed in work if (row["label"], seed) not in done]
+
+
 def _needs_spectrum(row: dict[str, Any]) -> bool:
     return "mixed" in row and row.get("by", "spectrum") == "spectrum"
 
@@ -235,9 +243,10 @@ def _heading(comparison: Comparison) -> dict[str, Any]:
     }
 
 
-def estimate(arguments: argparse.Namespace, recipe: dict[str, Any]) -> float:
-    """Say how long one task will take, by a step of the untrained model; returns minutes without a teacher's."""
+def estimate(arguments: argparse.Namespace, recipe: dict[str, Any], folder: Path) -> float:
+    """Say how long the rest of one task will take, by a step of the untrained model; minutes without a teacher's."""
     from qbert.encoders.targets import encoder_layers
+    from qbert.files import read_json
     from qbert.tasks import build_model, load_task, prepare
     from qbert.tasks.training import default_settings
 
@@ -249,10 +258,15 @@ def estimate(arguments: argparse.Namespace, recipe: dict[str, Any]) -> float:
     students = min(rows, arguments.train_limit or rows) / arguments.batch_size * arguments.epochs * step * _STUDENT
     scored = len(task.rows(task.evaluation_splits[0]))
     scoring = min(scored, arguments.eval_limit or scored) / arguments.batch_size * step * _FORWARD
-    work = [(row, seed) for row in recipe.get("rows", ()) for seed in _seeds(row, arguments)]
+    rounding = arguments.calibration_rows / arguments.batch_size * step * _ROUNDING
+    finished = folder / f"table-{arguments.table}.json"
+    kept = read_json(finished)["rows"] if arguments.resume and finished.is_file() else {}
+    work = _left(arguments, recipe, kept)
     trained = sum(row["method"] != "ptq" for row, _ in work)
-    seconds = trained * students + (len(work) + 1) * scoring
-    if not work or any(_needs_spectrum(row) for row, _ in work):
+    compensated = sum(row.get("start", "compensated") == "compensated" for row, _ in work)
+    seconds = trained * students + compensated * rounding + (len(work) + 1) * scoring
+    measured = arguments.resume and (folder / "spectrum.json").is_file()
+    if not measured and (arguments.figure or any(_needs_spectrum(row) for row, _ in work)):
         sample = (arguments.fraction or min(0.1, 32 / rows)) * rows / arguments.batch_size
         seconds += arguments.runs * len(encoder_layers(model)) * _PRODUCTS * sample * step * _PRODUCT
     settings = default_settings(
@@ -261,7 +275,7 @@ def estimate(arguments: argparse.Namespace, recipe: dict[str, Any]) -> float:
     teacher = min(rows, settings.train_limit or rows) / arguments.batch_size * settings.epochs * step
     print(
         f"{task.name}: about {seconds / 60:.0f} min"
-        + (f" for {len(work)} rows, {trained} of them trained" if work else "")
+        + ("" if arguments.figure else f" for {len(work)} rows, {trained} of them trained")
         + f" ({step:.2f} s a step in float)"
         + ("" if arguments.no_fine_tune else f", and {teacher / 60:.0f} min for the teacher unless it is in the cache")
     )
@@ -406,7 +420,7 @@ def make_figure(
             if rank > 0:
                 continue
             picture = here / f"{recipe['kind']}.png"
-            about = f"{own.model or 'MiniLM-L6'} on {name}"
+            about = title_of(own.model, name)
             if recipe["kind"] == "landscape":
                 landscapes(
                     model,
@@ -454,7 +468,7 @@ def main() -> None:
     check_bf16(arguments.bf16, torch.device(arguments.device))
     print(f"{kind} {name}: {lowered(recipe['title'])}; on {', '.join(tasks)}")
     if os.environ.get("RANK", "0") == "0":
-        minutes = [estimate(for_task(arguments, recipe, task), recipe) for task in tasks]
+        minutes = [estimate(for_task(arguments, recipe, task), recipe, folder / task) for task in tasks]
         print(f"in all about {sum(minutes):.0f} min; --train-limit, --eval-limit, --rows and --tasks shorten it\n")
     if arguments.dry_run:
         return

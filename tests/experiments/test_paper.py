@@ -44,6 +44,7 @@ def test_a_table_is_made_and_goes_on_from_the_rows_that_are_there(world: Path) -
     again = run(world, recipes(ROWS), "--table", "h", "--resume")
     assert again.returncode == 0, again.stderr[-2000:]
     assert "[1/1] 4 bits" in again.stdout and "lower half, " not in again.stdout
+    assert "for 1 rows, 1 of them trained" in again.stdout  # the estimate is of what is left
     rows = json.loads((world / "out" / "sst2" / "table-h.json").read_text())["rows"]
     assert {label: rows[label] for label in kept} == kept and set(rows) == {"lower half", "random half", "4 bits"}
     assert rows["4 bits"][0]["widths"] == "4/8 mixed" and rows["lower half"][0]["widths"] == "2/3 mixed"
