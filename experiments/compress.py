@@ -27,7 +27,14 @@ from compress_budget import add_budget_arguments, budgets_of, run_budgets
 from compress_plans import PLANS, Plan, hard_labels
 from compress_table import forms_table, report_text, students_table
 
-from qbert.cli.arguments import add_task_arguments, check_training, positive, prepare_run, run_script
+from qbert.cli.arguments import (
+    add_task_arguments,
+    check_training,
+    positive,
+    prepare_run,
+    run_script,
+    subject_of,
+)
 from qbert.results import Record, provenance, text_table
 from qbert.students.depth import DepthTable
 
@@ -109,8 +116,8 @@ def asked_of(bench: Bench) -> dict[str, Any]:
     arguments = bench.arguments
     return {
         "task": bench.task.name,
-        "data": bench.task.fingerprint("train"),
-        "teacher": bench.reference.primary,
+        **subject_of(bench.task, bench.teacher),
+        "seed": arguments.seed,
         "rows": len(bench.rows.examples),
         "steps": bench.steps,
         "layers": bench.depth,

@@ -33,6 +33,7 @@ from other_domains import OtherDomain, other_domain
 from qat_table import spread
 
 from qbert.allocation.whole_file import FilePlan
+from qbert.cli.arguments import subject_of
 from qbert.encoders.inputs import without_labels
 from qbert.encoders.targets import base_model
 from qbert.pipeline import Factorize, Share
@@ -138,8 +139,8 @@ class Budget:
         self.reference = self.scored(model, tokenizer)
         self.evaluation = time.process_time() - start
         asked = {
-            "task": task.fingerprint("train"),
-            "teacher": self.reference.primary,
+            **subject_of(task, model),
+            "seed": arguments.seed,
             "rows": arguments.calibration_rows,
             "held-out rows": arguments.eval_limit,
             "steps": arguments.steps,

@@ -21,7 +21,14 @@ from typing import Any
 
 from ptq_table import calibration_batches, load
 
-from qbert.cli.arguments import add_task_arguments, add_tuning_arguments, positive, prepare_run, run_script
+from qbert.cli.arguments import (
+    add_task_arguments,
+    add_tuning_arguments,
+    positive,
+    prepare_run,
+    run_script,
+    subject_of,
+)
 from qbert.results import Record, markdown_table, provenance
 
 _TABLE = "embeddings.word_embeddings"
@@ -123,7 +130,8 @@ class Comparison:
 
         self.task, self.model, self.tokenizer = load(name, arguments)
         self.arguments = arguments
-        asked = {"task": name, "rows": arguments.calibration_rows, "limit": arguments.eval_limit}
+        settings = {"rows": arguments.calibration_rows, "limit": arguments.eval_limit, "seed": arguments.seed}
+        asked = {"task": name, **subject_of(self.task, self.model), **settings}
         self.record = Record(folder / f"{name}.json", asked, resume=arguments.resume)
         self.error = bootstrap(
             self.task, subset(self.task.rows(self.task.evaluation_splits[0]), arguments.eval_limit, 0)

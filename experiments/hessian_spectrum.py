@@ -118,14 +118,24 @@ def check_request(arguments: argparse.Namespace, model: Any) -> None:
     """
     import qbert
     from qbert.encoders.targets import encoder_layers
+
+    check_hessian(arguments)
+    equal = {name: 1.0 for name, _ in encoder_layers(model)}
+    qbert.allocate_bits(equal, **requested(arguments, model))
+
+
+def check_hessian(arguments: argparse.Namespace) -> None:
+    """Refuse subsets and tolerances that cannot work for any model.
+
+    Raises:
+        ValueError: naming the argument and what would do.
+    """
     from qbert.hessian.measure import checked_settings
 
     if arguments.fraction is not None and not 0 < arguments.fraction <= 1:
         raise ValueError(f"--fraction {arguments.fraction} is not a share of the data; use a number in (0, 1]")
     asked = {name: getattr(arguments, name) for name in ("runs", "method", "tol", "bound", "confidence", "seed")}
     checked_settings({**asked, "fraction": arguments.fraction or 0.1, "precision": "fp32", "max_products": 200})
-    equal = {name: 1.0 for name, _ in encoder_layers(model)}
-    qbert.allocate_bits(equal, **requested(arguments, model))
 
 
 def measure(task: Any, model: Any, tokenizer: Any, arguments: argparse.Namespace, folder: Path) -> tuple[Any, Any]:

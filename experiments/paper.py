@@ -29,7 +29,7 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-from hessian_spectrum import add_hessian_arguments, landscapes, measure, title_of
+from hessian_spectrum import add_hessian_arguments, check_hessian, landscapes, measure, title_of
 from qat_comparison import METHODS, POST_TRAINING, Comparison, teacher_limit
 from qat_distill import add_training_arguments, asked_of, check_seeds
 from qat_table import spread
@@ -244,7 +244,7 @@ def _heading(comparison: Comparison) -> dict[str, Any]:
 
 
 def estimate(arguments: argparse.Namespace, recipe: dict[str, Any], folder: Path) -> float:
-    """Say how long the rest of one task will take, by a step of the untrained model; minutes without a teacher's."""
+    """Say how long the rest of one task will take, by a step of the untrained model; returns its minutes."""
     from qbert.encoders.targets import encoder_layers
     from qbert.files import read_json
     from qbert.tasks import build_model, load_task, prepare
@@ -266,6 +266,8 @@ def estimate(arguments: argparse.Namespace, recipe: dict[str, Any], folder: Path
     compensated = sum(row.get("start", "compensated") == "compensated" for row, _ in work)
     seconds = trained * students + compensated * rounding + (len(work) + 1) * scoring
     measured = arguments.resume and (folder / "spectrum.json").is_file()
+    if arguments.figure and recipe["kind"] == "landscape":
+        seconds += 2 * _STEPS**2 * 16 / arguments.batch_size * step * _FORWARD
     if not measured and (arguments.figure or any(_needs_spectrum(row) for row, _ in work)):
         sample = (arguments.fraction or min(0.1, 32 / rows)) * rows / arguments.batch_size
         seconds += arguments.runs * len(encoder_layers(model)) * _PRODUCTS * sample * step * _PRODUCT
@@ -273,13 +275,14 @@ def estimate(arguments: argparse.Namespace, recipe: dict[str, Any], folder: Path
         task, model.config.hidden_size, epochs=arguments.teacher_epochs, train_limit=teacher_limit(arguments)
     )
     teacher = min(rows, settings.train_limit or rows) / arguments.batch_size * settings.epochs * step
+    teacher *= not arguments.no_fine_tune
     print(
         f"{task.name}: about {seconds / 60:.0f} min"
         + ("" if arguments.figure else f" for {len(work)} rows, {trained} of them trained")
         + f" ({step:.2f} s a step in float)"
-        + ("" if arguments.no_fine_tune else f", and {teacher / 60:.0f} min for the teacher unless it is in the cache")
+        + (f", and {teacher / 60:.0f} min for the teacher unless it is in the cache" if teacher else "")
     )
-    return seconds / 60
+    return float(seconds + teacher) / 60
 
 
 def _step_seconds(model: Any, batches: list[dict[str, Any]]) -> float:
@@ -448,7 +451,10 @@ def main() -> None:
     kind = "table" if arguments.table else "figure"
     name = arguments.table or arguments.figure
     recipe = read_recipe(arguments.recipe_file, kind, name)
-    if arguments.rows and kind == "table":
+    if kind == "figure" and arguments.rows:
+        raise ValueError(f"--rows {' '.join(arguments.rows)} chooses rows of a --table; leave it out with --figure")
+    check_hessian(arguments)
+    if arguments.rows:
         recipe["rows"] = [row for row in recipe["rows"] if row["label"].startswith(tuple(arguments.rows))]
         if not recipe["rows"]:
             raise ValueError(f"--rows {' '.join(arguments.rows)} leaves no row of table {name}")
@@ -469,7 +475,8 @@ def main() -> None:
     print(f"{kind} {name}: {lowered(recipe['title'])}; on {', '.join(tasks)}")
     if os.environ.get("RANK", "0") == "0":
         minutes = [estimate(for_task(arguments, recipe, task), recipe, folder / task) for task in tasks]
-        print(f"in all about {sum(minutes):.0f} min; --train-limit, --eval-limit, --rows and --tasks shorten it\n")
+        shorten = "--train-limit, --eval-limit, --rows" if kind == "table" else "--fraction, --runs, --teacher-rows"
+        print(f"in all about {sum(minutes):.0f} min, teachers included; {shorten} and --tasks shorten it\n")
     if arguments.dry_run:
         return
     make = make_table if kind == "table" else make_figure

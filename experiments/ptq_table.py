@@ -32,7 +32,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from qbert.cli.arguments import add_task_arguments, add_tuning_arguments, fine_tuned, positive, prepare_run, run_script
+from qbert.cli.arguments import (
+    add_task_arguments,
+    add_tuning_arguments,
+    fine_tuned,
+    positive,
+    prepare_run,
+    run_script,
+    subject_of,
+)
 from qbert.results import provenance
 
 _BITS = (8, 4, 3, 2)
@@ -234,7 +242,6 @@ def compare(name: str, arguments: argparse.Namespace, folder: Path) -> str:
     from ptq import bootstrap, ptq_report
 
     from qbert.bits import JSON_FORMAT
-    from qbert.hessian.checkpoint import model_fingerprint
     from qbert.results import Record
     from qbert.tasks import evaluate
     from qbert.tasks.task import subset
@@ -254,8 +261,7 @@ def compare(name: str, arguments: argparse.Namespace, folder: Path) -> str:
         else:
             batches = calibration_batches(task, model, tokenizer, count, arguments.seed)
         asked = {
-            "task": task.fingerprint(split),
-            "weights": model_fingerprint(model),
+            **subject_of(task, model),
             "rows": arguments.eval_limit,
             "calibration": [count, arguments.calibration_text, arguments.seed],
             "defaults of": JSON_FORMAT,

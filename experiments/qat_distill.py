@@ -24,7 +24,14 @@ from typing import Any
 from qat_comparison import METHODS, POST_TRAINING, Comparison, describe, save_packed
 from qat_table import comparison_table
 
-from qbert.cli.arguments import add_task_arguments, check_training, positive, prepare_run, run_script
+from qbert.cli.arguments import (
+    add_task_arguments,
+    check_training,
+    positive,
+    prepare_run,
+    run_script,
+    subject_of,
+)
 from qbert.results import Record, provenance
 
 
@@ -150,8 +157,8 @@ def asked_of(comparison: Comparison) -> dict[str, Any]:
     arguments = comparison.arguments
     return {
         "task": comparison.task.name,
-        "data": comparison.task.fingerprint("train"),
-        "teacher": comparison.reference.primary,
+        **subject_of(comparison.task, comparison.teacher),
+        "seed": arguments.seed,
         "rows": len(comparison.examples),
         "epochs": arguments.epochs,
         "shortest row": arguments.min_tokens,

@@ -24,7 +24,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from qbert.cli.arguments import add_task_arguments, add_tuning_arguments, fine_tuned, positive, prepare_run, run_script
+from qbert.cli.arguments import (
+    add_task_arguments,
+    add_tuning_arguments,
+    fine_tuned,
+    positive,
+    prepare_run,
+    run_script,
+    subject_of,
+)
 from qbert.results import Record, markdown_table, provenance
 
 _RANKS = {"*": 96, "*.intermediate.dense": 153, "encoder.layer.?.output.dense": 153}
@@ -281,10 +289,8 @@ def main() -> None:
 
     asked = {
         "task": arguments.task,
-        "model": arguments.model,
+        **subject_of(task, model),
         "seed": arguments.seed,
-        "epochs": arguments.epochs,
-        "train_limit": arguments.train_limit,
         "eval_limit": arguments.eval_limit,
         "calibration_rows": arguments.calibration_rows,
     }

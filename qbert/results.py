@@ -9,6 +9,7 @@ import datetime
 import json
 import platform
 import sys
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -49,7 +50,7 @@ class Record:
     Args:
         path: JSON file; its folder is made with the first row.
         asked: all that the rows depend on, as JSON values.
-        resume: take over what the file has; without it, the first row replaces the file.
+        resume: take over what the file has; without it, the first row sets the file aside (``.before``) and says so.
 
     Attributes:
         content: ``asked``, ``rows`` (key -> rows in the order they were added), and what was noted beside them.
@@ -62,6 +63,7 @@ class Record:
         self.path = path
         asked = json.loads(json.dumps(asked, allow_nan=False))  # as it will be read
         self.content: dict[str, Any] = {"asked": asked, "rows": {}}
+        self._earlier = path.is_file() and not resume
         if resume and path.is_file():
             found = read_json(path)
             refuse_foreign(path, found.get("asked") if isinstance(found, dict) else None, asked)
@@ -88,6 +90,11 @@ class Record:
 
     def save(self) -> None:
         """Write the file, after something was noted beside the rows."""
+        if self._earlier:
+            aside = self.path.with_name(f"{self.path.name}.before")
+            self.path.replace(aside)
+            warnings.warn(f"the earlier rows of {self.path} are kept in {aside.name}", stacklevel=3)
+            self._earlier = False
         write_json(self.path, self.content)
 
 

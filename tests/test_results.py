@@ -18,7 +18,12 @@ def test_an_interrupted_record_goes_on(tmp_path: Path) -> None:
     again = Record(path, ASKED, resume=True)
     assert "4 bits" in again and "2 bits" not in again and list(again) == ["4 bits"] and again["2 bits"] == []
     assert again["4 bits"] == first["4 bits"] and again.content["made_by"] == "a machine"
-    assert list(Record(path, ASKED, resume=False)) == []
+    anew = Record(path, ASKED, resume=False)
+    assert list(anew) == [] and list(Record(path, ASKED, resume=True)) == ["4 bits"]  # until there is a row
+    with pytest.warns(UserWarning, match=r"the earlier rows of .* are kept in record\.json\.before"):
+        anew.add("2 bits", {"seed": 0})
+    assert list(Record(path, ASKED, resume=True)) == ["2 bits"]
+    assert "4 bits" in json.loads(path.with_name("record.json.before").read_text())["rows"]
 
 
 def test_a_record_of_another_question_is_refused_by_its_first_difference(tmp_path: Path) -> None:

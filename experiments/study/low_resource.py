@@ -258,6 +258,7 @@ def main() -> None:
     study = Study(arguments, folder)
     asked = {
         "task": study.task.fingerprint("train"),
+        "held-out data": study.task.fingerprint(study.task.evaluation_splits[0]),
         "model": arguments.model,
         "labels": arguments.labels,
         "students": arguments.students,

@@ -80,6 +80,14 @@ def fine_tuned(task: Any, arguments: argparse.Namespace) -> Any:
     return tuned
 
 
+def subject_of(task: Any, model: Any) -> dict[str, str]:
+    """What the numbers of a record are of: the rows trained and scored on, and the weights, as digests."""
+    from qbert.hessian.checkpoint import model_fingerprint
+
+    splits = {"training data": "train", "held-out data": task.evaluation_splits[0]}
+    return {name: task.fingerprint(split) for name, split in splits.items()} | {"weights": model_fingerprint(model)}
+
+
 def positive(text: str) -> int:
     """A whole number of at least 1, for argparse."""
     value = int(text)

@@ -14,6 +14,8 @@ ROWS = [
     {"label": "4 bits", "bits": {"*": 4, "*.attention.*": 8}, "method": "qat", "start": "nearest"},
 ]
 
+FIGURE = {"title": "Spectrum", "reference": "nobody", "kind": "spectrum", "tasks": ["sst2"]}
+
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -33,7 +35,7 @@ def run(world: Path, recipe: object, *arguments: str) -> subprocess.CompletedPro
 def recipes(rows: list[dict[str, object]]) -> dict[str, object]:
     budget = {"teacher_rows": 32, "teacher_epochs": 1, "train_limit": 32, "eval_limit": 24, "epochs": 1}
     table = {"title": "Halves", "reference": "nobody", "tasks": ["sst2"], "rows": rows}
-    return {"budgets": {"*": {"calibration_rows": 8}, "sst2": budget}, "tables": {"h": table}, "figures": {}}
+    return {"budgets": {"*": {"calibration_rows": 8}, "sst2": budget}, "tables": {"h": table}, "figures": {"s": FIGURE}}
 
 
 def test_a_table_is_made_and_goes_on_from_the_rows_that_are_there(world: Path) -> None:
@@ -53,6 +55,8 @@ def test_a_table_is_made_and_goes_on_from_the_rows_that_are_there(world: Path) -
     assert (world / "out" / "table-h.png").stat().st_size > 5000
     other = run(world, recipes([{**ROWS[0], "mixed": [2, 4]}]), "--table", "h", "--resume")
     assert other.returncode == 2 and "was made with another mixed" in other.stderr
+    foreign = run(world, recipes(ROWS), "--table", "h", "--resume", "--seed", "1")
+    assert foreign.returncode == 2 and "was made with another weights" in foreign.stderr  # a teacher of another seed
 
 
 @pytest.mark.parametrize(
@@ -60,6 +64,9 @@ def test_a_table_is_made_and_goes_on_from_the_rows_that_are_there(world: Path) -
     [
         (ROWS, ["--table", "9"], "--table 9 is not in recipe.json; it has h"),
         (ROWS, ["--figure", "1"], "--figure 1 is not in recipe.json"),
+        (ROWS, ["--figure", "s", "--rows", "lower"], "--rows lower chooses rows of a --table"),
+        (ROWS, ["--figure", "s", "--fraction", "2"], "--fraction 2.0 is not a share of the data"),
+        (ROWS, ["--table", "h", "--tol", "0"], "tol"),
         ([{**ROWS[0], "bits": 4}], ["--table", "h"], "needs a label, and either bits or mixed"),
         ([{**ROWS[0], "colour": 4}], ["--table", "h"], "of the recipe says 'colour'"),
         ([{**ROWS[0], "method": "luck"}], ["--table", "h"], "method is one of qat, kd, ptq"),
