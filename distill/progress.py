@@ -26,6 +26,7 @@ from qbert.distill.recipe import Recipe, Timetable
 from qbert.extras import is_installed
 from qbert.files import write_whole
 from qbert.plots import new_figure
+from qbert.progress import progress_bar
 
 
 class StageCallback(TrainerCallback):
@@ -64,6 +65,14 @@ class TermsProgress(ProgressCallback):
     def __init__(self, stage: Callable[[], str]) -> None:
         super().__init__()
         self.stage = stage
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """A bar at this library's pace: transformers' own is redrawn ten times a second, in a pipe too."""
+        if state.is_world_process_zero:
+            self.training_bar = progress_bar(total=state.max_steps, desc="training", unit="step")
+        self.current_step = 0
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

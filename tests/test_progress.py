@@ -62,3 +62,25 @@ def test_what_is_disabled_shows_nothing(clock: list[float]) -> None:
     for _ in progress.progress_bar(range(3), disable=True, file=out):
         clock[0] += 100
     assert out.getvalue() == ""
+
+
+def test_a_training_in_a_pipe_is_a_line_a_minute(clock: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers import TrainerControl, TrainerState, TrainingArguments
+
+    from qbert.distill.progress import TermsProgress
+
+    out = io.StringIO()
+    monkeypatch.setattr(progress.sys, "stderr", out)
+    settings, state, control = TrainingArguments("unused", use_cpu=True), TrainerState(max_steps=6), TrainerControl()
+    bar = TermsProgress(lambda: "task")
+    bar.on_train_begin(settings, state, control)
+    for step in range(1, 7):
+        clock[0] += 25
+        bar.on_step_begin(settings, state, control)
+        state.global_step = step
+        bar.on_step_end(settings, state, control)
+        bar.on_log(settings, state, control, logs={"loss": 0.5, "loss_logits": 0.25, "learning_rate": 1.0})
+    bar.on_train_end(settings, state, control)
+    lines = out.getvalue().splitlines()
+    assert len(lines) == 2 and "\r" not in out.getvalue()
+    assert "task" in lines[0] and "3/6" in lines[0] and "loss_logits=0.25" in lines[0] and "6/6" in lines[-1]
