@@ -20,6 +20,7 @@ NAMES = (
     "Q-BERT's rule",
     "PyHessian",
     "curvlinops",
+    "SciPy by hand",
     "eigenthings",
     "eigenthings, default",
 )
