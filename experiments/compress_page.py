@@ -12,7 +12,7 @@ import argparse
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, stdev
 from typing import Any
 
 from compress_budget import budget_table
@@ -88,7 +88,8 @@ def draw(contents: Sequence[dict[str, Any]], path: str | os.PathLike[str]) -> No
     for axes in figure.axes:
         for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
             handles.setdefault(label, handle)
-    figure.legend(handles.values(), handles, loc="outside lower center", ncols=4, fontsize="small")
+    bars = "bars: standard deviation over seeds; no bar: one model"
+    figure.legend(handles.values(), handles, loc="outside lower center", ncols=4, fontsize="small", title=bars)
     write_whole(path, lambda aside: figure.savefig(aside, dpi=130))
 
 
@@ -97,31 +98,25 @@ def _draw_task(panels: Sequence[Any], content: dict[str, Any], styles: dict[str,
     plain = None
     for group, (label, marker, colour, size) in styles.items():
         kept = [rows for rows in content["rows"].values() if rows and rows[0]["group"] == group]
-        points = [[_mean(rows, key) for key in ("megabytes", "ms", "retention")] for rows in kept]
+        points = [[*(_mean(rows, key) for key in ("megabytes", "ms", "retention")), _deviation(rows)] for rows in kept]
         points = sorted(point for point in points if point[2] >= _LOWEST)
         if not points:
             continue
         lowest = min(lowest, *(point[2] for point in points))
         plain = plain or max(_mean(rows, "ms") * _mean(rows, "times") for rows in kept)
         line = "-" if group.startswith(("plan", "trained plan", "uniform")) else "none"
-        panels[0].plot(
-            [p[0] for p in points],
-            [p[2] for p in points],
-            linestyle=line or "none",
-            marker=marker,
-            color=colour,
-            markersize=size,
-            label=label,
-        )
-        panels[1].plot(
-            [p[1] for p in points],
-            [p[2] for p in points],
-            marker=marker,
-            color=colour,
-            markersize=size,
-            linestyle="",
-            label=label,
-        )
+        for axes, place, joined in zip(panels, (0, 1), (line, "none"), strict=True):
+            axes.errorbar(
+                [p[place] for p in points],
+                [p[2] for p in points],
+                yerr=[p[3] for p in points] if any(p[3] for p in points) else None,
+                capsize=3,
+                linestyle=joined,
+                marker=marker,
+                color=colour,
+                markersize=size,
+                label=label,
+            )
     megabytes = content["float"]["megabytes"]
     panels[0].set(xlabel="file [MB = 10⁶ bytes]", ylabel="score [% of the float model's]")
     panels[1].set(xlabel="one call of 1x128 tokens on one core [ms]")
@@ -144,6 +139,11 @@ def _draw_task(panels: Sequence[Any], content: dict[str, Any], styles: dict[str,
 
 def _mean(rows: Sequence[dict[str, Any]], key: str) -> float:
     return fmean(float(row[key]) for row in rows)
+
+
+def _deviation(rows: Sequence[dict[str, Any]]) -> float:
+    """Standard deviation over seeds; 0 for one, which has no bar."""
+    return stdev(row["retention"] for row in rows) if len(rows) > 1 else 0.0
 
 
 def _label(group: str) -> str:

@@ -122,7 +122,8 @@ def plot_landscapes(
 ) -> None:
     """Draw surfaces side by side with one colour scale; a star marks the trained weights.
 
-    Between the points of the grid the surface is a cubic spline through them.
+    Between the points of the grid the surface is a monotone cubic through them, axis by axis (PCHIP, Fritsch and
+    Butland 1984): unlike a spline, it has no dip or bump that was not measured.
 
     Args:
         landscapes: at least one.
@@ -146,7 +147,8 @@ def plot_landscapes(
     finite = np.concatenate([s.losses[np.isfinite(s.losses)] for s in landscapes])
     low, high = float(finite.min()), float(finite.max())
     high = high if high > low else low + 1e-12
-    # Square-root colours and quadratic levels: a parabola gets evenly spaced contours.
+    # Square-root colours and quadratic levels: a parabola gets evenly spaced contours. The lowest one is no line: where
+    # the surface touches it, noise would draw islands.
     norm = PowerNorm(0.5, low, high)
     levels = low + (high - low) * np.linspace(0, 1, 17) ** 2
     reach = min(float(s.offsets[-1]) for s in landscapes)  # the same window for all, so that slopes compare
@@ -165,20 +167,20 @@ def plot_landscapes(
             axes.set_box_aspect(None, zoom=0.8)
         else:
             axes.contourf(x, y, losses, levels=levels, cmap="viridis", norm=norm)
-            axes.contour(x, y, losses, levels=levels, colors="white", linewidths=0.4, alpha=0.6)
+            axes.contour(x, y, losses, levels=levels[1:], colors="white", linewidths=0.4, alpha=0.6)
             axes.set(xlim=(-reach, reach), ylim=(-reach, reach))
             axes.plot([0], [0], "*", color="red", markeredgecolor="white", markersize=14)
             axes.set_aspect("equal")
         axes.set_title(_landscape_title(surface, spectrum), fontsize="small")
         axes.set_xlabel("distance along eigenvector 1 [weights, Euclidean]")
-        axes.set_ylabel("distance along eigenvector 2")
+        axes.set_ylabel("distance along eigenvector 2 [the same]")
     bar = figure.colorbar(
         ScalarMappable(norm, "viridis"),
         ax=panels,
         shrink=0.85,
         pad=0.02 if kind == "contour" else 0.1,
-        ticks=levels[::2],
-        format="%.2g",
+        ticks=[low, *(tick for tick in _round_numbers(low, high) if tick > low + 0.01 * (high - low))],
+        format="%.3g",
     )
     bar.set_label("mean loss (square-root scale)")
     about = f"{title}: mean" if title else "Mean"
@@ -189,7 +191,9 @@ def plot_landscapes(
 def _landscape_title(surface: Any, spectrum: Any) -> str:
     eigenvalues = ", ".join(f"{value:.3g}" for value in surface.eigenvalues)
     note = "" if surface.converged else " (not converged)"
-    lines = [surface.name, f"loss at the star {surface.center:.3g}"]
+    least = float(np.nanmin(np.where(np.isfinite(surface.losses), surface.losses, np.nan)))
+    below = f", least here {least:.3g}" if least < surface.center else ""
+    lines = [surface.name, f"loss at the star {surface.center:.3g}{below}"]
     samples = f" of these {surface.samples} samples" if surface.samples else ""
     lines.append(f"top eigenvalues{samples}: {eigenvalues}{note}")
     if spectrum is not None:
@@ -200,12 +204,18 @@ def _landscape_title(surface: Any, spectrum: Any) -> str:
 
 
 def _refined(surface: Any, low: float, high: float) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """(offsets [F], losses [F, F]): about a hundred points an axis on a spline through the measured ones."""
-    from scipy.interpolate import RectBivariateSpline
+    """(offsets [F], losses [F, F]): about a hundred points an axis on a monotone cubic through the measured ones."""
+    from scipy.interpolate import PchipInterpolator
 
     losses = np.where(np.isfinite(surface.losses), surface.losses, high)
-    degree = min(3, len(surface.offsets) - 1)
-    spline = RectBivariateSpline(surface.offsets, surface.offsets, losses, kx=degree, ky=degree)
     parts = -(-_POINTS // (len(surface.offsets) - 1))
     offsets = np.linspace(surface.offsets[0], surface.offsets[-1], parts * (len(surface.offsets) - 1) + 1)
-    return offsets, np.clip(spline(offsets, offsets), low, high)
+    for axis in (0, 1):
+        losses = PchipInterpolator(surface.offsets, losses, axis=axis)(offsets)
+    return offsets, losses
+
+
+def _round_numbers(low: float, high: float) -> list[float]:
+    """1, 2 and 5 times powers of ten in (low, high], the last of them less than two decades below `high`."""
+    decades = range(int(np.floor(np.log10(high))) - 1, int(np.floor(np.log10(high))) + 1) if high > 0 else range(0)
+    return [step * 10.0**decade for decade in decades for step in (1, 2, 5) if low < step * 10.0**decade <= high]

@@ -228,7 +228,7 @@ def plot_summary(studies: Sequence[Study], path: Path) -> None:
     for axis, entry in zip(axes[1:], entries, strict=True):
         axis.set_ylabel("other allocations that do better, %")
         axis.set_xticks(range(len(metrics)), metrics, rotation=40, ha="right")
-        axis.set_title(f"{'/'.join(map(str, entry['pair']))}: {entry['average']:.2f} bits a weight")
+        axis.set_title(f"{entry['average']:.2f} bits a weight on average")
         axis.grid(axis="y", color="0.9")
         rules = axis.legend(title="rule", fontsize="small", loc="upper left")
         for handle in rules.legend_handles:
