@@ -11,6 +11,7 @@ import click
 
 from qbert.cli.options import (
     as_json,
+    beside,
     build_for,
     file_megabytes,
     machine_options,
@@ -66,7 +67,7 @@ def distill(teacher: str, out: str, task: str, data_dir: str | None, **asked: An
     from qbert.tasks.evaluation import fidelity, wants_pairs
     from qbert.tasks.heads import quiet_libraries
 
-    target, work, quiet = Path(out), Path(f"{out}.partial"), asked["as_json"]
+    target, work, quiet = Path(out), beside(out, ".partial"), asked["as_json"]
     if target.is_dir() and any(target.iterdir()) and not asked["force"]:
         raise ValueError(f"OUT {out} is not empty; name another folder, or add --force")
     step = Distill(asked["recipe"], asked["steps"], asked["learning_rate"], asked["batch_size"])

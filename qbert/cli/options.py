@@ -59,6 +59,20 @@ def set_machine(device: str, threads: int | None) -> None:
     check_device(device)
 
 
+def beside(path: str, ending: str) -> Path:
+    """The name of `path` with an ending, in the same folder, whether it was given as ``out``, ``out/`` or ``.``.
+
+    Raises:
+        ValueError: `path` is the root of a file system, beside which nothing can lie.
+    """
+    named = Path(path)
+    if named.name in ("", ".."):
+        named = Path(os.path.abspath(named))
+    if not named.name:
+        raise ValueError(f"{path} is no place to write a result to; name a folder in it")
+    return named.with_name(named.name + ending)
+
+
 def load_any(source: str) -> Any:
     """The model in a folder or on the hub, in evaluation mode, of the class that was saved; quantized ones too.
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import click
 
-from qbert.cli.options import as_json, build_for, machine_options, set_machine, show, task_options
+from qbert.cli.options import as_json, beside, build_for, machine_options, set_machine, show, task_options
 
 
 @click.command()
@@ -44,7 +43,7 @@ def spectrum(model: str, task: str, data_dir: str | None, save: str | None, plot
     data = load_task(task, data_dir=data_dir)
     loaded, tokenizer = build_for(data, model)
     rows = prepare(data, tokenizer, "train", as_pairs=wants_pairs(loaded))
-    partial = Path(f"{save}.partial") if save else None
+    partial = beside(save, ".partial") if save else None
     names = ("runs", "fraction", "granularity", "method", "tol", "seed")
     found = qbert.hessian_spectrum(
         loaded.to(asked["device"]),

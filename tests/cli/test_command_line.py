@@ -13,7 +13,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 import qbert
 from qbert.cli.inspect import folder_content
 from qbert.cli.main import app, main
-from qbert.cli.options import in_fours
+from qbert.cli.options import beside, in_fours
 
 
 @pytest.fixture(scope="module")
@@ -123,6 +123,30 @@ def test_a_float_student_learns_from_its_teacher_and_goes_on_where_it_was_interr
     code, text, err = run(capsys, "distill", world / "model", out, *asked)
     assert code == 0, err
     assert "the teacher's" in text and AutoModelForSequenceClassification.from_pretrained(out) is not None
+
+
+def test_a_slash_after_out_changes_nothing_for_what_is_kept(
+    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    asked = [*task(world), "--bits", "4", "--steps", "1", "--batch-size", "4", "--rounding", "nearest"]
+    with monkeypatch.context() as patched:
+        patched.setattr("qbert.pipeline.steps.Distill.apply", interrupted)
+        assert run(capsys, "distill", world / "model", f"{tmp_path}/out/", *asked)[0] == 130
+    assert [path.name for path in tmp_path.iterdir()] == ["out.partial"]
+    code, _, err = run(capsys, "distill", world / "model", f"{tmp_path}/out/", *asked)
+    assert code == 0, err
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize(("given", "name"), [("a/out", "out.x"), ("a/out/", "out.x"), ("a/b/..", "a.x")])
+def test_what_lies_beside_a_result_bears_its_name(given: str, name: str) -> None:
+    assert beside(given, ".x").name == name
+    assert beside(".", ".x") == Path.cwd().with_name(Path.cwd().name + ".x")
+    with pytest.raises(ValueError, match="no place to write a result to"):
+        beside("/", ".x")
 
 
 def test_a_plan_is_made_saved_and_run(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
