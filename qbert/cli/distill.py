@@ -13,8 +13,10 @@ from qbert.cli.options import (
     as_json,
     beside,
     build_for,
+    check_out,
     file_megabytes,
     machine_options,
+    save_result,
     set_machine,
     show,
     task_options,
@@ -65,11 +67,9 @@ def distill(teacher: str, out: str, task: str, data_dir: str | None, **asked: An
     from qbert.saving.records import is_quantized
     from qbert.tasks import evaluate, load_task, prepare
     from qbert.tasks.evaluation import fidelity, wants_pairs
-    from qbert.tasks.heads import quiet_libraries
 
-    target, work, quiet = Path(out), beside(out, ".partial"), asked["as_json"]
-    if target.is_dir() and any(target.iterdir()) and not asked["force"]:
-        raise ValueError(f"OUT {out} is not empty; name another folder, or add --force")
+    work, quiet = beside(out, ".partial"), asked["as_json"]
+    check_out(out, asked["force"])
     step = Distill(asked["recipe"], asked["steps"], asked["learning_rate"], asked["batch_size"])
     config = _configuration(asked, RECIPES[asked["recipe"]]())
     set_machine(asked["device"], asked["threads"])
@@ -103,9 +103,7 @@ def distill(teacher: str, out: str, task: str, data_dir: str | None, **asked: An
         import qbert
 
         student = qbert.pack(student)
-    with quiet_libraries():
-        student.to("cpu").save_pretrained(out)  # type: ignore[operator]
-        tokenizer.save_pretrained(out)
+    save_result(student.to("cpu"), tokenizer, out)
     shutil.rmtree(work)
     alike = fidelity(wanted.logits, found.logits, getattr(loaded.config, "problem_type", None))
     content = {

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import re
+import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -11,6 +14,12 @@ from typing import Any, TypeVar
 import click
 
 Command = TypeVar("Command", bound=Callable[..., Any])
+_TOKENIZER_FILES = (
+    *("tokenizer.json", "tokenizer_config.json", "vocab.txt", "vocab.json", "merges.txt", "spiece.model", "spm.model"),
+    *("sentencepiece.model", "sentencepiece.bpe.model", "tokenizer.model", "bpe.codes", "bpe.vocab", "dict.txt"),
+    *("special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "chat_template.json"),
+)
+_SENTENCE_FILES = ("modules.json", "sentence_bert_config.json", "config_sentence_transformers.json")
 
 as_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of tables.")
 
@@ -73,6 +82,55 @@ def beside(path: str, ending: str) -> Path:
     return named.with_name(named.name + ending)
 
 
+def check_out(out: str, force: bool) -> None:
+    """Refuse a folder OUT that holds something, unless told to write into it, or that cannot be written.
+
+    Raises:
+        ValueError: it holds something; PermissionError: it, or the first folder above that is there, is not writable.
+    """
+    folder = Path(out)
+    if folder.is_dir() and any(folder.iterdir()) and not force:
+        raise ValueError(f"OUT {out} is not empty; name another folder, or add --force")
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not os.access(there, os.W_OK):
+        raise PermissionError(f"OUT {out} cannot be written; name another folder")
+
+
+def save_result(model: Any, tokenizer: Any, out: str) -> None:
+    """Write a model and its tokenizer, if it has one, into the folder OUT, without a trace of an earlier model there.
+
+    Saving a model replaces the weights of an earlier one. What else tells of that one goes first: its tokenizer, the
+    parts of a sentence model, and the card that qbert wrote. Other files are left alone.
+    """
+    from qbert.tasks.heads import SentenceRegression, quiet_libraries
+
+    folder = Path(out)
+    if folder.is_dir():
+        _remove_earlier(folder)
+    with quiet_libraries():
+        (model.backbone if isinstance(model, SentenceRegression) else model).save_pretrained(out)
+        if tokenizer is not None and not (folder / "tokenizer_config.json").is_file():  # a sentence model's own
+            tokenizer.save_pretrained(out)
+
+
+def _remove_earlier(folder: Path) -> None:
+    parts: list[Any] = []
+    with contextlib.suppress(OSError, ValueError):
+        parts = json.loads((folder / "modules.json").read_text(encoding="utf-8"))
+    for part in parts if isinstance(parts, list) else []:
+        name = part.get("path") if isinstance(part, dict) else None
+        if isinstance(name, str) and re.fullmatch(r"\d+_\w+", name):
+            shutil.rmtree(folder / name, ignore_errors=True)
+    for name in (*_TOKENIZER_FILES, *_SENTENCE_FILES):
+        (folder / name).unlink(missing_ok=True)
+    card = folder / "README.md"
+    if card.is_file():
+        text = card.read_text(encoding="utf-8", errors="replace")
+        headings = [line for line in text.splitlines() if line.startswith("#")]
+        if text.startswith("---\nlibrary_name: transformers\ntags:\n- qbert\n") and len(headings) == 1:
+            card.unlink()  # with a heading more it was written on by hand
+
+
 def load_any(source: str) -> Any:
     """The model in a folder or on the hub, in evaluation mode, of the class that was saved; quantized ones too.
 
@@ -129,12 +187,16 @@ def load_tokenizer(source: str) -> Any:
     """The tokenizer beside a model.
 
     Raises:
-        ValueError, FileNotFoundError: as `qbert.tasks.heads.load_quietly`.
+        ValueError: a folder without one; else, and FileNotFoundError, as `qbert.tasks.heads.load_quietly`.
     """
     import transformers
 
     from qbert.tasks.heads import load_quietly
 
+    here = Path(source)
+    if here.is_dir() and not any((here / name).is_file() for name in _TOKENIZER_FILES):
+        # transformers would make up one that knows no word
+        raise ValueError(f"MODEL {source} has no tokenizer beside it; save the model's own there")
     return load_quietly(transformers.AutoTokenizer, source)
 
 

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import time
-from pathlib import Path
 from typing import Any
 
 import click
 
 from qbert.cli.options import (
     as_json,
+    check_out,
     file_megabytes,
     float_model,
     load_tokenizer,
     machine_options,
+    save_result,
     set_machine,
     show,
     task_options,
@@ -56,11 +57,8 @@ def quantize(model: str, out: str, **asked: Any) -> None:
     """
     import qbert
     from qbert.sizes import model_size
-    from qbert.tasks.heads import quiet_libraries
 
-    target = Path(out)
-    if target.is_dir() and any(target.iterdir()) and not asked["force"]:
-        raise ValueError(f"OUT {out} is not empty; name another folder, or add --force")
+    check_out(out, asked["force"])
     set_machine(asked["device"], asked["threads"])
     config = _configuration(asked)
     loaded = float_model(model)
@@ -71,10 +69,7 @@ def quantize(model: str, out: str, **asked: Any) -> None:
     student = qbert.quantize_model(loaded, config, calibration_data=data, progress=not asked["as_json"])
     packed = qbert.pack(student).to("cpu")
     seconds, size = time.perf_counter() - start, model_size(packed)
-    with quiet_libraries():
-        packed.save_pretrained(out)
-    if tokenizer is not None and not (target / "tokenizer_config.json").is_file():
-        tokenizer.save_pretrained(out)
+    save_result(packed, tokenizer, out)
     megabytes = file_megabytes(out)
     content = {
         "model": model,

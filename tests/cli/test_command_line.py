@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -59,6 +60,33 @@ def test_quantize_writes_what_the_library_calls_give(
     assert found.keys() == wanted.keys()
     assert all(torch.equal(found[name], wanted[name]) for name in wanted)
     assert AutoTokenizer.from_pretrained(tmp_path / "out")("the film was kind")["input_ids"]
+
+
+def test_force_leaves_nothing_that_tells_of_the_model_before(
+    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other, out = tmp_path / "other", tmp_path / "out"
+    shutil.copytree(world / "model", other)
+    tokenizer = AutoTokenizer.from_pretrained(other)
+    tokenizer.add_tokens(["unheard"])
+    tokenizer.save_pretrained(other)
+    out.mkdir()
+    for name in ("notes.txt", "vocab.txt", "modules.json"):
+        (out / name).write_text("[]")
+    assert run(capsys, "quantize", world / "model", out, "--bits", "8", "--force")[0] == 0
+    assert sorted(path.name for path in out.glob("*.t*t")) == ["notes.txt"]
+    assert not (out / "modules.json").exists()
+    assert run(capsys, "quantize", other, out, "--bits", "2", "--force")[0] == 0
+    assert "unheard" in AutoTokenizer.from_pretrained(out).get_vocab()
+    assert "| 8 |" not in (out / "README.md").read_text() and "| 2 |" in (out / "README.md").read_text()
+
+
+def test_force_without_a_tokenizer_leaves_none(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    bare, out = tmp_path / "bare", tmp_path / "out"
+    AutoModelForSequenceClassification.from_pretrained(world / "model").save_pretrained(bare)
+    assert run(capsys, "quantize", world / "model", out)[0] == 0
+    assert run(capsys, "quantize", bare, out, "--force")[0] == 0
+    assert not (out / "tokenizer_config.json").exists()
 
 
 @pytest.mark.parametrize("data", ["texts", "task"])
