@@ -15,6 +15,7 @@ import qbert
 from qbert.cli.inspect import folder_content
 from qbert.cli.main import app, main
 from qbert.cli.options import beside, in_fours
+from qbert.pipeline import Pack, Pipeline, Prune, Quantize
 
 
 @pytest.fixture(scope="module")
@@ -191,6 +192,31 @@ def test_a_plan_is_made_saved_and_run(world: Path, tmp_path: Path, capsys: pytes
     assert qbert.load(content["folder"]) is not None
 
 
+def test_a_plan_is_run_into_out_itself_and_goes_on_after_an_interrupt(
+    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan, out = tmp_path / "plan.json", tmp_path / "out"
+    Pipeline((Prune(heads=0.5, rows=32), Quantize(4, "nearest"), Pack())).save(plan)
+    asked = ["compress", world / "model", out, *task(world), "--plan", plan, "--eval-limit", "16", "--json"]
+
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Pack, "apply", interrupted)
+        assert run(capsys, *asked)[0] == 130
+    assert not out.exists() and (tmp_path / "out.partial").is_dir()
+    with monkeypatch.context() as patched:
+        patched.setattr(Prune, "apply", interrupted)  # which is not asked again
+        code, text, err = run(capsys, *asked)
+    assert code == 0, err
+    assert len(json.loads(text)["steps"]) == 4 and not (tmp_path / "out.partial").exists()
+    assert run(capsys, "inspect", out)[0] == 0
+    assert AutoTokenizer.from_pretrained(out)("kind")["input_ids"]
+    code, _, err = run(capsys, *asked)
+    assert code == 2 and "is not empty" in err
+
+
 def test_inspect_counts_what_the_files_hold(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run(capsys, "quantize", world / "model", tmp_path, "--bits", "4")
     content = folder_content(tmp_path)
@@ -254,6 +280,7 @@ def test_export_to_openvino_says_how_near_it_is(
     ("arguments", "sentence"),
     [
         (["quantize", "WORLD/model", "WORLD/data"], "OUT .* is not empty; name another folder, or add --force"),
+        (["compress", "WORLD/model", "WORLD/data", "--task", "x", "--plan", "WORLD/texts.txt"], "OUT .* is not empty"),
         (["quantize", "WORLD/data", "NEW"], "is a folder without config.json"),
         (["quantize", "WORLD/model", "NEW", "--rounding", "compensated"], "--rounding compensated needs data"),
         (
