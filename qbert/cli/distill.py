@@ -14,6 +14,7 @@ from qbert.cli.options import (
     beside,
     build_for,
     check_out,
+    configuration_of,
     file_megabytes,
     machine_options,
     save_result,
@@ -38,9 +39,7 @@ from qbert.cli.options import (
 @click.option(
     "--rounding",
     type=click.Choice(["compensated", "nearest"]),
-    default="compensated",
-    show_default=True,
-    help="Codes that training with --bits starts from.",
+    help="Codes that training starts from; default: compensated with --bits, nearest if --config names none.",
 )
 @click.option("--rows", type=click.IntRange(min=1), default=384, show_default=True, help="Rows for compensated codes.")
 @click.option("--train-limit", type=click.IntRange(min=1), help="Use at most this many training rows.")
@@ -70,6 +69,8 @@ def distill(teacher: str, out: str, task: str, data_dir: str | None, **asked: An
 
     work, quiet = beside(out, ".partial"), asked["as_json"]
     check_out(out, asked["force"])
+    if asked["bits"] and not asked["config_file"]:
+        asked["rounding"] = asked["rounding"] or "compensated"
     step = Distill(asked["recipe"], asked["steps"], asked["learning_rate"], asked["batch_size"])
     config = _configuration(asked, RECIPES[asked["recipe"]]())
     set_machine(asked["device"], asked["threads"])
@@ -132,9 +133,11 @@ def _configuration(asked: dict[str, Any], recipe: Any) -> Any:
     if asked["config_file"] and asked["bits"]:
         raise ValueError("--config says all; leave out --bits")
     if asked["config_file"]:
-        return BitsConfig.parse(asked["config_file"])
+        return configuration_of(asked["config_file"], asked["rounding"])
     if asked["bits"]:
         return recipe.adapt(BitsConfig(int(asked["bits"]), rounding=asked["rounding"]))
+    if asked["rounding"]:
+        raise ValueError("--rounding is for a student in few bits; add --bits or --config, or leave it out")
     if not asked["student"]:
         raise ValueError("there is no student; give --bits 2, --config bits.json, or --student MODEL")
     return None

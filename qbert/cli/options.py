@@ -82,6 +82,22 @@ def beside(path: str, ending: str) -> Path:
     return named.with_name(named.name + ending)
 
 
+def configuration_of(file: str, rounding: str | None) -> Any:
+    """The `BitsConfig` in a JSON file, with the rounding of the command line where the file names none.
+
+    Raises:
+        ValueError: the file names a rounding too; and as `BitsConfig.parse`.
+    """
+    from qbert.bits import BitsConfig
+
+    config = BitsConfig.parse(file)
+    if rounding is None:
+        return config
+    if any("rounding" in settings for settings in (config.defaults, *config.rules.values())):
+        raise ValueError(f"--config {file} names a rounding itself; leave out --rounding, or take it out of the file")
+    return BitsConfig.from_dict({**config.to_dict(), "rounding": rounding})
+
+
 def check_out(out: str, force: bool) -> None:
     """Refuse a folder OUT that holds something, unless told to write into it, or that cannot be written.
 

@@ -10,6 +10,7 @@ import click
 from qbert.cli.options import (
     as_json,
     check_out,
+    configuration_of,
     file_megabytes,
     float_model,
     load_tokenizer,
@@ -37,7 +38,11 @@ from qbert.cli.options import (
 @click.option(
     "--activation-bits", type=click.Choice(["4", "6", "8", "32"]), help="Bits of the inputs of products; default: 8."
 )
-@click.option("--rounding", type=click.Choice(["nearest", "compensated"]), help="How codes are chosen.")
+@click.option(
+    "--rounding",
+    type=click.Choice(["nearest", "compensated"]),
+    help="How codes are chosen; default: as --config says, or nearest.",
+)
 @click.option("--texts", type=click.Path(exists=True, dir_okay=False), help="Calibration text, one sentence a line.")
 @task_options(required=False)
 @click.option("--rows", type=click.IntRange(min=1), default=384, show_default=True, help="Calibration rows.")
@@ -87,7 +92,7 @@ def quantize(model: str, out: str, **asked: Any) -> None:
 def _configuration(asked: dict[str, Any]) -> Any:
     from qbert.bits import BitsConfig
 
-    names = ("scheme", "groups", "rounding")
+    names = ("scheme", "groups")
     settings = {name: asked[name] for name in names if asked[name] is not None}
     if asked["embedding_bits"]:
         settings["embedding_bits"] = int(asked["embedding_bits"])
@@ -99,7 +104,9 @@ def _configuration(asked: dict[str, Any]) -> Any:
             raise ValueError(
                 f"--config says all; leave out --{given.replace('_', '-')}, or write it into {asked['config_file']}"
             )
-        return BitsConfig.parse(asked["config_file"])
+        return configuration_of(asked["config_file"], asked["rounding"])
+    if asked["rounding"]:
+        settings["rounding"] = asked["rounding"]
     return BitsConfig(int(asked["bits"] or 4), **settings)
 
 

@@ -103,6 +103,22 @@ def test_compensated_rounding_takes_texts_or_a_task(
     assert layers == {"compensated"}
 
 
+@pytest.mark.parametrize("command", ["quantize", "distill"])
+def test_a_rounding_beside_a_configuration_that_names_none_is_taken(
+    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], command: str
+) -> None:
+    bits, out = tmp_path / "bits.json", tmp_path / "out"
+    qbert.BitsConfig(3).save(bits)
+    asked = [command, world / "model", out, *task(world), "--config", bits, "--rounding", "compensated", "--rows", "48"]
+    more = ["--steps", "1", "--batch-size", "4"] if command == "distill" else []
+    code, _, err = run(capsys, *asked, *more)
+    assert code == 0, err
+    assert "compensated" in {grid.get("rounding") for grid in folder_content(out)["grids"].values()}
+    qbert.BitsConfig(3, rounding="nearest").save(bits)
+    code, _, err = run(capsys, *asked, *more, "--force")
+    assert code == 2 and "names a rounding itself; leave out --rounding" in err
+
+
 def test_from_spectrum_to_bits_to_a_folder_to_a_score(
     world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -307,6 +323,10 @@ def test_export_to_openvino_says_how_near_it_is(
         (
             ["distill", "WORLD/model", "NEW", "--task", "sst2", "--bits", "2", "--recipe", "x"],
             "recipe='x' is not known",
+        ),
+        (
+            ["distill", "WORLD/model", "NEW", "--task", "sst2", "--student", "x", "--rounding", "nearest"],
+            "--rounding is for a student in few bits",
         ),
         (["nothing"], "No such command 'nothing'"),
     ],
