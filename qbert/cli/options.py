@@ -19,6 +19,7 @@ _TOKENIZER_FILES = (
     *("sentencepiece.model", "sentencepiece.bpe.model", "tokenizer.model", "bpe.codes", "bpe.vocab", "dict.txt"),
     *("special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "chat_template.json"),
 )
+_PICTURES = (".png", ".pdf", ".svg")
 _SENTENCE_FILES = ("modules.json", "sentence_bert_config.json", "config_sentence_transformers.json")
 
 as_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of tables.")
@@ -80,6 +81,31 @@ def beside(path: str, ending: str) -> Path:
     if not named.name:
         raise ValueError(f"{path} is no place to write a result to; name a folder in it")
     return named.with_name(named.name + ending)
+
+
+def check_picture(path: str | None) -> None:
+    """Refuse a ``--plot`` that could not be drawn or written, before the work whose picture it is.
+
+    Raises:
+        ValueError: no kind of picture that can be drawn, or no folder; MissingPackageError: matplotlib is missing.
+    """
+    from qbert.extras import require
+
+    if not path:
+        return
+    if Path(path).suffix not in _PICTURES:
+        raise ValueError(f"--plot {path} is no kind of picture that can be drawn; end it in {', '.join(_PICTURES)}")
+    check_file("--plot", path)
+    require("matplotlib", "--plot")
+
+
+def check_file(option: str, path: str | None) -> None:
+    """Raises ValueError, for an option, where the file that it names lies in no folder, or in one of others."""
+    parent = Path(path).absolute().parent if path else None
+    if parent is not None and not parent.is_dir():
+        raise ValueError(f"{option} {path} is in no folder that is there; make it first")
+    if parent is not None and not os.access(parent, os.W_OK):
+        raise ValueError(f"{option} {path} cannot be written; name a file in a folder of yours")
 
 
 def configuration_of(file: str, rounding: str | None) -> Any:

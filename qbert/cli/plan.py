@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import click
 
 from qbert.cli.options import (
     as_json,
+    check_file,
+    check_picture,
     float_model,
     in_fours,
     load_tokenizer,
@@ -19,8 +20,6 @@ from qbert.cli.options import (
     task_options,
     unlabelled_batches,
 )
-
-_PICTURES = (".png", ".pdf", ".svg")
 
 
 @click.command()
@@ -58,11 +57,8 @@ def plan(model: str, shape: str, save: str | None, plot: str | None, **asked: An
         raise ValueError("give --texts FILE or --task NAME; a plan is made on one of them")
     if all(asked[name] is None for name in ("size_mb", "latency_ms", "within")):
         raise ValueError("give --size-mb, --latency-ms or --within; a plan needs a budget")
-    if plot and Path(plot).suffix not in _PICTURES:
-        raise ValueError(f"--plot {plot} is no kind of picture that can be drawn; end it in {', '.join(_PICTURES)}")
-    for option, path in (("--save", save), ("--plot", plot)):
-        if path and not Path(path).absolute().parent.is_dir():
-            raise ValueError(f"{option} {path} is in no folder that is there; make it first")
+    check_picture(plot)
+    check_file("--save", save)
     tokenizer = load_tokenizer(model)
     batches = unlabelled_batches(asked, tokenizer)
     found = make_plan(

@@ -6,7 +6,17 @@ from typing import Any
 
 import click
 
-from qbert.cli.options import as_json, beside, build_for, machine_options, set_machine, show, task_options
+from qbert.cli.options import (
+    as_json,
+    beside,
+    build_for,
+    check_file,
+    check_picture,
+    machine_options,
+    set_machine,
+    show,
+    task_options,
+)
 
 
 @click.command()
@@ -39,6 +49,8 @@ def spectrum(model: str, task: str, data_dir: str | None, save: str | None, plot
     from qbert.tasks import load_task, prepare
     from qbert.tasks.evaluation import wants_pairs
 
+    check_picture(plot)
+    check_file("--save", save)
     set_machine(asked["device"], asked["threads"])
     data = load_task(task, data_dir=data_dir)
     loaded, tokenizer = build_for(data, model)

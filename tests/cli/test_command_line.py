@@ -328,6 +328,11 @@ def test_export_to_openvino_says_how_near_it_is(
             ["distill", "WORLD/model", "NEW", "--task", "sst2", "--student", "x", "--rounding", "nearest"],
             "--rounding is for a student in few bits",
         ),
+        (
+            ["spectrum", "WORLD/model", "--task", "sst2", "--plot", "x.bmpx"],
+            "--plot x.bmpx is no kind of picture that can be drawn; end it in .png",
+        ),
+        (["spectrum", "WORLD/model", "--task", "sst2", "--save", "NEW/a/b.json"], "--save .* is in no folder"),
         (["nothing"], "No such command 'nothing'"),
     ],
 )
@@ -339,6 +344,16 @@ def test_what_cannot_work_is_one_sentence(
     assert code == 2
     assert re.search(sentence, err), err
     assert not Path(new).exists()
+
+
+@pytest.mark.parametrize("command", ["spectrum", "plan"])
+def test_a_picture_is_refused_before_any_work_where_nothing_can_draw_it(
+    world: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    monkeypatch.setattr("qbert.extras.is_installed", lambda package: package != "matplotlib")
+    budget = ["--size-mb", "1"] if command == "plan" else []
+    code, _, err = run(capsys, command, world / "nothing", "--task", "nothing", "--plot", "x.png", *budget)
+    assert code == 2 and "--plot needs the package matplotlib" in err
 
 
 def test_few_rows_are_planned_on_in_four_batches() -> None:
