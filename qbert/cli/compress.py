@@ -13,6 +13,7 @@ from qbert.cli.options import (
     beside,
     build_for,
     check_out,
+    goes_on_from,
     machine_options,
     save_result,
     set_machine,
@@ -49,6 +50,7 @@ def compress(model: str, out: str, task: str, data_dir: str | None, plan_file: s
 
     check_out(out, asked["force"])
     work = beside(out, ".partial")
+    goes_on_from(work)
     set_machine(asked["device"], asked["threads"])
     try:
         plan = Pipeline.load(plan_file)

@@ -16,6 +16,7 @@ from qbert.cli.options import (
     check_out,
     configuration_of,
     file_megabytes,
+    goes_on_from,
     machine_options,
     save_result,
     set_machine,
@@ -79,6 +80,7 @@ def distill(teacher: str, out: str, task: str, data_dir: str | None, **asked: An
     loaded = loaded.to(asked["device"])
     student = build_for(data, asked["student"])[0].to(asked["device"]) if asked["student"] else loaded
     _begin(work, {**asked, "teacher": teacher, "task": task, "data": data.fingerprint("train")})
+    goes_on_from(work)
     rows = prepare(
         data, tokenizer, "train", limit=asked["train_limit"], seed=asked["seed"], as_pairs=wants_pairs(loaded)
     )

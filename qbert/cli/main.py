@@ -21,6 +21,7 @@ from qbert.cli.distill import distill
 from qbert.cli.evaluate import evaluate
 from qbert.cli.export import export
 from qbert.cli.inspect import inspect
+from qbert.cli.options import Shared
 from qbert.cli.plan import plan
 from qbert.cli.quantize import quantize
 from qbert.cli.report import report
@@ -68,16 +69,18 @@ for _command in (spectrum, allocate, quantize, distill, plan, compress, evaluate
 def main(arguments: list[str] | None = None) -> None:
     """Run a command line (that of the process where None) and leave with its exit code."""
 
+    shared = Shared()
+
     def run() -> None:
         try:
-            app.main(arguments, prog_name="qbert", standalone_mode=False)
+            app.main(arguments, prog_name="qbert", standalone_mode=False, obj=shared)
         except click.ClickException as error:
             error.show()
             sys.exit(2)
         except click.Abort as error:  # click turns Ctrl-C into this
             raise KeyboardInterrupt from error
 
-    run_script(run, resume_hint="run the same command again (spectra and trainings go on from what they kept)")
+    run_script(run, resume_hint=lambda: shared.hint)
 
 
 if __name__ == "__main__":

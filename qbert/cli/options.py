@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -21,6 +22,30 @@ _TOKENIZER_FILES = (
 )
 _PICTURES = (".png", ".pdf", ".svg")
 _SENTENCE_FILES = ("modules.json", "sentence_bert_config.json", "config_sentence_transformers.json")
+
+
+@dataclass
+class Shared:
+    """What a command and the one place that runs all of them tell each other.
+
+    Attributes:
+        hint: how to go on after an interrupt.
+    """
+
+    hint: str = "nothing is kept; run the same command again, from the beginning"
+
+
+def on_interrupt(hint: str) -> None:
+    """What Ctrl-C is answered with from now on, instead of that nothing is kept."""
+    context = click.get_current_context().find_root()
+    if isinstance(context.obj, Shared):
+        context.obj.hint = hint
+
+
+def goes_on_from(kept: Path) -> None:
+    """Tell `on_interrupt` that the same command goes on from what lies in a folder."""
+    on_interrupt(f"run the same command again; it goes on from what {kept} holds")
+
 
 as_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of tables.")
 

@@ -346,6 +346,37 @@ def test_what_cannot_work_is_one_sentence(
     assert not Path(new).exists()
 
 
+@pytest.mark.parametrize(("given", "rows"), [([], 6), (["--fraction", "0.5"], 32)])
+def test_a_spectrum_says_on_how_many_rows_and_about_how_long(
+    world: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, given: list[str], rows: int
+) -> None:
+    def interrupted(*_: object, **asked: object) -> None:
+        assert round(float(str(asked["fraction"])) * 64) == rows
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(qbert, "hessian_spectrum", interrupted, raising=False)
+    code, _, err = run(capsys, "spectrum", world / "model", *task(world), *given)
+    assert code == 130
+    assert re.search(rf"10 subsets of {rows} of 64 training rows: about \d+ (s|minutes)", err), err
+
+
+def test_a_subset_of_a_large_task_has_32_rows_unless_told_otherwise(
+    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(qbert, "hessian_spectrum", interrupted, raising=False)
+    rows = sentiment_rows(640)
+    write_task(tmp_path, "sst2", {"train.jsonl.gz": rows, "dev.jsonl.gz": rows[:4]})
+    asked = ["spectrum", world / "model", "--task", "sst2", "--data-dir", tmp_path]
+    code, _, err = run(capsys, *asked)
+    assert code == 130 and "10 subsets of 32 of 640" in err
+    assert "nothing is kept without --save" in err
+    _, _, err = run(capsys, *asked, "--save", tmp_path / "s.json")
+    assert "it goes on from what" in err and "s.json.partial holds" in err
+
+
 @pytest.mark.parametrize("command", ["spectrum", "plan"])
 def test_a_picture_is_refused_before_any_work_where_nothing_can_draw_it(
     world: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, command: str
