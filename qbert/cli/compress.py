@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from dataclasses import asdict
 from typing import Any
 
@@ -13,8 +12,8 @@ from qbert.cli.options import (
     beside,
     build_for,
     check_out,
-    goes_on_from,
     machine_options,
+    resumable,
     save_result,
     set_machine,
     show,
@@ -50,7 +49,6 @@ def compress(model: str, out: str, task: str, data_dir: str | None, plan_file: s
 
     check_out(out, asked["force"])
     work = beside(out, ".partial")
-    goes_on_from(work)
     set_machine(asked["device"], asked["threads"])
     try:
         plan = Pipeline.load(plan_file)
@@ -58,9 +56,12 @@ def compress(model: str, out: str, task: str, data_dir: str | None, plan_file: s
         raise ValueError(f"--plan {plan_file}: {error}; qbert plan --save writes one") from error
     data = load_task(task, data_dir=data_dir)
     loaded, tokenizer = build_for(data, model)
-    options = {name: asked[name] for name in ("train_limit", "eval_limit", "seed", "bf16")}
-    done = run(loaded.to(asked["device"]), tokenizer, data, plan, folder=work, progress=not asked["as_json"], **options)
-    save_result(done.model.to("cpu"), tokenizer, out)
-    shutil.rmtree(work)
+    names = ("train_limit", "eval_limit", "seed", "bf16")
+    options = {name: asked[name] for name in names}
+    kept = {"command": "compress", "model": model, "plan": plan.to_dict(), "task": task, **options}
+    with resumable(work, kept):
+        options["progress"] = not asked["as_json"]
+        done = run(loaded.to(asked["device"]), tokenizer, data, plan, folder=work, **options)
+        save_result(done.model.to("cpu"), tokenizer, out)
     content = {"folder": out, "steps": [asdict(result) for result in done.record.results]}
     show(content, f"{done.record}\n\n{out}: look at it with: qbert inspect {out}", asked["as_json"])

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import shutil
 import time
-from pathlib import Path
 from typing import Any
 
 import click
@@ -16,8 +14,8 @@ from qbert.cli.options import (
     check_out,
     configuration_of,
     file_megabytes,
-    goes_on_from,
     machine_options,
+    resumable,
     save_result,
     set_machine,
     show,
@@ -79,35 +77,40 @@ def distill(teacher: str, out: str, task: str, data_dir: str | None, **asked: An
     loaded, tokenizer = build_for(data, teacher)
     loaded = loaded.to(asked["device"])
     student = build_for(data, asked["student"])[0].to(asked["device"]) if asked["student"] else loaded
-    _begin(work, {**asked, "teacher": teacher, "task": task, "data": data.fingerprint("train")})
-    goes_on_from(work)
-    rows = prepare(
-        data, tokenizer, "train", limit=asked["train_limit"], seed=asked["seed"], as_pairs=wants_pairs(loaded)
-    )
-    start = time.perf_counter()
-    if config is not None:
-        import qbert
+    unimportant = ("device", "threads", "as_json", "force", "eval_limit")
+    kept = {name: value for name, value in asked.items() if name not in unimportant}
+    kept |= {"command": "distill", "teacher": teacher, "task": task, "data": data.fingerprint("train")}
+    if asked["config_file"]:
+        kept["config"] = config.to_dict()
+    with resumable(work, kept):
+        rows = prepare(
+            data, tokenizer, "train", limit=asked["train_limit"], seed=asked["seed"], as_pairs=wants_pairs(loaded)
+        )
+        start = time.perf_counter()
+        if config is not None:
+            import qbert
 
-        source = {**asked, "texts": None, "task": task, "data_dir": data_dir}
-        specs = config.resolve(student).values()
-        needed = any(spec.rounding == "compensated" or spec.is_composed for spec in specs)
-        batches = unlabelled_batches(source, tokenizer) if needed else None
-        student = qbert.quantize_model(student, config, calibration_data=batches, progress=not quiet)
-    context = Context(loaded, tokenizer, rows, rows.collate, work, asked["seed"], asked["bf16"], not quiet)
-    student = step.apply(student, context)
-    seconds = time.perf_counter() - start
+            source = {**asked, "texts": None, "task": task, "data_dir": data_dir}
+            specs = config.resolve(student).values()
+            needed = any(spec.rounding == "compensated" or spec.is_composed for spec in specs)
+            batches = unlabelled_batches(source, tokenizer) if needed else None
+            student = qbert.quantize_model(
+                student, config, calibration_data=batches, checkpoint=work / "rounding", progress=not quiet
+            )
+        context = Context(loaded, tokenizer, rows, rows.collate, work, asked["seed"], asked["bf16"], not quiet)
+        student = step.apply(student, context)
+        seconds = time.perf_counter() - start
 
-    def score(model: Any) -> Any:
-        split = data.evaluation_splits[0]
-        return evaluate(model, data, tokenizer, split=split, limit=asked["eval_limit"], progress=not quiet)
+        def score(model: Any) -> Any:
+            split = data.evaluation_splits[0]
+            return evaluate(model, data, tokenizer, split=split, limit=asked["eval_limit"], progress=not quiet)
 
-    wanted, found = score(loaded), score(student)
-    if is_quantized(student):
-        import qbert
+        wanted, found = score(loaded), score(student)
+        if is_quantized(student):
+            import qbert
 
-        student = qbert.pack(student)
-    save_result(student.to("cpu"), tokenizer, out)
-    shutil.rmtree(work)
+            student = qbert.pack(student)
+        save_result(student.to("cpu"), tokenizer, out)
     alike = fidelity(wanted.logits, found.logits, getattr(loaded.config, "problem_type", None))
     content = {
         "teacher": teacher,
@@ -143,19 +146,3 @@ def _configuration(asked: dict[str, Any], recipe: Any) -> Any:
     if not asked["student"]:
         raise ValueError("there is no student; give --bits 2, --config bits.json, or --student MODEL")
     return None
-
-
-def _begin(work: Path, asked: dict[str, Any]) -> None:
-    """Make the folder of checkpoints, or refuse that of another run."""
-    from qbert.files import read_json, write_json
-
-    unimportant = ("device", "threads", "as_json", "force", "eval_limit")
-    kept = {name: value for name, value in asked.items() if name not in unimportant}
-    note = work / "asked.json"
-    if note.is_file():
-        before = read_json(note)
-        for name, value in kept.items():
-            if before.get(name) != value:
-                raise ValueError(f"{work} is of an interrupted run with another {name}; remove it, or name another OUT")
-    work.mkdir(parents=True, exist_ok=True)
-    write_json(note, kept)

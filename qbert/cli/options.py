@@ -7,7 +7,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -40,6 +40,40 @@ def on_interrupt(hint: str) -> None:
     context = click.get_current_context().find_root()
     if isinstance(context.obj, Shared):
         context.obj.hint = hint
+
+
+@contextlib.contextmanager
+def resumable(work: Path, asked: Mapping[str, Any]) -> Iterator[None]:
+    """Inside, long work keeps in the folder `work` what the same command goes on from; done, the folder is removed.
+
+    Args:
+        work: made if need be; what was asked is noted in it.
+        asked: all that the work depends on, as JSON values.
+
+    Raises:
+        ValueError: the folder is of a run that was asked something else, or of no run at all.
+    """
+    from qbert.files import read_json, write_json
+
+    note = work / "asked.json"
+    if note.is_file():
+        before = {"command": "distill", **read_json(note)}  # which alone kept something in earlier versions
+        for name, value in json.loads(json.dumps(asked)).items():
+            if before.get(name) != value:
+                said = {"config_file": "--config", "plan_file": "--plan"}.get(name, name)
+                raise ValueError(f"{work} is of an interrupted run with another {said}; remove it, or name another OUT")
+    elif work.exists() and (not work.is_dir() or any(work.iterdir())):
+        raise ValueError(f"{work}, where the work is kept, is there and of no interrupted run; name another OUT")
+    work.mkdir(parents=True, exist_ok=True)
+    write_json(note, asked)
+    goes_on_from(work)
+    try:
+        yield
+    except (ValueError, TypeError):
+        if [path.name for path in work.iterdir()] == [note.name]:  # refused before any work
+            shutil.rmtree(work)
+        raise
+    shutil.rmtree(work)
 
 
 def goes_on_from(kept: Path) -> None:
@@ -144,9 +178,15 @@ def configuration_of(file: str, rounding: str | None) -> Any:
     config = BitsConfig.parse(file)
     if rounding is None:
         return config
-    if any("rounding" in settings for settings in (config.defaults, *config.rules.values())):
+    if roundings(config):
         raise ValueError(f"--config {file} names a rounding itself; leave out --rounding, or take it out of the file")
     return BitsConfig.from_dict({**config.to_dict(), "rounding": rounding})
+
+
+def roundings(config: Any) -> set[str]:
+    """The roundings that a `BitsConfig` names."""
+    named = (settings.get("rounding") for settings in (config.defaults, *config.rules.values()))
+    return {rounding for rounding in named if rounding is not None}
 
 
 def check_out(out: str, force: bool) -> None:

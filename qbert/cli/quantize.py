@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from typing import Any
 
@@ -9,12 +10,15 @@ import click
 
 from qbert.cli.options import (
     as_json,
+    beside,
     check_out,
     configuration_of,
     file_megabytes,
     float_model,
     load_tokenizer,
     machine_options,
+    resumable,
+    roundings,
     save_result,
     set_machine,
     show,
@@ -53,7 +57,8 @@ def quantize(model: str, out: str, **asked: Any) -> None:
     """Quantize MODEL (a folder or a hub name) and write it, packed, to the folder OUT.
 
     The tokenizer goes with it. Compensated rounding needs a few hundred sentences like those the model will see:
-    --texts FILE, or --task NAME, whose training rows are taken without their labels.
+    --texts FILE, or --task NAME, whose training rows are taken without their labels. Interrupted, the same command goes
+    on after the last whole layer, kept in OUT.partial.
 
     \b
       qbert quantize my-model out --bits 4
@@ -71,10 +76,19 @@ def quantize(model: str, out: str, **asked: Any) -> None:
     data = _calibration(asked, tokenizer)
     loaded = loaded.to(asked["device"])
     start = time.perf_counter()
-    student = qbert.quantize_model(loaded, config, calibration_data=data, progress=not asked["as_json"])
-    packed = qbert.pack(student).to("cpu")
-    seconds, size = time.perf_counter() - start, model_size(packed)
-    save_result(packed, tokenizer, out)
+    options = {"calibration_data": data, "progress": not asked["as_json"]}
+    with contextlib.ExitStack() as stack:
+        if data is not None and "compensated" in roundings(config):
+            names = ("texts", "task", "data_dir", "rows", "seed")
+            source = {name: asked[name] for name in names}
+            work = beside(out, ".partial")
+            stack.enter_context(
+                resumable(work, {"command": "quantize", "model": model, "config": config.to_dict(), **source})
+            )
+            options["checkpoint"] = work
+        packed = qbert.pack(qbert.quantize_model(loaded, config, **options)).to("cpu")
+        seconds, size = time.perf_counter() - start, model_size(packed)
+        save_result(packed, tokenizer, out)
     megabytes = file_megabytes(out)
     content = {
         "model": model,

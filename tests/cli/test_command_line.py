@@ -16,6 +16,7 @@ from qbert.cli.inspect import folder_content
 from qbert.cli.main import app, main
 from qbert.cli.options import beside, in_fours
 from qbert.pipeline import Pack, Pipeline, Prune, Quantize
+from qbert.rounded import RoundedLayers
 
 
 @pytest.fixture(scope="module")
@@ -101,6 +102,63 @@ def test_compensated_rounding_takes_texts_or_a_task(
     assert json.loads(out)["config"]["rounding"] == "compensated"
     layers = {label["rounding"] for label in folder_content(tmp_path / "out")["grids"].values() if label["bits"] == 2}
     assert layers == {"compensated"}
+
+
+@pytest.mark.parametrize("command", ["quantize", "distill", "compress"])
+def test_compensated_rounding_goes_on_after_the_last_whole_layer(
+    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    Pipeline((Quantize(2, rows=48), Pack())).save(tmp_path / "plan.json")
+    asked = {
+        "quantize": ["--bits", "2", "--rounding", "compensated", "--rows", "48"],
+        "distill": ["--bits", "2", "--rows", "48", "--steps", "1", "--batch-size", "4", "--eval-limit", "4"],
+        "compress": ["--plan", tmp_path / "plan.json", "--eval-limit", "4"],
+    }[command]
+
+    def call(out: str, *more: object) -> tuple[int, str, str]:
+        return run(capsys, command, world / "model", tmp_path / out, *task(world), *asked, *more)
+
+    finish = RoundedLayers.finish_layer
+    finished: list[int] = []
+
+    def interrupted(layers: RoundedLayers) -> None:
+        finish(layers)
+        finished.append(len(layers._tensors))
+        if len(finished) == 1:
+            raise KeyboardInterrupt
+
+    assert call("whole")[0] == 0
+    monkeypatch.setattr(RoundedLayers, "finish_layer", interrupted)
+    code, _, err = call("out")
+    assert code == 130 and "out.partial" in err and not (tmp_path / "out").exists()
+    code, _, err = call("out", "--seed", "3")
+    assert code == 2 and "out.partial is of an interrupted run with another seed" in err
+    code, _, err = call("out")
+    assert code == 0, err
+    assert finished[-1] > 0, "nothing was taken over"
+    assert not (tmp_path / "out.partial").exists()
+    found, wanted = (qbert.load(tmp_path / name).state_dict() for name in ("out", "whole"))
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+
+
+def test_what_lies_beside_out_and_is_of_no_run_is_left_alone(
+    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "out.partial").mkdir()
+    (tmp_path / "out.partial" / "mine.txt").write_text("mine")
+    asked = ["--rounding", "compensated", "--texts", world / "texts.txt"]
+    code, _, err = run(capsys, "quantize", world / "model", tmp_path / "out", *asked)
+    assert code == 2 and "of no interrupted run" in err
+    assert [path.name for path in (tmp_path / "out.partial").iterdir()] == ["mine.txt"]
+
+
+def test_a_request_that_is_refused_keeps_nothing(
+    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = ["--rounding", "compensated", "--texts", world / "texts.txt", "--groups", "5"]
+    code, _, err = run(capsys, "quantize", world / "model", tmp_path / "out", *asked)
+    assert code == 2 and "groups=5 does not divide" in err
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("command", ["quantize", "distill"])
