@@ -47,7 +47,11 @@ from qbert.cli.options import (
     type=click.Choice(["nearest", "compensated"]),
     help="How codes are chosen; default: as --config says, or nearest.",
 )
-@click.option("--texts", type=click.Path(exists=True, dir_okay=False), help="Calibration text, one sentence a line.")
+@click.option(
+    "--texts",
+    type=click.Path(exists=True, dir_okay=False),
+    help="Calibration text, one sentence a line; it fixes the ranges of activations, unless rounding is compensated.",
+)
 @task_options(required=False)
 @click.option("--rows", type=click.IntRange(min=1), default=384, show_default=True, help="Calibration rows.")
 @click.option("--force", is_flag=True, help="Write into OUT even if it holds something.")
@@ -57,8 +61,10 @@ def quantize(model: str, out: str, **asked: Any) -> None:
     """Quantize MODEL (a folder or a hub name) and write it, packed, to the folder OUT.
 
     The tokenizer goes with it. Compensated rounding needs a few hundred sentences like those the model will see:
-    --texts FILE, or --task NAME, whose training rows are taken without their labels. Interrupted, the same command goes
-    on after the last whole layer, kept in OUT.partial.
+    --texts FILE, or --task NAME, whose training rows are taken without their labels. Nearest rounding needs none;
+    given, they fix one range of activations a matrix (static), where every token has its own otherwise: inspect shows
+    which. Interrupted, compensated rounding goes on after the last whole layer, kept in OUT.partial, by the same
+    command.
 
     \b
       qbert quantize my-model out --bits 4

@@ -304,6 +304,18 @@ def test_inspect_counts_what_the_files_hold(world: Path, tmp_path: Path, capsys:
     assert code == 0 and "encoder.layer.1.output.dense.codes" in out
 
 
+@pytest.mark.parametrize(("given", "found"), [(True, "static"), (False, "asymmetric")])
+def test_inspect_tells_ranges_that_texts_fixed_from_those_of_a_token(
+    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], given: bool, found: str
+) -> None:
+    texts = ["--texts", world / "texts.txt"] if given else []
+    assert run(capsys, "quantize", world / "model", tmp_path / "out", *texts)[0] == 0
+    header, _, *lines = run(capsys, "inspect", tmp_path / "out")[1].splitlines()[2:]
+    ends = [header.index(name) + len(name) for name in ("activations", "range")]
+    cells = {line[ends[0] : ends[1]].strip() for line in lines}
+    assert cells == {"", found}
+
+
 def test_inspect_reads_a_trainable_model(world: Path, tmp_path: Path) -> None:
     model = AutoModelForSequenceClassification.from_pretrained(world / "model").eval()
     qbert.quantize_model(model, 2).save_pretrained(tmp_path)
