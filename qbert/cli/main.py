@@ -26,6 +26,7 @@ from qbert.cli.plan import plan
 from qbert.cli.quantize import quantize
 from qbert.cli.report import report
 from qbert.cli.spectrum import spectrum
+from qbert.cli.wording import spoken_as_options
 from qbert.version import __version__
 
 
@@ -63,6 +64,8 @@ def app() -> None:
 
 
 for _command in (spectrum, allocate, quantize, distill, plan, compress, evaluate, inspect, export, report):
+    if _command.callback is not None:
+        _command.callback = spoken_as_options(_command.callback)
     app.add_command(_command)
 
 

@@ -416,6 +416,45 @@ def test_what_cannot_work_is_one_sentence(
     assert not Path(new).exists()
 
 
+@pytest.mark.parametrize(
+    ("command", "given", "sentence", "said"),
+    [
+        ("allocate", [], "model: a budget needs the float model; pass model=...", "--model: .*; add --model MODEL"),
+        ("spectrum", [], "tol: 2.0 is not a relative tolerance", "error: --tol: 2.0 is"),
+        ("spectrum", [], "checkpoint: a/b belongs to 3 runs; ask for as many, leave out resume, or give another folder",
+         "error: a/b belongs to 3 runs; ask for as many, add --anew, or name another --save"),
+        ("plan", ["--size-mb", "3"], "size_mb=3 is too small", "--size-mb=3 is too small"),
+        ("plan", [], "within and size_mb contradict", "within and --size-mb contradict"),
+        ("compress", [], "--resume: a/p.json was made with another model; remove the file, or leave --resume out",
+         "error: a/p.json was made with another model; remove its folder, or name another OUT"),
+        ("quantize", ["--groups", "5"], "a.b: groups=5 does not divide", "a.b: --groups=5 does not divide"),
+        ("quantize", [], "a.b: groups=5 does not divide", "a.b: groups=5 does not divide"),
+        ("quantize", [], "bits_config: x.json is wrong: bits=5", "error: --config: x.json is wrong: bits=5"),
+        ("quantize", [], "calibration_data: it is empty", "--texts or --task: it is empty"),
+    ],
+)  # fmt: skip
+def test_refusals_of_the_library_name_options(
+    world: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, command: str, given: list[str],
+    sentence: str, said: str
+) -> None:  # fmt: skip
+    def refuse(*_: object, **__: object) -> None:
+        raise ValueError(sentence)
+
+    for place in ("quantize", "plan", "compress", "spectrum"):
+        monkeypatch.setattr(f"qbert.cli.{place}.set_machine", refuse)
+    monkeypatch.setattr("qbert.hessian.spectrum.HessianSpectrum.load", lambda _: None)
+    monkeypatch.setattr(qbert, "allocate_bits", refuse, raising=False)
+    needed = {
+        "allocate": [world / "texts.txt"],
+        "spectrum": [world / "model", "--task", "sst2"],
+        "plan": [world / "model"],
+        "compress": [world / "model", world / "new", "--task", "sst2", "--plan", world / "texts.txt"],
+        "quantize": [world / "model", world / "new"],
+    }[command]
+    code, _, err = run(capsys, command, *needed, *given)
+    assert code == 2 and re.search(said, err), err
+
+
 @pytest.mark.parametrize(("given", "rows"), [([], 6), (["--fraction", "0.5"], 32)])
 def test_a_spectrum_says_on_how_many_rows_and_about_how_long(
     world: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, given: list[str], rows: int
