@@ -5,7 +5,8 @@ It stands alone because it reads files only: `qbert report` is one way to call i
     >>> write_report("outputs/hessian_spectrum-reviews", "report.html")
 
 What is found below the folder is shown: spectra, allocation fronts, post-training comparisons, trainings and their
-curves, tables of compressed models. Other JSON and CSV files are passed over, and counted in the page's foot. The page
+curves, tables of compressed models, and what the commands of ``qbert`` keep beside what they write
+(`qbert.results.write_command`). Other JSON and CSV files are passed over, and counted in the page's foot. The page
 loads nothing from elsewhere; the script that draws (plotly.js) is in it.
 """
 
@@ -29,6 +30,7 @@ from qbert.extras import require
 from qbert.files import SEAL, AlteredFileError, read_json, write_whole
 from qbert.hessian.spectrum import FORMAT as SPECTRUM
 from qbert.hessian.spectrum import HessianSpectrum
+from qbert.results import COMMAND_FORMAT
 from qbert.version import __version__
 
 _STYLE = """
@@ -96,8 +98,8 @@ def write_report(folder: str | os.PathLike[str], path: str | os.PathLike[str]) -
             found.append((name, section))
     if not found:
         raise ValueError(
-            f"{folder} holds no results (spectra, fronts, ptq.json, results.json, curves.csv); name the --output-dir "
-            "of a script, or the folder of what .save() wrote"
+            f"{folder} holds no results (spectra, fronts, ptq.json, results.json, curves.csv, qbert_record.json); name "
+            "the --output-dir of a script, or the folder of what a command or .save() wrote"
         )
     text = _page(folder.resolve().name, [section for _, section in found], passed_over)
     write_whole(path, lambda aside: aside.write_text(text, encoding="utf-8"))
@@ -135,6 +137,11 @@ def _section(name: str, file: Path) -> _Section | None:
         return _spectrum(name, HessianSpectrum.load(file))
     if content.get("format") == FRONT:
         return _front(name, ParetoFront.load(file))
+    if content.get("format") == COMMAND_FORMAT:
+        try:
+            return _command(name, content)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise ValueError(f"{file} is damaged ({error!r}); remove it, or run its command again") from error
     rows = content.get("rows")
     if _are_scored(rows):
         return _comparison(name, content)
@@ -183,8 +190,34 @@ def _spectrum(name: str, spectrum: HessianSpectrum) -> _Section:
     )  # fmt: skip
     figure = _figure(spread, yaxis={"title": "top Hessian eigenvalue"}, showlegend=False)
     header = ("block", "mean", "std", "|mean|+std", "rank", "products", "converged")
-    settings = ", ".join(f"{key} {value}" for key, value in spectrum.settings.items() if value is not None)
-    return _Section(f"Hessian spectrum: {name}", (figure,), header, rows, settings, tuple(spectrum.notes()))
+    settings = dict(spectrum.settings)
+    made = settings.pop("made by", None)
+    line = " - ".join(filter(None, (_listed(settings), made)))
+    return _Section(f"Hessian spectrum: {name}", (figure,), header, rows, line, tuple(spectrum.notes()))
+
+
+def _listed(settings: Mapping[str, Any]) -> str:
+    plain = {key: value for key, value in settings.items() if isinstance(value, int | float | str)}
+    return ", ".join(f"{key} {value}" for key, value in plain.items())
+
+
+def _command(name: str, content: Mapping[str, Any]) -> _Section:
+    """What a command of ``qbert`` was asked and found (`qbert.results.write_command`)."""
+    rows, metric, curves = content["rows"], content["metric"], content["curves"]
+    keys = list(dict.fromkeys(key for row in rows for key in row))
+    figures = []
+    points = [(next(iter(row.values())), row.get("MB"), row.get(metric)) for row in rows]
+    if metric is not None and (figure := _size_against_score(points, metric)) is not None:
+        figures.append(figure)
+    if curves is not None:
+        lines = {label: ([x for x, _ in pairs], [y for _, y in pairs]) for label, pairs in curves["lines"].items()}
+        positive = all(y > 0 for _, values in lines.values() for y in values)
+        axis = {"title": curves["y"], "type": "log" if positive else "linear"}
+        figures.append(_figure(_lines(lines), xaxis={"title": curves["x"]}, yaxis=axis))
+    cells = tuple(tuple(_cell(row.get(key)) for key in keys) for row in rows)
+    notes = tuple(filter(None, (content["about"], _listed(content["settings"]))))
+    title = f"qbert {content['command']}: {name}"
+    return _Section(title, tuple(figures), tuple(keys), cells, content["made_by"], notes)
 
 
 def _front(name: str, front: ParetoFront) -> _Section:

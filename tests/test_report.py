@@ -108,6 +108,18 @@ def test_the_same_folder_gives_the_same_page(results: Path, tmp_path_factory: py
     assert pages[0].read_bytes() == pages[1].read_bytes()
 
 
+def test_a_spectrum_names_its_model_and_command_and_a_damaged_record_its_file(tmp_path: Path) -> None:
+    spectrum = make_spectrum()
+    spectrum.settings.update({"model": "my-model", "made by": "`qbert spectrum my-model`"})
+    spectrum.save(tmp_path / "spectrum.json")
+    write_report(tmp_path, tmp_path / "page.html")
+    page = (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert "model my-model - `qbert spectrum my-model`" in page
+    write_json(tmp_path / "other.json", {"format": "qbert.command/1", "command": "quantize", "rows": 3})
+    with pytest.raises(ValueError, match=r"other\.json is damaged"):
+        write_report(tmp_path, tmp_path / "page.html")
+
+
 def test_files_of_others_are_passed_over_and_counted(results: Path, tmp_path: Path) -> None:
     wanted = write_report(results, tmp_path / "page.html")
     (results / "train.json").write_text('{"sentence": "a", "label": 1}\n{"sentence": "b", "label": 0}\n')

@@ -12,6 +12,7 @@ from qbert.cli.options import (
     beside,
     build_for,
     check_out,
+    keep_record,
     machine_options,
     resumable,
     save_result,
@@ -63,5 +64,9 @@ def compress(model: str, out: str, task: str, data_dir: str | None, plan_file: s
         options["progress"] = not asked["as_json"]
         done = run(loaded.to(asked["device"]), tokenizer, data, plan, folder=work, **options)
         save_result(done.model.to("cpu"), tokenizer, out)
+    metric = done.record.metric
+    names_shown = {"score": metric, "megabytes": "MB"}
+    rows = [{names_shown.get(key, key): value for key, value in asdict(r).items()} for r in done.record.results]
+    keep_record(out, {"model": model, **kept, **asked}, rows, about=data.describe(), metric=metric)
     content = {"folder": out, "steps": [asdict(result) for result in done.record.results]}
     show(content, f"{done.record}\n\n{out}: look at it with: qbert inspect {out}", asked["as_json"])

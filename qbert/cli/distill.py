@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import time
+from pathlib import Path
 from typing import Any
 
 import click
@@ -14,6 +16,7 @@ from qbert.cli.options import (
     check_out,
     configuration_of,
     file_megabytes,
+    keep_record,
     machine_options,
     resumable,
     save_result,
@@ -111,6 +114,7 @@ def distill(teacher: str, out: str, task: str, data_dir: str | None, **asked: An
 
             student = qbert.pack(student)
         save_result(student.to("cpu"), tokenizer, out)
+        losses = _losses(work)
     alike = fidelity(wanted.logits, found.logits, getattr(loaded.config, "problem_type", None))
     content = {
         "teacher": teacher,
@@ -123,6 +127,18 @@ def distill(teacher: str, out: str, task: str, data_dir: str | None, **asked: An
         "file_mb": file_megabytes(out),
         "seconds": seconds,
     }
+    rows_shown = [
+        {"model": teacher, data.primary_metric: wanted.primary},
+        {
+            "model": out,
+            data.primary_metric: found.primary,
+            **{name: content[name] for name in ("agreement", "divergence", "seconds")},
+            "MB": content["file_mb"],
+        },
+    ]
+    curves = {"x": "step", "y": "loss", "lines": losses} if losses else None
+    settings = {"teacher": teacher, "task": task, "data_dir": data_dir, **asked}
+    keep_record(out, settings, rows_shown, about=data.describe(), metric=data.primary_metric, curves=curves)
     text = (
         f"{data.primary_metric} {found.primary:.2f}, the teacher's {wanted.primary:.2f}; agreement "
         f"{alike.agreement:.1f} %, divergence {alike.divergence:.4g}\n"
@@ -146,3 +162,19 @@ def _configuration(asked: dict[str, Any], recipe: Any) -> Any:
     if not asked["student"]:
         raise ValueError("there is no student; give --bits 2, --config bits.json, or --student MODEL")
     return None
+
+
+def _losses(work: Path) -> dict[str, list[tuple[int, float]]]:
+    """Name of a loss -> (step, value) pairs, of the whole training: the last checkpoint has what came before it too."""
+    from qbert.distill.checkpoint import last_good_checkpoint
+    from qbert.files import read_json
+
+    checkpoint = last_good_checkpoint(work)
+    if checkpoint is None:
+        return {}
+    found: dict[str, list[tuple[int, float]]] = {}
+    for entry in read_json(checkpoint / "trainer_state.json")["log_history"]:
+        for name, value in entry.items():
+            if "loss" in name and isinstance(value, int | float) and math.isfinite(value):
+                found.setdefault(name, []).append((entry["step"], value))
+    return found

@@ -10,6 +10,7 @@ output. Exit codes: 0 done, 2 something in the request cannot work (one sentence
 
 from __future__ import annotations
 
+import shlex
 import sys
 
 import click
@@ -72,7 +73,7 @@ for _command in (spectrum, allocate, quantize, distill, plan, compress, evaluate
 def main(arguments: list[str] | None = None) -> None:
     """Run a command line (that of the process where None) and leave with its exit code."""
 
-    shared = Shared()
+    shared = Shared(shlex.join(["qbert", *(sys.argv[1:] if arguments is None else arguments)]))
 
     def run() -> None:
         try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import re
 import shutil
@@ -21,6 +22,7 @@ _TOKENIZER_FILES = (
     *("special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "chat_template.json"),
 )
 _PICTURES = (".png", ".pdf", ".svg")
+_NO_SETTINGS = ("as_json", "force")
 _SENTENCE_FILES = ("modules.json", "sentence_bert_config.json", "config_sentence_transformers.json")
 
 
@@ -29,9 +31,11 @@ class Shared:
     """What a command and the one place that runs all of them tell each other.
 
     Attributes:
+        line: the whole command line.
         hint: how to go on after an interrupt.
     """
 
+    line: str = ""
     hint: str = "nothing is kept; run the same command again, from the beginning"
 
 
@@ -74,6 +78,35 @@ def resumable(work: Path, asked: Mapping[str, Any]) -> Iterator[None]:
             shutil.rmtree(work)
         raise
     shutil.rmtree(work)
+
+
+def made_by() -> str:
+    """The command line that is run, the machine and the versions, for a page of results."""
+    from qbert.results import provenance
+
+    context = click.get_current_context()
+    shared = context.find_root().obj
+    return provenance(shared.line if isinstance(shared, Shared) else context.command_path)
+
+
+def keep_record(path: str | os.PathLike[str], settings: Mapping[str, Any], rows: list[Any], **more: Any) -> None:
+    """Write what this command was asked and found for ``qbert report`` (`qbert.results.write_command`).
+
+    Args:
+        path: a JSON file, or the folder of a model.
+        settings: what was asked, names of options; what was left open is left out.
+        rows, **more: as `qbert.results.write_command`.
+    """
+    from qbert.results import COMMAND_FILE, write_command
+
+    rows = [{key: None if _is_endless(value) else value for key, value in row.items()} for row in rows]
+    file = Path(path) / COMMAND_FILE if Path(path).is_dir() else path
+    said = {name: v for name, v in settings.items() if v is not None and v is not False and name not in _NO_SETTINGS}
+    write_command(file, click.get_current_context().command.name or "", made_by(), said, rows, **more)
+
+
+def _is_endless(value: Any) -> bool:
+    return isinstance(value, float) and not math.isfinite(value)
 
 
 def goes_on_from(kept: Path) -> None:
@@ -207,7 +240,7 @@ def save_result(model: Any, tokenizer: Any, out: str) -> None:
     """Write a model and its tokenizer, if it has one, into the folder OUT, without a trace of an earlier model there.
 
     Saving a model replaces the weights of an earlier one. What else tells of that one goes first: its tokenizer, the
-    parts of a sentence model, and the card that qbert wrote. Other files are left alone.
+    parts of a sentence model, its record, and the card that qbert wrote. Other files are left alone.
     """
     from qbert.tasks.heads import SentenceRegression, quiet_libraries
 
@@ -221,6 +254,8 @@ def save_result(model: Any, tokenizer: Any, out: str) -> None:
 
 
 def _remove_earlier(folder: Path) -> None:
+    from qbert.results import COMMAND_FILE
+
     parts: list[Any] = []
     with contextlib.suppress(OSError, ValueError):
         parts = json.loads((folder / "modules.json").read_text(encoding="utf-8"))
@@ -228,7 +263,7 @@ def _remove_earlier(folder: Path) -> None:
         name = part.get("path") if isinstance(part, dict) else None
         if isinstance(name, str) and re.fullmatch(r"\d+_\w+", name):
             shutil.rmtree(folder / name, ignore_errors=True)
-    for name in (*_TOKENIZER_FILES, *_SENTENCE_FILES):
+    for name in (*_TOKENIZER_FILES, *_SENTENCE_FILES, COMMAND_FILE):
         (folder / name).unlink(missing_ok=True)
     card = folder / "README.md"
     if card.is_file():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import click
@@ -13,6 +14,7 @@ from qbert.cli.options import (
     check_picture,
     float_model,
     in_fours,
+    keep_record,
     load_tokenizer,
     machine_options,
     set_machine,
@@ -43,7 +45,8 @@ def plan(model: str, shape: str, save: str | None, plot: str | None, **asked: An
     """Plan the compression of MODEL, a float model in a folder or on the hub: structure, bits and tables at once.
 
     Every way to store every matrix and table is measured on text of yours, without labels (--texts, or the training
-    rows of --task), and the least damaged model within the budget is found exactly.
+    rows of --task), and the least damaged model within the budget is found exactly. Beside --save plan.json lies
+    plan.record.json, which tells qbert report what was tried.
 
     \b
       qbert plan my-model --size-mb 10 --texts sentences.txt --save plan.json --plot front.png
@@ -72,6 +75,7 @@ def plan(model: str, shape: str, save: str | None, plot: str | None, **asked: An
     )
     if save:
         found.pipeline.save(save)
+        _record(Path(save).with_suffix(".record.json"), found, {"model": model, "shape": shape, **asked})
     if plot:
         found.plot(plot)
     content = {
@@ -83,6 +87,23 @@ def plan(model: str, shape: str, save: str | None, plot: str | None, **asked: An
         ],
     }
     show(content, str(found), asked["as_json"])
+
+
+def _record(path: Path, found: Any, settings: dict[str, Any]) -> None:
+    rows = [
+        {
+            "plan": c.name,
+            "MB": c.megabytes,
+            **({} if c.latency_ms is None else {"ms": c.latency_ms}),
+            "predicted": c.predicted,
+            "measured": c.measured,
+            "agreement": c.agreement,
+            "chosen": "*" if c is found.best else "",
+        }
+        for c in found.candidates
+    ]
+    curves = {"x": "MB", "y": "predicted divergence", "lines": found.front}
+    keep_record(path, settings, rows, about=f"Plan for {found.budget}", metric="measured", curves=curves)
 
 
 def _shape(text: str) -> tuple[int, int]:

@@ -15,6 +15,7 @@ from qbert.cli.options import (
     configuration_of,
     file_megabytes,
     float_model,
+    keep_record,
     load_tokenizer,
     machine_options,
     resumable,
@@ -105,6 +106,8 @@ def quantize(model: str, out: str, **asked: Any) -> None:
         "file_mb": megabytes,
         "seconds": seconds,
     }
+    row = {"model": out, "MB": megabytes, "float MB": size.float_total / 1e6, "seconds": seconds}
+    keep_record(out, {"model": model, **asked, "config": config.to_dict()}, [row])
     written = f"{out}: {megabytes:.2f} MB in its files; look at it with: qbert inspect {out}"
     show(content, f"{size}\n\n{written}", asked["as_json"])
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import click
@@ -16,6 +17,7 @@ from qbert.cli.options import (
     check_picture,
     goes_on_from,
     machine_options,
+    made_by,
     on_interrupt,
     set_machine,
     show,
@@ -93,6 +95,7 @@ def spectrum(model: str, task: str, data_dir: str | None, save: str | None, plot
         resume=asked["resume"] and partial is not None and partial.exists(),
         **{name: asked[name] for name in names},
     )
+    found = replace(found, settings={"model": model, "task": task, **found.settings, "made by": made_by()})
     if save:
         found.save(save)
         shutil.rmtree(partial, ignore_errors=True)  # type: ignore[arg-type]

@@ -15,7 +15,9 @@ import qbert
 from qbert.cli.inspect import folder_content
 from qbert.cli.main import app, main
 from qbert.cli.options import beside, in_fours
+from qbert.files import read_json
 from qbert.pipeline import Pack, Pipeline, Prune, Quantize
+from qbert.results import COMMAND_FILE
 from qbert.rounded import RoundedLayers
 
 
@@ -186,6 +188,9 @@ def test_from_spectrum_to_bits_to_a_folder_to_a_score(
     )
     assert code == 0, err
     assert "|mean|+std" in text and spectrum.is_file() and not Path(f"{spectrum}.partial").exists()
+    settings = qbert.HessianSpectrum.load(spectrum).settings
+    assert settings["model"] == str(world / "model") and settings["task"] == "sst2"
+    assert settings["made by"].startswith("`qbert spectrum ")
     code, text, err = run(capsys, "allocate", spectrum, "--bits", "2,4", "--model", world / "model", "--save", bits)
     assert code == 0, err
     assert qbert.BitsConfig.parse(bits).rules == qbert.allocate_bits(qbert.HessianSpectrum.load(spectrum), (2, 4)).rules
@@ -259,10 +264,14 @@ def test_a_plan_is_made_saved_and_run(world: Path, tmp_path: Path, capsys: pytes
     code, out, err = run(capsys, "plan", world / "model", *asked)
     assert code == 0, err
     assert "bits alone" in out and (tmp_path / "front.png").is_file()
+    tried = read_json(tmp_path / "plan.record.json")
+    assert [row["chosen"] for row in tried["rows"]].count("*") == 1 and tried["curves"]["lines"]
     code, out, err = run(capsys, "compress", world / "model", tmp_path / "out", *task(world), "--plan", saved, "--json")
     assert code == 0, err
     content = json.loads(out)
     assert content["steps"][-1]["megabytes"] <= size and content["steps"][0]["step"] == "float"
+    kept = read_json(tmp_path / "out" / COMMAND_FILE)["rows"]
+    assert [row["MB"] for row in kept] == [step["megabytes"] for step in content["steps"]]
     assert qbert.load(content["folder"]) is not None
 
 
@@ -289,6 +298,26 @@ def test_a_plan_is_run_into_out_itself_and_goes_on_after_an_interrupt(
     assert AutoTokenizer.from_pretrained(out)("kind")["input_ids"]
     code, _, err = run(capsys, *asked)
     assert code == 2 and "is not empty" in err
+
+
+def test_commands_leave_what_report_shows(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("plotly")
+    few = ["--eval-limit", "8", "--steps", "2", "--batch-size", "4", "--bits", "8", "--rounding", "nearest"]
+    assert run(capsys, "quantize", world / "model", tmp_path / "q", "--bits", "4")[0] == 0
+    assert run(capsys, "distill", world / "model", tmp_path / "d", *task(world), *few)[0] == 0
+    scores = ["--limit", "8", "--beside", world / "model", "--save", tmp_path / "scores.json"]
+    assert run(capsys, "evaluate", tmp_path / "q", *task(world), *scores)[0] == 0
+    code, text, err = run(capsys, "report", tmp_path, "--json")
+    assert code == 0, err
+    assert json.loads(text)["shown"] == [f"d/{COMMAND_FILE}", f"q/{COMMAND_FILE}", "scores.json"]
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert f"qbert quantize {world / 'model'} {tmp_path / 'q'} --bits 4` - " in page
+    assert "qbert evaluate: scores.json" in page
+    distilled, scored = read_json(tmp_path / "d" / COMMAND_FILE), read_json(tmp_path / "scores.json")
+    assert [step for step, _ in distilled["curves"]["lines"]["loss"]] == [1, 2]
+    assert distilled["metric"] in distilled["rows"][1] and distilled["settings"]["steps"] == 2
+    assert [row["model"] for row in scored["rows"]] == [str(tmp_path / "q"), str(world / "model")]
+    assert "agreement" in scored["rows"][0]
 
 
 def test_inspect_counts_what_the_files_hold(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
