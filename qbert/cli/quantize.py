@@ -86,7 +86,7 @@ def quantize(model: str, out: str, **asked: Any) -> None:
     options = {"calibration_data": data, "progress": not asked["as_json"]}
     with contextlib.ExitStack() as stack:
         if data is not None and "compensated" in roundings(config):
-            names = ("texts", "task", "data_dir", "rows", "seed")
+            names = ("texts", "task", "rows", "seed")
             source = {name: asked[name] for name in names}
             work = beside(out, ".partial")
             stack.enter_context(

@@ -79,11 +79,12 @@ def spectrum(model: str, task: str, data_dir: str | None, save: str | None, plot
     else:
         goes_on_from(partial)
     loaded = loaded.to(asked["device"])
+    resumed = asked["resume"] and partial is not None and partial.exists()
     subset = max(1, round(asked["fraction"] * len(rows)))
     seconds = _seconds(loaded, rows, subset, asked)
     click.echo(
         f"{asked['runs']} subsets of {subset} of {len(rows)} training rows: about {_in_words(seconds)}, by one timed "
-        "gradient",
+        f"gradient{f', less what {partial} holds' if resumed else ''}",
         err=True,
     )
     names = ("runs", "fraction", "granularity", "method", "tol", "seed")
@@ -92,7 +93,7 @@ def spectrum(model: str, task: str, data_dir: str | None, save: str | None, plot
         rows,
         collate_fn=rows.collate,
         checkpoint=partial,
-        resume=asked["resume"] and partial is not None and partial.exists(),
+        resume=resumed,
         **{name: asked[name] for name in names},
     )
     found = replace(found, settings={"model": model, "task": task, **found.settings, "made by": made_by()})
