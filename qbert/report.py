@@ -5,7 +5,9 @@ It stands alone because it reads files only: `qbert report` is one way to call i
     >>> write_report("outputs/hessian_spectrum-reviews", "report.html")
 
 What is found below the folder is shown: spectra, allocation fronts, post-training comparisons, trainings and their
-curves, tables of compressed models. The page loads nothing from elsewhere; the script that draws (plotly.js) is in it.
+curves, tables of compressed models, and what the commands of ``qbert`` keep beside what they write
+(`qbert.results.write_command`). Other JSON and CSV files are passed over, and counted in the page's foot. The page
+loads nothing from elsewhere; the script that draws (plotly.js) is in it.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ import csv
 import html
 import importlib
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,9 +27,10 @@ import numpy as np
 from qbert.allocation.front import FORMAT as FRONT
 from qbert.allocation.front import ParetoFront
 from qbert.extras import require
-from qbert.files import read_json, write_whole
+from qbert.files import SEAL, AlteredFileError, read_json, write_whole
 from qbert.hessian.spectrum import FORMAT as SPECTRUM
 from qbert.hessian.spectrum import HessianSpectrum
+from qbert.results import COMMAND_FORMAT
 from qbert.version import __version__
 
 _STYLE = """
@@ -49,6 +53,8 @@ for (const head of document.querySelectorAll("th")) head.addEventListener("click
   rows.forEach(row => body.append(row));
 });
 """
+# In a file that cannot be read: it was written by qbert, and is damaged.
+_WRITTEN_HERE = re.compile(rf'"{SEAL}"|"format": "qbert\.|"made by": |\A\{{\s*"asked": '.encode())
 _PTQ_COLUMNS = ("label", "score", "retention", "agreement", "divergence", "megabytes", "ratio", "seconds")
 
 
@@ -82,33 +88,48 @@ def write_report(folder: str | os.PathLike[str], path: str | os.PathLike[str]) -
     if not folder.is_dir():
         raise NotADirectoryError(f"{folder} is no folder; name the one that results were written to")
     require("plotly", "a report")
-    found = list(_sections(folder))
+    found: list[tuple[str, _Section]] = []
+    passed_over = 0
+    for name, file in _candidates(folder):
+        section = _section(name, file)
+        if section is None:
+            passed_over += 1
+        else:
+            found.append((name, section))
     if not found:
         raise ValueError(
-            f"{folder} holds no results (spectra, fronts, ptq.json, results.json, curves.csv); name the --output-dir "
-            "of a script, or the folder of what .save() wrote"
+            f"{folder} holds no results (spectra, fronts, ptq.json, results.json, curves.csv, qbert_record.json); name "
+            "the --output-dir of a script, or the folder of what a command or .save() wrote"
         )
-    text = _page(folder.resolve().name, [section for _, section in found])
+    text = _page(folder.resolve().name, [section for _, section in found], passed_over)
     write_whole(path, lambda aside: aside.write_text(text, encoding="utf-8"))
     return [name for name, _ in found]
 
 
-def _sections(folder: Path) -> Iterator[tuple[str, _Section]]:
+def _candidates(folder: Path) -> Iterator[tuple[str, Path]]:
+    """Files that may hold a result, by their names relative to `folder`."""
     for file in sorted(folder.rglob("*")):
-        hidden = any(part.startswith(".") or part.endswith(".partial") for part in file.relative_to(folder).parts)
-        if hidden or not file.is_file():
-            continue
-        name = file.relative_to(folder).as_posix()
-        if file.name == "curves.csv":
-            yield name, _curves(name, file)
-        elif file.suffix == ".json" and (section := _of_json(name, file)) is not None:
-            yield name, section
+        inside = file.relative_to(folder)
+        hidden = any(part.startswith(".") or part.endswith(".partial") for part in inside.parts)
+        if not hidden and file.is_file() and (file.name == "curves.csv" or file.suffix == ".json"):
+            yield inside.as_posix(), file
 
 
-def _of_json(name: str, file: Path) -> _Section | None:
+def _section(name: str, file: Path) -> _Section | None:
+    """What a file says; None where it is no result of qbert.
+
+    Raises:
+        ValueError: it is one, and damaged.
+    """
+    if file.suffix == ".csv":
+        return _curves(name, file) if _is_of_curves(file) else None
     try:
         content = read_json(file)
-    except RecursionError:
+    except AlteredFileError:
+        raise
+    except ValueError:
+        if _WRITTEN_HERE.search(file.read_bytes()):
+            raise
         return None
     if not isinstance(content, dict):
         return None
@@ -116,12 +137,32 @@ def _of_json(name: str, file: Path) -> _Section | None:
         return _spectrum(name, HessianSpectrum.load(file))
     if content.get("format") == FRONT:
         return _front(name, ParetoFront.load(file))
+    if content.get("format") == COMMAND_FORMAT:
+        try:
+            return _command(name, content)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise ValueError(f"{file} is damaged ({error!r}); remove it, or run its command again") from error
     rows = content.get("rows")
-    if isinstance(rows, list) and rows and all(isinstance(r, dict) and "label" in r and "score" in r for r in rows):
+    if _are_scored(rows):
         return _comparison(name, content)
-    if isinstance(rows, dict) and "asked" in content:
+    if isinstance(rows, dict) and "asked" in content and all(isinstance(kept, list) for kept in rows.values()):
         return _record(name, content)
     return None
+
+
+def _are_scored(rows: Any) -> bool:
+    """Whether these are rows of a comparison: a label each, and a score, which may be missing."""
+    return (
+        isinstance(rows, list)
+        and bool(rows)
+        and all(isinstance(row, dict) and "label" in row and "score" in row for row in rows)
+        and all(isinstance(row["score"], int | float | None) for row in rows)
+    )
+
+
+def _is_of_curves(file: Path) -> bool:
+    with open(file, encoding="utf-8", errors="replace", newline="") as opened:
+        return {"step", "name", "value"} <= set(next(csv.reader(opened), ()))
 
 
 def _go() -> Any:
@@ -149,8 +190,34 @@ def _spectrum(name: str, spectrum: HessianSpectrum) -> _Section:
     )  # fmt: skip
     figure = _figure(spread, yaxis={"title": "top Hessian eigenvalue"}, showlegend=False)
     header = ("block", "mean", "std", "|mean|+std", "rank", "products", "converged")
-    settings = ", ".join(f"{key} {value}" for key, value in spectrum.settings.items() if value is not None)
-    return _Section(f"Hessian spectrum: {name}", (figure,), header, rows, settings, tuple(spectrum.notes()))
+    settings = dict(spectrum.settings)
+    made = settings.pop("made by", None)
+    line = " - ".join(filter(None, (_listed(settings), made)))
+    return _Section(f"Hessian spectrum: {name}", (figure,), header, rows, line, tuple(spectrum.notes()))
+
+
+def _listed(settings: Mapping[str, Any]) -> str:
+    plain = {key: value for key, value in settings.items() if isinstance(value, int | float | str)}
+    return ", ".join(f"{key} {value}" for key, value in plain.items())
+
+
+def _command(name: str, content: Mapping[str, Any]) -> _Section:
+    """What a command of ``qbert`` was asked and found (`qbert.results.write_command`)."""
+    rows, metric, curves = content["rows"], content["metric"], content["curves"]
+    keys = list(dict.fromkeys(key for row in rows for key in row))
+    figures = []
+    points = [(next(iter(row.values())), row.get("MB"), row.get(metric)) for row in rows]
+    if metric is not None and (figure := _size_against_score(points, metric)) is not None:
+        figures.append(figure)
+    if curves is not None:
+        lines = {label: ([x for x, _ in pairs], [y for _, y in pairs]) for label, pairs in curves["lines"].items()}
+        positive = all(y > 0 for _, values in lines.values() for y in values)
+        axis = {"title": curves["y"], "type": "log" if positive else "linear"}
+        figures.append(_figure(_lines(lines), xaxis={"title": curves["x"]}, yaxis=axis))
+    cells = tuple(tuple(_cell(row.get(key)) for key in keys) for row in rows)
+    notes = tuple(filter(None, (content["about"], _listed(content["settings"]))))
+    title = f"qbert {content['command']}: {name}"
+    return _Section(title, tuple(figures), tuple(keys), cells, content["made_by"], notes)
 
 
 def _front(name: str, front: ParetoFront) -> _Section:
@@ -251,7 +318,7 @@ def _cell(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def _page(title: str, sections: Sequence[_Section]) -> str:
+def _page(title: str, sections: Sequence[_Section], passed_over: int) -> str:
     script = importlib.import_module("plotly.offline").get_plotlyjs()
     escaped: Callable[[Any], str] = lambda text: html.escape(str(text))  # noqa: E731
     body = []
@@ -267,9 +334,10 @@ def _page(title: str, sections: Sequence[_Section]) -> str:
         body += [f"<p>{escaped(note)}</p>" for note in section.notes]
         if section.made_by:
             body.append(f'<p class="made">{escaped(section.made_by)}</p>')
+    others = f"; files passed over that hold no result of qbert: {passed_over}" if passed_over else ""
     return (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{escaped(title)}</title>'
         f"<style>{_STYLE}</style><script>{script}</script></head><body><h1>{escaped(title)}</h1>\n"
         + "\n".join(body)
-        + f'\n<p class="made">qbert {__version__}</p><script>{_SORT}</script></body></html>\n'
+        + f'\n<p class="made">qbert {__version__}{others}</p><script>{_SORT}</script></body></html>\n'
     )

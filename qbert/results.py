@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import os
 import platform
 import sys
 import warnings
@@ -109,11 +110,53 @@ def refuse_foreign(path: Path, found: Any, asked: Mapping[str, Any]) -> None:
             raise ValueError(f"--resume: {path} was made with another {name}; remove the file, or leave --resume out")
 
 
-def provenance() -> str:
-    """One line for a results page: the command, the machine and the versions that made it."""
+COMMAND_FORMAT = "qbert.command/1"
+COMMAND_FILE = "qbert_record.json"  # in the folder of a model that a command wrote
+
+
+def write_command(
+    path: str | os.PathLike[str],
+    command: str,
+    made_by: str,
+    settings: Mapping[str, Any],
+    rows: Sequence[Mapping[str, Any]],
+    *,
+    about: str = "",
+    metric: str | None = None,
+    curves: Mapping[str, Any] | None = None,
+) -> None:
+    """What a command of ``qbert`` was asked and what it found, as JSON that `qbert.report.write_report` shows.
+
+    The file is an object with ``format`` (``qbert.command/1``) and the arguments by their names here. A reader has to
+    pass over fields that it does not know; those that are here stay.
+
+    Args:
+        path: JSON file; ``qbert_record.json`` where it lies in the folder of a model.
+        command: its name, such as ``distill``.
+        made_by: the whole command line, machine and versions (`provenance`).
+        settings: what was asked, JSON values.
+        rows: what was found, a model or a step each: flat JSON values by name; ``MB`` is a size of 10^6 bytes.
+        about: what the rows are about, such as the task in words.
+        metric: the name in `rows` of what is drawn against ``MB``.
+        curves: ``x`` and ``y``, names of axes, and ``lines``: name -> pairs (x, y).
+
+    Raises:
+        ValueError: a value that is NaN or infinite, or no JSON; OSError: the file cannot be written.
+    """
+    content = {"format": COMMAND_FORMAT, "command": command, "made_by": made_by, "about": about, "metric": metric}
+    write_json(path, {**content, "settings": dict(settings), "rows": list(rows), "curves": curves})
+
+
+def provenance(command: str | None = None) -> str:
+    """One line for a results page: the command, the machine and the versions that made it.
+
+    Args:
+        command: what was run; None for the script of this process with its arguments.
+    """
     versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "numpy"))
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else _processor()
-    command = " ".join(["python", *(a if " " not in a else f"'{a}'" for a in sys.argv)])
+    if command is None:
+        command = " ".join(["python", *(a if " " not in a else f"'{a}'" for a in sys.argv)])
     return (
         f"`{command}` - {device}, {torch.get_num_threads()} thread(s), Python {platform.python_version()}, {versions}, "
         f"qbert {__version__}, {datetime.date.today()}"

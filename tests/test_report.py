@@ -108,6 +108,40 @@ def test_the_same_folder_gives_the_same_page(results: Path, tmp_path_factory: py
     assert pages[0].read_bytes() == pages[1].read_bytes()
 
 
+def test_a_spectrum_names_its_model_and_command_and_a_damaged_record_its_file(tmp_path: Path) -> None:
+    spectrum = make_spectrum()
+    spectrum.settings.update({"model": "my-model", "made by": "`qbert spectrum my-model`"})
+    spectrum.save(tmp_path / "spectrum.json")
+    write_report(tmp_path, tmp_path / "page.html")
+    page = (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert "model my-model - `qbert spectrum my-model`" in page
+    write_json(tmp_path / "other.json", {"format": "qbert.command/1", "command": "quantize", "rows": 3})
+    with pytest.raises(ValueError, match=r"other\.json is damaged"):
+        write_report(tmp_path, tmp_path / "page.html")
+
+
+def test_files_of_others_are_passed_over_and_counted(results: Path, tmp_path: Path) -> None:
+    wanted = write_report(results, tmp_path / "page.html")
+    (results / "train.json").write_text('{"sentence": "a", "label": 1}\n{"sentence": "b", "label": 0}\n')
+    (results / "list.json").write_text("[1, 2]")
+    (results / "rows.json").write_text('{"asked": "how", "rows": {"a": 3}}')
+    (results / "scored.json").write_text('{"rows": [{"label": "good", "score": "high"}]}')
+    (results / "latin.json").write_bytes(b'{"caf\xe9": 1}')
+    (results / "other").mkdir()
+    (results / "other" / "curves.csv").write_text("x,y\n1,2\n")
+    assert write_report(results, tmp_path / "page.html") == wanted
+    foot = (tmp_path / "page.html").read_text(encoding="utf-8").rpartition('<p class="made">')[2]
+    assert "files passed over that hold no result of qbert: 7" in foot  # bits.json of the fixture too
+
+
+@pytest.mark.parametrize("name", ["spectrum.json", "ptq.json", "results.json"])
+def test_a_result_that_was_cut_off_is_named(results: Path, tmp_path: Path, name: str) -> None:
+    file = results / name
+    file.write_text(file.read_text()[:-100])
+    with pytest.raises(ValueError, match=rf"{name} is not valid JSON"):
+        write_report(results, tmp_path / "page.html")
+
+
 @pytest.mark.skipif(_BROWSER is None, reason="no headless browser (chromium) on this machine")
 def test_a_browser_draws_the_figures_and_sorts_the_tables(results: Path, tmp_path: Path) -> None:
     write_report(results, tmp_path / "page.html")

@@ -164,14 +164,18 @@ def first_rank_first(rank: int) -> Iterator[None]:
         dist.barrier()
 
 
-def run_script(main: Callable[[], None], resume_hint: str = "") -> None:
-    """Run `main`; turn what the user can mend into one sentence, and an interrupt into a hint how to go on."""
+def run_script(main: Callable[[], None], resume_hint: str | Callable[[], str] = "") -> None:
+    """Run `main`; turn what the user can mend into one sentence, and an interrupt into a hint how to go on.
+
+    The hint may be a function, called when it is needed.
+    """
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(line_buffering=True)  # into a pipe or a file too, where lines would come minutes late
     try:
         main()
     except KeyboardInterrupt:
-        print(f"\ninterrupted; {resume_hint or 'run the same command again'}", file=sys.stderr)
+        hint = resume_hint if isinstance(resume_hint, str) else resume_hint()
+        print(f"\ninterrupted; {hint or 'run the same command again'}", file=sys.stderr)
         sys.exit(130)
     except (ValueError, TypeError, OSError, ArithmeticError, MissingPackageError) as error:
         if os.environ.get("QBERT_TRACEBACK"):

@@ -7,7 +7,19 @@ from typing import Any
 
 import click
 
-from qbert.cli.options import as_json, build_for, machine_options, set_machine, show, task_options
+from qbert.cli.options import (
+    as_json,
+    beside,
+    build_for,
+    check_out,
+    keep_record,
+    machine_options,
+    resumable,
+    save_result,
+    set_machine,
+    show,
+    task_options,
+)
 
 
 @click.command()
@@ -20,12 +32,14 @@ from qbert.cli.options import as_json, build_for, machine_options, set_machine, 
 @click.option("--train-limit", type=click.IntRange(min=1), help="Use at most this many training rows.")
 @click.option("--eval-limit", type=click.IntRange(min=1), help="Score on at most this many held-out rows.")
 @click.option("--bf16", is_flag=True, help="Train in bfloat16.")
+@click.option("--force", is_flag=True, help="Write into OUT even if it holds something.")
 @machine_options
 @as_json
 def compress(model: str, out: str, task: str, data_dir: str | None, plan_file: str, **asked: Any) -> None:
-    """Make MODEL smaller by the steps of a plan, as qbert plan or Pipeline.save wrote it; the result lies in OUT.
+    """Make MODEL smaller by the steps of a plan, which qbert plan or Pipeline.save wrote, into the folder OUT.
 
-    The model after every step is kept and scored. Interrupted, the same command goes on after the last whole step.
+    The model is scored after every step. Interrupted, the same command goes on after the last whole step, kept in
+    OUT.partial.
 
     \b
       qbert compress my-model out --task sst2 --plan plan.json
@@ -34,6 +48,8 @@ def compress(model: str, out: str, task: str, data_dir: str | None, plan_file: s
     from qbert.pipeline import compress as run
     from qbert.tasks import load_task
 
+    check_out(out, asked["force"])
+    work = beside(out, ".partial")
     set_machine(asked["device"], asked["threads"])
     try:
         plan = Pipeline.load(plan_file)
@@ -41,7 +57,16 @@ def compress(model: str, out: str, task: str, data_dir: str | None, plan_file: s
         raise ValueError(f"--plan {plan_file}: {error}; qbert plan --save writes one") from error
     data = load_task(task, data_dir=data_dir)
     loaded, tokenizer = build_for(data, model)
-    options = {name: asked[name] for name in ("train_limit", "eval_limit", "seed", "bf16")}
-    done = run(loaded.to(asked["device"]), tokenizer, data, plan, folder=out, progress=not asked["as_json"], **options)
-    content = {"folder": str(done.folder), "steps": [asdict(result) for result in done.record.results]}
-    show(content, f"{done.record}\n\nthe model: {done.folder}", asked["as_json"])
+    names = ("train_limit", "eval_limit", "seed", "bf16")
+    options = {name: asked[name] for name in names}
+    kept = {"command": "compress", "model": model, "plan": plan.to_dict(), "task": task, **options}
+    with resumable(work, kept):
+        options["progress"] = not asked["as_json"]
+        done = run(loaded.to(asked["device"]), tokenizer, data, plan, folder=work, **options)
+        save_result(done.model.to("cpu"), tokenizer, out)
+    metric = done.record.metric
+    names_shown = {"score": metric, "megabytes": "MB"}
+    rows = [{names_shown.get(key, key): value for key, value in asdict(r).items()} for r in done.record.results]
+    keep_record(out, {"model": model, **kept, **asked}, rows, about=data.describe(), metric=metric)
+    content = {"folder": out, "steps": [asdict(result) for result in done.record.results]}
+    show(content, f"{done.record}\n\n{out}: look at it with: qbert inspect {out}", asked["as_json"])

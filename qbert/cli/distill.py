@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import shutil
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -11,9 +11,15 @@ import click
 
 from qbert.cli.options import (
     as_json,
+    beside,
     build_for,
+    check_out,
+    configuration_of,
     file_megabytes,
+    keep_record,
     machine_options,
+    resumable,
+    save_result,
     set_machine,
     show,
     task_options,
@@ -35,9 +41,7 @@ from qbert.cli.options import (
 @click.option(
     "--rounding",
     type=click.Choice(["compensated", "nearest"]),
-    default="compensated",
-    show_default=True,
-    help="Codes that training with --bits starts from.",
+    help="Codes that training starts from; default: compensated with --bits, nearest if --config names none.",
 )
 @click.option("--rows", type=click.IntRange(min=1), default=384, show_default=True, help="Rows for compensated codes.")
 @click.option("--train-limit", type=click.IntRange(min=1), help="Use at most this many training rows.")
@@ -64,11 +68,11 @@ def distill(teacher: str, out: str, task: str, data_dir: str | None, **asked: An
     from qbert.saving.records import is_quantized
     from qbert.tasks import evaluate, load_task, prepare
     from qbert.tasks.evaluation import fidelity, wants_pairs
-    from qbert.tasks.heads import quiet_libraries
 
-    target, work, quiet = Path(out), Path(f"{out}.partial"), asked["as_json"]
-    if target.is_dir() and any(target.iterdir()) and not asked["force"]:
-        raise ValueError(f"OUT {out} is not empty; name another folder, or add --force")
+    work, quiet = beside(out, ".partial"), asked["as_json"]
+    check_out(out, asked["force"])
+    if asked["bits"] and not asked["config_file"]:
+        asked["rounding"] = asked["rounding"] or "compensated"
     step = Distill(asked["recipe"], asked["steps"], asked["learning_rate"], asked["batch_size"])
     config = _configuration(asked, RECIPES[asked["recipe"]]())
     set_machine(asked["device"], asked["threads"])
@@ -76,36 +80,41 @@ def distill(teacher: str, out: str, task: str, data_dir: str | None, **asked: An
     loaded, tokenizer = build_for(data, teacher)
     loaded = loaded.to(asked["device"])
     student = build_for(data, asked["student"])[0].to(asked["device"]) if asked["student"] else loaded
-    _begin(work, {**asked, "teacher": teacher, "task": task, "data": data.fingerprint("train")})
-    rows = prepare(
-        data, tokenizer, "train", limit=asked["train_limit"], seed=asked["seed"], as_pairs=wants_pairs(loaded)
-    )
-    start = time.perf_counter()
-    if config is not None:
-        import qbert
+    unimportant = ("device", "threads", "as_json", "force", "eval_limit")
+    kept = {name: value for name, value in asked.items() if name not in unimportant}
+    kept |= {"command": "distill", "teacher": teacher, "task": task, "data": data.fingerprint("train")}
+    if asked["config_file"]:
+        kept["config"] = config.to_dict()
+    with resumable(work, kept):
+        rows = prepare(
+            data, tokenizer, "train", limit=asked["train_limit"], seed=asked["seed"], as_pairs=wants_pairs(loaded)
+        )
+        start = time.perf_counter()
+        if config is not None:
+            import qbert
 
-        source = {**asked, "texts": None, "task": task, "data_dir": data_dir}
-        specs = config.resolve(student).values()
-        needed = any(spec.rounding == "compensated" or spec.is_composed for spec in specs)
-        batches = unlabelled_batches(source, tokenizer) if needed else None
-        student = qbert.quantize_model(student, config, calibration_data=batches, progress=not quiet)
-    context = Context(loaded, tokenizer, rows, rows.collate, work, asked["seed"], asked["bf16"], not quiet)
-    student = step.apply(student, context)
-    seconds = time.perf_counter() - start
+            source = {**asked, "texts": None, "task": task, "data_dir": data_dir}
+            specs = config.resolve(student).values()
+            needed = any(spec.rounding == "compensated" or spec.is_composed for spec in specs)
+            batches = unlabelled_batches(source, tokenizer) if needed else None
+            student = qbert.quantize_model(
+                student, config, calibration_data=batches, checkpoint=work / "rounding", progress=not quiet
+            )
+        context = Context(loaded, tokenizer, rows, rows.collate, work, asked["seed"], asked["bf16"], not quiet)
+        student = step.apply(student, context)
+        seconds = time.perf_counter() - start
 
-    def score(model: Any) -> Any:
-        split = data.evaluation_splits[0]
-        return evaluate(model, data, tokenizer, split=split, limit=asked["eval_limit"], progress=not quiet)
+        def score(model: Any) -> Any:
+            split = data.evaluation_splits[0]
+            return evaluate(model, data, tokenizer, split=split, limit=asked["eval_limit"], progress=not quiet)
 
-    wanted, found = score(loaded), score(student)
-    if is_quantized(student):
-        import qbert
+        wanted, found = score(loaded), score(student)
+        if is_quantized(student):
+            import qbert
 
-        student = qbert.pack(student)
-    with quiet_libraries():
-        student.to("cpu").save_pretrained(out)  # type: ignore[operator]
-        tokenizer.save_pretrained(out)
-    shutil.rmtree(work)
+            student = qbert.pack(student)
+        save_result(student.to("cpu"), tokenizer, out)
+        losses = _losses(work)
     alike = fidelity(wanted.logits, found.logits, getattr(loaded.config, "problem_type", None))
     content = {
         "teacher": teacher,
@@ -118,6 +127,18 @@ def distill(teacher: str, out: str, task: str, data_dir: str | None, **asked: An
         "file_mb": file_megabytes(out),
         "seconds": seconds,
     }
+    rows_shown = [
+        {"model": teacher, data.primary_metric: wanted.primary},
+        {
+            "model": out,
+            data.primary_metric: found.primary,
+            **{name: content[name] for name in ("agreement", "divergence", "seconds")},
+            "MB": content["file_mb"],
+        },
+    ]
+    curves = {"x": "step", "y": "loss", "lines": losses} if losses else None
+    settings = {"teacher": teacher, "task": task, "data_dir": data_dir, **asked}
+    keep_record(out, settings, rows_shown, about=data.describe(), metric=data.primary_metric, curves=curves)
     text = (
         f"{data.primary_metric} {found.primary:.2f}, the teacher's {wanted.primary:.2f}; agreement "
         f"{alike.agreement:.1f} %, divergence {alike.divergence:.4g}\n"
@@ -133,25 +154,27 @@ def _configuration(asked: dict[str, Any], recipe: Any) -> Any:
     if asked["config_file"] and asked["bits"]:
         raise ValueError("--config says all; leave out --bits")
     if asked["config_file"]:
-        return BitsConfig.parse(asked["config_file"])
+        return configuration_of(asked["config_file"], asked["rounding"])
     if asked["bits"]:
         return recipe.adapt(BitsConfig(int(asked["bits"]), rounding=asked["rounding"]))
+    if asked["rounding"]:
+        raise ValueError("--rounding is for a student in few bits; add --bits or --config, or leave it out")
     if not asked["student"]:
         raise ValueError("there is no student; give --bits 2, --config bits.json, or --student MODEL")
     return None
 
 
-def _begin(work: Path, asked: dict[str, Any]) -> None:
-    """Make the folder of checkpoints, or refuse that of another run."""
-    from qbert.files import read_json, write_json
+def _losses(work: Path) -> dict[str, list[tuple[int, float]]]:
+    """Name of a loss -> (step, value) pairs, of the whole training: the last checkpoint has what came before it too."""
+    from qbert.distill.checkpoint import last_good_checkpoint
+    from qbert.files import read_json
 
-    unimportant = ("device", "threads", "as_json", "force", "eval_limit")
-    kept = {name: value for name, value in asked.items() if name not in unimportant}
-    note = work / "asked.json"
-    if note.is_file():
-        before = read_json(note)
-        for name, value in kept.items():
-            if before.get(name) != value:
-                raise ValueError(f"{work} is of an interrupted run with another {name}; remove it, or name another OUT")
-    work.mkdir(parents=True, exist_ok=True)
-    write_json(note, kept)
+    checkpoint = last_good_checkpoint(work)
+    if checkpoint is None:
+        return {}
+    found: dict[str, list[tuple[int, float]]] = {}
+    for entry in read_json(checkpoint / "trainer_state.json")["log_history"]:
+        for name, value in entry.items():
+            if "loss" in name and isinstance(value, int | float) and math.isfinite(value):
+                found.setdefault(name, []).append((entry["step"], value))
+    return found

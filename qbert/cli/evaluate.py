@@ -6,7 +6,17 @@ from typing import Any
 
 import click
 
-from qbert.cli.options import as_json, build_for, check_packed, machine_options, set_machine, show, task_options
+from qbert.cli.options import (
+    as_json,
+    build_for,
+    check_file,
+    check_packed,
+    keep_record,
+    machine_options,
+    set_machine,
+    show,
+    task_options,
+)
 
 
 @click.command()
@@ -16,9 +26,10 @@ from qbert.cli.options import as_json, build_for, check_packed, machine_options,
 @click.option("--limit", type=click.IntRange(min=1), help="Score on at most this many held-out rows.")
 @click.option("--batch-size", type=click.IntRange(min=1), default=64, show_default=True)
 @click.option("--optimize", is_flag=True, help="Run fused, as qbert.optimize_for_inference does (packed models).")
+@click.option("--save", type=click.Path(dir_okay=False), help="JSON file of the scores, for qbert report.")
 @machine_options
 @as_json
-def evaluate(model: str, task: str, data_dir: str | None, beside: str | None, **asked: Any) -> None:
+def evaluate(model: str, task: str, data_dir: str | None, beside: str | None, save: str | None, **asked: Any) -> None:
     """Score MODEL (float or quantized; a folder or a hub name) on the held-out rows of a task.
 
     \b
@@ -31,6 +42,7 @@ def evaluate(model: str, task: str, data_dir: str | None, beside: str | None, **
     from qbert.tasks.evaluation import evaluate as scores_of
     from qbert.tasks.evaluation import fidelity
 
+    check_file("--save", save)
     set_machine(asked["device"], asked["threads"])
     data = load_task(task, data_dir=data_dir)
     results = {}
@@ -50,4 +62,9 @@ def evaluate(model: str, task: str, data_dir: str | None, beside: str | None, **
         found = fidelity(results[beside].logits, results[model].logits)
         content["agreement"], content["divergence"] = found.agreement, found.divergence
         lines.append(f"beside {beside}: agreement {found.agreement:.1f} %, divergence {found.divergence:.4g}")
+    if save:
+        scored = [{"model": name, **result} for name, result in results.items()]
+        scored[0] |= {name: content[name] for name in ("agreement", "divergence") if name in content}
+        settings = {"model": model, "task": task, "data_dir": data_dir, "beside": beside, **asked}
+        keep_record(save, settings, scored, about=data.describe(), metric=data.primary_metric)
     show(content, "\n".join(lines), asked["as_json"])

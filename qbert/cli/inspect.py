@@ -21,6 +21,9 @@ _PACKED = ("codes", "scale", "zero", "input_scale", "input_zero")
 def inspect(folder: str, tensors: bool, as_json: bool) -> None:
     """Tell what a quantized FOLDER holds: class, bits, grids, bytes, and whether the files are those that were saved.
 
+    Activations are the bits of a product's inputs; their range is static (fixed on calibration text), or that of each
+    token, asymmetric or around zero (dynamic).
+
     Reads config.json and the safetensors files; nothing is unpacked and no model is built.
     """
     content = folder_content(Path(folder))
@@ -123,10 +126,15 @@ def _values(tensor: Mapping[str, Any], grid: Mapping[str, Any]) -> int:
     return int(size * 8 / bits) if tensor["dtype"] == "U8" and bits else size
 
 
+def _range(grid: Mapping[str, Any]) -> str:
+    """How the range of a product's inputs is found, in the words of `BitsConfig`; tables and float inputs have none."""
+    return str(grid.get("activation_range") or "") if grid.get("activation_bits") else ""
+
+
 def _text(content: Mapping[str, Any], tensors: bool) -> str:
     from qbert.results import text_table
 
-    header = ["layout", "bits", "grid", "groups", "rounding", "activations", "tensors", "values", "MB"]
+    header = ["layout", "bits", "grid", "groups", "rounding", "activations", "range", "tensors", "values", "MB"]
     rows = [
         [
             label,
@@ -135,6 +143,7 @@ def _text(content: Mapping[str, Any], tensors: bool) -> str:
             grid.get("groups", "auto"),
             grid.get("rounding", "nearest"),
             grid.get("activation_bits") or "float",
+            _range(grid),
             grid["tensors"],
             f"{grid['values']:,}",
             f"{grid['bytes'] / 1e6:.2f}",
@@ -142,7 +151,7 @@ def _text(content: Mapping[str, Any], tensors: bool) -> str:
         for label, grid in content["grids"].items()
     ]
     rest = content["float"]
-    rows.append(["float", "", "", "", "", "", rest["tensors"], f"{rest['values']:,}", f"{rest['bytes'] / 1e6:.2f}"])
+    rows.append(["float", "", "", "", "", "", "", rest["tensors"], f"{rest['values']:,}", f"{rest['bytes'] / 1e6:.2f}"])
     lines = [
         f"{content['folder']}: {content['architecture']}, {content['form']}, format {content['format_version']}, "
         f"{content['file_bytes'] / 1e6:.2f} MB in its files, digests right",

@@ -10,6 +10,7 @@ output. Exit codes: 0 done, 2 something in the request cannot work (one sentence
 
 from __future__ import annotations
 
+import shlex
 import sys
 
 import click
@@ -21,10 +22,12 @@ from qbert.cli.distill import distill
 from qbert.cli.evaluate import evaluate
 from qbert.cli.export import export
 from qbert.cli.inspect import inspect
+from qbert.cli.options import Shared
 from qbert.cli.plan import plan
 from qbert.cli.quantize import quantize
 from qbert.cli.report import report
 from qbert.cli.spectrum import spectrum
+from qbert.cli.wording import spoken_as_options
 from qbert.version import __version__
 
 
@@ -62,22 +65,26 @@ def app() -> None:
 
 
 for _command in (spectrum, allocate, quantize, distill, plan, compress, evaluate, inspect, export, report):
+    if _command.callback is not None:
+        _command.callback = spoken_as_options(_command.callback)
     app.add_command(_command)
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Run a command line (that of the process where None) and leave with its exit code."""
 
+    shared = Shared(shlex.join(["qbert", *(sys.argv[1:] if arguments is None else arguments)]))
+
     def run() -> None:
         try:
-            app.main(arguments, prog_name="qbert", standalone_mode=False)
+            app.main(arguments, prog_name="qbert", standalone_mode=False, obj=shared)
         except click.ClickException as error:
             error.show()
             sys.exit(2)
         except click.Abort as error:  # click turns Ctrl-C into this
             raise KeyboardInterrupt from error
 
-    run_script(run, resume_hint="run the same command again (spectra and trainings go on from what they kept)")
+    run_script(run, resume_hint=lambda: shared.hint)
 
 
 if __name__ == "__main__":

@@ -2,15 +2,117 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import math
 import os
-from collections.abc import Callable, Mapping
+import re
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 import click
 
 Command = TypeVar("Command", bound=Callable[..., Any])
+_TOKENIZER_FILES = (
+    *("tokenizer.json", "tokenizer_config.json", "vocab.txt", "vocab.json", "merges.txt", "spiece.model", "spm.model"),
+    *("sentencepiece.model", "sentencepiece.bpe.model", "tokenizer.model", "bpe.codes", "bpe.vocab", "dict.txt"),
+    *("special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "chat_template.json"),
+)
+_PICTURES = (".png", ".pdf", ".svg")
+_NO_SETTINGS = ("as_json", "force")
+_SENTENCE_FILES = ("modules.json", "sentence_bert_config.json", "config_sentence_transformers.json")
+
+
+@dataclass
+class Shared:
+    """What a command and the one place that runs all of them tell each other.
+
+    Attributes:
+        line: the whole command line.
+        hint: how to go on after an interrupt.
+    """
+
+    line: str = ""
+    hint: str = "nothing is kept; run the same command again, from the beginning"
+
+
+def on_interrupt(hint: str) -> None:
+    """What Ctrl-C is answered with from now on, instead of that nothing is kept."""
+    context = click.get_current_context().find_root()
+    if isinstance(context.obj, Shared):
+        context.obj.hint = hint
+
+
+@contextlib.contextmanager
+def resumable(work: Path, asked: Mapping[str, Any]) -> Iterator[None]:
+    """Inside, long work keeps in the folder `work` what the same command goes on from; done, the folder is removed.
+
+    Args:
+        work: made if need be; what was asked is noted in it.
+        asked: all that the work depends on, as JSON values.
+
+    Raises:
+        ValueError: the folder is of a run that was asked something else, or of no run at all.
+    """
+    from qbert.files import read_json, write_json
+
+    note = work / "asked.json"
+    if note.is_file():
+        before = {"command": "distill", **read_json(note)}  # which alone kept something in earlier versions
+        for name, value in json.loads(json.dumps(asked)).items():
+            if before.get(name) != value:
+                said = {"config_file": "--config", "plan_file": "--plan"}.get(name, name)
+                raise ValueError(f"{work} is of an interrupted run with another {said}; remove it, or name another OUT")
+    elif work.exists() and (not work.is_dir() or any(work.iterdir())):
+        raise ValueError(f"{work}, where the work is kept, is there and of no interrupted run; name another OUT")
+    work.mkdir(parents=True, exist_ok=True)
+    write_json(note, asked)
+    goes_on_from(work)
+    try:
+        yield
+    except (ValueError, TypeError):
+        if [path.name for path in work.iterdir()] == [note.name]:  # refused before any work
+            shutil.rmtree(work)
+        raise
+    shutil.rmtree(work)
+
+
+def made_by() -> str:
+    """The command line that is run, the machine and the versions, for a page of results."""
+    from qbert.results import provenance
+
+    context = click.get_current_context()
+    shared = context.find_root().obj
+    return provenance(shared.line if isinstance(shared, Shared) else context.command_path)
+
+
+def keep_record(path: str | os.PathLike[str], settings: Mapping[str, Any], rows: list[Any], **more: Any) -> None:
+    """Write what this command was asked and found for ``qbert report`` (`qbert.results.write_command`).
+
+    Args:
+        path: a JSON file, or the folder of a model.
+        settings: what was asked, names of options; what was left open is left out.
+        rows, **more: as `qbert.results.write_command`.
+    """
+    from qbert.results import COMMAND_FILE, write_command
+
+    rows = [{key: None if _is_endless(value) else value for key, value in row.items()} for row in rows]
+    file = Path(path) / COMMAND_FILE if Path(path).is_dir() else path
+    said = {name: v for name, v in settings.items() if v is not None and v is not False and name not in _NO_SETTINGS}
+    write_command(file, click.get_current_context().command.name or "", made_by(), said, rows, **more)
+
+
+def _is_endless(value: Any) -> bool:
+    return isinstance(value, float) and not math.isfinite(value)
+
+
+def goes_on_from(kept: Path) -> None:
+    """Tell `on_interrupt` that the same command goes on from what lies in a folder."""
+    on_interrupt(f"run the same command again; it goes on from what {kept} holds")
+
 
 as_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of tables.")
 
@@ -57,6 +159,118 @@ def set_machine(device: str, threads: int | None) -> None:
     if threads:
         torch.set_num_threads(threads)
     check_device(device)
+
+
+def beside(path: str, ending: str) -> Path:
+    """The name of `path` with an ending, in the same folder, whether it was given as ``out``, ``out/`` or ``.``.
+
+    Raises:
+        ValueError: `path` is the root of a file system, beside which nothing can lie.
+    """
+    named = Path(path)
+    if named.name in ("", ".."):
+        named = Path(os.path.abspath(named))
+    if not named.name:
+        raise ValueError(f"{path} is no place to write a result to; name a folder in it")
+    return named.with_name(named.name + ending)
+
+
+def check_picture(path: str | None) -> None:
+    """Refuse a ``--plot`` that could not be drawn or written, before the work whose picture it is.
+
+    Raises:
+        ValueError: no kind of picture that can be drawn, or no folder; MissingPackageError: matplotlib is missing.
+    """
+    from qbert.extras import require
+
+    if not path:
+        return
+    if Path(path).suffix not in _PICTURES:
+        raise ValueError(f"--plot {path} is no kind of picture that can be drawn; end it in {', '.join(_PICTURES)}")
+    check_file("--plot", path)
+    require("matplotlib", "--plot")
+
+
+def check_file(option: str, path: str | None) -> None:
+    """Raises ValueError, for an option, where the file that it names lies in no folder, or in one of others."""
+    parent = Path(path).absolute().parent if path else None
+    if parent is not None and not parent.is_dir():
+        raise ValueError(f"{option} {path} is in no folder that is there; make it first")
+    if parent is not None and not os.access(parent, os.W_OK):
+        raise ValueError(f"{option} {path} cannot be written; name a file in a folder of yours")
+
+
+def configuration_of(file: str, rounding: str | None) -> Any:
+    """The `BitsConfig` in a JSON file, with the rounding of the command line where the file names none.
+
+    Raises:
+        ValueError: the file names a rounding too; and as `BitsConfig.parse`.
+    """
+    from qbert.bits import BitsConfig
+
+    config = BitsConfig.parse(file)
+    if rounding is None:
+        return config
+    if roundings(config):
+        raise ValueError(f"--config {file} names a rounding itself; leave out --rounding, or take it out of the file")
+    return BitsConfig.from_dict({**config.to_dict(), "rounding": rounding})
+
+
+def roundings(config: Any) -> set[str]:
+    """The roundings that a `BitsConfig` names."""
+    named = (settings.get("rounding") for settings in (config.defaults, *config.rules.values()))
+    return {rounding for rounding in named if rounding is not None}
+
+
+def check_out(out: str, force: bool) -> None:
+    """Refuse a folder OUT that holds something, unless told to write into it, or that cannot be written.
+
+    Raises:
+        ValueError: it holds something; PermissionError: it, or the first folder above that is there, is not writable.
+    """
+    folder = Path(out)
+    if folder.is_dir() and any(folder.iterdir()) and not force:
+        raise ValueError(f"OUT {out} is not empty; name another folder, or add --force")
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not os.access(there, os.W_OK):
+        raise PermissionError(f"OUT {out} cannot be written; name another folder")
+
+
+def save_result(model: Any, tokenizer: Any, out: str) -> None:
+    """Write a model and its tokenizer, if it has one, into the folder OUT, without a trace of an earlier model there.
+
+    Saving a model replaces the weights of an earlier one. What else tells of that one goes first: its tokenizer, the
+    parts of a sentence model, its record, and the card that qbert wrote. Other files are left alone.
+    """
+    from qbert.tasks.heads import SentenceRegression, quiet_libraries
+
+    folder = Path(out)
+    if folder.is_dir():
+        _remove_earlier(folder)
+    with quiet_libraries():
+        (model.backbone if isinstance(model, SentenceRegression) else model).save_pretrained(out)
+        if tokenizer is not None and not (folder / "tokenizer_config.json").is_file():  # a sentence model's own
+            tokenizer.save_pretrained(out)
+
+
+def _remove_earlier(folder: Path) -> None:
+    from qbert.results import COMMAND_FILE
+
+    parts: list[Any] = []
+    with contextlib.suppress(OSError, ValueError):
+        parts = json.loads((folder / "modules.json").read_text(encoding="utf-8"))
+    for part in parts if isinstance(parts, list) else []:
+        name = part.get("path") if isinstance(part, dict) else None
+        if isinstance(name, str) and re.fullmatch(r"\d+_\w+", name):
+            shutil.rmtree(folder / name, ignore_errors=True)
+    for name in (*_TOKENIZER_FILES, *_SENTENCE_FILES, COMMAND_FILE):
+        (folder / name).unlink(missing_ok=True)
+    card = folder / "README.md"
+    if card.is_file():
+        text = card.read_text(encoding="utf-8", errors="replace")
+        headings = [line for line in text.splitlines() if line.startswith("#")]
+        if text.startswith("---\nlibrary_name: transformers\ntags:\n- qbert\n") and len(headings) == 1:
+            card.unlink()  # with a heading more it was written on by hand
 
 
 def load_any(source: str) -> Any:
@@ -115,12 +329,16 @@ def load_tokenizer(source: str) -> Any:
     """The tokenizer beside a model.
 
     Raises:
-        ValueError, FileNotFoundError: as `qbert.tasks.heads.load_quietly`.
+        ValueError: a folder without one; else, and FileNotFoundError, as `qbert.tasks.heads.load_quietly`.
     """
     import transformers
 
     from qbert.tasks.heads import load_quietly
 
+    here = Path(source)
+    if here.is_dir() and not any((here / name).is_file() for name in _TOKENIZER_FILES):
+        # transformers would make up one that knows no word
+        raise ValueError(f"MODEL {source} has no tokenizer beside it; save the model's own there")
     return load_quietly(transformers.AutoTokenizer, source)
 
 

@@ -10,8 +10,11 @@ import click
 
 from qbert.cli.options import (
     as_json,
+    check_file,
+    check_picture,
     float_model,
     in_fours,
+    keep_record,
     load_tokenizer,
     machine_options,
     set_machine,
@@ -19,8 +22,6 @@ from qbert.cli.options import (
     task_options,
     unlabelled_batches,
 )
-
-_PICTURES = (".png", ".pdf", ".svg")
 
 
 @click.command()
@@ -44,7 +45,8 @@ def plan(model: str, shape: str, save: str | None, plot: str | None, **asked: An
     """Plan the compression of MODEL, a float model in a folder or on the hub: structure, bits and tables at once.
 
     Every way to store every matrix and table is measured on text of yours, without labels (--texts, or the training
-    rows of --task), and the least damaged model within the budget is found exactly.
+    rows of --task), and the least damaged model within the budget is found exactly. Beside --save plan.json lies
+    plan.record.json, which tells qbert report what was tried.
 
     \b
       qbert plan my-model --size-mb 10 --texts sentences.txt --save plan.json --plot front.png
@@ -58,11 +60,8 @@ def plan(model: str, shape: str, save: str | None, plot: str | None, **asked: An
         raise ValueError("give --texts FILE or --task NAME; a plan is made on one of them")
     if all(asked[name] is None for name in ("size_mb", "latency_ms", "within")):
         raise ValueError("give --size-mb, --latency-ms or --within; a plan needs a budget")
-    if plot and Path(plot).suffix not in _PICTURES:
-        raise ValueError(f"--plot {plot} is no kind of picture that can be drawn; end it in {', '.join(_PICTURES)}")
-    for option, path in (("--save", save), ("--plot", plot)):
-        if path and not Path(path).absolute().parent.is_dir():
-            raise ValueError(f"{option} {path} is in no folder that is there; make it first")
+    check_picture(plot)
+    check_file("--save", save)
     tokenizer = load_tokenizer(model)
     batches = unlabelled_batches(asked, tokenizer)
     found = make_plan(
@@ -76,6 +75,7 @@ def plan(model: str, shape: str, save: str | None, plot: str | None, **asked: An
     )
     if save:
         found.pipeline.save(save)
+        _record(Path(save).with_suffix(".record.json"), found, {"model": model, "shape": shape, **asked})
     if plot:
         found.plot(plot)
     content = {
@@ -87,6 +87,23 @@ def plan(model: str, shape: str, save: str | None, plot: str | None, **asked: An
         ],
     }
     show(content, str(found), asked["as_json"])
+
+
+def _record(path: Path, found: Any, settings: dict[str, Any]) -> None:
+    rows = [
+        {
+            "plan": c.name,
+            "MB": c.megabytes,
+            **({} if c.latency_ms is None else {"ms": c.latency_ms}),
+            "predicted": c.predicted,
+            "measured": c.measured,
+            "agreement": c.agreement,
+            "chosen": "*" if c is found.best else "",
+        }
+        for c in found.candidates
+    ]
+    curves = {"x": "MB", "y": "predicted divergence", "lines": found.front}
+    keep_record(path, settings, rows, about=f"Plan for {found.budget}", metric="measured", curves=curves)
 
 
 def _shape(text: str) -> tuple[int, int]:

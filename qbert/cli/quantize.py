@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
-from pathlib import Path
 from typing import Any
 
 import click
 
 from qbert.cli.options import (
     as_json,
+    beside,
+    check_out,
+    configuration_of,
     file_megabytes,
     float_model,
+    keep_record,
     load_tokenizer,
     machine_options,
+    resumable,
+    roundings,
+    save_result,
     set_machine,
     show,
     task_options,
@@ -36,8 +43,16 @@ from qbert.cli.options import (
 @click.option(
     "--activation-bits", type=click.Choice(["4", "6", "8", "32"]), help="Bits of the inputs of products; default: 8."
 )
-@click.option("--rounding", type=click.Choice(["nearest", "compensated"]), help="How codes are chosen.")
-@click.option("--texts", type=click.Path(exists=True, dir_okay=False), help="Calibration text, one sentence a line.")
+@click.option(
+    "--rounding",
+    type=click.Choice(["nearest", "compensated"]),
+    help="How codes are chosen; default: as --config says, or nearest.",
+)
+@click.option(
+    "--texts",
+    type=click.Path(exists=True, dir_okay=False),
+    help="Calibration text, one sentence a line; it fixes the ranges of activations, unless rounding is compensated.",
+)
 @task_options(required=False)
 @click.option("--rows", type=click.IntRange(min=1), default=384, show_default=True, help="Calibration rows.")
 @click.option("--force", is_flag=True, help="Write into OUT even if it holds something.")
@@ -47,7 +62,10 @@ def quantize(model: str, out: str, **asked: Any) -> None:
     """Quantize MODEL (a folder or a hub name) and write it, packed, to the folder OUT.
 
     The tokenizer goes with it. Compensated rounding needs a few hundred sentences like those the model will see:
-    --texts FILE, or --task NAME, whose training rows are taken without their labels.
+    --texts FILE, or --task NAME, whose training rows are taken without their labels. Nearest rounding needs none;
+    given, they fix one range of activations a matrix (static), where every token has its own otherwise: inspect shows
+    which. Interrupted, compensated rounding goes on after the last whole layer, kept in OUT.partial, by the same
+    command.
 
     \b
       qbert quantize my-model out --bits 4
@@ -56,11 +74,8 @@ def quantize(model: str, out: str, **asked: Any) -> None:
     """
     import qbert
     from qbert.sizes import model_size
-    from qbert.tasks.heads import quiet_libraries
 
-    target = Path(out)
-    if target.is_dir() and any(target.iterdir()) and not asked["force"]:
-        raise ValueError(f"OUT {out} is not empty; name another folder, or add --force")
+    check_out(out, asked["force"])
     set_machine(asked["device"], asked["threads"])
     config = _configuration(asked)
     loaded = float_model(model)
@@ -68,13 +83,19 @@ def quantize(model: str, out: str, **asked: Any) -> None:
     data = _calibration(asked, tokenizer)
     loaded = loaded.to(asked["device"])
     start = time.perf_counter()
-    student = qbert.quantize_model(loaded, config, calibration_data=data, progress=not asked["as_json"])
-    packed = qbert.pack(student).to("cpu")
-    seconds, size = time.perf_counter() - start, model_size(packed)
-    with quiet_libraries():
-        packed.save_pretrained(out)
-    if tokenizer is not None and not (target / "tokenizer_config.json").is_file():
-        tokenizer.save_pretrained(out)
+    options = {"calibration_data": data, "progress": not asked["as_json"]}
+    with contextlib.ExitStack() as stack:
+        if data is not None and "compensated" in roundings(config):
+            names = ("texts", "task", "rows", "seed")
+            source = {name: asked[name] for name in names}
+            work = beside(out, ".partial")
+            stack.enter_context(
+                resumable(work, {"command": "quantize", "model": model, "config": config.to_dict(), **source})
+            )
+            options["checkpoint"] = work
+        packed = qbert.pack(qbert.quantize_model(loaded, config, **options)).to("cpu")
+        seconds, size = time.perf_counter() - start, model_size(packed)
+        save_result(packed, tokenizer, out)
     megabytes = file_megabytes(out)
     content = {
         "model": model,
@@ -85,6 +106,8 @@ def quantize(model: str, out: str, **asked: Any) -> None:
         "file_mb": megabytes,
         "seconds": seconds,
     }
+    row = {"model": out, "MB": megabytes, "float MB": size.float_total / 1e6, "seconds": seconds}
+    keep_record(out, {"model": model, **asked, "config": config.to_dict()}, [row])
     written = f"{out}: {megabytes:.2f} MB in its files; look at it with: qbert inspect {out}"
     show(content, f"{size}\n\n{written}", asked["as_json"])
 
@@ -92,7 +115,7 @@ def quantize(model: str, out: str, **asked: Any) -> None:
 def _configuration(asked: dict[str, Any]) -> Any:
     from qbert.bits import BitsConfig
 
-    names = ("scheme", "groups", "rounding")
+    names = ("scheme", "groups")
     settings = {name: asked[name] for name in names if asked[name] is not None}
     if asked["embedding_bits"]:
         settings["embedding_bits"] = int(asked["embedding_bits"])
@@ -104,7 +127,9 @@ def _configuration(asked: dict[str, Any]) -> Any:
             raise ValueError(
                 f"--config says all; leave out --{given.replace('_', '-')}, or write it into {asked['config_file']}"
             )
-        return BitsConfig.parse(asked["config_file"])
+        return configuration_of(asked["config_file"], asked["rounding"])
+    if asked["rounding"]:
+        settings["rounding"] = asked["rounding"]
     return BitsConfig(int(asked["bits"] or 4), **settings)
 
 

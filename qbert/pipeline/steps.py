@@ -293,7 +293,8 @@ class Quantize(Step):
         specs = config.resolve(model).values()
         needs_data = any(spec.rounding == "compensated" or spec.is_composed for spec in specs)
         data = context.batches(self.rows) if needs_data else None
-        return quantize_model(model, config, calibration_data=data, progress=context.progress)
+        kept = context.folder / "rounding"
+        return quantize_model(model, config, calibration_data=data, checkpoint=kept, progress=context.progress)
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,11 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 import qbert
 from qbert.cli.inspect import folder_content
 from qbert.cli.main import app, main
-from qbert.cli.options import in_fours
+from qbert.cli.options import beside, in_fours
+from qbert.files import read_json
+from qbert.pipeline import Pack, Pipeline, Prune, Quantize
+from qbert.results import COMMAND_FILE
+from qbert.rounded import RoundedLayers
 
 
 @pytest.fixture(scope="module")
@@ -61,6 +66,33 @@ def test_quantize_writes_what_the_library_calls_give(
     assert AutoTokenizer.from_pretrained(tmp_path / "out")("the film was kind")["input_ids"]
 
 
+def test_force_leaves_nothing_that_tells_of_the_model_before(
+    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other, out = tmp_path / "other", tmp_path / "out"
+    shutil.copytree(world / "model", other)
+    tokenizer = AutoTokenizer.from_pretrained(other)
+    tokenizer.add_tokens(["unheard"])
+    tokenizer.save_pretrained(other)
+    out.mkdir()
+    for name in ("notes.txt", "vocab.txt", "modules.json"):
+        (out / name).write_text("[]")
+    assert run(capsys, "quantize", world / "model", out, "--bits", "8", "--force")[0] == 0
+    assert sorted(path.name for path in out.glob("*.t*t")) == ["notes.txt"]
+    assert not (out / "modules.json").exists()
+    assert run(capsys, "quantize", other, out, "--bits", "2", "--force")[0] == 0
+    assert "unheard" in AutoTokenizer.from_pretrained(out).get_vocab()
+    assert "| 8 |" not in (out / "README.md").read_text() and "| 2 |" in (out / "README.md").read_text()
+
+
+def test_force_without_a_tokenizer_leaves_none(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    bare, out = tmp_path / "bare", tmp_path / "out"
+    AutoModelForSequenceClassification.from_pretrained(world / "model").save_pretrained(bare)
+    assert run(capsys, "quantize", world / "model", out)[0] == 0
+    assert run(capsys, "quantize", bare, out, "--force")[0] == 0
+    assert not (out / "tokenizer_config.json").exists()
+
+
 @pytest.mark.parametrize("data", ["texts", "task"])
 def test_compensated_rounding_takes_texts_or_a_task(
     world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], data: str
@@ -74,6 +106,79 @@ def test_compensated_rounding_takes_texts_or_a_task(
     assert layers == {"compensated"}
 
 
+@pytest.mark.parametrize("command", ["quantize", "distill", "compress"])
+def test_compensated_rounding_goes_on_after_the_last_whole_layer(
+    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    Pipeline((Quantize(2, rows=48), Pack())).save(tmp_path / "plan.json")
+    asked = {
+        "quantize": ["--bits", "2", "--rounding", "compensated", "--rows", "48"],
+        "distill": ["--bits", "2", "--rows", "48", "--steps", "1", "--batch-size", "4", "--eval-limit", "4"],
+        "compress": ["--plan", tmp_path / "plan.json", "--eval-limit", "4"],
+    }[command]
+
+    def call(out: str, *more: object) -> tuple[int, str, str]:
+        return run(capsys, command, world / "model", tmp_path / out, *task(world), *asked, *more)
+
+    finish = RoundedLayers.finish_layer
+    finished: list[int] = []
+
+    def interrupted(layers: RoundedLayers) -> None:
+        finish(layers)
+        finished.append(len(layers._tensors))
+        if len(finished) == 1:
+            raise KeyboardInterrupt
+
+    assert call("whole")[0] == 0
+    monkeypatch.setattr(RoundedLayers, "finish_layer", interrupted)
+    code, _, err = call("out")
+    assert code == 130 and "out.partial" in err and not (tmp_path / "out").exists()
+    code, _, err = call("out", "--seed", "3")
+    assert code == 2 and "out.partial is of an interrupted run with another seed" in err
+    code, _, err = call("out")
+    assert code == 0, err
+    assert finished[-1] > 0, "nothing was taken over"
+    assert not (tmp_path / "out.partial").exists()
+    found, wanted = (qbert.load(tmp_path / name).state_dict() for name in ("out", "whole"))
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+
+
+def test_what_lies_beside_out_and_is_of_no_run_is_left_alone(
+    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "out.partial").mkdir()
+    (tmp_path / "out.partial" / "mine.txt").write_text("mine")
+    asked = ["--rounding", "compensated", "--texts", world / "texts.txt"]
+    code, _, err = run(capsys, "quantize", world / "model", tmp_path / "out", *asked)
+    assert code == 2 and "of no interrupted run" in err
+    assert [path.name for path in (tmp_path / "out.partial").iterdir()] == ["mine.txt"]
+
+
+def test_a_request_that_is_refused_keeps_nothing(
+    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = ["--rounding", "compensated", "--texts", world / "texts.txt", "--groups", "5"]
+    code, _, err = run(capsys, "quantize", world / "model", tmp_path / "out", *asked)
+    assert code == 2 and "groups=5 does not divide" in err
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("command", ["quantize", "distill"])
+def test_a_rounding_beside_a_configuration_that_names_none_is_taken(
+    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], command: str
+) -> None:
+    bits, out = tmp_path / "bits.json", tmp_path / "out"
+    qbert.BitsConfig(3).save(bits)
+    asked = [command, world / "model", out, *task(world), "--config", bits, "--rounding", "compensated", "--rows", "48"]
+    more = ["--steps", "1", "--batch-size", "4"] if command == "distill" else []
+    code, _, err = run(capsys, *asked, *more)
+    assert code == 0, err
+    assert "compensated" in {grid.get("rounding") for grid in folder_content(out)["grids"].values()}
+    qbert.BitsConfig(3, rounding="nearest").save(bits)
+    code, _, err = run(capsys, *asked, *more, "--force")
+    assert code == 2 and "names a rounding itself; leave out --rounding" in err
+
+
 def test_from_spectrum_to_bits_to_a_folder_to_a_score(
     world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -83,6 +188,9 @@ def test_from_spectrum_to_bits_to_a_folder_to_a_score(
     )
     assert code == 0, err
     assert "|mean|+std" in text and spectrum.is_file() and not Path(f"{spectrum}.partial").exists()
+    settings = qbert.HessianSpectrum.load(spectrum).settings
+    assert settings["model"] == str(world / "model") and settings["task"] == "sst2"
+    assert settings["made by"].startswith("`qbert spectrum ")
     code, text, err = run(capsys, "allocate", spectrum, "--bits", "2,4", "--model", world / "model", "--save", bits)
     assert code == 0, err
     assert qbert.BitsConfig.parse(bits).rules == qbert.allocate_bits(qbert.HessianSpectrum.load(spectrum), (2, 4)).rules
@@ -125,6 +233,30 @@ def test_a_float_student_learns_from_its_teacher_and_goes_on_where_it_was_interr
     assert "the teacher's" in text and AutoModelForSequenceClassification.from_pretrained(out) is not None
 
 
+def test_a_slash_after_out_changes_nothing_for_what_is_kept(
+    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    asked = [*task(world), "--bits", "4", "--steps", "1", "--batch-size", "4", "--rounding", "nearest"]
+    with monkeypatch.context() as patched:
+        patched.setattr("qbert.pipeline.steps.Distill.apply", interrupted)
+        assert run(capsys, "distill", world / "model", f"{tmp_path}/out/", *asked)[0] == 130
+    assert [path.name for path in tmp_path.iterdir()] == ["out.partial"]
+    code, _, err = run(capsys, "distill", world / "model", f"{tmp_path}/out/", *asked)
+    assert code == 0, err
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize(("given", "name"), [("a/out", "out.x"), ("a/out/", "out.x"), ("a/b/..", "a.x")])
+def test_what_lies_beside_a_result_bears_its_name(given: str, name: str) -> None:
+    assert beside(given, ".x").name == name
+    assert beside(".", ".x") == Path.cwd().with_name(Path.cwd().name + ".x")
+    with pytest.raises(ValueError, match="no place to write a result to"):
+        beside("/", ".x")
+
+
 def test_a_plan_is_made_saved_and_run(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     size = 0.4 * qbert.model_size(AutoModelForSequenceClassification.from_pretrained(world / "model")).mb
     saved = tmp_path / "plan.json"
@@ -132,11 +264,60 @@ def test_a_plan_is_made_saved_and_run(world: Path, tmp_path: Path, capsys: pytes
     code, out, err = run(capsys, "plan", world / "model", *asked)
     assert code == 0, err
     assert "bits alone" in out and (tmp_path / "front.png").is_file()
+    tried = read_json(tmp_path / "plan.record.json")
+    assert [row["chosen"] for row in tried["rows"]].count("*") == 1 and tried["curves"]["lines"]
     code, out, err = run(capsys, "compress", world / "model", tmp_path / "out", *task(world), "--plan", saved, "--json")
     assert code == 0, err
     content = json.loads(out)
     assert content["steps"][-1]["megabytes"] <= size and content["steps"][0]["step"] == "float"
+    kept = read_json(tmp_path / "out" / COMMAND_FILE)["rows"]
+    assert [row["MB"] for row in kept] == [step["megabytes"] for step in content["steps"]]
     assert qbert.load(content["folder"]) is not None
+
+
+def test_a_plan_is_run_into_out_itself_and_goes_on_after_an_interrupt(
+    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan, out = tmp_path / "plan.json", tmp_path / "out"
+    Pipeline((Prune(heads=0.5, rows=32), Quantize(4, "nearest"), Pack())).save(plan)
+    asked = ["compress", world / "model", out, *task(world), "--plan", plan, "--eval-limit", "16", "--json"]
+
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Pack, "apply", interrupted)
+        assert run(capsys, *asked)[0] == 130
+    assert not out.exists() and (tmp_path / "out.partial").is_dir()
+    with monkeypatch.context() as patched:
+        patched.setattr(Prune, "apply", interrupted)  # which is not asked again
+        code, text, err = run(capsys, *asked)
+    assert code == 0, err
+    assert len(json.loads(text)["steps"]) == 4 and not (tmp_path / "out.partial").exists()
+    assert run(capsys, "inspect", out)[0] == 0
+    assert AutoTokenizer.from_pretrained(out)("kind")["input_ids"]
+    code, _, err = run(capsys, *asked)
+    assert code == 2 and "is not empty" in err
+
+
+def test_commands_leave_what_report_shows(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("plotly")
+    few = ["--eval-limit", "8", "--steps", "2", "--batch-size", "4", "--bits", "8", "--rounding", "nearest"]
+    assert run(capsys, "quantize", world / "model", tmp_path / "q", "--bits", "4")[0] == 0
+    assert run(capsys, "distill", world / "model", tmp_path / "d", *task(world), *few)[0] == 0
+    scores = ["--limit", "8", "--beside", world / "model", "--save", tmp_path / "scores.json"]
+    assert run(capsys, "evaluate", tmp_path / "q", *task(world), *scores)[0] == 0
+    code, text, err = run(capsys, "report", tmp_path, "--json")
+    assert code == 0, err
+    assert json.loads(text)["shown"] == [f"d/{COMMAND_FILE}", f"q/{COMMAND_FILE}", "scores.json"]
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert f"qbert quantize {world / 'model'} {tmp_path / 'q'} --bits 4` - " in page
+    assert "qbert evaluate: scores.json" in page
+    distilled, scored = read_json(tmp_path / "d" / COMMAND_FILE), read_json(tmp_path / "scores.json")
+    assert [step for step, _ in distilled["curves"]["lines"]["loss"]] == [1, 2]
+    assert distilled["metric"] in distilled["rows"][1] and distilled["settings"]["steps"] == 2
+    assert [row["model"] for row in scored["rows"]] == [str(tmp_path / "q"), str(world / "model")]
+    assert "agreement" in scored["rows"][0]
 
 
 def test_inspect_counts_what_the_files_hold(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -150,6 +331,18 @@ def test_inspect_counts_what_the_files_hold(world: Path, tmp_path: Path, capsys:
     assert sum(grid["tensors"] for grid in content["grids"].values()) == len(quantized)
     code, out, _ = run(capsys, "inspect", tmp_path, "--tensors")
     assert code == 0 and "encoder.layer.1.output.dense.codes" in out
+
+
+@pytest.mark.parametrize(("given", "found"), [(True, "static"), (False, "asymmetric")])
+def test_inspect_tells_ranges_that_texts_fixed_from_those_of_a_token(
+    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], given: bool, found: str
+) -> None:
+    texts = ["--texts", world / "texts.txt"] if given else []
+    assert run(capsys, "quantize", world / "model", tmp_path / "out", *texts)[0] == 0
+    header, _, *lines = run(capsys, "inspect", tmp_path / "out")[1].splitlines()[2:]
+    ends = [header.index(name) + len(name) for name in ("activations", "range")]
+    cells = {line[ends[0] : ends[1]].strip() for line in lines}
+    assert cells == {"", found}
 
 
 def test_inspect_reads_a_trainable_model(world: Path, tmp_path: Path) -> None:
@@ -202,6 +395,7 @@ def test_export_to_openvino_says_how_near_it_is(
     ("arguments", "sentence"),
     [
         (["quantize", "WORLD/model", "WORLD/data"], "OUT .* is not empty; name another folder, or add --force"),
+        (["compress", "WORLD/model", "WORLD/data", "--task", "x", "--plan", "WORLD/texts.txt"], "OUT .* is not empty"),
         (["quantize", "WORLD/data", "NEW"], "is a folder without config.json"),
         (["quantize", "WORLD/model", "NEW", "--rounding", "compensated"], "--rounding compensated needs data"),
         (
@@ -229,6 +423,15 @@ def test_export_to_openvino_says_how_near_it_is(
             ["distill", "WORLD/model", "NEW", "--task", "sst2", "--bits", "2", "--recipe", "x"],
             "recipe='x' is not known",
         ),
+        (
+            ["distill", "WORLD/model", "NEW", "--task", "sst2", "--student", "x", "--rounding", "nearest"],
+            "--rounding is for a student in few bits",
+        ),
+        (
+            ["spectrum", "WORLD/model", "--task", "sst2", "--plot", "x.bmpx"],
+            "--plot x.bmpx is no kind of picture that can be drawn; end it in .png",
+        ),
+        (["spectrum", "WORLD/model", "--task", "sst2", "--save", "NEW/a/b.json"], "--save .* is in no folder"),
         (["nothing"], "No such command 'nothing'"),
     ],
 )
@@ -240,6 +443,86 @@ def test_what_cannot_work_is_one_sentence(
     assert code == 2
     assert re.search(sentence, err), err
     assert not Path(new).exists()
+
+
+@pytest.mark.parametrize(
+    ("command", "given", "sentence", "said"),
+    [
+        ("allocate", [], "model: a budget needs the float model; pass model=...", "--model: .*; add --model MODEL"),
+        ("spectrum", [], "tol: 2.0 is not a relative tolerance", "error: --tol: 2.0 is"),
+        ("spectrum", [], "checkpoint: a/b belongs to 3 runs; ask for as many, leave out resume, or give another folder",
+         "error: a/b belongs to 3 runs; ask for as many, add --anew, or name another --save"),
+        ("plan", ["--size-mb", "3"], "size_mb=3 is too small", "--size-mb=3 is too small"),
+        ("plan", [], "within and size_mb contradict", "within and --size-mb contradict"),
+        ("compress", [], "--resume: a/p.json was made with another model; remove the file, or leave --resume out",
+         "error: a/p.json was made with another model; remove its folder, or name another OUT"),
+        ("quantize", ["--groups", "5"], "a.b: groups=5 does not divide", "a.b: --groups=5 does not divide"),
+        ("quantize", [], "a.b: groups=5 does not divide", "a.b: groups=5 does not divide"),
+        ("quantize", [], "bits_config: x.json is wrong: bits=5", "error: --config: x.json is wrong: bits=5"),
+        ("quantize", [], "calibration_data: it is empty", "--texts or --task: it is empty"),
+    ],
+)  # fmt: skip
+def test_refusals_of_the_library_name_options(
+    world: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, command: str, given: list[str],
+    sentence: str, said: str
+) -> None:  # fmt: skip
+    def refuse(*_: object, **__: object) -> None:
+        raise ValueError(sentence)
+
+    for place in ("quantize", "plan", "compress", "spectrum"):
+        monkeypatch.setattr(f"qbert.cli.{place}.set_machine", refuse)
+    monkeypatch.setattr("qbert.hessian.spectrum.HessianSpectrum.load", lambda _: None)
+    monkeypatch.setattr(qbert, "allocate_bits", refuse, raising=False)
+    needed = {
+        "allocate": [world / "texts.txt"],
+        "spectrum": [world / "model", "--task", "sst2"],
+        "plan": [world / "model"],
+        "compress": [world / "model", world / "new", "--task", "sst2", "--plan", world / "texts.txt"],
+        "quantize": [world / "model", world / "new"],
+    }[command]
+    code, _, err = run(capsys, command, *needed, *given)
+    assert code == 2 and re.search(said, err), err
+
+
+@pytest.mark.parametrize(("given", "rows"), [([], 6), (["--fraction", "0.5"], 32)])
+def test_a_spectrum_says_on_how_many_rows_and_about_how_long(
+    world: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, given: list[str], rows: int
+) -> None:
+    def interrupted(*_: object, **asked: object) -> None:
+        assert round(float(str(asked["fraction"])) * 64) == rows
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(qbert, "hessian_spectrum", interrupted, raising=False)
+    code, _, err = run(capsys, "spectrum", world / "model", *task(world), *given)
+    assert code == 130
+    assert re.search(rf"10 subsets of {rows} of 64 training rows: about \d+ (s|minutes)", err), err
+
+
+def test_a_subset_of_a_large_task_has_32_rows_unless_told_otherwise(
+    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(qbert, "hessian_spectrum", interrupted, raising=False)
+    rows = sentiment_rows(640)
+    write_task(tmp_path, "sst2", {"train.jsonl.gz": rows, "dev.jsonl.gz": rows[:4]})
+    asked = ["spectrum", world / "model", "--task", "sst2", "--data-dir", tmp_path]
+    code, _, err = run(capsys, *asked)
+    assert code == 130 and "10 subsets of 32 of 640" in err
+    assert "nothing is kept without --save" in err
+    _, _, err = run(capsys, *asked, "--save", tmp_path / "s.json")
+    assert "it goes on from what" in err and "s.json.partial holds" in err
+
+
+@pytest.mark.parametrize("command", ["spectrum", "plan"])
+def test_a_picture_is_refused_before_any_work_where_nothing_can_draw_it(
+    world: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    monkeypatch.setattr("qbert.extras.is_installed", lambda package: package != "matplotlib")
+    budget = ["--size-mb", "1"] if command == "plan" else []
+    code, _, err = run(capsys, command, world / "nothing", "--task", "nothing", "--plot", "x.png", *budget)
+    assert code == 2 and "--plot needs the package matplotlib" in err
 
 
 def test_few_rows_are_planned_on_in_four_batches() -> None:
