@@ -301,9 +301,10 @@ class NativeProduct:
         return bool(self.matrix.wide)
 
     def __call__(self, x: Tensor) -> Tensor:
-        """float32 [..., I] to [..., O]. Raises RuntimeError in a trace, which cannot record it."""
+        """float32 [..., I] to [..., O]. Raises RuntimeError for another width, dtype or device, and in a trace."""
         if torch.jit.is_tracing():
             raise RuntimeError("a trace cannot record products of the native engine")
+        _check_input(x, self.matrix.columns)
         x = x.contiguous()
         y = torch.empty((*x.shape[:-1], self.matrix.rows), **_PLAIN)
         tokens = x.numel() // self.matrix.columns
@@ -383,6 +384,7 @@ class NativeLayers:
         first = NativeLayer(*layers[0]).maps[1][0].product
         self.library, self.width = first.library, first.matrix.rows
         self._run: Any = self.library.qbert_layers
+        self._heads = {NativeLayer(*layer).heads for layer in layers}
         tile = self.library.qbert_columns_of_a_tile()
         padding = (0, -self.width % tile)
         self.positions = 2**62  # of the longest sequence
@@ -439,8 +441,16 @@ class NativeLayers:
         Args:
             lengths, keys: int64 [B], tokens of each sequence, and how many of them, from the first, are seen.
             mask: for sequences of equal lengths T, as for `__call__`.
+
+        Raises:
+            RuntimeError: for a width, a dtype or lengths that do not fit, or a mask that does not broadcast.
+            ValueError: for a sequence longer than the rotated positions.
         """
-        listed = lengths.tolist()
+        _check_input(x, self.width)
+        listed, seen = lengths.tolist(), keys.tolist()
+        fits = len(listed) == len(seen) and all(0 <= k <= n for k, n in zip(seen, listed, strict=True))
+        if not fits or sum(listed) != len(x) or lengths.dtype != torch.int64 or keys.dtype != torch.int64:
+            raise RuntimeError(f"lengths {listed} with {seen} seen do not fit {len(x)} tokens of int64 lengths")
         if max(listed, default=0) > self.positions:
             raise ValueError(
                 f"a sequence of {max(listed)} tokens is longer than the {self.positions} rotated positions"
@@ -449,15 +459,8 @@ class NativeLayers:
         torch.cumsum(lengths, 0, out=starts[1:])
         chunks = torch.tensor(_chunks(listed, torch.get_num_threads()), dtype=torch.int64, device="cpu")
         x, keys, y = x.contiguous(), keys.contiguous(), torch.empty(x.shape, **_PLAIN)
-        bias: Tensor | None = None
-        strides: tuple[int, ...] = (0, 0, 0)
-        if mask is not None:
-            bias = mask
-            if mask.dtype == torch.bool:
-                bias = torch.zeros(mask.shape, **_PLAIN).masked_fill_(~mask, float("-inf"))
-            bias = bias.float()
-            bias = bias if bias.stride(3) == 1 else bias.contiguous()
-            strides = tuple(0 if n == 1 else s for n, s in zip(bias.shape[:3], bias.stride()[:3], strict=True))
+        bias = None if mask is None else self._bias(mask, listed)
+        strides = (0, 0, 0) if bias is None else bias.stride()[:3]
         place = None if bias is None else bias.data_ptr()
         given = _Batch(len(lengths), starts.data_ptr(), keys.data_ptr(), place, (ctypes.c_int64 * 3)(*strides))
         failed = self._run(
@@ -467,6 +470,30 @@ class NativeLayers:
         if failed:
             raise MemoryError(f"no memory for the activations of {len(x)} tokens")
         return y
+
+    def _bias(self, mask: Tensor, lengths: list[int]) -> Tensor:
+        """What `mask` adds to scores, float32 [B, heads, T, T], the keys next to each other; strides 0 where it repeats.
+
+        The library reads at these strides and knows no sizes. RuntimeError for a mask that does not broadcast.
+        """
+        length = lengths[0] if lengths else 0
+        shape = (len(lengths), max(self._heads), length, length)
+        alike = mask.dim() < 3 or mask.shape[-3] == 1 or len(self._heads) == 1
+        try:
+            expanded = mask.expand(shape) if alike and len(set(lengths)) < 2 else None
+        except RuntimeError:
+            expanded = None
+        if expanded is None or mask.is_complex() or mask.device.type != "cpu":
+            raise RuntimeError(
+                f"a {mask.dtype} mask {list(mask.shape)} on {mask.device} does not broadcast to {list(shape)}, "
+                "[batch, heads, tokens, tokens] of equal lengths"
+            )
+        if mask.dtype == torch.bool:
+            mask = torch.zeros(mask.shape, **_PLAIN).masked_fill_(~mask, float("-inf"))
+        mask = mask.float()
+        if mask.dim() == 0 or mask.shape[-1] != length:
+            mask = mask.expand((*mask.shape[:-1], length))
+        return (mask if mask.stride(-1) == 1 else mask.contiguous()).expand(shape)
 
 
 class NativeThinLayer(NamedTuple):
@@ -499,6 +526,7 @@ class NativeThinLayers(NativeLayers):
     def __init__(self, layers: Sequence[NativeThinLayer]) -> None:
         self.library = layers[0].wide.library
         self._run = self.library.qbert_thin_layers
+        self._heads = {layer.heads for layer in layers}
         self.width, self.positions = layers[0].up.matrix.rows, 2**62
         self._kept = [*layers]
         self._layers = (_ThinLayer * len(layers))()
@@ -520,6 +548,15 @@ class NativeThinLayers(NativeLayers):
         vectors = [F.pad(v, (0, -len(v) % tile)).contiguous() for v in norm[:2]]
         self._kept += vectors
         return _Norm(*map(_pointer, vectors), norm[2], 0.0)
+
+
+def _check_input(x: Tensor, width: int) -> None:
+    """Raises RuntimeError unless the library, which knows no sizes, may read x as float32 [..., width]."""
+    if x.dtype != torch.float32 or x.device.type != "cpu" or x.dim() == 0 or x.shape[-1] != width:
+        raise RuntimeError(
+            f"the native engine takes float32 [..., {width}] on the CPU, and this is {x.dtype} {list(x.shape)} on "
+            f"{x.device}"
+        )
 
 
 def _pointer(tensor: Tensor | None) -> int | None:

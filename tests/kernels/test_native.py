@@ -260,6 +260,24 @@ def test_a_query_that_sees_nothing_gets_zeros_from_attention() -> None:
     torch.testing.assert_close(got, twin(x, products, norms, heads, mask), rtol=1e-3, atol=2e-3)
 
 
+def test_what_does_not_fit_is_refused_before_the_library_reads_it() -> None:
+    products, norms, heads = some_layer(48, 4, 96, native.instruction_set())
+    fast = NativeLayers([(one_term_each(products), norms, heads, 0)])
+    x, two = torch.randn(6, 48), torch.tensor([3, 3])
+    for wrong in (x[:, :47], x.double(), x[0, 0]):
+        with pytest.raises(RuntimeError, match="takes float32"):
+            products[0](wrong)
+    for given in ((x[:, :47], two, two), (x.double(), two, two)):
+        with pytest.raises(RuntimeError, match="takes float32"):
+            fast.run(*given)
+    for lengths, keys in ((two + 1, two), (two, two + 1), (two, two[:1]), (two.int(), two), (two, two.int())):
+        with pytest.raises(RuntimeError, match="do not fit"):
+            fast.run(x, lengths, keys)
+    for shape in ((2, 1, 3, 4), (3, 1, 3, 3), (2, 3, 3, 3), (2, 1, 2, 3), (1, 2, 1, 3, 3)):
+        with pytest.raises(RuntimeError, match="does not broadcast"):
+            fast(x.view(2, 3, 48), torch.zeros(shape))
+
+
 def test_where_it_cannot_be_had_the_reason_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     isa = native.instruction_set()
     monkeypatch.setenv("QBERT_CACHE", str(tmp_path))
