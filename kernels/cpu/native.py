@@ -472,7 +472,7 @@ class NativeLayers:
         return y
 
     def _bias(self, mask: Tensor, lengths: list[int]) -> Tensor:
-        """What `mask` adds to scores, float32 [B, heads, T, T], the keys next to each other; strides 0 where it repeats.
+        """What `mask` adds to scores, float32 [B, heads, T, T], keys next to each other; strides 0 where it repeats.
 
         The library reads at these strides and knows no sizes. RuntimeError for a mask that does not broadcast.
         """

@@ -238,6 +238,29 @@ def test_tags_that_are_no_names_are_named(tags: Any, message: str, tmp_path: Pat
         load_task("mine", data_dir=write_task(tmp_path, "mine", _two(rows)))
 
 
+def test_all_parts_of_a_split_are_read_in_their_order(tmp_path: Path) -> None:
+    rows = [{"text": f"word {i}", "label": i % 2} for i in range(12)]
+    files = {f"train-{i:05d}-of-00011.jsonl": rows[i : i + 1 + i // 10] for i in range(11)} | {"dev.jsonl": rows[:2]}
+    assert load_task("mine", data_dir=write_task(tmp_path, "mine", files)).rows("train") == rows
+    (tmp_path / "mine" / "train-00004-of-00011.jsonl").unlink()
+    with pytest.raises(ValueError, match=r"train-00003-of-00011.jsonl, train-00005-.*are not all parts of one set"):
+        load_task("mine", data_dir=tmp_path)
+
+
+def test_the_plain_name_of_a_split_wins_and_nothing_is_chosen_among_others(tmp_path: Path) -> None:
+    rows = [{"text": f"word {i}", "label": i % 2} for i in range(4)]
+    files = {"train.jsonl": rows, "train-2019-old.jsonl": rows[:2], "dev.jsonl": rows[:2]}
+    assert load_task("mine", data_dir=write_task(tmp_path, "mine", files)).rows("train") == rows
+    (tmp_path / "mine" / "train.jsonl").rename(tmp_path / "mine" / "train-v2.jsonl")
+    with pytest.raises(
+        ValueError, match=r"several files for split 'train': train-2019-old.jsonl, train-v2.jsonl; take"
+    ):
+        load_task("mine", data_dir=tmp_path)
+    write_task(tmp_path, "twice", {"train.jsonl": rows, "train.json": rows[:2], "dev.jsonl": rows})
+    with pytest.raises(ValueError, match=r"several files for split 'train': train.json, train.jsonl"):
+        load_task("twice", data_dir=tmp_path)
+
+
 def test_a_byte_order_mark_is_passed_over(tmp_path: Path) -> None:
     write_task(tmp_path, "mine", _two([{"text": "a", "label": 0}, {"text": "b", "label": 1}]))
     for file in (tmp_path / "mine").iterdir():
