@@ -199,14 +199,19 @@ def _read_rows(path: Path, kind: Kind, text_fields: tuple[str, ...], tag_field: 
 
 def _read_spans(path: Path) -> list[Row]:
     """Questions of a file in SQuAD's layout, or with one question a row as the hub gives them."""
-    try:
-        return [
-            row
-            for part in read_objects(path)
-            for row in (_article_rows(part) if "paragraphs" in part else [_span_row(part, part["context"])])
-        ]
-    except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} is not in the SQuAD v1.1 layout (missing {error}); see its data sheet") from None
+    rows: list[Row] = []
+    for i, part in enumerate(read_objects(path)):
+        try:
+            rows += _article_rows(part) if "paragraphs" in part else [_span_row(part, part["context"])]
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{path} is not in the SQuAD v1.1 layout (missing {error}); see its data sheet") from None
+        except _BadAnswersError as error:
+            raise ValueError(f"row {i} of {path}: {error}") from None
+    return rows
+
+
+class _BadAnswersError(Exception):
+    """Answers that are no list of texts and places."""
 
 
 def _article_rows(article: Mapping[str, Any]) -> list[Row]:
@@ -221,8 +226,18 @@ def _span_row(question: Mapping[str, Any], context: str) -> Row:
     """One question; its answers are dicts, or lists of texts and of starts."""
     answers = question["answers"]
     if isinstance(answers, Mapping):
-        pairs = zip(answers["text"], answers["answer_start"], strict=True)
-        answers = [{"text": text, "answer_start": start} for text, start in pairs]
+        texts, starts = answers["text"], answers["answer_start"]
+        if not isinstance(texts, list) or not isinstance(starts, list) or len(texts) != len(starts):
+            raise _BadAnswersError(
+                f"answers of question {question['id']!r} have text {texts!r} and answer_start {starts!r}; expected two "
+                "lists of one length"
+            )
+        answers = [{"text": text, "answer_start": start} for text, start in zip(texts, starts, strict=True)]
+    if not isinstance(answers, list) or not all(isinstance(answer, Mapping) for answer in answers):
+        raise _BadAnswersError(
+            f"answers of question {question['id']!r} are {answers!r}; expected a list of objects with text and "
+            "answer_start, or an object of two lists"
+        )
     return {
         "id": question["id"],
         "question": question["question"],
