@@ -166,7 +166,7 @@ def cache_folder(folder: str | Path | None = None) -> Path:
     Raises:
         PermissionError: the folder cannot be made or written to; names QBERT_CACHE as the mend.
     """
-    chosen = Path(folder or os.environ.get("QBERT_CACHE") or _platform_cache() / "qbert").expanduser()
+    chosen = cache_path(folder)
     try:
         chosen.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=chosen):
@@ -177,6 +177,11 @@ def cache_folder(folder: str | Path | None = None) -> Path:
             "set QBERT_CACHE (or cache_dir=...) to a folder of yours"
         ) from error
     return chosen
+
+
+def cache_path(folder: str | Path | None = None) -> Path:
+    """Where the cache folder is, whether it is there or not; to read from, where it may be another user's."""
+    return Path(folder or os.environ.get("QBERT_CACHE") or _platform_cache() / "qbert").expanduser()
 
 
 def _platform_cache() -> Path:

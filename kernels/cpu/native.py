@@ -1,9 +1,10 @@
 """The native engine: int8 products and whole encoder layers in `native.cpp`, built once where a compiler is at hand.
 
-The library is plain C++ without torch's headers: a few seconds of compiling, once for each source, compiler and
-instruction set. It rests in the cache folder (``$QBERT_CACHE``) and is tried on exact integers before it is used.
-Nothing needs it: where it cannot be had, `reason_not_native` says why, and the chains of torch operators (`linear`),
-which are its slow twin, do the same work.
+The library is plain C++ without torch's headers: a few seconds of compiling, once for each source and instruction set.
+It rests in the cache folder (``$QBERT_CACHE``) and is tried on exact integers before it is used. Where it is there
+already, neither a compiler nor a folder that can be written is needed: `build_libraries` fills a cache while an image
+is built. Nothing needs the engine: where it cannot be had, `reason_not_native` says why, and the chains of torch operators
+(`linear`), which are its slow twin, do the same work.
 
     if not reason_not_native():
         product = NativeProduct.prepare(codes, scale, zero, bias, asymmetric=True)
@@ -12,6 +13,7 @@ which are its slow twin, do the same work.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import hashlib
@@ -29,7 +31,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qbert.files import cache_folder, write_whole
+from qbert.files import cache_folder, cache_path, write_whole
 from qbert.kernels.cpu.gemm import fit_pairs, split_excess
 
 logger = logging.getLogger(__name__)
@@ -112,11 +114,14 @@ class _Batch(ctypes.Structure):
 @functools.cache
 def reason_not_native() -> str:
     """Why the native engine cannot run here; empty if it can. The library is built by the first call, and tried."""
+    level = logging.INFO
     try:
-        _library(instruction_set())
+        instructions = instruction_set()
+        level = logging.WARNING  # this processor could run it
+        _library(instructions)
     except (RuntimeError, OSError) as error:
         reason = str(error)
-        logger.info("no native engine: %s; torch's operators do its work", reason)
+        logger.log(level, "no native engine: %s; torch's operators do its work, more slowly", reason)
         return reason
     return ""
 
@@ -165,7 +170,13 @@ def processor() -> tuple[str, frozenset[str]]:
 @functools.cache
 def _library(instructions: str) -> ctypes.CDLL:
     """The library for one of `INSTRUCTIONS`, built if need be. Raises RuntimeError or OSError that says why not."""
-    library = ctypes.CDLL(str(_built(instructions)))
+    found = _target(instructions).is_file()
+    try:
+        library = ctypes.CDLL(str(_built(instructions)))
+    except OSError:
+        if not found or _compiler() is None:
+            raise
+        library = ctypes.CDLL(str(_built(instructions, again=True)))  # that one was built for another system
     integer, pointer = ctypes.c_int64, ctypes.c_void_p
     library.qbert_linear.argtypes = [pointer, pointer, integer, pointer, ctypes.c_int32]
     for stack in (library.qbert_layers, library.qbert_thin_layers):
@@ -174,34 +185,82 @@ def _library(instructions: str) -> ctypes.CDLL:
     return library
 
 
-def _built(instructions: str) -> Path:
-    source = Path(__file__).with_name("native.cpp")
-    compiler = next(filter(None, map(shutil.which, (os.environ.get("CXX", ""), "g++", "clang++", "c++"))), None)
-    if compiler is None:
-        raise RuntimeError("no C++ compiler was found (g++, clang++ or $CXX)")
-    options = [*_OPTIONS, *INSTRUCTIONS[instructions]]
-    made = os.stat(compiler)
-    key = [source.read_text(encoding="utf-8"), *options, os.path.realpath(compiler), made.st_size, made.st_mtime_ns]
+def build_libraries() -> dict[str, Path]:
+    """Build the library for all of `INSTRUCTIONS` where it is not in the cache: instruction set -> file.
+
+    For images, which may run on another processor than the one they are built on; nothing is tried here.
+
+    Raises:
+        RuntimeError: without a compiler, or where it fails.
+        OSError: where the cache folder cannot be written.
+    """
+    return {instructions: _built(instructions) for instructions in INSTRUCTIONS}
+
+
+_KEPT = 4  # libraries of other versions of the source, of each instruction set
+
+
+def _options(instructions: str) -> list[str]:
+    return [*_OPTIONS, *INSTRUCTIONS[instructions]]
+
+
+def _source() -> Path:
+    return Path(__file__).with_name("native.cpp")
+
+
+def _target(instructions: str) -> Path:
+    """The file of the library in the cache, found without a compiler."""
+    key = [_source().read_text(encoding="utf-8"), *_options(instructions)]
     digest = hashlib.sha256(repr(key).encode()).hexdigest()[:16]
-    target = cache_folder() / "native" / f"{instructions}-{digest}.so"
-    if not target.is_file():
+    return cache_path() / "native" / f"{instructions}-{digest}.so"
 
-        def build(aside: Path) -> None:
-            command = [compiler, *options, str(source), "-o", str(aside)]
-            done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-            if done.returncode:
-                lines = done.stderr.strip().splitlines()
-                raise RuntimeError(f"{compiler} failed: {next((x for x in lines if 'error' in x), lines[-1:])}")
-            aside.chmod(0o700)
 
-        try:
-            write_whole(target, build)
-        except subprocess.TimeoutExpired as error:
-            raise RuntimeError(f"{compiler} took more than {error.timeout:.0f} seconds") from error
+def _compiler() -> str | None:
+    return next(filter(None, map(shutil.which, (os.environ.get("CXX", ""), "g++", "clang++", "c++"))), None)
+
+
+def _built(instructions: str, again: bool = False) -> Path:
+    """The file of the library, compiled where it is not there or `again`; none that others could have written."""
+    target = _target(instructions)
+    if again or not target.is_file():
+        _compile(instructions, target)
     owner = target.stat()
     if owner.st_uid not in (0, os.getuid()) or owner.st_mode & 0o022:
         raise RuntimeError(f"{target} can be written by others, and will not be run; remove it, or set QBERT_CACHE")
     return target
+
+
+def _compile(instructions: str, target: Path) -> None:
+    compiler = _compiler()
+    if compiler is None:
+        raise RuntimeError(f"no C++ compiler was found (g++, clang++ or $CXX), and no {target} built before")
+
+    def build(aside: Path) -> None:
+        command = [compiler, *_options(instructions), str(_source()), "-o", str(aside)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+        if done.returncode:
+            lines = done.stderr.strip().splitlines()
+            raise RuntimeError(f"{compiler} failed: {next((x for x in lines if 'error' in x), lines[-1:])}")
+        aside.chmod(0o755)  # for other users of a cache that came with an image
+
+    cache_folder()  # says how to mend a folder that cannot be written
+    try:
+        write_whole(target, build)
+    except subprocess.TimeoutExpired as error:
+        raise RuntimeError(f"{compiler} took more than {error.timeout:.0f} seconds") from error
+    _remove_old(target, instructions)
+
+
+def _remove_old(target: Path, instructions: str) -> None:
+    """Leave the latest libraries of other sources, which other installations may use; processes keep what they run."""
+    times = {}
+    for other in target.parent.glob(f"{instructions}-*.so"):
+        with contextlib.suppress(FileNotFoundError):
+            times[other] = other.stat().st_mtime_ns
+    times.pop(target, None)
+    for other in sorted(times, key=lambda path: times[path])[:-_KEPT]:
+        with contextlib.suppress(OSError):  # another process has removed it, or it is another user's
+            other.unlink()
 
 
 def _try(library: ctypes.CDLL, instructions: str) -> None:
@@ -301,9 +360,10 @@ class NativeProduct:
         return bool(self.matrix.wide)
 
     def __call__(self, x: Tensor) -> Tensor:
-        """float32 [..., I] to [..., O]. Raises RuntimeError in a trace, which cannot record it."""
+        """float32 [..., I] to [..., O]. Raises RuntimeError for another width, dtype or device, and in a trace."""
         if torch.jit.is_tracing():
             raise RuntimeError("a trace cannot record products of the native engine")
+        _check_input(x, self.matrix.columns)
         x = x.contiguous()
         y = torch.empty((*x.shape[:-1], self.matrix.rows), **_PLAIN)
         tokens = x.numel() // self.matrix.columns
@@ -383,6 +443,7 @@ class NativeLayers:
         first = NativeLayer(*layers[0]).maps[1][0].product
         self.library, self.width = first.library, first.matrix.rows
         self._run: Any = self.library.qbert_layers
+        self._heads = {NativeLayer(*layer).heads for layer in layers}
         tile = self.library.qbert_columns_of_a_tile()
         padding = (0, -self.width % tile)
         self.positions = 2**62  # of the longest sequence
@@ -439,8 +500,16 @@ class NativeLayers:
         Args:
             lengths, keys: int64 [B], tokens of each sequence, and how many of them, from the first, are seen.
             mask: for sequences of equal lengths T, as for `__call__`.
+
+        Raises:
+            RuntimeError: for a width, a dtype or lengths that do not fit, or a mask that does not broadcast.
+            ValueError: for a sequence longer than the rotated positions.
         """
-        listed = lengths.tolist()
+        _check_input(x, self.width)
+        listed, seen = lengths.tolist(), keys.tolist()
+        fits = len(listed) == len(seen) and all(0 <= k <= n for k, n in zip(seen, listed, strict=True))
+        if not fits or sum(listed) != len(x) or lengths.dtype != torch.int64 or keys.dtype != torch.int64:
+            raise RuntimeError(f"lengths {listed} with {seen} seen do not fit {len(x)} tokens of int64 lengths")
         if max(listed, default=0) > self.positions:
             raise ValueError(
                 f"a sequence of {max(listed)} tokens is longer than the {self.positions} rotated positions"
@@ -449,15 +518,8 @@ class NativeLayers:
         torch.cumsum(lengths, 0, out=starts[1:])
         chunks = torch.tensor(_chunks(listed, torch.get_num_threads()), dtype=torch.int64, device="cpu")
         x, keys, y = x.contiguous(), keys.contiguous(), torch.empty(x.shape, **_PLAIN)
-        bias: Tensor | None = None
-        strides: tuple[int, ...] = (0, 0, 0)
-        if mask is not None:
-            bias = mask
-            if mask.dtype == torch.bool:
-                bias = torch.zeros(mask.shape, **_PLAIN).masked_fill_(~mask, float("-inf"))
-            bias = bias.float()
-            bias = bias if bias.stride(3) == 1 else bias.contiguous()
-            strides = tuple(0 if n == 1 else s for n, s in zip(bias.shape[:3], bias.stride()[:3], strict=True))
+        bias = None if mask is None else self._bias(mask, listed)
+        strides = (0, 0, 0) if bias is None else bias.stride()[:3]
         place = None if bias is None else bias.data_ptr()
         given = _Batch(len(lengths), starts.data_ptr(), keys.data_ptr(), place, (ctypes.c_int64 * 3)(*strides))
         failed = self._run(
@@ -467,6 +529,30 @@ class NativeLayers:
         if failed:
             raise MemoryError(f"no memory for the activations of {len(x)} tokens")
         return y
+
+    def _bias(self, mask: Tensor, lengths: list[int]) -> Tensor:
+        """What `mask` adds to scores, float32 [B, heads, T, T], keys next to each other; strides 0 where it repeats.
+
+        The library reads at these strides and knows no sizes. RuntimeError for a mask that does not broadcast.
+        """
+        length = lengths[0] if lengths else 0
+        shape = (len(lengths), max(self._heads), length, length)
+        alike = mask.dim() < 3 or mask.shape[-3] == 1 or len(self._heads) == 1
+        try:
+            expanded = mask.expand(shape) if alike and len(set(lengths)) < 2 else None
+        except RuntimeError:
+            expanded = None
+        if expanded is None or mask.is_complex() or mask.device.type != "cpu":
+            raise RuntimeError(
+                f"a {mask.dtype} mask {list(mask.shape)} on {mask.device} does not broadcast to {list(shape)}, "
+                "[batch, heads, tokens, tokens] of equal lengths"
+            )
+        if mask.dtype == torch.bool:
+            mask = torch.zeros(mask.shape, **_PLAIN).masked_fill_(~mask, float("-inf"))
+        mask = mask.float()
+        if mask.dim() == 0 or mask.shape[-1] != length:
+            mask = mask.expand((*mask.shape[:-1], length))
+        return (mask if mask.stride(-1) == 1 else mask.contiguous()).expand(shape)
 
 
 class NativeThinLayer(NamedTuple):
@@ -499,6 +585,7 @@ class NativeThinLayers(NativeLayers):
     def __init__(self, layers: Sequence[NativeThinLayer]) -> None:
         self.library = layers[0].wide.library
         self._run = self.library.qbert_thin_layers
+        self._heads = {layer.heads for layer in layers}
         self.width, self.positions = layers[0].up.matrix.rows, 2**62
         self._kept = [*layers]
         self._layers = (_ThinLayer * len(layers))()
@@ -520,6 +607,15 @@ class NativeThinLayers(NativeLayers):
         vectors = [F.pad(v, (0, -len(v) % tile)).contiguous() for v in norm[:2]]
         self._kept += vectors
         return _Norm(*map(_pointer, vectors), norm[2], 0.0)
+
+
+def _check_input(x: Tensor, width: int) -> None:
+    """Raises RuntimeError unless the library, which knows no sizes, may read x as float32 [..., width]."""
+    if x.dtype != torch.float32 or x.device.type != "cpu" or x.dim() == 0 or x.shape[-1] != width:
+        raise RuntimeError(
+            f"the native engine takes float32 [..., {width}] on the CPU, and this is {x.dtype} {list(x.shape)} on "
+            f"{x.device}"
+        )
 
 
 def _pointer(tensor: Tensor | None) -> int | None:

@@ -61,6 +61,7 @@ logger = logging.getLogger(__name__)
 Model = TypeVar("Model", bound=nn.Module)
 # Tokens per thread that run together. Small chunks cut padding well; without any, larger ones reuse weights more often.
 _CHUNK_TOKENS, _FULL_CHUNK_TOKENS = 256, 512
+_NOTHING_LEFT = -1e4  # added to a score, hides its key
 
 
 @torch.inference_mode(False)  # tensors made in inference mode could be used nowhere else
@@ -321,7 +322,7 @@ class FusedEncoder(FastForward):
             and not any(kwargs.get(name) for name in wanted if not isinstance(kwargs.get(name), Tensor))
             and kwargs.get("return_dict") in (None, True)
             and not isinstance(kwargs.get("encoder_hidden_states"), Tensor)
-            and (mask is None or mask.dim() == 4)
+            and (mask is None or _is_added_or_chosen(mask, x))
             and not _active_collector.get()
             and not self.encoder.training
         )
@@ -462,12 +463,29 @@ def _log_layers(model: str, encoder: Any) -> list[nn.Module]:
     return own_layers
 
 
+def _is_added_or_chosen(mask: Tensor, x: Tensor) -> bool:
+    """Whether `mask` fits the scores of x [B, T, H], and is of a kind that attention takes: booleans or what is added.
+
+    All others are for the model's own forward to refuse.
+    """
+    batch, length = x.shape[:2]
+    return (
+        mask.dim() == 4
+        and (mask.dtype == torch.bool or mask.is_floating_point())
+        and mask.device == x.device
+        and mask.shape[0] in (1, batch)
+        and all(n in (1, length) for n in mask.shape[2:])
+    )
+
+
 def _lengths(mask: Tensor, shape: torch.Size) -> Tensor | None:
     """Tokens in each row [B], at least 1, if `mask` [B, 1, T or 1, T] hides nothing but padding on the right."""
     batch, longest = shape
     if mask.shape[0] != batch or mask.shape[1] != 1 or mask.shape[3] != longest:
         return None
     seen = mask if mask.dtype == torch.bool else mask == 0
+    if mask.dtype != torch.bool and not bool((seen | (mask <= _NOTHING_LEFT)).all()):
+        return None
     if not bool((seen == seen[:, :, :1]).all()):
         return None
     return tokens_before_padding(seen[:, 0, 0])

@@ -28,6 +28,7 @@ from qbert.runtimes.openvino import OpenVinoSession, openvino_model, openvino_tw
 from qbert.runtimes.recorded import ALIKE, RECORDED, SAME, Recorded, record_model, relative_error
 
 Session = Callable[[tuple[Tensor, ...]], tuple[Tensor, ...]]
+_INTEGERS = (torch.int64, torch.int32)  # that a table is read by
 _INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 
 
@@ -89,7 +90,7 @@ class RuntimeModel(FastForward):
         self._copied.check(ids.numel())
         seen = torch.ones_like(ids) if mask is None else mask.to(torch.int64)
         types = torch.zeros_like(ids) if types is None else types
-        values = {"input_ids": ids, "attention_mask": seen, "token_type_ids": types}
+        values = {"input_ids": ids.to(torch.int64), "attention_mask": seen, "token_type_ids": types.to(torch.int64)}
         dtype = next((p.dtype for p in base.parameters() if p.is_floating_point()), torch.float32)
         found = [value.to(dtype) for value in self._session()(tuple(values[name] for name in self.inputs))]
         if self.zero_padding and mask is not None and tokens_before_padding(mask != 0) is not None:
@@ -108,12 +109,17 @@ class RuntimeModel(FastForward):
         return (
             ids.device.type == "cpu"
             and is_plain_request(self.base, ids, mask, given.pop("inputs_embeds", None), given)
+            and ids.dtype in _INTEGERS
             and ids.shape[1] <= self._longest
             and 0 <= int(ids.min()) <= int(ids.max()) < config.vocab_size
             and (mask is None or bool((mask != 0).any(1).all()))
             and (
                 types is None
-                or (types.shape == ids.shape and 0 <= int(types.min()) <= int(types.max()) < config.type_vocab_size)
+                or (
+                    types.shape == ids.shape
+                    and types.dtype in _INTEGERS
+                    and 0 <= int(types.min()) <= int(types.max()) < config.type_vocab_size
+                )
             )
         )
 

@@ -2,7 +2,8 @@
 
 One JSON object a line; a file called .json may hold those too, or one array of them (as `datasets` writes either). The
 held-out file is called dev, validation or dev_matched; dev_mismatched (or
-validation_mismatched) becomes a second held-out split. A version or size may follow the name ("train-v1.1.json").
+validation_mismatched) becomes a second held-out split. A version or size may follow the name ("train-v1.1.json"), or a
+number of several ("train-00000-of-00002.jsonl"), which are then read one behind the other.
 It stands alone because it knows layouts of files only; which task has which, and what rows mean, is the registry's.
 
     >>> read_splits(Path("data/sst2"), "classification", ("sentence",))["train"][0]
@@ -45,24 +46,51 @@ def find_folder(data_dir: Path, name: str) -> Path:
     if not data_dir.is_dir():
         raise FileNotFoundError(f"data_dir {str(data_dir)!r} is not a folder; name one that holds the task's files")
     for folder in (data_dir / name, data_dir):
-        if _split_file(folder, "train") and _split_file(folder, "validation"):
+        if _candidates(folder, "train") and _candidates(folder, "validation"):
             return folder
-    offered = sorted(d.name for d in data_dir.iterdir() if d.is_dir() and _split_file(d, "train"))
+    offered = sorted(d.name for d in data_dir.iterdir() if d.is_dir() and _candidates(d, "train"))
     raise FileNotFoundError(
         f"data_dir {str(data_dir)!r} has no task {name!r} (no {name}/train.jsonl[.gz] with {name}/dev.jsonl[.gz]); "
         + (f"it has: {', '.join(offered)}" if offered else "it has no task at all")
     )
 
 
-def _split_file(folder: Path, split: str) -> Path | None:
-    files = sorted(folder.iterdir()) if folder.is_dir() else []
+def _candidates(folder: Path, split: str) -> list[re.Match[str]]:
+    """The names of files in `folder` that may hold a split: those of the first stem that has any, sorted."""
+    names = sorted(file.name for file in folder.iterdir()) if folder.is_dir() else []
     for stem in _STEMS[split]:
-        # a version or a size may follow: train-v1.1.json.gz, dev_mismatched_1000.jsonl.gz
-        pattern = re.compile(rf"{stem}([-_]v?\d.*)?\.jsonl?(\.gz)?")
-        for file in files:
-            if pattern.fullmatch(file.name):
-                return file
-    return None
+        # a version, a size or a number may follow: train-v1.1.json.gz, dev_mismatched_1000.jsonl.gz, train-0-of-2.json
+        pattern = re.compile(rf"{stem}(?P<more>[-_](?:(?P<part>\d+)-of-(?P<parts>\d+)|v?\d.*))?\.jsonl?(\.gz)?")
+        found = [match for name in names if (match := pattern.fullmatch(name))]
+        if found:
+            return found
+    return []
+
+
+def _split_files(folder: Path, split: str) -> list[Path]:
+    """The files of a split in their order, if any: the one of the plain name, else all parts, else the only one.
+
+    Raises:
+        ValueError: where files are left to choose from, or a part is missing.
+    """
+    found = _candidates(folder, split)
+    plain = [match for match in found if not match["more"]]
+    chosen = plain or found
+    parts = {int(match["part"]): match for match in chosen if match["part"]}
+    if not plain and len(parts) == len(chosen) and parts:
+        first, count = min(parts), len(parts)
+        if first <= 1 and max(parts) == first + count - 1 and {int(m["parts"]) for m in chosen} == {count}:
+            return [folder / parts[number].string for number in sorted(parts)]
+        raise ValueError(
+            f"{folder} has {', '.join(m.string for m in chosen)} for split {split!r}, which are not all parts of one "
+            "set; bring the others, or take away those of another set"
+        )
+    if len(chosen) > 1:
+        raise ValueError(
+            f"{folder} has several files for split {split!r}: {', '.join(m.string for m in chosen)}; take away all but "
+            "one, or give one the plain name, such as train.jsonl"
+        )
+    return [folder / match.string for match in chosen]
 
 
 def read_lines(path: Path) -> Iterator[Any]:
@@ -144,14 +172,13 @@ def read_splits(
     folder: Path, kind: Kind, text_fields: tuple[str, ...], tag_field: str = "ner_tags"
 ) -> dict[str, list[Row]]:
     """All splits of a folder, each row cut to the fields that the task needs (see `qbert.tasks.task`)."""
-    splits = {}
+    splits: dict[str, list[Row]] = {}
     for split in _STEMS:
-        path = _split_file(folder, split)
-        if path is not None:
+        for path in _split_files(folder, split):
             rows = _read_spans(path) if kind == "span" else _read_rows(path, kind, text_fields, tag_field)
             if not rows:
                 raise ValueError(f"{path} is empty; expected one JSON object a line")
-            splits[split] = rows
+            splits.setdefault(split, []).extend(rows)
     return splits
 
 
@@ -172,14 +199,19 @@ def _read_rows(path: Path, kind: Kind, text_fields: tuple[str, ...], tag_field: 
 
 def _read_spans(path: Path) -> list[Row]:
     """Questions of a file in SQuAD's layout, or with one question a row as the hub gives them."""
-    try:
-        return [
-            row
-            for part in read_objects(path)
-            for row in (_article_rows(part) if "paragraphs" in part else [_span_row(part, part["context"])])
-        ]
-    except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} is not in the SQuAD v1.1 layout (missing {error}); see its data sheet") from None
+    rows: list[Row] = []
+    for i, part in enumerate(read_objects(path)):
+        try:
+            rows += _article_rows(part) if "paragraphs" in part else [_span_row(part, part["context"])]
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{path} is not in the SQuAD v1.1 layout (missing {error}); see its data sheet") from None
+        except _BadAnswersError as error:
+            raise ValueError(f"row {i} of {path}: {error}") from None
+    return rows
+
+
+class _BadAnswersError(Exception):
+    """Answers that are no list of texts and places."""
 
 
 def _article_rows(article: Mapping[str, Any]) -> list[Row]:
@@ -194,8 +226,18 @@ def _span_row(question: Mapping[str, Any], context: str) -> Row:
     """One question; its answers are dicts, or lists of texts and of starts."""
     answers = question["answers"]
     if isinstance(answers, Mapping):
-        pairs = zip(answers["text"], answers["answer_start"], strict=True)
-        answers = [{"text": text, "answer_start": start} for text, start in pairs]
+        texts, starts = answers["text"], answers["answer_start"]
+        if not isinstance(texts, list) or not isinstance(starts, list) or len(texts) != len(starts):
+            raise _BadAnswersError(
+                f"answers of question {question['id']!r} have text {texts!r} and answer_start {starts!r}; expected two "
+                "lists of one length"
+            )
+        answers = [{"text": text, "answer_start": start} for text, start in zip(texts, starts, strict=True)]
+    if not isinstance(answers, list) or not all(isinstance(answer, Mapping) for answer in answers):
+        raise _BadAnswersError(
+            f"answers of question {question['id']!r} are {answers!r}; expected a list of objects with text and "
+            "answer_start, or an object of two lists"
+        )
     return {
         "id": question["id"],
         "question": question["question"],
@@ -210,8 +252,7 @@ def _span_row(question: Mapping[str, Any], context: str) -> Row:
 
 def infer_layout(folder: Path) -> tuple[Kind, tuple[str, ...], str]:
     """(kind, text fields, tag field) of an unknown folder, from its first training row."""
-    path = _split_file(folder, "train")
-    assert path is not None  # find_folder has seen it
+    path = _split_files(folder, "train")[0]  # find_folder has seen it
     first = next(read_objects(path), None)
     if first is None:
         raise ValueError(f"{path} is empty; expected one JSON object a line")

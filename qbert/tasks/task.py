@@ -200,10 +200,24 @@ def check_split(task: Task, split: str, rows: Sequence[Row]) -> None:
     }[task.kind]
     for row in rows:
         wrong = [name for name in task.text_fields if name != "tokens" and not isinstance(row[name], str)]
-        problem = f"{wrong[0]} is {row[wrong[0]]!r}, expected text" if wrong else check(row, task)
+        problem = (
+            f"{wrong[0]} is {row[wrong[0]]!r}, expected text" if wrong else check(row, task) or _check_text(row, task)
+        )
         if problem:
             index = next(i for i, other in enumerate(task.rows(split)) if other is row)
             raise ValueError(f"row {index} of split {split!r} of task {task.name!r} ({task.source}): {problem}")
+
+
+def _check_text(row: Row, task: Task) -> str:
+    """Tokenizers take no text with half of a surrogate pair, which JSON can hold."""
+    for name in task.text_fields:
+        for text in row[name] if name == "tokens" else [row[name]]:
+            try:
+                text.encode()
+            except UnicodeEncodeError as error:
+                half = text[error.start : error.end]
+                return f"{name} holds {half!r}, half of a character (an emoji that was cut?); mend or leave out the row"
+    return ""
 
 
 def _is_number(value: Any) -> bool:
@@ -217,7 +231,10 @@ def _check_class(row: Row, task: Task) -> str:
     label, last = row["label"], len(task.label_names) - 1
     classes = f"0 to {last} ({', '.join(task.label_names)})"
     if isinstance(label, bool) or not isinstance(label, Integral):
-        return f"label is {label!r}, expected an integer from {classes}"
+        mend = ""
+        if _is_number(label):
+            mend = "; for a regression write every label with a point (5.0), or name a task of numbers"
+        return f"label is {label!r}, expected an integer from {classes}{mend}"
     if not 0 <= int(label) <= last:
         mend = "; it marks a row without a label: leave such rows out" if label in _UNLABELLED else ""
         return f"label {label} is out of range, expected {classes}{mend}"
@@ -251,6 +268,14 @@ def _check_span(row: Row, task: Task) -> str:
     answers = row["answers"]
     if not answers["text"]:
         return f"question {row['id']!r} has no answer (SQuAD v1.1 has at least one; v2 is not supported)"
+    for text in answers["text"]:
+        if not isinstance(text, str):
+            return f"an answer of question {row['id']!r} is {text!r}, expected text"
+    for start in answers["answer_start"]:
+        if isinstance(start, bool) or not isinstance(start, Integral) or start < 0:
+            return (
+                f"answer_start of question {row['id']!r} is {start!r}, expected a character's place, an integer from 0"
+            )
     if not all(text.strip() for text in answers["text"]):
         return f"an answer of question {row['id']!r} is empty; give it words, or leave the question out"
     for text, start in zip(answers["text"], answers["answer_start"], strict=True):

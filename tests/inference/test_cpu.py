@@ -440,3 +440,49 @@ def test_albert_runs_its_layers_as_often_as_it_does(mask: str, engine: str) -> N
         keep = seen.bool()
         got, expected = hidden(fast, batch), hidden(packed, batch)
         assert (got - expected)[keep].norm() < 0.02 * expected[keep].norm()
+
+
+@pytest.mark.parametrize("engine", ["native", "fp32"])
+@pytest.mark.parametrize("family", ["bert", "roberta", "distilbert", "albert", "electra", "mobilebert"])
+def test_a_mask_that_fits_no_scores_or_is_no_mask_is_refused_as_by_the_packed_model(family: str, engine: str) -> None:
+    if reason_not(engine):
+        pytest.skip(reason_not(engine))
+    packed = encoder(family, **({} if engine == "native" else EXACT))
+    fast = optimize_for_inference(packed, engine=engine)
+    ids = torch.randint(5, 90, (3, 9))
+    holes = torch.ones(3, 7, dtype=torch.long)
+    holes[0, 2] = 0
+    shapes = ((2, 1, 9, 9), (3, 1, 9, 7), (3, 3, 9, 9), (3, 1, 5, 9))
+    for mask in (holes, torch.ones(3, 1, 9, 9, dtype=torch.long), *map(torch.zeros, shapes)):
+        for model in (packed, fast):
+            with pytest.raises((RuntimeError, ValueError)), torch.no_grad():
+                model(ids, attention_mask=mask)
+
+
+@pytest.mark.parametrize("engine", ["native", "fp32"])
+@pytest.mark.parametrize("family", ["bert", "distilbert", "mobilebert"])
+def test_masks_that_broadcast_in_any_dimension_give_the_packed_outputs(family: str, engine: str) -> None:
+    if reason_not(engine):
+        pytest.skip(reason_not(engine))
+    packed = encoder(family, **({} if engine == "native" else EXACT))
+    fast = optimize_for_inference(packed, engine=engine)
+    ids = torch.randint(5, 90, (3, 9))
+    wide = torch.full((3, 1, 1, 64), -1e4)
+    wide[..., 0] = 0
+    rows = torch.full((8, 1, 9, 9), -1e4)
+    rows[:1] = 0
+    keys = torch.zeros(1, 1, 1, 9)
+    keys[..., 4:] = -torch.inf
+    for mask in (wide[..., :1], rows[:1], keys, keys == 0, keys.expand(3, 4, 9, 9)):
+        batch = {"input_ids": ids, "attention_mask": mask}
+        expected = hidden(packed, batch)
+        assert (hidden(fast, batch) - expected).norm() / expected.norm() < (0.02 if engine == "native" else 1e-5)
+
+
+def test_what_a_mask_adds_without_hiding_is_no_padding() -> None:
+    packed = encoder("bert", **EXACT)
+    fast = optimize_for_inference(packed, skip_padding=True)
+    added = torch.zeros(2, 1, 1, 6)
+    added[..., 4:] = 1.5
+    batch = {"input_ids": torch.randint(5, 90, (2, 6)), "attention_mask": added}
+    assert torch.allclose(hidden(fast, batch), hidden(packed, batch), rtol=1e-4, atol=1e-5)

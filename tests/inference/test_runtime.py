@@ -59,6 +59,19 @@ def test_outputs_are_those_of_the_packed_model(engine: str, side: str, monkeypat
 
 
 @pytest.mark.parametrize("engine", ENGINES)
+def test_ids_and_types_may_be_int32(engine: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, fast = made(engine)
+    batch = inputs_for("bert", 3, 11)
+    batch["token_type_ids"] = (torch.arange(11) > 4).long().expand(3, 11)
+    wanted = outputs(fast, batch)
+    calls = base_calls(fast, monkeypatch)
+    assert (outputs(fast, {name: value.int() for name, value in batch.items()}) - wanted).norm() < 1e-3 * wanted.norm()
+    assert calls == [1]
+    with pytest.raises((IndexError, RuntimeError)):
+        outputs(fast, {"input_ids": batch["input_ids"].float()})
+
+
+@pytest.mark.parametrize("engine", ENGINES)
 def test_a_text_has_the_same_embedding_in_any_batch(engine: str) -> None:
     _, fast = made(engine)
     lengths = torch.tensor([9, 3, 7, 1])

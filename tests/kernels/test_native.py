@@ -2,6 +2,7 @@
 
 import functools
 import os
+import shutil
 import stat
 import sys
 from collections.abc import Callable, Sequence
@@ -260,6 +261,24 @@ def test_a_query_that_sees_nothing_gets_zeros_from_attention() -> None:
     torch.testing.assert_close(got, twin(x, products, norms, heads, mask), rtol=1e-3, atol=2e-3)
 
 
+def test_what_does_not_fit_is_refused_before_the_library_reads_it() -> None:
+    products, norms, heads = some_layer(48, 4, 96, native.instruction_set())
+    fast = NativeLayers([(one_term_each(products), norms, heads, 0)])
+    x, two = torch.randn(6, 48), torch.tensor([3, 3])
+    for wrong in (x[:, :47], x.double(), x[0, 0]):
+        with pytest.raises(RuntimeError, match="takes float32"):
+            products[0](wrong)
+    for given in ((x[:, :47], two, two), (x.double(), two, two)):
+        with pytest.raises(RuntimeError, match="takes float32"):
+            fast.run(*given)
+    for lengths, keys in ((two + 1, two), (two, two + 1), (two, two[:1]), (two.int(), two), (two, two.int())):
+        with pytest.raises(RuntimeError, match="do not fit"):
+            fast.run(x, lengths, keys)
+    for shape in ((2, 1, 3, 4), (3, 1, 3, 3), (2, 3, 3, 3), (2, 1, 2, 3), (1, 2, 1, 3, 3)):
+        with pytest.raises(RuntimeError, match="does not broadcast"):
+            fast(x.view(2, 3, 48), torch.zeros(shape))
+
+
 def test_where_it_cannot_be_had_the_reason_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     isa = native.instruction_set()
     monkeypatch.setenv("QBERT_CACHE", str(tmp_path))
@@ -281,3 +300,71 @@ def test_where_it_cannot_be_had_the_reason_is_told(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(native.platform, "machine", lambda: "riscv64")
     with pytest.raises(RuntimeError, match="riscv64"):
         native.instruction_set.__wrapped__()
+
+
+def test_a_library_that_is_there_needs_neither_a_compiler_nor_a_folder_to_write(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    isa = native.instruction_set()
+    built = native._built(isa)
+    monkeypatch.setenv("QBERT_CACHE", str(tmp_path))
+    target = native._target(isa)
+    target.parent.mkdir()
+    shutil.copy(built, target)
+    target.chmod(0o755)
+
+    def refuse(*_: object) -> None:
+        raise PermissionError("read-only")
+
+    monkeypatch.setattr(native, "cache_folder", refuse)
+    monkeypatch.setattr(native, "write_whole", refuse)
+    monkeypatch.setattr(native.shutil, "which", lambda name: None)
+    assert native._built(isa) == target
+    assert native._library.__wrapped__(isa).qbert_columns_of_a_tile() > 0
+    with monkeypatch.context() as other_user:
+        other_user.setattr(native.os, "getuid", lambda: target.stat().st_uid + 1 if target.stat().st_uid else 65534)
+        if target.stat().st_uid == 0:
+            assert native._built(isa) == target
+        else:
+            with pytest.raises(RuntimeError, match="can be written by others"):
+                native._built(isa)
+
+
+def fake_compiler(folder: Path) -> Path:
+    compiler = folder / "compiler"
+    compiler.write_text('#!/bin/sh\nfor a; do test "$b" = -o && echo > "$a"; b=$a; done\n')
+    compiler.chmod(0o755)
+    return compiler
+
+
+def test_all_libraries_of_an_image_are_built_for_every_user_and_old_ones_removed(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("QBERT_CACHE", str(tmp_path))
+    compiler = fake_compiler(tmp_path)
+    monkeypatch.setattr(native.shutil, "which", lambda name: str(compiler))
+    (tmp_path / "native").mkdir()
+    for i in range(9):
+        old = tmp_path / "native" / f"avx2-{i:016x}.so"
+        old.touch()
+        os.utime(old, (i, i))
+    made = native.build_libraries()
+    assert set(made) == set(native.INSTRUCTIONS)
+    assert all(stat.S_IMODE(path.stat().st_mode) == 0o755 for path in made.values())
+    left = sorted(path.name for path in (tmp_path / "native").glob("avx2-*.so"))
+    assert left == sorted([*(f"avx2-{i:016x}.so" for i in range(5, 9)), made["avx2"].name])
+    before = {path: path.stat().st_mtime_ns for path in made.values()}
+    os.utime(compiler, (1, 1))  # as after an update of the compiler
+    assert {path: path.stat().st_mtime_ns for path in native.build_libraries().values()} == before
+
+
+def test_a_library_of_another_system_is_built_anew(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    isa = native.instruction_set()
+    built = native._built(isa).read_bytes()
+    monkeypatch.setenv("QBERT_CACHE", str(tmp_path))
+    target = native._target(isa)
+    target.parent.mkdir()
+    target.write_bytes(b"no library")
+    target.chmod(0o755)
+    monkeypatch.setattr(native, "_compile", lambda _, path: path.write_bytes(built))
+    assert native._library.__wrapped__(isa).qbert_columns_of_a_tile() > 0

@@ -238,6 +238,69 @@ def test_tags_that_are_no_names_are_named(tags: Any, message: str, tmp_path: Pat
         load_task("mine", data_dir=write_task(tmp_path, "mine", _two(rows)))
 
 
+def test_all_parts_of_a_split_are_read_in_their_order(tmp_path: Path) -> None:
+    rows = [{"text": f"word {i}", "label": i % 2} for i in range(12)]
+    files = {f"train-{i:05d}-of-00011.jsonl": rows[i : i + 1 + i // 10] for i in range(11)} | {"dev.jsonl": rows[:2]}
+    assert load_task("mine", data_dir=write_task(tmp_path, "mine", files)).rows("train") == rows
+    (tmp_path / "mine" / "train-00004-of-00011.jsonl").unlink()
+    with pytest.raises(ValueError, match=r"train-00003-of-00011.jsonl, train-00005-.*are not all parts of one set"):
+        load_task("mine", data_dir=tmp_path)
+
+
+def test_the_plain_name_of_a_split_wins_and_nothing_is_chosen_among_others(tmp_path: Path) -> None:
+    rows = [{"text": f"word {i}", "label": i % 2} for i in range(4)]
+    files = {"train.jsonl": rows, "train-2019-old.jsonl": rows[:2], "dev.jsonl": rows[:2]}
+    assert load_task("mine", data_dir=write_task(tmp_path, "mine", files)).rows("train") == rows
+    (tmp_path / "mine" / "train.jsonl").rename(tmp_path / "mine" / "train-v2.jsonl")
+    with pytest.raises(
+        ValueError, match=r"several files for split 'train': train-2019-old.jsonl, train-v2.jsonl; take"
+    ):
+        load_task("mine", data_dir=tmp_path)
+    write_task(tmp_path, "twice", {"train.jsonl": rows, "train.json": rows[:2], "dev.jsonl": rows})
+    with pytest.raises(ValueError, match=r"several files for split 'train': train.json, train.jsonl"):
+        load_task("twice", data_dir=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("answers", "message"),
+    [
+        (
+            {"text": ["cat"], "answer_start": ["4"]},
+            "answer_start of question 'q1' is '4', expected a character's place",
+        ),
+        ({"text": ["cat"], "answer_start": [4.0]}, "answer_start of question 'q1' is 4.0"),
+        ({"text": ["cat"], "answer_start": [None]}, "answer_start of question 'q1' is None"),
+        ({"text": ["cat"], "answer_start": [-7]}, "answer_start of question 'q1' is -7"),
+        ({"text": [4], "answer_start": [4]}, "an answer of question 'q1' is 4, expected text"),
+        ({"text": ["cat"], "answer_start": []}, r"answer_start \[\]; expected two lists of one length"),
+        ({"text": "cat", "answer_start": 4}, "answer_start 4; expected two lists of one length"),
+        (None, "answers of question 'q1' are None; expected a list"),
+        (["cat"], r"answers of question 'q1' are \['cat'\]; expected a list"),
+    ],
+)
+def test_answers_of_a_wrong_type_are_named(answers: Any, message: str, tmp_path: Path) -> None:
+    good = {"id": "q0", "question": "Who?", "context": "the cat sat", "answers": {"text": ["cat"], "answer_start": [4]}}
+    bad = good | {"id": "q1", "answers": answers}
+    with pytest.raises(ValueError, match=rf"row 1 of .*mine.*{message}"):
+        load_task("mine", data_dir=write_task(tmp_path, "mine", _two([good, bad])))
+
+
+@pytest.mark.parametrize(
+    "fields", [{"text": "bad \ud83d", "label": 0}, {"tokens": ["a", "\ud83d"], "tags": ["O", "B-X"]}]
+)
+def test_half_a_character_is_named(fields: dict[str, Any], tmp_path: Path) -> None:
+    good = {"text": "\U0001f600", "label": 1, "tokens": ["\U0001f600"], "tags": ["O"]}
+    rows = [{key: good[key] for key in fields}, fields]
+    with pytest.raises(ValueError, match=r"row 1 of split 'train' .*holds '\\ud83d', half of a character"):
+        load_task("mine", data_dir=write_task(tmp_path, "mine", _two(rows)))
+
+
+def test_numbers_among_classes_are_refused_with_the_mend(tmp_path: Path) -> None:
+    rows = [{"text": "a", "label": 5}, {"text": "b", "label": 3.5}]
+    with pytest.raises(ValueError, match=r"row 1 .*label is 3.5, expected an integer.*write every label with a point"):
+        load_task("mine", data_dir=write_task(tmp_path, "mine", _two(rows)))
+
+
 def test_a_byte_order_mark_is_passed_over(tmp_path: Path) -> None:
     write_task(tmp_path, "mine", _two([{"text": "a", "label": 0}, {"text": "b", "label": 1}]))
     for file in (tmp_path / "mine").iterdir():
