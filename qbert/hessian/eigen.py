@@ -47,6 +47,7 @@ from scipy.linalg import eigh
 from torch import Tensor
 
 from qbert.arguments import real_number, whole_number
+from qbert.hessian.vectors import dot, norm
 
 Product = Callable[[Tensor], Tensor]
 BOUNDS = ("residual", "gap")
@@ -113,9 +114,9 @@ def start_vector(
     guesses: Tensor | None = None
     for guess in warm:
         guess = guess.detach().to(device, dtype)
-        length = float(torch.linalg.vector_norm(guess))
+        length = float(norm(guess))
         if 0 < length < math.inf:
-            sign = -1 if guesses is not None and guess @ guesses < 0 else 1
+            sign = -1 if guesses is not None and dot(guess, guesses) < 0 else 1
             guesses = guess * (sign / length) if guesses is None else guesses.add_(guess, alpha=sign / length)
     return start if guesses is None else start.add_(guesses), deviation
 
@@ -180,7 +181,7 @@ class PowerIteration:
         self.products = 0
         self.result: Eigenpair | None = None
         start, _ = start_vector(size, warm=warm, generator=generator, dtype=dtype, device=device)
-        self.query: Tensor | None = start / torch.linalg.vector_norm(start)
+        self.query: Tensor | None = start / norm(start)
         self._value = math.nan
 
     def receive(self, product: Tensor) -> None:
@@ -190,14 +191,14 @@ class PowerIteration:
         check_product(product)
         self.products += 1
         vector, previous = self.query, self._value
-        self._value = float(torch.dot(vector, product))
-        length = float(torch.linalg.vector_norm(product))
+        self._value = float(dot(vector, product))
+        length = float(norm(product))
         settled = length == 0 or abs(self._value - previous) < self.tol * abs(self._value)
         if not settled and self.products < self.max_products:
             self.query = product / length
             return
         self.query = None
-        residual = relative(float(torch.linalg.vector_norm(product - self._value * vector)), self._value)
+        residual = relative(float(norm(product - self._value * vector)), self._value)
         self.result = Eigenpair(
             value=self._value,
             vector=vector,
@@ -276,7 +277,7 @@ class Lanczos:
         start, deviation = start_vector(
             size, warm=() if confidence else warm, generator=self.generator, dtype=dtype, device=device
         )
-        self._log_betas: float | None = math.log(float(torch.linalg.vector_norm(start)) / deviation)
+        self._log_betas: float | None = math.log(float(norm(start)) / deviation)
         self._upper = {level: math.inf for level in (_REPORTED_CONFIDENCE, confidence) if level}
         self.query: Tensor | None = self._independent(start)
 
@@ -291,12 +292,12 @@ class Lanczos:
         remainder = self._without_locked(product)
         coefficients = np.zeros(k)
         for _ in range(2):  # twice is enough for orthogonality to working precision (Giraud et al. 2005)
-            overlaps = torch.stack([torch.dot(v, remainder) for v in self._basis]).tolist()
+            overlaps = torch.stack([dot(v, remainder) for v in self._basis]).tolist()
             remainder = torch.add(remainder, self._basis[0], alpha=-overlaps[0])
             for v, overlap in zip(self._basis[1:], overlaps[1:], strict=True):
                 remainder.add_(v, alpha=-overlap)
             coefficients += overlaps
-        length = float(torch.linalg.vector_norm(remainder))
+        length = float(norm(remainder))
         self._projection[:k, k - 1] = coefficients
         self._projection[k, k - 1] = length
         rounding = self._rounding()
@@ -363,7 +364,7 @@ class Lanczos:
             vector.add_(v, alpha=float(coordinate))
         self.result = Eigenpair(
             value=top,
-            vector=vector / torch.linalg.vector_norm(vector),
+            vector=vector / norm(vector),
             residual=relative(residual, top),
             error=error,
             # The projection is that of the operator as it is computed: its rounding is not in the proof.
@@ -422,12 +423,12 @@ class Lanczos:
         reference = (self._basis or self.locked or [vector])[0]
         for _ in range(3):
             vector = vector.to(reference)
-            length = torch.linalg.vector_norm(vector)
+            length = norm(vector)
             for _ in range(2):
                 vector = self._without_locked(vector)
                 for v in self._basis:
-                    vector = vector - torch.dot(v, vector) * v
-            remaining = torch.linalg.vector_norm(vector)
+                    vector = vector - dot(v, vector) * v
+            remaining = norm(vector)
             if remaining > 1e3 * torch.finfo(vector.dtype).eps * length:
                 return vector / remaining
             vector = self._random(vector)
@@ -439,7 +440,7 @@ class Lanczos:
 
     def _without_locked(self, vector: Tensor) -> Tensor:
         for v in self.locked:
-            vector = vector - torch.dot(v, vector) * v
+            vector = vector - dot(v, vector) * v
         return vector
 
 

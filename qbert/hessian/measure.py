@@ -55,6 +55,7 @@ from qbert.hessian.gauss_newton.top import start_vectors, top_pairs
 from qbert.hessian.losses import LossFunction, MeasuredLoss, in_full_precision
 from qbert.hessian.operator import HessianOperator, free_bytes
 from qbert.hessian.spectrum import HessianSpectrum
+from qbert.hessian.vectors import dot, norm
 from qbert.progress import progress_bar
 
 METHODS = ("lanczos", "power", "ggn")
@@ -318,9 +319,9 @@ def _combined(guess: Tensor | None, previous: Tensor | None) -> Tensor | None:
     """
     if guess is None or previous is None:
         return previous if guess is None else guess
-    guess = guess / torch.linalg.vector_norm(guess).clamp(min=torch.finfo(guess.dtype).tiny)
+    guess = guess / norm(guess).clamp(min=torch.finfo(guess.dtype).tiny)
     previous = previous.to(guess)
-    return guess + torch.dot(guess, previous) * previous
+    return guess + dot(guess, previous) * previous
 
 
 def assemble(blocks: Sequence[ParameterBlock], work: Measurement, settings: dict[str, Any]) -> HessianSpectrum:
@@ -442,8 +443,8 @@ def refined(
     products = operator.products({name: pair.vector for name, pair in pairs.items()})
     found = {}
     for name, pair in pairs.items():
-        value = float(torch.dot(pair.vector, products[name]))
-        residual = float(torch.linalg.vector_norm(products[name] - value * pair.vector))
+        value = float(dot(pair.vector, products[name]))
+        residual = float(norm(products[name] - value * pair.vector))
         gap = pair.gap - abs(value - pair.value)
         if gap > 2 * residual:
             error = error_bound(value, residual, gap if bound == "gap" else math.nan)

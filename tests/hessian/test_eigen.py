@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qbert.hessian import Lanczos, PowerIteration, lanczos, power_iteration, top_eigenpairs
+from qbert.hessian.vectors import dot, norm
 
 RANDOM = np.random.default_rng(0)
 
@@ -161,6 +162,31 @@ def test_float32_products_are_good_for_small_tolerances() -> None:
     eigenvalues = torch.cat([torch.tensor([5.0, -3.0]), torch.linspace(-1, 1, 2000)])
     pair = lanczos(lambda v: eigenvalues * v, 2002, tol=1e-5, dtype=torch.float32)
     assert pair.converged and pair.value == pytest.approx(5, rel=1e-5) and pair.vector.dtype == torch.float32
+
+
+@pytest.mark.parametrize("size", [7, 2**14, 2_000_001])
+def test_inner_products_of_long_float32_vectors_are_those_of_float64(size: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    peaked = 1e-4 * torch.randn(size, generator=generator)
+    peaked[0] = 1
+    flat = torch.randn(size, generator=generator)
+    for a, b in ((peaked, peaked), (flat, flat), (flat, peaked)):
+        scale = float(norm(a.double()) * norm(b.double()))
+        assert abs(float(dot(a, b)) - float(torch.dot(a.double(), b.double()))) <= 2e-5 * scale
+    assert float(norm(peaked)) == pytest.approx(float(torch.linalg.vector_norm(peaked.double())), rel=2e-5)
+
+
+def test_float32_iterations_on_a_layer_of_bert_base_are_right() -> None:
+    """With float32 sums over 7 million entries, ten products from the answer itself gave 1.0001 and no convergence."""
+    eigenvalues = torch.zeros(7_087_872)
+    eigenvalues[:2000] = 0.05 * torch.rand(2000, generator=torch.Generator().manual_seed(1))
+    eigenvalues[:4] = torch.tensor([1.0, 0.5, 0.3, 0.2])
+    answer = torch.zeros_like(eigenvalues)
+    answer[0] = 1
+    pair = lanczos(
+        lambda v: eigenvalues * v, len(eigenvalues), warm=[answer], confidence=None, dtype=torch.float32, seed=2
+    )
+    assert pair.converged and pair.value == pytest.approx(1, abs=1e-5) and pair.residual < 1e-3
 
 
 def test_an_operator_that_is_not_symmetric_is_never_called_converged() -> None:

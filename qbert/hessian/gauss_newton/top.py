@@ -29,6 +29,7 @@ from qbert.hessian.eigen import Eigenpair, relative
 from qbert.hessian.gauss_newton.factor_rows import FactorRows
 from qbert.hessian.gauss_newton.sample_gradients import sample_rows
 from qbert.hessian.losses import LossFunction, MeasuredLoss
+from qbert.hessian.vectors import norm
 
 _CHECKED_SAMPLES = 16
 _OTHERS = 0.1  # length of the lower directions' share in a start vector of length 1
@@ -167,7 +168,7 @@ class _Factor:
         rows, values, rotation = self._gram()
         value = float(values[0])
         direction = rows.combined(rotation[:, 0])
-        length = torch.linalg.vector_norm(direction)
+        length = norm(direction)
         vector = direction / length if length > 0 else direction
         error = relative(self.dropped, value)
         converged = exact and error <= tol
