@@ -85,6 +85,47 @@ def test_a_warm_start_cannot_lock_onto_the_wrong_pair(name: Any, which: Any) -> 
     check(pair, eigenvalues, 1e-3)
 
 
+@pytest.mark.parametrize("bound", ["residual", "gap"])
+@pytest.mark.parametrize(("second", "bulk"), [(0.5, 0.02), (0.6, 0.2), (0.8, 0.05)])
+def test_a_warm_start_at_the_second_eigenvector_does_not_hide_the_first_in_millions_of_parameters(
+    second: float, bulk: float, bound: str
+) -> None:
+    """The start holds 1 / sqrt(n) of the first: three products found the second, with an error of 1e-6."""
+    size = 1_000_000
+    eigenvalues = bulk * torch.rand(size, generator=torch.Generator().manual_seed(1))
+    eigenvalues[:2] = torch.tensor([1.0, second])
+    warm = torch.zeros(size)
+    warm[1] = 1
+    settings: dict[str, Any] = {"warm": [warm], "confidence": None, "bound": bound, "dtype": torch.float32}
+    pair = lanczos(lambda v: eigenvalues * v, size, **settings)
+    assert pair.converged and pair.value == pytest.approx(1, rel=1e-3)
+    short = lanczos(lambda v: eigenvalues * v, size, max_products=3, **settings)
+    assert not short.converged and short.upper_bound >= 1
+
+
+def test_power_iteration_from_the_second_eigenvector_says_that_the_first_may_be_hidden() -> None:
+    size = 4_000_000
+    eigenvalues = 0.01 * torch.rand(size, generator=torch.Generator().manual_seed(1))
+    eigenvalues[:2] = torch.tensor([1.0, 0.8])
+    warm = torch.zeros(size)
+    warm[1] = 1
+    pair = power_iteration(lambda v: eigenvalues * v, size, warm=[warm], tol=1e-2, dtype=torch.float32)
+    assert pair.value == pytest.approx(0.8, rel=1e-2) and pair.residual <= 1e-2
+    assert not pair.converged and pair.upper_bound >= 1
+
+
+def test_upper_bounds_hold_over_restarts() -> None:
+    """The polynomial of a restart goes on in the proof: bounds get sharper, and stay above the truth."""
+    eigenvalues = torch.linspace(-1, 1, 2000, dtype=torch.float64) ** 3
+    eigenvalues[0] = 1.05
+    for seed in range(3):
+        bounds = [
+            lanczos(lambda v: eigenvalues * v, 2000, seed=seed, basis_size=12, max_products=most, tol=1e-9).upper_bound
+            for most in (11, 20, 60)
+        ]
+        assert bounds[0] > bounds[1] > bounds[2] >= 1.05 * (1 - 1e-9) and bounds[2] < 1.06
+
+
 def test_what_only_proof_can_tell_is_left_open_by_the_upper_bound() -> None:
     """The exact second eigenvector of a loose cluster as a start: nothing but proof excludes the neighbour."""
     eigenvalues = SPECTRA["loose cluster"]
