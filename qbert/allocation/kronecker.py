@@ -61,7 +61,8 @@ def kronecker_factors(
         loss_fn: ``loss_fn(model, batch)`` -> mean loss; default ``model(**batch).loss``.
 
     Raises:
-        NoModelOutputError: if the model returns no logits that the loss depends on.
+        NoModelOutputError: if the model returns no logits that the loss depends on, or the loss depends on the
+            weights in other ways as well.
     """
     measured = MeasuredLoss(model, batches, loss_fn)
     zeros = {m: (m.weight.new_zeros(m.out_features, m.out_features), m.in_features) for m in modules}
@@ -71,7 +72,7 @@ def kronecker_factors(
     for batch in batches:
         on_device = measured.on_device(batch)
         with _recorded(modules) as calls, measured.evaluating([p for m in modules for p in m.parameters()]):
-            factor = loss_factor(measured, on_device)
+            factor = loss_factor(measured, on_device, check=batch is batches[0])
             mask = on_device.get("attention_mask")
             for m, x, _ in calls:
                 rows = unmasked(x, mask).flatten(0, -2)  # products in the model's own dtype, sums in float64

@@ -28,6 +28,7 @@ from qbert.hessian.blocks import find_block, vector_options
 from qbert.hessian.eigen import Product, check_product
 from qbert.hessian.losses import LossFunction, MeasuredLoss, in_full_precision
 from qbert.hessian.operator import HessianOperator
+from qbert.hessian.vectors import dot, norm
 from qbert.plots import new_figure
 
 Array = NDArray[np.float64]
@@ -118,7 +119,7 @@ def spectral_density(
     nodes, weights = np.zeros((probes, steps)), np.zeros((probes, steps))
     for probe in range(probes):
         vector = torch.randn(size, generator=generator, dtype=torch.float64, device="cpu").to(device, dtype)
-        diagonal, side = _tridiagonal(product, vector / torch.linalg.vector_norm(vector), steps)
+        diagonal, side = _tridiagonal(product, vector / norm(vector), steps)
         values, vectors = eigh_tridiagonal(diagonal, side)
         nodes[probe, : len(values)], weights[probe, : len(values)] = values, vectors[0] ** 2
         nodes[probe, len(values) :] = values[-1]  # the Krylov space ended early: repeated nodes of weight 0
@@ -179,11 +180,11 @@ def _tridiagonal(product: Product, vector: torch.Tensor, steps: int) -> tuple[Ar
     while True:
         remainder = product(basis[-1])
         check_product(remainder)
-        diagonal.append(float(torch.dot(basis[-1], remainder)))
+        diagonal.append(float(dot(basis[-1], remainder)))
         for _ in range(2):
             for v in basis:
-                remainder = remainder - torch.dot(v, remainder) * v
-        length = float(torch.linalg.vector_norm(remainder))
+                remainder = remainder - dot(v, remainder) * v
+        length = float(norm(remainder))
         scale = max(abs(d) for d in diagonal) + max(side, default=0.0)
         if len(diagonal) == steps or length <= 10 * torch.finfo(vector.dtype).eps * scale:
             return np.array(diagonal), np.array(side)

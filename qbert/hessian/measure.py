@@ -55,6 +55,7 @@ from qbert.hessian.gauss_newton.top import start_vectors, top_pairs
 from qbert.hessian.losses import LossFunction, MeasuredLoss, in_full_precision
 from qbert.hessian.operator import HessianOperator, free_bytes
 from qbert.hessian.spectrum import HessianSpectrum
+from qbert.hessian.vectors import dot, norm
 from qbert.progress import progress_bar
 
 METHODS = ("lanczos", "power", "ggn")
@@ -105,9 +106,10 @@ def hessian_spectrum(
             Gauss-Newton matrix instead of the Hessian, for the price of one backward pass.
         tol: bound on the relative error of an eigenvalue.
         bound: ``residual``: an eigenvalue certainly lies within `tol`; ``gap``: the same if the top eigenvalue is
-            not one of an unresolved cluster, for a third fewer products.
+            not one of an unresolved cluster, for fewer products where `tol` is tight.
         confidence: such as 0.99: go on until it is proven, with that probability, that no eigenvalue is larger by
-            more than `tol`; about twice the products. None: no other Ritz value can be larger.
+            more than `tol`; about twice the products. None: no other Ritz value can be larger, and with 99 %
+            probability no eigenvalue is larger by more than half.
         precision: ``fp32``; or ``bf16``: iterate on bfloat16 products to a residual of 1e-2, then take one product in
             the model's own precision for value, residual and error. For accelerators: a CPU without bfloat16 units
             computes it about ten times more slowly than float32. Expect errors of a few 1e-3, and ``converged`` only
@@ -168,7 +170,7 @@ def hessian_spectrum(
     mine = own_share(blocks)
     work = Measurement(mine, block_chunk, settings, saved)
     unit, total = (
-        ("sample", runs * round(fraction * len(samples))) if method == "ggn" else ("product", 6 * runs * len(mine))
+        ("sample", runs * round(fraction * len(samples))) if method == "ggn" else ("product", 7 * runs * len(mine))
     )
     # Products of lower blocks cost several times those of upper ones: only their mean over all so far tells the rest.
     hidden = not progress or rank_and_world()[0] > 0
@@ -318,9 +320,9 @@ def _combined(guess: Tensor | None, previous: Tensor | None) -> Tensor | None:
     """
     if guess is None or previous is None:
         return previous if guess is None else guess
-    guess = guess / torch.linalg.vector_norm(guess).clamp(min=torch.finfo(guess.dtype).tiny)
+    guess = guess / norm(guess).clamp(min=torch.finfo(guess.dtype).tiny)
     previous = previous.to(guess)
-    return guess + torch.dot(guess, previous) * previous
+    return guess + dot(guess, previous) * previous
 
 
 def assemble(blocks: Sequence[ParameterBlock], work: Measurement, settings: dict[str, Any]) -> HessianSpectrum:
@@ -442,8 +444,8 @@ def refined(
     products = operator.products({name: pair.vector for name, pair in pairs.items()})
     found = {}
     for name, pair in pairs.items():
-        value = float(torch.dot(pair.vector, products[name]))
-        residual = float(torch.linalg.vector_norm(products[name] - value * pair.vector))
+        value = float(dot(pair.vector, products[name]))
+        residual = float(norm(products[name] - value * pair.vector))
         gap = pair.gap - abs(value - pair.value)
         if gap > 2 * residual:
             error = error_bound(value, residual, gap if bound == "gap" else math.nan)

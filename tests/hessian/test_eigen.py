@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qbert.hessian import Lanczos, PowerIteration, lanczos, power_iteration, top_eigenpairs
+from qbert.hessian.vectors import dot, norm
 
 RANDOM = np.random.default_rng(0)
 
@@ -82,6 +83,47 @@ def test_a_warm_start_cannot_lock_onto_the_wrong_pair(name: Any, which: Any) -> 
     pair = lanczos(lambda v: A @ v, len(A), warm=[start], confidence=None)
     assert pair.converged
     check(pair, eigenvalues, 1e-3)
+
+
+@pytest.mark.parametrize("bound", ["residual", "gap"])
+@pytest.mark.parametrize(("second", "bulk"), [(0.5, 0.02), (0.6, 0.2), (0.8, 0.05)])
+def test_a_warm_start_at_the_second_eigenvector_does_not_hide_the_first_in_millions_of_parameters(
+    second: float, bulk: float, bound: str
+) -> None:
+    """The start holds 1 / sqrt(n) of the first: three products found the second, with an error of 1e-6."""
+    size = 1_000_000
+    eigenvalues = bulk * torch.rand(size, generator=torch.Generator().manual_seed(1))
+    eigenvalues[:2] = torch.tensor([1.0, second])
+    warm = torch.zeros(size)
+    warm[1] = 1
+    settings: dict[str, Any] = {"warm": [warm], "confidence": None, "bound": bound, "dtype": torch.float32}
+    pair = lanczos(lambda v: eigenvalues * v, size, **settings)
+    assert pair.converged and pair.value == pytest.approx(1, rel=1e-3)
+    short = lanczos(lambda v: eigenvalues * v, size, max_products=3, **settings)
+    assert not short.converged and short.upper_bound >= 1
+
+
+def test_power_iteration_from_the_second_eigenvector_says_that_the_first_may_be_hidden() -> None:
+    size = 4_000_000
+    eigenvalues = 0.01 * torch.rand(size, generator=torch.Generator().manual_seed(1))
+    eigenvalues[:2] = torch.tensor([1.0, 0.8])
+    warm = torch.zeros(size)
+    warm[1] = 1
+    pair = power_iteration(lambda v: eigenvalues * v, size, warm=[warm], tol=1e-2, dtype=torch.float32)
+    assert pair.value == pytest.approx(0.8, rel=1e-2) and pair.residual <= 1e-2
+    assert not pair.converged and pair.upper_bound >= 1
+
+
+def test_upper_bounds_hold_over_restarts() -> None:
+    """The polynomial of a restart goes on in the proof: bounds get sharper, and stay above the truth."""
+    eigenvalues = torch.linspace(-1, 1, 2000, dtype=torch.float64) ** 3
+    eigenvalues[0] = 1.05
+    for seed in range(3):
+        bounds = [
+            lanczos(lambda v: eigenvalues * v, 2000, seed=seed, basis_size=12, max_products=most, tol=1e-9).upper_bound
+            for most in (11, 20, 60)
+        ]
+        assert bounds[0] > bounds[1] > bounds[2] >= 1.05 * (1 - 1e-9) and bounds[2] < 1.06
 
 
 def test_what_only_proof_can_tell_is_left_open_by_the_upper_bound() -> None:
@@ -161,6 +203,31 @@ def test_float32_products_are_good_for_small_tolerances() -> None:
     eigenvalues = torch.cat([torch.tensor([5.0, -3.0]), torch.linspace(-1, 1, 2000)])
     pair = lanczos(lambda v: eigenvalues * v, 2002, tol=1e-5, dtype=torch.float32)
     assert pair.converged and pair.value == pytest.approx(5, rel=1e-5) and pair.vector.dtype == torch.float32
+
+
+@pytest.mark.parametrize("size", [7, 2**14, 2_000_001])
+def test_inner_products_of_long_float32_vectors_are_those_of_float64(size: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    peaked = 1e-4 * torch.randn(size, generator=generator)
+    peaked[0] = 1
+    flat = torch.randn(size, generator=generator)
+    for a, b in ((peaked, peaked), (flat, flat), (flat, peaked)):
+        scale = float(norm(a.double()) * norm(b.double()))
+        assert abs(float(dot(a, b)) - float(torch.dot(a.double(), b.double()))) <= 2e-5 * scale
+    assert float(norm(peaked)) == pytest.approx(float(torch.linalg.vector_norm(peaked.double())), rel=2e-5)
+
+
+def test_float32_iterations_on_a_layer_of_bert_base_are_right() -> None:
+    """With float32 sums over 7 million entries, ten products from the answer itself gave 1.0001 and no convergence."""
+    eigenvalues = torch.zeros(7_087_872)
+    eigenvalues[:2000] = 0.05 * torch.rand(2000, generator=torch.Generator().manual_seed(1))
+    eigenvalues[:4] = torch.tensor([1.0, 0.5, 0.3, 0.2])
+    answer = torch.zeros_like(eigenvalues)
+    answer[0] = 1
+    pair = lanczos(
+        lambda v: eigenvalues * v, len(eigenvalues), warm=[answer], confidence=None, dtype=torch.float32, seed=2
+    )
+    assert pair.converged and pair.value == pytest.approx(1, abs=1e-5) and pair.residual < 1e-3
 
 
 def test_an_operator_that_is_not_symmetric_is_never_called_converged() -> None:

@@ -9,6 +9,7 @@ import transformers as tf
 from encoders import build, inputs_for
 from torch.func import functional_call
 
+from qbert.allocation.kronecker import kronecker_factors
 from qbert.hessian import gauss_newton_top, hessian_spectrum, parameter_blocks
 from qbert.hessian.gauss_newton.loss_factor import NoModelOutputError
 
@@ -129,3 +130,45 @@ def test_a_loss_without_visible_outputs_is_refused_by_name_and_left_out_as_a_sta
         hessian_spectrum(model, [batch], runs=1, fraction=1.0, method="ggn", loss_fn=loss_fn, progress=False)
     spectrum = hessian_spectrum(model, [batch], runs=1, fraction=1.0, loss_fn=loss_fn, tol=0.1, progress=False)
     assert np.isfinite(spectrum.eigenvalues).all()
+
+
+class TwoHeads(torch.nn.Module):
+    """A BERT whose loss adds `share` of that of a second head, which no `logits` show."""
+
+    def __init__(self, share: float):
+        super().__init__()
+        config = tf.BertConfig(**SMALL)  # type: ignore
+        self.bert, self.share = tf.BertModel(config), share
+        self.first, self.second = torch.nn.Linear(8, 2), torch.nn.Linear(8, 2)
+
+    def forward(self, input_ids: Any, attention_mask: Any, labels: Any) -> dict[str, Any]:
+        hidden = self.bert(input_ids, attention_mask=attention_mask).last_hidden_state[:, 0]
+        a, c = self.first(hidden), self.second(hidden)
+        losses = [torch.nn.functional.cross_entropy(z, labels) for z in (a, c)]
+        return {"loss": losses[0] + self.share * losses[1], "logits": a, "logits2": c}
+
+
+@pytest.mark.parametrize("elsewhere", ["nowhere", "a second head", "the weights themselves"])
+def test_a_loss_that_comes_not_through_the_logits_alone_has_no_gauss_newton_matrix(elsewhere: str) -> None:
+    model = TwoHeads(1.0 if elsewhere == "a second head" else 0.0).double()
+    batch = {**inputs_for("bert", batch=4), "labels": torch.tensor([0, 1, 1, 0])}
+    batch.pop("token_type_ids", None)
+    layer = model.bert.encoder.layer[0]
+
+    def loss_fn(model: Any, batch: Any) -> Any:
+        loss = model(**batch)["loss"]
+        return loss + 0.1 * layer.output.dense.weight.square().sum() if elsewhere == "the weights themselves" else loss
+
+    blocks = {"layer": list(layer.parameters())}
+    measurements: list[Any] = [
+        lambda: gauss_newton_top(model, [batch], blocks, loss_fn=loss_fn),
+        lambda: kronecker_factors(model, [batch], [layer.output.dense], loss_fn),
+    ]
+    for measure in measurements:
+        if elsewhere == "nowhere":
+            measure()
+        else:
+            with pytest.raises(NoModelOutputError, match="other ways than through its logits"):
+                measure()
+    spectrum = hessian_spectrum(model, [batch], runs=1, fraction=1.0, loss_fn=loss_fn, tol=0.1, progress=False)
+    assert spectrum.converged.all()

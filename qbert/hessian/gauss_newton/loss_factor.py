@@ -51,14 +51,18 @@ class LossFactor:
         return [piece.reshape(z.shape) for piece, z in zip(pieces, self.outputs, strict=True)]
 
 
-def loss_factor(measured: MeasuredLoss, batch: Batch) -> LossFactor:
+def loss_factor(measured: MeasuredLoss, batch: Batch, *, check: bool = False) -> LossFactor:
     """The `LossFactor` of a batch whose loss is a sum over its samples.
 
+    Args:
+        check: compare the loss's gradient with what comes through the logits, for two backward passes more.
+
     Raises:
-        NoModelOutputError: if the model returns no logits that the loss depends on.
+        NoModelOutputError: if the model returns no logits that the loss depends on; with `check` also if the loss
+            depends on the parameters in another way as well (further outputs, terms of the weights themselves).
         MixedSamplesError: if their first dimension is not that of the batch.
     """
-    outputs, flat = _first_derivative(measured, batch)
+    outputs, flat = _first_derivative(measured, batch, check)
     size = flat.shape[1]
     rows = []
     for k in range(size):
@@ -84,7 +88,7 @@ def loss_curvature(measured: MeasuredLoss, batch: Batch, vector: Tensor) -> tupl
     return outputs, _derivative(flat[0] @ vector, outputs, 1)[0]
 
 
-def _first_derivative(measured: MeasuredLoss, batch: Batch) -> tuple[list[Tensor], Tensor]:
+def _first_derivative(measured: MeasuredLoss, batch: Batch, check: bool = False) -> tuple[list[Tensor], Tensor]:
     """Outputs, and the loss's derivative with respect to them, [B, d], with its graph."""
     captured: list[Any] = []
     handle = measured.model.register_forward_hook(lambda module, inputs, output: captured.append(output))
@@ -103,9 +107,31 @@ def _first_derivative(measured: MeasuredLoss, batch: Batch) -> tuple[list[Tensor
             f"model: {type(measured.model).__name__} shows no logits (at most {_MOST_OUTPUTS} a sample) that its loss "
             "depends on, so it has no Gauss-Newton matrix; use method='lanczos'"
         )
+    if check and not _all_through(measured, loss, outputs, gradients):
+        raise NoModelOutputError(
+            f"model: the loss of {type(measured.model).__name__} depends on its parameters in other ways than through "
+            "its logits (further outputs, or the weights themselves), so it has no Gauss-Newton matrix; use "
+            "method='lanczos'"
+        )
     if rows > 1 and any(len(z) != rows for z in outputs):
         raise MixedSamplesError
     return outputs, torch.cat([g.reshape(rows, -1) for g in gradients if g is not None], dim=1)
+
+
+def _all_through(
+    measured: MeasuredLoss, loss: Tensor, outputs: list[Tensor], gradients: tuple[Tensor | None, ...]
+) -> bool:
+    """Whether the parameters' gradient is that which `gradients` of the outputs give: J^T dl/dz."""
+    parameters = [p for p in measured.model.parameters() if p.requires_grad]
+    seeds = [g.detach() for g in gradients if g is not None]
+    whole = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
+    through = torch.autograd.grad(outputs, parameters, seeds, retain_graph=True, allow_unused=True)
+    error, length = 0.0, 0.0
+    for p, a, b in zip(parameters, whole, through, strict=True):
+        first, second = (torch.zeros_like(p) if g is None else g for g in (a, b))
+        error += float((first - second).double().square().sum())
+        length += float(first.double().square().sum())
+    return error <= torch.finfo(loss.dtype).eps * length
 
 
 def _derivative(value: Tensor, outputs: list[Tensor], rows: int) -> Tensor:

@@ -54,6 +54,7 @@ def sample_rows(
     rows_per_sample: int,
     seed: int,
     together: bool = True,
+    check: bool = False,
 ) -> Iterator[SampleGroup]:
     """The rows of all samples, one group of them after the other.
 
@@ -62,10 +63,11 @@ def sample_rows(
         blocks: name -> parameters.
         rows_per_sample: samples with more rows get so many random combinations of them.
         seed: for these.
+        check: see whether the first batch's loss comes through its logits alone; see `loss_factor`.
         together: look at the samples of a batch in one pass where that is known to be right; False: at each by itself.
 
     Raises:
-        NoModelOutputError: if the model returns no logits that the loss depends on.
+        NoModelOutputError: if the model returns no logits that the loss depends on, or not them alone (`check`).
     """
     parameters = distinct_parameters(part for block in blocks.values() for part in block)
     generator = torch.Generator().manual_seed(seed)
@@ -73,7 +75,7 @@ def sample_rows(
     for batch in map(measured.on_device, _by_length(measured)):
         if together:
             with measured.evaluating(parameters):
-                found = _Together.of(measured, batch, parameters)
+                found = _Together.of(measured, batch, parameters, check)
                 if found is not None:
                     share = measured.share(batch) ** 0.5
                     columns, complete = _columns(found.factor, share, rows_per_sample, generator)
@@ -83,6 +85,7 @@ def sample_rows(
                         if not _is_right(measured, batch, parameters, found.factor, columns, entries):
                             found = None
             if found is not None:
+                check = False
                 yield SampleGroup(
                     {name: _rows(parts, entries, count) for name, parts in blocks.items()}, complete, batch_size(batch)
                 )
@@ -94,7 +97,8 @@ def sample_rows(
             weight = measured.share(single)
             if weight > 0:
                 with measured.evaluating(parameters):
-                    factor = loss_factor(measured, single)
+                    factor = loss_factor(measured, single, check=check)
+                    check = False
                     columns, complete = _columns(factor, weight**0.5, rows_per_sample, generator)
                     alone = _gradients(factor, columns, parameters)
                 count = columns.shape[2]
@@ -110,7 +114,9 @@ class _Together:
         self.factor, self.uses, self.parameters = factor, uses, parameters
 
     @classmethod
-    def of(cls, measured: MeasuredLoss, batch: Batch, parameters: Sequence[nn.Parameter]) -> _Together | None:
+    def of(
+        cls, measured: MeasuredLoss, batch: Batch, parameters: Sequence[nn.Parameter], check: bool
+    ) -> _Together | None:
         """None where a parameter belongs to another kind of module, or the samples cannot be told apart."""
         wanted = {id(p) for p in parameters}
         owners = [m for m in measured.model.modules() if any(id(p) in wanted for p in m.parameters(recurse=False))]
@@ -125,7 +131,7 @@ class _Together:
             for module in owners:
                 stack.callback(module.register_forward_hook(remember).remove)
             try:
-                factor = loss_factor(measured, batch)
+                factor = loss_factor(measured, batch, check=check)
             except MixedSamplesError:
                 return None
         rows = batch_size(batch)
