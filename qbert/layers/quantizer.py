@@ -54,7 +54,8 @@ class WeightQuantizer(nn.Module):
         spec: bits, scheme and range method.
 
     Attributes:
-        scale, zero: [G, K] float32 parameters, also in a half-precision model; the scale is trained after `learn(True)`, with LSQ's gradient factor.
+        scale, zero: [G, K] float32 parameters, also in a half-precision model; the scale is trained after
+            `learn(True)`, with LSQ's gradient factor.
         row_group: [O] int64 buffer.
         uses: how often the weight is applied in one pass; the gradients of its scale then are a mean over those uses.
     """
