@@ -112,6 +112,11 @@ class TensorSpec:
         """Whether the tensor is a table that is stored as several tensors."""
         return self.rank is not None or bool(self.row_bits)
 
+    @property
+    def needs_data(self) -> bool:
+        """Whether `quantize_model` has to see inputs to make it."""
+        return self.rounding == "compensated" or self.is_composed or self.activation_range == "static"
+
 
 SPEC_FIELDS = tuple(f.name for f in fields(TensorSpec))
 _LATER_FIELDS = ("rounding", "damping", "column_order", "refits", "rank", "row_bits")

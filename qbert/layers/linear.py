@@ -163,7 +163,7 @@ class PackedLinear(PackedTensor):
         if self.input_scale is None or self.input_zero is None:
             return x
         limits = code_range(self.spec.activation_bits or 8)
-        return fake_quantize(x, self.input_scale.to(x.dtype), self.input_zero.to(x.dtype), *limits)
+        return fake_quantize(x, self.input_scale, self.input_zero, *limits)
 
 
 register(Kind(lambda module: type(module) is nn.Linear, QuantLinear, PackedLinear))

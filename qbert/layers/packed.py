@@ -249,10 +249,9 @@ class PackedTensor(nn.Module):
             return
         codes = quantizer.codes(weight)
         self.codes = formats.pack(codes, self.layout.bits)
-        # Through the weight's dtype, because that is the scale which a half-precision model computes with.
-        self.scale = quantizer.scale.detach().to(weight.dtype).float().contiguous().clone()
+        self.scale = quantizer.scale.detach().float().contiguous().clone()
         if self.zero is not None:
-            self.zero = quantizer.zero.detach().to(weight.dtype).to(self.zero.dtype).contiguous()
+            self.zero = quantizer.zero.detach().to(self.zero.dtype).contiguous()
         if self.is_packed_matrix:
             layout = self.layout
             sparsity = stored_sparsity(weight, layout.bits, layout.zero, layout.spec.scheme)

@@ -8,7 +8,7 @@ Reference: Shen et al. 2020, sections 3.1 and 3.3.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -54,7 +54,8 @@ class WeightQuantizer(nn.Module):
         spec: bits, scheme and range method.
 
     Attributes:
-        scale, zero: [G, K] float32 parameters; the scale is trained after `learn(True)`, with LSQ's gradient factor.
+        scale, zero: [G, K] float32 parameters, also in a half-precision model; the scale is trained after
+            `learn(True)`, with LSQ's gradient factor.
         row_group: [O] int64 buffer.
         uses: how often the weight is applied in one pass; the gradients of its scale then are a mean over those uses.
     """
@@ -126,7 +127,7 @@ class WeightQuantizer(nn.Module):
         codes, scale, zero = (torch.cat([p[i] for p in parts]) for i in range(3))
         self.take(GroupRanges(scale, zero), weight.dtype)
         blocks, scale, zero = self._blocks(codes, None, weight.dtype)
-        return dequantize(blocks, scale, zero).flatten(-2)
+        return dequantize(blocks, scale, zero).flatten(-2).to(weight.dtype)
 
     def _compensated(
         self, weight: Tensor, moment: Tensor, row_group: Tensor, ranges: GroupRanges, refits: int
@@ -194,15 +195,27 @@ class WeightQuantizer(nn.Module):
     def _blocks(
         self, weight: Tensor, rows: Tensor | None, dtype: torch.dtype | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        dtype = dtype or weight.dtype
+        """(weight [..., K, I/K], scale and zero [..., K, 1] in float32, or float64 for weights of that dtype)."""
         if rows is None and len(weight) != len(self.row_group):
             raise ValueError(self.resized(len(weight)))
         group = self.row_group if rows is None else self.row_group[rows]
-        scale = self.scale[group].unsqueeze(-1).to(dtype)  # [..., K, 1]
-        if dtype == torch.float16:  # of a row of zeros, once the model was made half, the scale is 0
-            scale = scale.clamp_min(least_scale(dtype, SMALLEST_SCALE))
-        zero = self.zero[group].unsqueeze(-1).to(dtype)
+        # Half-precision grids would put weights elsewhere, and packed layers store float32 ones.
+        work = torch.promote_types(dtype or weight.dtype, torch.float32)
+        scale, zero = (grid[group].unsqueeze(-1).to(work) for grid in (self.scale, self.zero))
+        if self.scale.dtype == torch.float16:  # as a file of halves gives it, the scale of a row of zeros is 0
+            scale = scale.clamp_min(SMALLEST_SCALE)
         return weight.unflatten(-1, (self.input_groups, -1)), scale, zero
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> WeightQuantizer:
+        """Move, but keep grids in float32 where the model is made half: a zero point may be beyond its numbers."""
+
+        def kept(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            narrowed = moved.is_floating_point() and moved.itemsize < 4
+            return tensor.to(moved.device, torch.float32) if narrowed else moved
+
+        super()._apply(kept, recurse)
+        return self
 
     def resized(self, rows: int) -> str:
         """A sentence for a weight that has `rows` rows and not those that the grids were made for."""

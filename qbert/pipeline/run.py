@@ -11,6 +11,7 @@ in few bits: the order that was found best by Kurtic et al. 2022 (oBERT) and Zaf
 
 from __future__ import annotations
 
+import copy
 import os
 import shutil
 import time
@@ -208,6 +209,7 @@ def compress(
         raise TypeError(
             f"data: expected a task such as load_task('sst2') or your own folder, got {type(data).__name__}"
         )
+    foresee(plan, model)
     run = _Run(model, tokenizer, data, plan, Path(folder), train_limit, eval_limit, seed, bf16, progress)
     return run.result()
 
@@ -311,6 +313,28 @@ class _Run:
     def _evaluate(self, model: nn.Module) -> Any:
         split = self.task.evaluation_splits[0]
         return evaluate(model, self.task, self.tokenizer, split=split, limit=self.eval_limit, progress=self.progress)
+
+
+def foresee(plan: Pipeline, model: nn.Module) -> None:
+    """Refuse steps that do not suit `model`, or what the steps before make of it, as far as structure tells.
+
+    Raises:
+        ValueError: naming the step.
+    """
+    # Nothing is copied but what stands around the values.
+    memo: dict[int, Any] = {
+        id(t): nn.Parameter(t.to("meta"), t.requires_grad) if isinstance(t, nn.Parameter) else t.to("meta")
+        for t in (*model.parameters(), *model.buffers())
+    }
+    shell: nn.Module | None = copy.deepcopy(model, memo)
+    for number, step in enumerate(plan.steps, 1):
+        assert shell is not None
+        try:
+            shell = step.foresee(shell)
+        except ValueError as error:
+            raise ValueError(f"step {number}, {short(step)}: {error}") from error
+        if shell is None:
+            return
 
 
 def _saved(model: Any) -> Any:

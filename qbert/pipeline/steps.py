@@ -14,9 +14,10 @@ from typing import Any, ClassVar, Literal
 
 from torch import nn
 
-from qbert.arguments import is_whole
+from qbert.arguments import is_whole, whole_number
 from qbert.bits import BitsConfig
 from qbert.encoders.inputs import without_labels
+from qbert.quantizers.sparsity import Pattern
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,14 @@ class Step:
         """The next model; `model` may be used up."""
         raise NotImplementedError
 
+    def foresee(self, model: nn.Module) -> nn.Module | None:
+        """What comes of a model on device meta, where its structure alone tells; None where only `apply` does.
+
+        Raises:
+            ValueError: what `apply` would refuse in a model of this structure, which is asked before any step is made.
+        """
+        return None
+
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values; `step_from_dict` makes the step of them again."""
         return {"step": self.kind, **_plain(asdict(self))}  # type: ignore[call-overload]
@@ -68,6 +77,9 @@ class Structure(Step):
     """A step that changes the float model's structure by what some unlabelled rows say; a plan chooses among these."""
 
     rows: int
+
+    def __post_init__(self) -> None:
+        whole_number("rows", self.rows, least=1)
 
     def change(self, model: nn.Module, batches: Sequence[Mapping[str, Any]] | None) -> nn.Module:
         """The changed copy of a float model, by batches of tensors without labels, or by its weights alone."""
@@ -92,8 +104,21 @@ class Depth(Structure):
     kind: ClassVar[str] = "depth"
 
     def __post_init__(self) -> None:
-        if not is_whole(self.layers):
-            object.__setattr__(self, "layers", tuple(self.layers))  # type: ignore[arg-type]
+        super().__post_init__()
+        if is_whole(self.layers):
+            whole_number("layers", self.layers, least=1)
+            return
+        object.__setattr__(self, "layers", tuple(self.layers))  # type: ignore[arg-type]
+        if not self.layers:
+            raise ValueError("layers is empty; keep at least one")
+
+    def foresee(self, model: nn.Module) -> nn.Module:
+        """With a number of layers, the first ones, since all have one structure."""
+        from qbert.students.depth import check_kept, student_with_layers
+
+        if not isinstance(self.layers, tuple):
+            check_kept(model, self.layers)
+        return student_with_layers(model, self.layers if isinstance(self.layers, tuple) else range(self.layers))
 
     def change(self, model: nn.Module, batches: Sequence[Mapping[str, Any]] | None) -> nn.Module:
         """See `qbert.students.depth`."""
@@ -121,8 +146,20 @@ class Prune(Structure):
     kind: ClassVar[str] = "prune"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not isinstance(self.names, str):
             object.__setattr__(self, "names", tuple(self.names))
+        for name, share in (("heads", self.heads), ("ffn", self.ffn)):
+            if not isinstance(share, (int, float)) or not 0 <= share < 1:
+                raise ValueError(f"{name}={share!r} is not a share to take out; use a number from 0 to below 1")
+        if self.pattern is not None:
+            Pattern.parse(self.pattern)
+
+    def foresee(self, model: nn.Module) -> nn.Module:
+        """With the first heads and columns of every layer."""
+        from qbert.students.pruned import pruned_structure
+
+        return pruned_structure(model, heads=self.heads, ffn=self.ffn, pattern=self.pattern, names=self.names)
 
     def change(self, model: nn.Module, batches: Sequence[Mapping[str, Any]] | None) -> nn.Module:
         """See `qbert.students.pruned.prune`."""
@@ -146,8 +183,25 @@ class Factorize(Structure):
     weighting: Literal["none", "activations", "both"] | None = None
     kind: ClassVar[str] = "factorize"
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        whole = self.rank.values() if isinstance(self.rank, Mapping) else [self.rank]
+        if isinstance(self.rank, float) and 0 < self.rank < 1:
+            whole = []
+        for rank in whole:
+            if not is_whole(rank) or rank < 1:
+                raise ValueError(f"rank={rank!r} is not possible; use whole numbers from 1 on, or a share below 1")
+        if self.weighting not in (None, "none", "activations", "both"):
+            raise ValueError(f"weighting={self.weighting!r} is not known; use 'none', 'activations' or 'both'")
+
     def __hash__(self) -> int:
         return hash(str(self.to_dict()))
+
+    def foresee(self, model: nn.Module) -> None:
+        """Nothing: which matrices become factors is found from their values."""
+        from qbert.students.lowrank import check_rank
+
+        check_rank(model, self.rank)
 
     def change(self, model: nn.Module, batches: Sequence[Mapping[str, Any]] | None) -> nn.Module:
         """See `qbert.students.lowrank.factorize`."""
@@ -170,8 +224,15 @@ class Share(Structure):
     kind: ClassVar[str] = "share"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not isinstance(self.layers, str) and not is_whole(self.layers):
             object.__setattr__(self, "layers", tuple(self.layers))  # type: ignore[arg-type]
+        if isinstance(self.layers, str) and self.layers not in ("all", "sandwich"):
+            raise ValueError(f"layers={self.layers!r} is not known; use 'all', 'sandwich', a number, or a list")
+
+    def foresee(self, model: nn.Module) -> nn.Module:
+        """With the layer in the middle of every run."""
+        return self.change(model, None)
 
     def change(self, model: nn.Module, batches: Sequence[Mapping[str, Any]] | None) -> nn.Module:
         """See `qbert.students.shared.share_layers`."""
@@ -206,6 +267,17 @@ class Distill(Step):
             raise ValueError(f"recipe={self.recipe!r} is not known; use one of {', '.join(sorted(RECIPES))}")
         if not is_whole(self.steps) or self.steps < 1:
             raise ValueError(f"steps={self.steps!r} is not possible; use a whole number of at least 1")
+        whole_number("batch_size", self.batch_size, least=1)
+        if self.learning_rate is not None and not self.learning_rate > 0:
+            raise ValueError(f"learning_rate={self.learning_rate!r} is not possible; use a number above 0")
+        try:
+            RECIPES[self.recipe](**self.options)
+        except TypeError as error:
+            raise ValueError(f"options={dict(self.options)} do not fit recipe {self.recipe!r}: {error}") from error
+
+    def foresee(self, model: nn.Module) -> nn.Module:
+        """The same structure."""
+        return model
 
     def apply(self, model: nn.Module, context: Context) -> nn.Module:
         """A `Distiller` run that goes on from its last whole checkpoint."""
@@ -255,15 +327,20 @@ class Quantize(Step):
     """Round matrices, tables and activations.
 
     Attributes:
-        bits: of all encoder matrices, or a whole configuration as plain values (`BitsConfig.to_dict`).
-        rounding: ``compensated`` on training rows without labels, or ``nearest``.
+        bits: of all encoder matrices, or a whole configuration as plain values (`BitsConfig.to_dict`), which says all
+            of what follows itself.
+        rounding: ``compensated`` on training rows without labels (also ``None``), or ``nearest``, where `bits` is a
+            number.
         embedding_bits: of the tables, where `bits` is a number; ``None`` as in `BitsConfig`.
         settings: further fields of the `BitsConfig`, where `bits` is a number.
-        rows: training rows for compensated rounding.
+        rows: training rows for compensated rounding, static ranges and composed tables.
+
+    Raises:
+        ValueError: a configuration that cannot be, or rounding, tables or settings beside a whole one.
     """
 
     bits: int | Mapping[str, Any]
-    rounding: str = "compensated"
+    rounding: str | None = None
     embedding_bits: int | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
     rows: int = 384
@@ -272,7 +349,24 @@ class Quantize(Step):
     def __post_init__(self) -> None:
         if isinstance(self.bits, BitsConfig):
             object.__setattr__(self, "bits", self.bits.to_dict())
+        whole_number("rows", self.rows, least=1)
+        if isinstance(self.bits, Mapping):
+            beside: dict[str, Any] = {"rounding": self.rounding, "embedding_bits": self.embedding_bits}
+            beside["settings"] = self.settings or None
+            for name, value in beside.items():
+                if value is not None:
+                    raise ValueError(
+                        f"{name}={value!r} beside a whole configuration would be left out; write it into that, "
+                        "as an argument of its BitsConfig"
+                    )
+        elif self.rounding is None:
+            object.__setattr__(self, "rounding", "compensated")
         self.config()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values; `step_from_dict` makes the step of them again."""
+        # Beside a whole configuration the word means nothing, but files have always had it, and know a run by it.
+        return {**super().to_dict(), "rounding": self.rounding or "compensated"}
 
     def config(self) -> BitsConfig:
         """The configuration.
@@ -285,13 +379,17 @@ class Quantize(Step):
         settings = {"rounding": self.rounding, "embedding_bits": self.embedding_bits, **self.settings}
         return BitsConfig(self.bits, **settings)
 
+    def foresee(self, model: nn.Module) -> nn.Module:
+        """The same structure, as far as later steps ask."""
+        self.config().resolve(model)
+        return model
+
     def apply(self, model: nn.Module, context: Context) -> nn.Module:
         """See `qbert.quantize_model`."""
         from qbert.quantize import quantize_model
 
         config = self.config()
-        specs = config.resolve(model).values()
-        needs_data = any(spec.rounding == "compensated" or spec.is_composed for spec in specs)
+        needs_data = any(spec.needs_data for spec in config.resolve(model).values())
         data = context.batches(self.rows) if needs_data else None
         kept = context.folder / "rounding"
         return quantize_model(model, config, calibration_data=data, checkpoint=kept, progress=context.progress)
@@ -302,6 +400,10 @@ class Pack(Step):
     """Store the codes; the last step of a pipeline that ends in a file."""
 
     kind: ClassVar[str] = "pack"
+
+    def foresee(self, model: nn.Module) -> nn.Module:
+        """The same structure, as far as later steps ask."""
+        return model
 
     def apply(self, model: nn.Module, context: Context) -> nn.Module:
         """See `qbert.pack`."""
@@ -327,6 +429,8 @@ def step_from_dict(values: Mapping[str, Any]) -> Step:
     unknown = sorted(set(given) - names)
     if unknown:
         raise ValueError(f"step {kind!r} has no {unknown[0]!r}; it has {', '.join(sorted(names))}")
+    if kind == Quantize.kind and isinstance(given.get("bits"), Mapping):
+        given.pop("rounding", None)  # see `Quantize.to_dict`
     return STEPS[kind](**given)
 
 

@@ -163,7 +163,7 @@ class ActivationQuantizer(nn.Module):
         scale = self.scale
         if scale.requires_grad:
             scale = scale_gradient(scale, (x.numel() * self.qmax) ** -0.5)
-        return fake_quantize(x, scale.to(x.dtype), self.zero.to(x.dtype), self.qmin, self.qmax)
+        return fake_quantize(x, scale, self.zero, self.qmin, self.qmax)
 
     def extra_repr(self) -> str:
         """Shown in the module tree."""

@@ -37,8 +37,11 @@ def least_scale(dtype: torch.dtype, wanted: float) -> float:
 
 
 def quantize(w: Tensor, scale: Tensor, zero: Tensor, qmin: int, qmax: int) -> Tensor:
-    """Codes of `w` as int8, same shape; `scale` and `zero` broadcast against it. Halves round to even."""
-    return torch.clamp(torch.round(w / scale + zero), qmin, qmax).to(torch.int8)
+    """Codes of `w` as int8, same shape; `scale` and `zero` broadcast against it. Halves round to even.
+
+    Computed in float32 or wider, so that a half-precision weight has the codes that it has in float32.
+    """
+    return torch.clamp(torch.round(_wide(w) / scale + zero), qmin, qmax).to(torch.int8)
 
 
 def dequantize(codes: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
@@ -51,14 +54,14 @@ class _FakeQuantize(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, w: Tensor, scale: Tensor, zero: Tensor, qmin: int, qmax: int) -> Tensor:
-        rounded = torch.div(w, scale).add_(zero).round_()
+        rounded = torch.div(_wide(w), scale).add_(zero).round_()
         value = rounded.clamp(qmin, qmax)
         # In the dtype of w, because multiplying by a boolean mask is five times slower on CPUs.
-        inside = rounded.eq_(value)
+        inside = rounded.eq_(value).to(w.dtype)
         value.sub_(zero).mul_(scale)
         learned = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
         ctx.save_for_backward(inside, *((w, scale, zero, value) if learned else ()))
-        return value
+        return value.to(w.dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -68,12 +71,18 @@ class _FakeQuantize(torch.autograd.Function):
         grad_scale = grad_zero = None
         if saved:
             w, scale, zero, value = saved
+            w, grad, inside_grad = (_wide(x) for x in (w, grad, grad_w))
             # With value = s (q - z), the slope is (value - w) / s inside and value / s outside.
             if ctx.needs_input_grad[1]:
-                grad_scale = (_sum_like(grad, value, scale) - _sum_like(grad_w, w, scale)) / scale
+                grad_scale = (_sum_like(grad, value, scale) - _sum_like(inside_grad, w, scale)) / scale
             if ctx.needs_input_grad[2]:
-                grad_zero = ((grad_w - grad) * scale).sum_to_size(zero.shape)
+                grad_zero = ((inside_grad - grad) * scale).sum_to_size(zero.shape)
         return grad_w, grad_scale, grad_zero, None, None
+
+
+def _wide(x: Tensor) -> Tensor:
+    """`x` in float32 or wider: half precision has too few digits to count 255 steps, or to round what it divided."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _sum_like(a: Tensor, b: Tensor, shape: Tensor) -> Tensor:
@@ -88,10 +97,12 @@ def fake_quantize(w: Tensor, scale: Tensor, zero: Tensor, qmin: int, qmax: int) 
 
     The gradient with respect to `w` is straight-through inside the range and zero outside; with respect to `scale`
     it is (q - w/s - z) inside and (q_min or q_max) - z outside (LSQ eq. 3, with a zero point); with respect to `zero`
-    it is -s outside and zero inside. `scale` and `zero` broadcast against `w`.
+    it is -s outside and zero inside. `scale` and `zero` broadcast against `w`. All is computed in float32 or
+    wider, and only what is returned is rounded to the dtype of `w`.
     """
     if torch.jit.is_tracing():  # a trace with a Python function in it cannot be saved
-        return (torch.div(w, scale).add_(zero).round_().clamp_(qmin, qmax) - zero) * scale
+        value = (torch.div(_wide(w), scale).add_(zero).round_().clamp_(qmin, qmax) - zero) * scale
+        return value.to(w.dtype)
     return _FakeQuantize.apply(w, scale, zero, qmin, qmax)
 
 

@@ -167,9 +167,7 @@ def compare_depths(teacher: nn.Module, batches: Iterable[Batch], keep: int, *, s
     Raises:
         ValueError: no batches, or fewer than one or not fewer than the teacher's layers to keep.
     """
-    count = len(_own_layers(teacher))
-    if not 1 <= keep < count:
-        raise ValueError(f"keep={keep} is not possible; the teacher has {count} layers, so keep 1 to {count - 1}")
+    count = check_kept(teacher, keep)
     kept = list(batches)
     if not kept:
         raise ValueError("batches is empty; give a few hundred unlabelled rows")
@@ -181,6 +179,14 @@ def compare_depths(teacher: nn.Module, batches: Iterable[Batch], keep: int, *, s
         with applied(teacher, layers):
             choices.append(Choice(layers, *_likeness(target, _outputs(teacher, kept), values)))
     return DepthTable(tuple(sorted(choices, key=lambda choice: choice.divergence)))
+
+
+def check_kept(teacher: nn.Module, keep: int) -> int:
+    """The teacher's number of layers. Raises ValueError for fewer than one, or not fewer than those, to keep."""
+    count = len(_own_layers(teacher))
+    if not 1 <= keep < count:
+        raise ValueError(f"keep={keep} is not possible; the teacher has {count} layers, so keep 1 to {count - 1}")
+    return count
 
 
 @contextmanager

@@ -71,9 +71,9 @@ def factorize(
         ValueError: a rank that takes more values than the matrix itself, a pattern that matches none, missing data, or
             an impossible argument; before anything is computed.
     """
+    ranks = check_rank(model, rank)
     targets = [t for t in layer_matrices(model) if not _inside_factors(model, t)]
     weighting = _weighting(model, weighting, data)
-    ranks = None if _is_share(rank) else _asked(rank, targets)  # type: ignore[arg-type]
     chosen = [t for t in targets if ranks is None or t.name in ranks]
     moments = _moments(model, chosen, weighting, data)
     spectra = {t.name: Spectrum.of(t.matrix.detach(), moments.get(t.module), damping) for t in chosen}
@@ -258,6 +258,12 @@ def ranks_within(
                 whole.add(name)
                 left -= rest
     return {name: rank for name, rank in found.items() if name not in whole and rank > 0}
+
+
+def check_rank(model: nn.Module, rank: int | float | Mapping[str, int]) -> dict[str, int] | None:
+    """Name -> rank of every matrix that `rank` names; None for a share. Raises ValueError as `factorize` for ranks."""
+    targets = [t for t in layer_matrices(model) if not _inside_factors(model, t)]
+    return None if _is_share(rank) else _asked(rank, targets)  # type: ignore[arg-type]
 
 
 def _is_share(rank: Any) -> bool:

@@ -74,11 +74,7 @@ def prune(
         ValueError: nothing to prune, a share that leaves no head or column, layers of an unknown family, or a pattern
             that does not fit; before anything is computed.
     """
-    zeros = None if pattern is None else Pattern.parse(pattern)
-    kept = _kept_counts(model, heads, ffn)
-    if not kept and zeros is None:
-        raise ValueError("there is nothing to prune; give heads=, ffn= or pattern=")
-    matrices = _named(model, names, zeros) if zeros is not None else []
+    kept, zeros, matrices = _asked(model, heads, ffn, pattern, names)
     student = copy.deepcopy(model).eval()
     if kept:
         _take_out(student, kept, data, compensate, damping)
@@ -86,6 +82,37 @@ def prune(
         _set_zeros(student, set(matrices), zeros, data, compensate, damping)
         note_zeros(student, noted_zeros(student) | dict.fromkeys(matrices, cast("str | float", pattern)))
     return student
+
+
+def pruned_structure(
+    model: Model,
+    *,
+    heads: float | Sequence[float] = 0.0,
+    ffn: float | Sequence[float] = 0.0,
+    pattern: str | float | None = None,
+    names: str | Sequence[str] = "*",
+) -> Model:
+    """A copy of `model` with the widths that `prune` gives it, and with its first heads and columns, chosen by nothing.
+
+    Its values need not be there (device meta). Arguments and errors as for `prune`.
+    """
+    kept, _, matrices = _asked(model, heads, ffn, pattern, names)
+    student = copy.deepcopy(model)
+    if kept:
+        keep(student, {depth: (range(h), range(columns)) for depth, (h, columns) in enumerate(kept)})
+    note_zeros(student, noted_zeros(student) | dict.fromkeys(matrices, cast("str | float", pattern)))
+    return student
+
+
+def _asked(
+    model: nn.Module, heads: Any, ffn: Any, pattern: Any, names: str | Sequence[str]
+) -> tuple[list[tuple[int, int]], Pattern | None, list[str]]:
+    """((heads, columns) that stay in each layer, pattern of zeros, matrices that get it)."""
+    zeros = None if pattern is None else Pattern.parse(pattern)
+    kept = _kept_counts(model, heads, ffn)
+    if not kept and zeros is None:
+        raise ValueError("there is nothing to prune; give heads=, ffn= or pattern=")
+    return kept, zeros, _named(model, names, zeros) if zeros is not None else []
 
 
 class Removal(NamedTuple):

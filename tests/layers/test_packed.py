@@ -183,11 +183,30 @@ def test_moves_keep_codes_and_scales(dtype: torch.dtype) -> None:
     assert all(torch.equal(layer.quantized_weight(), weights[n]) for n, layer in packed_layers(packed).items())
 
 
-def test_a_half_precision_model_is_packed_with_the_scales_it_computes_with() -> None:
-    student = qbert.quantize_model(build("bert").to(torch.bfloat16), 4)
-    packed = pack(student)
-    for name, layer in packed_layers(packed).items():
-        assert torch.equal(layer.quantized_weight(), student.get_submodule(name).quantized_weight()), name
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("scheme", ["asymmetric", "symmetric", "midrise", "offset"])
+def test_a_half_precision_model_is_packed_as_it_computes(scheme: str, dtype: torch.dtype) -> None:
+    model = build("bert", num_hidden_layers=1).to(dtype)
+    for bits in (2, 3, 4, 8):
+        config = qbert.BitsConfig(bits, scheme=scheme, embedding_bits=bits, range_method="minmax")
+        student = qbert.quantize_model(model, config)
+        for name, layer in packed_layers(pack(student)).items():
+            trained = student.get_submodule(name)
+            weight = trained.quantized_weight()
+            assert weight.dtype == dtype and torch.equal(layer.quantized_weight(), weight), (name, bits)
+            assert torch.equal(layer.int_codes(), trained.weight_quantizer.codes(trained.weight.float())), (name, bits)
+
+
+@pytest.mark.parametrize("late", [False, True], ids=["half before", "half after"])
+def test_a_constant_row_in_float16_with_an_offset_stays_finite(late: bool) -> None:
+    model, config = build("bert").eval(), qbert.BitsConfig(4, scheme="offset", groups=96)
+    with torch.no_grad():
+        model.bert.encoder.layer[0].output.dense.weight[3] = 0.1
+    student = qbert.quantize_model(model, config).half() if late else qbert.quantize_model(model.half(), config)
+    for form in (student, pack(student)):
+        row = form.bert.encoder.layer[0].output.dense.quantized_weight()[3]
+        assert torch.allclose(row.float(), torch.full((96,), 0.1), atol=1e-4)
+        assert bool(torch.isfinite(outputs(form, inputs_for("bert"))).all())
 
 
 def test_learned_zero_points_are_kept_as_floats() -> None:

@@ -14,6 +14,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import qbert
 from qbert.pipeline import Depth, Distill, Factorize, Pack, Pipeline, Prune, Quantize, Share, compress
+from qbert.pipeline.run import foresee
 from qbert.pipeline.steps import Step
 from qbert.tasks import SentenceRegression, build_sentence_model, evaluate, load_task
 
@@ -203,6 +204,22 @@ def test_a_saved_pipeline_is_read_back_and_a_damaged_one_refused(tmp_path: Path)
         (lambda: Quantize(5), "bits"),
         (lambda: Distill("alchemy"), "recipe='alchemy' is not known; use one of"),
         (lambda: Distill(steps=0), "steps=0 is not possible"),
+        (lambda: Distill(batch_size=0), "batch_size: 0 is not possible"),
+        (lambda: Distill(learning_rate=-1.0), r"learning_rate=-1\.0 is not possible"),
+        (lambda: Distill("minilm", options={"nope": 1}), "do not fit recipe 'minilm': .*nope"),
+        (lambda: Depth(0), "layers: 0 is not possible"),
+        (lambda: Depth(()), "layers is empty"),
+        (lambda: Prune(heads=2.0), r"heads=2\.0 is not a share"),
+        (lambda: Prune(ffn=-1), "ffn=-1 is not a share"),
+        (lambda: Prune(pattern="7:3"), "pattern='7:3' is not known"),
+        (lambda: Factorize(-3), "rank=-3 is not possible"),
+        (lambda: Factorize({"*": 0.5}), r"rank=0\.5 is not possible"),  # type: ignore[dict-item]
+        (lambda: Factorize(0.5, weighting="some"), "weighting='some' is not known"),  # type: ignore[arg-type]
+        (lambda: Share("sandwhich"), "layers='sandwhich' is not known"),
+        (lambda: Quantize(4, rows=0), "rows: 0 is not possible"),
+        (lambda: Quantize(qbert.BitsConfig(4), rounding="compensated"), "rounding='compensated' beside a whole"),
+        (lambda: Quantize(qbert.BitsConfig(4), embedding_bits=2), "embedding_bits=2 beside a whole"),
+        (lambda: Quantize(qbert.BitsConfig(4), settings={"groups": 4}), "settings=.* beside a whole"),
         (lambda: Pipeline.from_dict({"format": "x"}), "are no pipeline"),
         (lambda: Pipeline.from_dict({"format": "qbert.pipeline/1", "steps": [{"step": "dream"}]}), "is not known"),
         (
@@ -214,6 +231,66 @@ def test_a_saved_pipeline_is_read_back_and_a_damaged_one_refused(tmp_path: Path)
 def test_what_cannot_be_a_pipeline_is_refused(make: Any, sentence: str) -> None:
     with pytest.raises(ValueError, match=sentence):
         make()
+
+
+@pytest.mark.parametrize(
+    ("step", "sentence"),
+    [
+        (Depth(99), r"step 2, depth \(99\): keep=99 is not possible"),
+        (Depth((0, 7)), "has no layer 7"),
+        (Prune(heads=0.99), "leaves none of the"),
+        (Prune(), "nothing to prune"),
+        (Prune(pattern="2:4", names="encoder.layers.0"), r"'encoder\.layers\.0' matches no matrix"),
+        (Factorize(10**6), "ranks up to"),
+        (Share(7), "groups do not divide"),
+        (Quantize(qbert.BitsConfig({"encoder.layers.0": 8, "*": 4})), r"'encoder\.layers\.0' matches no tensor"),
+        (Quantize(4, settings={"input_group_size": 7}), "input_group_size"),
+    ],
+    ids=str,
+)
+def test_what_a_later_step_refuses_is_said_before_the_first(
+    step: Step, sentence: str, world: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Distill, "apply", lambda *_: pytest.fail("trained"))
+    with pytest.raises(ValueError, match=sentence):
+        compress(**world, plan=(Distill("minilm", steps=5000), step), folder=tmp_path / "out", progress=False)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("steps", "sentence"),
+    [
+        ((Depth(1), Quantize(qbert.BitsConfig({"encoder.layer.1": 8, "*": 4}))), "matches no tensor"),
+        ((Share((0, 0)), Quantize(qbert.BitsConfig({"encoder.layer.1": 8, "*": 4}))), "matches no tensor"),
+        ((Prune(heads=0.5), Prune(heads=0.8)), "leaves none of the 2"),
+        ((Prune(pattern="2:4"), Prune(ffn=0.5)), "zeros in a pattern"),
+        ((Prune(heads=0.5, ffn=0.5), Quantize(qbert.BitsConfig({"encoder.layer.1": 8, "*": 4})), Pack()), None),
+    ],
+)
+def test_later_steps_are_foreseen_on_what_the_structure_will_be(
+    steps: tuple[Step, ...], sentence: str | None, world: dict[str, Any]
+) -> None:
+    before = copy.deepcopy(world["model"].state_dict())
+    if sentence is None:
+        foresee(Pipeline(steps), world["model"])
+    else:
+        with pytest.raises(ValueError, match=sentence):
+            foresee(Pipeline(steps), world["model"])
+    assert all(torch.equal(value, before[key]) for key, value in world["model"].state_dict().items())
+
+
+def test_static_ranges_of_rounding_to_nearest_are_fixed_on_training_rows(world: dict[str, Any], tmp_path: Path) -> None:
+    plan = (Quantize(4, rounding="nearest", settings={"activation_range": "static"}), Pack())
+    done = compress(**world, plan=plan, folder=tmp_path, progress=False)
+    layer = done.model.bert.encoder.layer[0].output.dense
+    assert layer.spec.activation_range == "static" and float(layer.input_scale) not in (0.0, 1.0)
+
+
+def test_a_whole_configuration_in_a_file_may_stand_beside_a_rounding() -> None:
+    step = Quantize(qbert.BitsConfig({"*": 4}, rounding="nearest"))
+    values = step.to_dict()
+    assert values["rounding"] == "compensated"  # as it always was written
+    assert Pipeline.from_dict(json.loads(json.dumps(Pipeline((step,)).to_dict()))).steps == (step,)
 
 
 def test_a_quantized_model_and_other_types_are_refused_before_any_work(world: dict[str, Any], tmp_path: Path) -> None:

@@ -207,6 +207,23 @@ def test_activations_of_one_token_do_not_depend_on_the_others(mode: Any) -> None
     assert torch.equal(quantizer(x)[1:, 2:3], alone)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("scalar", [False, True], ids=["weights", "static activations"])
+def test_half_precision_is_quantized_as_float32_is_and_rounded_once(scalar: bool, dtype: torch.dtype) -> None:
+    w, towards = torch.randn(6, 1, 64).to(dtype), torch.randn(6, 1, 64).to(dtype)
+    ranges = find_ranges(w.flatten(1), torch.arange(6), bits=8, scheme="offset")
+    found, expected = [], []
+    for into, x in ((found, w), (expected, w.float())):
+        grids = (r[0, 0] if scalar else r.unsqueeze(1) for r in ranges)
+        leaves = [t.clone().requires_grad_() for t in (x, *grids)]
+        y = fake_quantize(*leaves, *code_range(8))
+        into += [y, *torch.autograd.grad(y, leaves, towards.to(x.dtype))]
+        assert [t.dtype for t in into] == [x.dtype, x.dtype, torch.float32, torch.float32]
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other.to(one.dtype), rtol=1e-5, atol=1e-5)
+    assert torch.equal(found[0], expected[0].to(dtype)) and torch.equal(found[1], expected[1].to(dtype))
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("mode", ["dynamic", "asymmetric", "static"])
 def test_tokens_without_any_range_stay_what_they_are(mode: Any, dtype: torch.dtype) -> None:
