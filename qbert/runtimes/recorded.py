@@ -223,7 +223,12 @@ def check_inputs(model: nn.Module, inputs: Sequence[str]) -> None:
     """Raises ValueError for names that are not among the inputs of `model`."""
     called = base_model(model)[1] if _is_sentence_model(model) else model
     taken = list(inspect.signature(called.forward).parameters)
-    wrong = [inputs] if isinstance(inputs, str) else [name for name in inputs if name not in taken]
+    if isinstance(inputs, str):
+        raise ValueError(
+            f"inputs: {inputs!r} is a text, not a list of names; give a list, such as [{inputs!r}], of some of "
+            f"{', '.join(taken)}"
+        )
+    wrong = [name for name in inputs if name not in taken]
     if wrong or not inputs:
         raise ValueError(
             f"inputs: {wrong[0] if wrong else inputs!r} is not among the inputs of {type(called).__name__}; give a "
