@@ -268,11 +268,17 @@ def test_an_optimized_model_is_exported_like_the_packed_one(tmp_path: Path) -> N
     assert (tmp_path / "packed.onnx").read_bytes() == (tmp_path / "optimized.onnx").read_bytes()
 
 
-@pytest.mark.parametrize("inputs", [("input_ids", "segments"), "input_ids", ()])
+@pytest.mark.parametrize("inputs", [("input_ids", "segments"), ()])
 def test_inputs_that_the_model_does_not_have_are_named(inputs: Any, tmp_path: Path) -> None:
     packed = qbert.pack(qbert.quantize_model(AutoModel.from_config(build("bert").config), 4))
     with pytest.raises(ValueError, match=r"inputs: .* is not among the inputs of BertModel.*token_type_ids"):
         qbert.export_onnx(packed, tmp_path / "model.onnx", inputs=inputs)
+
+
+def test_inputs_that_are_one_text_are_refused_as_that(tmp_path: Path) -> None:
+    packed = qbert.pack(qbert.quantize_model(AutoModel.from_config(build("bert").config), 4))
+    with pytest.raises(ValueError, match=r"inputs: 'input_ids' is a text, not a list.*\['input_ids'\].*token_type_ids"):
+        qbert.export_onnx(packed, tmp_path / "model.onnx", inputs="input_ids")
 
 
 def test_what_is_no_text_encoder_is_named(tmp_path: Path) -> None:

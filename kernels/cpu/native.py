@@ -3,8 +3,8 @@
 The library is plain C++ without torch's headers: a few seconds of compiling, once for each source and instruction set.
 It rests in the cache folder (``$QBERT_CACHE``) and is tried on exact integers before it is used. Where it is there
 already, neither a compiler nor a folder that can be written is needed: `build_libraries` fills a cache while an image
-is built. Nothing needs the engine: where it cannot be had, `reason_not_native` says why, and the chains of torch operators
-(`linear`), which are its slow twin, do the same work.
+is built. Nothing needs the engine: where it cannot be had, `reason_not_native` says why, and the chains of torch
+operators (`linear`), which are its slow twin, do the same work.
 
     if not reason_not_native():
         product = NativeProduct.prepare(codes, scale, zero, bias, asymmetric=True)

@@ -20,7 +20,7 @@ outputs differ by about the error that quantized activations have anyway.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from copy import copy, deepcopy
 from itertools import groupby
 from typing import Any, TypeVar
@@ -28,6 +28,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from qbert.arguments import is_whole
 from qbert.encoders.copied import CopiedParameters
 from qbert.encoders.inputs import most_tokens
 from qbert.encoders.parts import LayerParts
@@ -52,7 +53,15 @@ from qbert.inference.cpu_deberta import (
 from qbert.inference.cpu_model import FusedModel, tokens_before_padding
 from qbert.inference.engines import RUNTIMES, check_engine
 from qbert.inference.fits import reason_not_four_products, reason_not_to_fuse_layer
-from qbert.inference.forward import FastForward, freeze, is_recording, reason_not_to_replace, remove_fast_forwards
+from qbert.inference.forward import (
+    FastForward,
+    freeze,
+    is_recording,
+    reason_not_to_replace,
+    refuse_to_load,
+    remove_fast_forwards,
+    unchanged_by_failure,
+)
 from qbert.inference.runtime import run_elsewhere
 from qbert.kernels.cpu.native import NativeLayers
 from qbert.layers.packed import PackedTensor, check_module
@@ -98,7 +107,7 @@ def optimize_for_inference(
 
     Args:
         packed: what `qbert.pack`, `qbert.load` or ``from_pretrained`` returned, on the CPU or a CUDA device.
-        inplace: prepare `packed` itself instead of a copy.
+        inplace: prepare `packed` itself instead of a copy; where that is refused, it stays as it was.
         exact: compute what the packed layers do, whatever it takes. ``False`` lets 8-bit weights be rounded once more
             (`qbert.kernels.cpu.gemm.fit_pairs`) on CPUs that add int8 products in 16 bits, x86 without VNNI, where
             they run 1.2 to 1.4 times as fast then; the relative error of MiniLM's last hidden state goes from 0.050 to
@@ -129,12 +138,15 @@ def optimize_for_inference(
         A model of the same class with the same calls, in evaluation mode; a copy unless `inplace`.
 
     Raises:
-        ValueError: for an engine that is unknown or cannot run on this machine, or a shape that is not two positive
-            numbers; if the model has no packed layer, is on another device, or on one that cannot multiply `operands`
-            (a CPU takes "int8"), or computes something else in the runtime that was asked for; TypeError if it is not
-            a torch module; MissingPackageError if the runtime is not installed.
+        ValueError: for an engine that is unknown or cannot run on this machine, a flag that is none, or a shape that is
+            not two positive numbers; if the model has no packed layer, is on another device, or on one that cannot
+            multiply `operands` (a CPU takes "int8"), or computes something else in the runtime that was asked for;
+            TypeError if it is not a torch module; MissingPackageError if the runtime is not installed.
     """
     check_module("packed", packed)
+    for name, flag, known in (("exact", exact, (True, False)), ("skip_padding", skip_padding, (True, False, None))):
+        if not any(flag is value for value in known):
+            raise ValueError(f"{name}={flag!r} is not one of {', '.join(map(str, known))}; give one of these.")
     layers = [m for m in packed.modules() if isinstance(m, PackedTensor)]
     if not layers:
         raise ValueError(f"packed: {type(packed).__name__} has no packed layer; call qbert.pack first")
@@ -149,31 +161,55 @@ def optimize_for_inference(
         raise ValueError(f"engine={engine!r} is for CPUs, and the model is on {next(iter(devices))}; use 'auto'.")
     if not on_gpu:
         check_engine(engine)
-    for shape in warm_up:
-        if len(shape) != 2 or not all(isinstance(n, int) and n > 0 for n in shape):
+    shapes = _checked_shapes(warm_up, packed)
+    model = packed if inplace else deepcopy(packed)
+    with unchanged_by_failure(model):
+        _optimize(model, exact, operands, skip_padding, engine, on_gpu)
+        for batch, length in shapes if not on_gpu else ():
+            _run_three_times(model, base_model(model)[1], batch, length)
+    return model
+
+
+def _checked_shapes(warm_up: Any, packed: nn.Module) -> list[tuple[int, int]]:
+    """`warm_up` as a list; ValueError for what is no list of shapes that `packed` can be run on."""
+    base: Any = base_model(packed)[1]
+    shapes = list(warm_up) if isinstance(warm_up, Iterable) and not isinstance(warm_up, str) else None
+    if shapes is None or any(map(is_whole, shapes)):
+        raise ValueError(f"warm_up: {warm_up!r} is not a list of shapes; give one or more, such as [(1, 16)].")
+    if shapes and getattr(base, "main_input_name", "input_ids") != "input_ids":
+        raise ValueError(
+            f"warm_up: {type(base).__name__} reads {base.main_input_name}, not token ids; call it three times instead."
+        )
+    longest = most_tokens(packed, base)
+    for shape in shapes:
+        pair = isinstance(shape, Sequence) and len(shape) == 2
+        if not pair or not all(is_whole(n) and n > 0 for n in shape):
             raise ValueError(f"warm_up: {shape!r} is not a batch and a length, such as (1, 16).")
-        longest = most_tokens(packed, base_model(packed)[1])
         if longest and shape[1] > longest:
             raise ValueError(f"warm_up: {shape!r} has more tokens than the model reads, {longest}; use fewer.")
-    model = packed if inplace else deepcopy(packed)
+    return shapes
+
+
+def _optimize(
+    model: nn.Module, exact: bool, operands: str, skip_padding: bool | None, engine: str, on_gpu: bool
+) -> None:
+    """Prepare `model` itself; the arguments are those of `optimize_for_inference`, checked."""
     remove_fast_forwards(model)
     model.eval()
-    _, base = base_model(model)
+    base: Any = base_model(model)[1]
     freeze(base)
     for module in model.modules():
         if isinstance(module, PackedTensor):
-            module.register_load_state_dict_pre_hook(_refuse_to_load)
+            refuse_to_load(module)
     if engine in RUNTIMES:
         run_elsewhere(base, engine, bool(skip_padding))
-        for batch, length in warm_up:
-            _run_three_times(model, base, batch, length)
-        return model
+        return
     skip = _never_reads_padding(model, base) if skip_padding is None else skip_padding
     if on_gpu:
         from qbert.inference.gpu import fuse_for_gpu
 
         fuse_for_gpu(model, operands, skip)
-        return model
+        return
     encoder = getattr(base, "encoder", None) or getattr(base, "transformer", None)  # so called by DistilBERT
     in_base = type(base).__name__ in LAYERS_IN_BASE
     if in_base:
@@ -202,22 +238,13 @@ def optimize_for_inference(
             module.prepare(exact)
             if can_choose(module):
                 module._fast = ChosenLinear(module, exact, engine)  # type: ignore[arg-type,assignment]
-    for batch, length in warm_up:
-        _run_three_times(model, base, batch, length)
-    return model
 
 
 def _run_three_times(model: nn.Module, base: Any, batch: int, length: int) -> None:
-    ids = torch.full((batch, length), 1 + (getattr(base.config, "pad_token_id", 0) or 0), device="cpu")
+    token = (1 + (getattr(base.config, "pad_token_id", 0) or 0)) % base.config.vocab_size
+    ids = torch.full((batch, length), token, device="cpu")
     for _ in range(3):
         base(input_ids=ids, attention_mask=torch.ones_like(ids))
-
-
-def _refuse_to_load(module: nn.Module, *_: Any) -> None:
-    raise RuntimeError(
-        "load_state_dict: this model was optimized for inference and computes from copies of its weights, which would "
-        "stay the old ones; load the weights into the packed model and call qbert.optimize_for_inference on it"
-    )
 
 
 class EngineReport:

@@ -10,7 +10,8 @@ around it; so a model whose weights change must lose it (`remove_fast_forwards`)
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from copy import deepcopy
 from typing import Any, ClassVar, TypeVar
 
@@ -18,7 +19,7 @@ import torch
 from torch import nn
 
 Forward = TypeVar("Forward", bound="FastForward")
-_FROZEN = "_frozen_for_inference"
+_FROZEN, _LOAD_HOOK = "_frozen_for_inference", "_refuses_to_load"
 
 
 def is_recording() -> bool:
@@ -69,10 +70,43 @@ def freeze(base: nn.Module) -> None:
     setattr(base, _FROZEN, getattr(base, _FROZEN, ()) + wanted)
 
 
+def refuse_to_load(module: nn.Module) -> None:
+    """Let `module`, from whose weights operands were prepared, take no others until `remove_fast_forwards`."""
+    if _LOAD_HOOK not in module.__dict__:
+        module.__dict__[_LOAD_HOOK] = module.register_load_state_dict_pre_hook(_refuse)
+
+
+def _refuse(module: nn.Module, *_: Any) -> None:
+    raise RuntimeError(
+        "load_state_dict: this model was optimized for inference and computes from copies of its weights, which would "
+        "stay the old ones; load the weights into the packed model and call qbert.optimize_for_inference on it"
+    )
+
+
+@contextmanager
+def unchanged_by_failure(model: nn.Module) -> Iterator[None]:
+    """If what is inside raises, the modules of `model` get their forwards, operands, modes and gradients back."""
+    modules = [(module, dict(module.__dict__)) for module in model.modules()]
+    wanted = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        yield
+    except BaseException:
+        remove_fast_forwards(model)
+        for module, attributes in modules:
+            module.__dict__.clear()
+            module.__dict__.update(attributes)
+            if module.__dict__.pop(_LOAD_HOOK, None) is not None:
+                refuse_to_load(module)
+        for parameter, wants in wanted:
+            parameter.requires_grad_(wants)
+        raise
+
+
 def remove_fast_forwards(model: nn.Module) -> None:
     """Give every module inside of `model` the forward of its class back, where one of qbert's had taken its place.
 
-    Parameters that `freeze` froze want gradients again.
+    Parameters that `freeze` froze want gradients again, operands that single layers prepared are dropped, and weights
+    may be loaded again.
     """
     for module in model.modules():
         frozen = set(module.__dict__.pop(_FROZEN, ()))
@@ -82,6 +116,10 @@ def remove_fast_forwards(model: nn.Module) -> None:
         if _is_ours(module.__dict__.get("forward")):
             del module.forward
             module.__dict__.pop("extra_repr", None)
+        if _LOAD_HOOK in module.__dict__:
+            module.__dict__.pop(_LOAD_HOOK).remove()
+            if "_fast" in module.__dict__:
+                module._fast = None  # type: ignore[assignment]
 
 
 def reason_not_to_replace(modules: Iterable[nn.Module]) -> str:

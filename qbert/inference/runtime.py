@@ -61,7 +61,7 @@ class RuntimeModel(FastForward):
         try:
             record = _record(base, engine)
             self.inputs, self._keys = record.inputs, record.keys
-            self._longest = _longest(record)
+            self._longest = record.longest
             self._session_of = _OPENERS[engine](record)
             self._sessions = {torch.get_num_threads(): self._session_of(torch.get_num_threads())}
             self.error = record.check_replay(self._session(), ALIKE)
@@ -167,12 +167,6 @@ def _plain_result(base: Any, **more: Tensor) -> Any:
     mask[-1, RECORDED[1] * 2 // 3 :] = 0
     with torch.no_grad():
         return type(base).forward(base, input_ids=ids, attention_mask=mask, **more)
-
-
-def _longest(record: Recorded) -> int:
-    """The longest text that the model takes."""
-    *_, (_, checked) = record.shapes()
-    return checked + 2 if record.expected((1, checked + 2)) is not None else checked
 
 
 def _openvino(record: Recorded) -> Callable[[int], Session]:

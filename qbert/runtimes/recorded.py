@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qbert.encoders.inputs import most_tokens
 from qbert.encoders.replace import replace_everywhere
 from qbert.encoders.targets import base_model
 from qbert.layers.embedding import PackedEmbedding
@@ -44,6 +45,8 @@ class Recorded(nn.Module):
         self.every_output = every_output
         self.outputs: tuple[str, ...] = ()
         self.keys: tuple[str, ...] = ()  # of the outputs in what the model returns
+        # Asked before twins take the places of tables, which may not say which rows are no token's.
+        self.longest = min(most_tokens(model, base_model(model)[1]) or _LONGEST, _LONGEST)
         self.axes: dict[str, dict[int, str]] = {}  # those of varying size, of inputs and outputs
 
     def forward(self, *values: Tensor) -> tuple[Tensor, ...]:
@@ -98,6 +101,8 @@ class Recorded(nn.Module):
                 f"({type(error).__name__}: {error}); export a text encoder, such as the one inside "
                 "of it, or name other inputs"
             ) from error
+        if self.expected((1, self.longest)) is None:
+            self.longest -= 2  # of kinds whose positions begin with 2, and whose tables do not tell
         self.axes = {name: {0: "batch", 1: "length"} for name in self.inputs}
         for name, one, other in zip(self.outputs, long, short, strict=True):
             varying = {d: "length" for d in range(1, one.dim()) if one.shape[d] != other.shape[d]}
@@ -117,11 +122,8 @@ class Recorded(nn.Module):
 
     def shapes(self) -> Iterator[tuple[int, int]]:
         """Batches and lengths to compare at, up to the longest text that the model says it takes."""
-        config = getattr(base_model(self.model)[1], "config", None)
-        longest = min(getattr(config, "max_position_embeddings", None) or _LONGEST, _LONGEST)
-        longest -= 2  # RoBERTa's count from 2
-        yield from (shape for shape in (RECORDED, *_OTHERS) if shape[1] < longest)
-        yield 1, longest
+        yield from (shape for shape in (RECORDED, *_OTHERS) if shape[1] < self.longest)
+        yield 1, self.longest
 
     def expected(self, shape: tuple[int, int], quantize_activations: bool = True) -> tuple[Tensor, ...] | None:
         """What the model computes in torch; ``None`` where it refuses so long a text."""
@@ -223,7 +225,12 @@ def check_inputs(model: nn.Module, inputs: Sequence[str]) -> None:
     """Raises ValueError for names that are not among the inputs of `model`."""
     called = base_model(model)[1] if _is_sentence_model(model) else model
     taken = list(inspect.signature(called.forward).parameters)
-    wrong = [inputs] if isinstance(inputs, str) else [name for name in inputs if name not in taken]
+    if isinstance(inputs, str):
+        raise ValueError(
+            f"inputs: {inputs!r} is a text, not a list of names; give a list, such as [{inputs!r}], of some of "
+            f"{', '.join(taken)}"
+        )
+    wrong = [name for name in inputs if name not in taken]
     if wrong or not inputs:
         raise ValueError(
             f"inputs: {wrong[0] if wrong else inputs!r} is not among the inputs of {type(called).__name__}; give a "

@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from qbert.encoders.inputs import most_positions
+from qbert.encoders.targets import base_model
 from qbert.progress import progress_bar
 from qbert.tasks.encoding import Prepared, decode_spans, prepare
 from qbert.tasks.task import Task
@@ -69,7 +71,8 @@ def evaluate(
         `Evaluation`: metric -> value, and the outputs that were scored.
 
     Raises:
-        ValueError: unknown split, a row without its label, or outputs that are not finite (names the split).
+        ValueError: unknown split, a row without its label, ids or lengths that the model has no place for, or outputs
+            that are not finite (names the split).
         MissingPackageError: the task's metric needs a package that is not installed.
     """
     splits = [split] if split is not None else list(task.evaluation_splits)
@@ -102,6 +105,7 @@ def evaluate_prepared(
 ) -> Evaluation:
     """`evaluate` on rows that are tokenized already."""
     data.task.check_scorer()
+    _check_readable(model, data)
     if device is not None:
         model.to(device)
     place = next(model.parameters()).device
@@ -137,6 +141,24 @@ def evaluate_prepared(
     result["examples"] = float(len(data.rows))
     result.logits, result.predictions = logits, predictions
     return result
+
+
+def _check_readable(model: nn.Module, data: Prepared) -> None:
+    """Raises ValueError for ids that the model's vocabulary has not, or rows longer than its table of positions."""
+    words = getattr(getattr(base_model(model)[1], "config", None), "vocab_size", None)
+    given = (np.hstack(example["input_ids"]) for example in data.examples)
+    largest = max((int(ids.max()) for ids in given if ids.size), default=-1)
+    if isinstance(words, int) and largest >= words:
+        raise ValueError(
+            f"tokenizer: it gives the id {largest}, and the model's vocabulary has {words} words; use the model's own "
+            "tokenizer"
+        )
+    most, longest = most_positions(model), int(data.lengths.max(initial=0))
+    if most is not None and longest > most:
+        raise ValueError(
+            f"max_length: a row of {data.task.name!r} has {longest} tokens, and the model reads at most {most}; give "
+            f"max_length={most}"
+        )
 
 
 def _terms(batch: dict[str, Tensor], data: Prepared) -> int:

@@ -16,9 +16,10 @@ from transformers import AutoModel, BertModel
 from transformers.models.bert import modeling_bert
 
 import qbert
+from qbert.inference import cpu as inference
 from qbert.inference.cpu import FusedEncoder, optimize_for_inference
 from qbert.inference.cpu_model import FusedModel
-from qbert.inference.forward import FastForward
+from qbert.inference.forward import FastForward, remove_fast_forwards
 from qbert.kernels.cpu import gemm
 from qbert.layers.linear import QuantLinear
 from qbert.packing import pack, unpack
@@ -338,3 +339,66 @@ def test_single_linear_maps_tell_a_changed_bias_too() -> None:
     fast[0].bias.data = torch.ones(24)
     with pytest.raises(RuntimeError, match=r"linear map 48 to 24\.bias was changed"):
         fast(torch.randn(2, 48))
+
+
+def test_an_optimization_in_place_that_is_refused_leaves_the_model_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    other = build("bert", hidden_act="silu", num_hidden_layers=1)
+    for model, settings in (
+        (pack(qbert.quantize_model(other, 4)).train(), {"engine": "native"}),
+        (encoder("bert"), {"engine": "fp32", "warm_up": [(1, 5)]}),
+        (optimize_for_inference(encoder("bert"), engine="fp32"), {"engine": "fp32", "warm_up": [(1, 5)]}),
+    ):
+        before = [(m, dict(m.__dict__), list(m._load_state_dict_pre_hooks.values())) for m in model.modules()]
+        wanted = [p.requires_grad for p in model.parameters()]
+        with monkeypatch.context() as broken:
+            broken.setattr(inference, "_run_three_times", lambda *_: 1 / 0)
+            with pytest.raises((ValueError, ZeroDivisionError)):
+                optimize_for_inference(model, inplace=True, **settings)
+        for module, attributes, hooks in before:
+            kept = {name: value for name, value in module.__dict__.items() if name != "_refuses_to_load"}
+            assert kept.keys() == attributes.keys() - {"_refuses_to_load"}
+            assert all(value is attributes[name] or value == attributes[name] for name, value in kept.items())
+            assert len(module._load_state_dict_pre_hooks) == len(hooks)
+        assert [p.requires_grad for p in model.parameters()] == wanted
+
+
+def test_optimizing_in_place_again_adds_no_hooks() -> None:
+    model = encoder("bert")
+    for _ in range(3):
+        optimize_for_inference(model, inplace=True, engine="fp32")
+    linear = model.encoder.layer[0].output.dense
+    assert len(linear._load_state_dict_pre_hooks) == 1
+    with pytest.raises(RuntimeError, match="load_state_dict"):
+        copy.deepcopy(model).load_state_dict(model.state_dict())
+    plain = copy.deepcopy(model)
+    remove_fast_forwards(plain)
+    plain.load_state_dict(model.state_dict())
+    assert not plain.encoder.layer[0].output.dense._load_state_dict_pre_hooks
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"warm_up": (1, 16)}, r"warm_up: \(1, 16\) is not a list of shapes; give .*\[\(1, 16\)\]"),
+        ({"warm_up": 3}, r"warm_up: 3 is not a list of shapes"),
+        ({"warm_up": [(1, True)]}, r"warm_up: \(1, True\) is not a batch and a length"),
+        ({"warm_up": [(1, 16, 2)]}, r"warm_up: \(1, 16, 2\) is not a batch and a length"),
+        ({"skip_padding": "no"}, r"skip_padding='no' is not one of True, False, None"),
+        ({"exact": "no"}, r"exact='no' is not one of True, False"),
+        ({"exact": None}, r"exact=None is not one of True, False"),
+    ],
+)
+def test_settings_of_a_wrong_kind_are_refused_before_any_work(
+    settings: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(inference, "deepcopy", lambda model: 1 / 0)
+    with pytest.raises(ValueError, match=message):
+        optimize_for_inference(encoder("bert"), **settings)
+
+
+def test_warming_up_needs_token_ids_and_keeps_within_the_vocabulary() -> None:
+    images = pack(qbert.quantize_model(build("vit").eval(), 4))
+    with pytest.raises(ValueError, match="warm_up: ViTModel reads pixel_values, not token ids"):
+        optimize_for_inference(images, warm_up=[(1, 5)])
+    last = pack(qbert.quantize_model(build("bert", pad_token_id=99), 4))
+    assert optimize_for_inference(last, engine="fp32", warm_up=iter([(1, 5)])) is not None

@@ -1,7 +1,7 @@
 """`optimize_for_inference(engine="openvino" | "onnxruntime")`: the base model elsewhere, its promises kept."""
 
 import copy
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,8 @@ from torch import nn
 import qbert
 from qbert.extras import MissingPackageError, is_installed
 from qbert.inference.runtime import RuntimeModel
+from qbert.runtimes.onnx import onnx_twin
+from qbert.runtimes.recorded import record_model
 
 NEEDS = {"openvino": ("openvino",), "onnxruntime": ("onnx", "onnxruntime")}
 ENGINES = [
@@ -150,3 +152,19 @@ def test_what_is_no_text_encoder_is_refused(engine: str) -> None:
     layer = qbert.pack(qbert.quantize_model(nn.Sequential(nn.Linear(8, 8)), 8))
     with pytest.raises(ValueError, match=rf"engine='{engine}' cannot run Sequential: .*; use engine='auto'"):
         qbert.optimize_for_inference(layer, engine=engine)
+
+
+@pytest.mark.parametrize("family", ["bert", "roberta", "mpnet"])
+def test_the_longest_text_is_known_and_checked(family: str) -> None:
+    model = build(family, max_position_embeddings=40).eval()
+    packed = qbert.pack(qbert.quantize_model(model, qbert.BitsConfig(4, activation_bits=None)))
+    base = packed.base_model
+    twin_of = partial(onnx_twin, quantize_activations=False)
+    record = record_model(copy.deepcopy(base), twin_of, ("input_ids", "attention_mask"))
+    most = 40 if family == "bert" else 38
+    assert record.longest == most and [*record.shapes()][-1] == (1, most)
+    ids = torch.ones(1, most, dtype=torch.int64) + 4
+    with torch.no_grad():
+        base(ids)
+        with pytest.raises((IndexError, RuntimeError)):
+            base(torch.ones(1, most + 1, dtype=torch.int64) + 4)

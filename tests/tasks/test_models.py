@@ -530,3 +530,20 @@ def _wordpiece_tokenizer(data_dir: Path) -> Any:
 
     words = (data_dir / "vocab" / "bert-base-uncased-vocab.txt").read_text(encoding="utf-8").splitlines()
     return BertTokenizer(vocab={word: i for i, word in enumerate(words)}, model_max_length=512)
+
+
+def test_ids_and_lengths_that_the_model_has_no_place_for_are_refused_before_the_run(
+    folder: Path, encoder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task = load_task("sst2", data_dir=folder)
+    model, tokenizer = build_model(task, encoder)
+    words, positions = model.config.vocab_size, model.config.max_position_embeddings
+    long = [{**task.rows("validation")[0], "sentence": "good " * (positions + 5)}]
+    tokenizer.model_max_length = 10**30
+    with pytest.raises(ValueError, match=rf"has \d+ tokens, and the model reads at most {positions}; give"):
+        evaluate(model, _rows_as_task(task, long), tokenizer, progress=False, max_length=10**4)
+    model.resize_token_embeddings(20)
+    monkeypatch.setattr(model, "forward", lambda **_: 1 / 0)
+    with pytest.raises(ValueError, match=r"tokenizer: it gives the id \d+, and the model's vocabulary has 20 words"):
+        evaluate(model, task, tokenizer, progress=False)
+    assert words > 20
