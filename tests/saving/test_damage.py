@@ -79,6 +79,11 @@ def reseal(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
     edit_record(folder, lambda record: record.update(sha256=digest([folder / "model.safetensors"], record)))
 
 
+def test_another_number_of_labels_is_the_arguments_fault(saved: Path) -> None:
+    with pytest.raises(ValueError, match=r"another shape than num_labels=5 wants; leave num_labels out"):
+        qbert.load(saved, num_labels=5)
+
+
 def test_a_sealed_file_with_broken_scales_is_refused(broken: Path) -> None:
     tensors = load_file(broken / "model.safetensors")
     name = next(key for key in tensors if key.endswith("output.dense.scale"))
