@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -168,6 +168,7 @@ class QBertHfQuantizer(HfQuantizer):  # type: ignore[misc]
             for layer in model.modules():
                 if isinstance(layer, PackedTensor):
                     layer.expand()
+            _check_grids(model)
             mark_packed(model)
         elif self.quantization_config.form == "float":
             unmark_packed(model)
@@ -208,6 +209,17 @@ class QBertHfQuantizer(HfQuantizer):  # type: ignore[misc]
     def is_compileable(self) -> bool:
         """Packed models can be compiled."""
         return True
+
+
+def _check_grids(model: nn.Module) -> None:
+    """Raises ValueError for a packed layer whose scales or zero points are NaN or infinite, which `pack` refuses."""
+    for path, layer in model.named_modules():
+        for name in ("scale", "zero") if isinstance(layer, PackedTensor) else ():
+            values = getattr(layer, name, None)
+            if isinstance(values, Tensor) and not values.is_meta and not bool(torch.isfinite(values).all()):
+                raise ValueError(
+                    f"{path}.{name} holds NaN or infinity, so the files are damaged; copy the folder again"
+                )
 
 
 def recorded_specs(model: nn.Module, config: QBertConfig) -> dict[str, TensorSpec]:

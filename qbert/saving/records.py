@@ -241,6 +241,11 @@ def load_complete(path: str | os.PathLike[str], values: Mapping[str, Any], **kwa
                 raise
             if "quantization_config" in text:
                 raise ValueError(f"{path}: {text}") from error
+        if "num_labels" in kwargs and "ignore_mismatched_sizes" in text:
+            raise ValueError(
+                f"{path}: the head that was saved has another shape than num_labels={kwargs['num_labels']!r} wants; "
+                "leave num_labels out"
+            ) from error
         raise ValueError(
             f"{path} cannot be loaded as {name} ({text.splitlines()[0]}); copy the folder again"
         ) from error

@@ -12,10 +12,12 @@ import transformers as tf
 from encoders import build
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import qbert
 from qbert.packing import pack
+from qbert.saving.folder import digest
 
 
 @pytest.fixture(scope="module")
@@ -67,6 +69,27 @@ def test_one_bit_flipped(broken: Path) -> None:
     content[-100] ^= 1
     file.write_bytes(content)
     load_both_ways(broken, "broken: the tensors or the quantization_config are not those that were saved")
+
+
+def reseal(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
+    """Other tensors under digests that fit them, as a hand or a foreign tool may write."""
+    with safe_open(folder / "model.safetensors", framework="pt") as file:
+        metadata = {k: v for k, v in file.metadata().items() if "sha256" not in k}
+    save_file(tensors, folder / "model.safetensors", metadata=metadata)
+    edit_record(folder, lambda record: record.update(sha256=digest([folder / "model.safetensors"], record)))
+
+
+def test_another_number_of_labels_is_the_arguments_fault(saved: Path) -> None:
+    with pytest.raises(ValueError, match=r"another shape than num_labels=5 wants; leave num_labels out"):
+        qbert.load(saved, num_labels=5)
+
+
+def test_a_sealed_file_with_broken_scales_is_refused(broken: Path) -> None:
+    tensors = load_file(broken / "model.safetensors")
+    name = next(key for key in tensors if key.endswith("output.dense.scale"))
+    tensors[name] = tensors[name] * float("nan")
+    reseal(broken, tensors)
+    load_both_ways(broken, r"output\.dense\.scale holds NaN or infinity")
 
 
 def test_tensors_of_another_model(broken: Path) -> None:
