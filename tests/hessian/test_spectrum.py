@@ -382,6 +382,16 @@ def test_confidence_intervals_and_neighbours_that_are_not_told_apart() -> None:
     assert "neighbours" not in str(made_up(values[:1]))
 
 
+def test_neighbours_among_many_blocks_are_told_apart() -> None:
+    """Tested together, 900 pairs need a finer p than 20,000 draws give."""
+    rng = np.random.default_rng(0)
+    values = 1.5 ** -np.arange(900.0) * rng.lognormal(0, 0.01, size=(10, 900))
+    values[:, 500] = values[:, 499] * rng.lognormal(0, 0.01, size=10)
+    spectrum = made_up(values)
+    alike = {"encoder.layer.499", "encoder.layer.500"}
+    assert [set(pair) for pair in spectrum.indistinct()] == [alike]
+
+
 def test_what_is_wrong_with_a_spectrum_is_printed() -> None:
     assert "Warning" not in str(made_up([[1.0, 2.0]]))
     assert "1 of 2 top eigenvalues are negative (encoder.layer.1)" in str(made_up([[1.0, -2.0]]))
