@@ -5,8 +5,9 @@ It stands alone because what makes files survive a crash has nothing to do with 
 A folder with two files per block: a JSON file with the block's results so far and the signature of the measurement,
 and its latest eigenvector in safetensors, from which the next run starts. Everything is written aside and then
 renamed; the JSON names its vector file, so a crash between the two leaves the older, consistent pair. The signature
-(weights, data, settings) keeps a checkpoint from being continued by another measurement. Processes that share a
-measurement write the files of different blocks and never the same one.
+(weights, data, settings, some losses) keeps a checkpoint from being continued by another measurement. Losses tell what
+no name does: another lambda, another constant in it, another number of heads in the model's configuration. Processes
+that share a measurement write the files of different blocks and never the same one.
 
     >>> checkpoint = Checkpoint("spectrum.checkpoint", signature, resume=True)
     >>> checkpoint.put(run=0, name="encoder.layer.0", pair=pair, loss=0.3)
@@ -43,19 +44,28 @@ class Checkpoint:
     Args:
         path: folder, made if it is missing.
         signature: what the measurement is made of; a checkpoint with another one is refused.
+            Its ``losses``, [runs], may differ by rounding.
         resume: continue what is there. Without it nothing is read; `clear` removes what is there.
+        loss_tolerance: relative difference of losses that another machine's rounding may bring.
 
     Raises:
         ValueError: a foreign or damaged checkpoint, or a path that is a file.
     """
 
-    def __init__(self, path: str | os.PathLike[str], signature: Mapping[str, Any], *, resume: bool):
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        signature: Mapping[str, Any],
+        *,
+        resume: bool,
+        loss_tolerance: float = 1e-3,
+    ):
         self.folder = Path(path)
         if self.folder.exists() and not self.folder.is_dir():
             raise ValueError(f"checkpoint: {path} is a file; give the path of a folder")
         if self.folder.is_dir():
             remove_abandoned(self.folder, ".part.*")
-        self.signature = dict(signature)
+        self.signature, self.loss_tolerance = dict(signature), loss_tolerance
         self._blocks: dict[str, dict[str, Any]] = {}
         for file in self._files() if resume else ():
             try:
@@ -78,8 +88,8 @@ class Checkpoint:
         found = state.get("signature")
         if not isinstance(found, dict) or not isinstance(state["results"], dict):
             raise ValueError(_damaged(file))
-        different = sorted(k for k in self.signature.keys() | found.keys() if self.signature.get(k) != found.get(k))
-        if different == ["data", "runs"]:  # the data are those of all runs
+        different = sorted(k for k in self.signature.keys() | found.keys() if not self._same(k, found))
+        if {"data", "runs"} <= set(different) <= {"data", "runs", "losses"}:  # the data are those of all runs
             raise ValueError(
                 f"checkpoint: {self.folder} belongs to another measurement of {found['runs']} runs, not "
                 f"{self.signature['runs']}; ask for as many, leave out resume, or give another folder"
@@ -89,6 +99,16 @@ class Checkpoint:
                 f"checkpoint: {self.folder} belongs to another measurement (different: {', '.join(different)}); give "
                 "another folder, or the same model, data and settings"
             )
+
+    def _same(self, key: str, found: Mapping[str, Any]) -> bool:
+        ours, theirs = self.signature.get(key), found.get(key)
+        if key != "losses" or not isinstance(ours, list) or not isinstance(theirs, list):
+            return ours == theirs or (key == "losses" and key not in found)  # checkpoints of older versions have none
+        near = (
+            math.isclose(a, b, rel_tol=self.loss_tolerance, abs_tol=1e-3 * self.loss_tolerance)
+            for a, b in zip(ours, theirs, strict=False)
+        )
+        return len(ours) == len(theirs) and all(near)
 
     def clear(self) -> None:
         """Remove an earlier checkpoint.

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from scipy.special import chdtri, stdtrit  # inverse distributions: of chi-squared from above, of Student's t
 
 Array = NDArray[np.float64]
+_FEW_DRAWS = 1000  # that tell whether more are worth it
 _MOST_SWAPS = 12  # runs of which every exchange is looked at: 4096
 
 
@@ -53,12 +54,46 @@ def p_equal(first: Array, second: Array, draws: int, random: np.random.Generator
     all runs of a column have one sign, by exchanging the columns within runs, which assumes no distribution but needs
     six runs to reach 5 %.
     """
-    normal = [np.abs(mean) + std for mean, std in (_possible(x, draws, random) for x in (first, second))]
-    p = _two_sided(normal[0] - normal[1])
-    if _one_sign(first) and _one_sign(second):
-        logs = [_log_omega(*_possible(np.log(np.abs(x)), draws, random)) for x in (first, second)]
-        return max(p, _two_sided(logs[0] - logs[1]))
-    return max(p, _p_of_exchanges(first, second, draws, random))
+    return float(p_of_neighbours(np.column_stack([first, second]), draws, random)[0])
+
+
+def p_of_neighbours(runs: Array, draws: int, random: np.random.Generator, most: float = 1.0) -> Array:
+    """`p_equal` of every two neighbouring columns of runs [R >= 2, L], [L - 1].
+
+    What is drawn is drawn once for the columns of even and once for those of odd index: neighbours are independent.
+
+    Args:
+        most: of no interest above; pairs that a few draws place at twice as much are left at that.
+    """
+    pivots = [_pivots(len(runs), draws, random) for _ in range(2)]
+
+    def omegas(column: int, some: int) -> tuple[Array, Array | None]:
+        """|mean| + std under normality, and the logarithm of mean + std under lognormality if there is one sign."""
+        x, (scale, shift) = runs[:, column], pivots[column % 2]
+        mean, std = _located(x, scale[:some], shift[:some])
+        logs = _log_omega(*_located(np.log(np.abs(x)), scale[:some], shift[:some])) if _one_sign(x) else None
+        return np.abs(mean) + std, logs
+
+    def p_of(columns: Array, some: int) -> Array:
+        """p of the pairs that begin with `columns`, from the first `some` draws."""
+        found = np.empty(len(columns))
+        last: tuple[int, tuple[Array, Array | None]] | None = None  # a column is the second of one pair, then the first
+        for index, column in enumerate(columns):
+            one = last[1] if last is not None and last[0] == column else omegas(column, some)
+            other = omegas(column + 1, some)
+            last = column + 1, other
+            if one[1] is not None and other[1] is not None:
+                p = _two_sided(one[1] - other[1])
+            else:
+                p = _p_of_exchanges(runs[:, column], runs[:, column + 1], some, random)
+            found[index] = max(p, _two_sided(one[0] - other[0]))
+        return found
+
+    pairs = np.arange(runs.shape[1] - 1)
+    p = p_of(pairs, min(_FEW_DRAWS, draws)) if most < 1 else np.zeros(len(pairs))
+    close = p <= 2 * most
+    p[close] = p_of(pairs[close], draws)
+    return p
 
 
 def told_apart(p: Array, level: float) -> NDArray[np.bool_]:
@@ -72,9 +107,18 @@ def told_apart(p: Array, level: float) -> NDArray[np.bool_]:
 
 def _possible(runs: Array, draws: int, random: np.random.Generator) -> tuple[Array, Array]:
     """Means and standard deviations [draws] of normal distributions that the runs [R] may come from."""
-    count = len(runs)
-    std = runs.std(ddof=1) * np.sqrt((count - 1) / random.chisquare(count - 1, draws))
-    return runs.mean() - std * random.standard_normal(draws) / np.sqrt(count), std
+    return _located(runs, *_pivots(len(runs), draws, random))
+
+
+def _pivots(count: int, draws: int, random: np.random.Generator) -> tuple[Array, Array]:
+    """What the standard deviation of `count` runs is off by, as a factor, and their mean in units of it, [draws]."""
+    scale = np.sqrt((count - 1) / random.chisquare(count - 1, draws))
+    return scale, random.standard_normal(draws) / np.sqrt(count)
+
+
+def _located(runs: Array, scale: Array, shift: Array) -> tuple[Array, Array]:
+    std = runs.std(ddof=1) * scale
+    return runs.mean() - std * shift, std
 
 
 def _log_omega(mean: Array, std: Array) -> Array:

@@ -163,7 +163,9 @@ def hessian_spectrum(
         signature["data"] = fingerprint(b for run in range(runs) for b in drawn(run).batches if loss_weight(b) > 0)
         check_same(signature["data"], "batches: the data differ")
     if checkpoint is not None:
-        saved = Checkpoint(checkpoint, signature, resume=resume)
+        signature["losses"] = [_first_loss(drawn(run)) for run in range(runs)]
+        rounding = max(torch.finfo(p.dtype).eps for p in model.parameters() if p.is_floating_point()) ** 0.5
+        saved = Checkpoint(checkpoint, signature, resume=resume, loss_tolerance=max(1e-3, rounding))
         if not resume and rank_and_world()[0] == 0:
             saved.clear()
         wait_for_all()
@@ -182,6 +184,11 @@ def hessian_spectrum(
     if saved is not None:
         saved.finish(block.name for block in mine)
     return spectrum
+
+
+def _first_loss(measured: MeasuredLoss) -> float:
+    """Mean loss of the first micro-batch that has labels."""
+    return measured.value(next(batch for batch in measured.batches if loss_weight(batch) > 0))
 
 
 def check_finite(model: nn.Module) -> None:

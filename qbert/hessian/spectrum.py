@@ -10,6 +10,7 @@ subsets of the data, ``Omega_i = |mean(lambda_i)| + std(lambda_i)``.
 from __future__ import annotations
 
 import itertools
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,7 +21,7 @@ from numpy.typing import NDArray
 
 from qbert.arguments import real_number, whole_number
 from qbert.files import check_seal, json_array, read_saved, write_json
-from qbert.hessian.intervals import interval, omega, p_equal, told_apart
+from qbert.hessian.intervals import interval, omega, p_of_neighbours, told_apart
 
 FORMAT = "qbert.hessian_spectrum/1"
 _ARRAYS = ("eigenvalues", "other_end", "residuals", "errors", "upper_bounds", "products", "converged", "losses")
@@ -103,12 +104,11 @@ class HessianSpectrum:
         """Neighbours in the ranking that the runs do not tell apart.
 
         With probability `level`, no pair of equal sensitivities is missing: the pairs are tested together (Holm), each
-        by `qbert.hessian.intervals.p_equal`, which says what is assumed.
+        as by `qbert.hessian.intervals.p_equal`, which says what is assumed.
 
         Args:
             level: probability.
-            draws: draws of what the runs leave possible; more than 2 L / (1 - level) of them are needed to tell L
-                blocks apart.
+            draws: draws of what the runs leave possible, or more: to tell L blocks apart, 4 L / (1 - level) are taken.
             seed: for the draws.
 
         Raises:
@@ -116,9 +116,10 @@ class HessianSpectrum:
         """
         _check_level(level)
         runs, draws = self._spread(), whole_number("draws", draws, least=1)
-        random = np.random.default_rng(seed)
-        pairs = list(itertools.pairwise(np.argsort(-self.sensitivity, kind="stable")))
-        p = np.array([p_equal(runs[:, first], runs[:, second], draws, random) for first, second in pairs])
+        order = np.argsort(-self.sensitivity, kind="stable")
+        draws = max(draws, math.ceil(4 * len(order) / (1 - level)))
+        p = p_of_neighbours(runs[:, order], draws, np.random.default_rng(seed), most=1 - level)
+        pairs = itertools.pairwise(order)
         found = told_apart(p, level)
         return [(self.names[a], self.names[b]) for (a, b), apart in zip(pairs, found, strict=True) if not apart]
 

@@ -247,8 +247,29 @@ def test_a_foreign_checkpoint_is_refused_in_one_sentence(tmp_path: Any, changes:
     assert "\n" not in str(error.value)
 
 
+def scaled(by: float) -> Any:
+    return lambda model, batch: by * model(**batch).loss
+
+
+def test_a_checkpoint_of_another_loss_is_refused_and_one_of_another_rounding_is_not(tmp_path: Any) -> None:
+    """Lambdas have one name, and a configuration none: the losses themselves are compared."""
+    settings: dict[str, Any] = {"checkpoint": tmp_path, "runs": 1, "tol": 0.1}
+    first = measure(**settings, loss_fn=scaled(1.0))
+    for loss_fn in (scaled(2.0), scaled(1.01)):
+        with pytest.raises(ValueError, match=r"another measurement .*losses.*; give another folder"):
+            measure(**settings, loss_fn=loss_fn, resume=True)
+    again = measure(**settings, loss_fn=scaled(1 + 1e-6), resume=True)
+    assert (again.eigenvalues == first.eigenvalues).all()
+    model = tiny_bert()
+    measure(model, **settings)
+    for layer in model.bert.encoder.layer:  # four heads in place of two, with the same weights
+        layer.attention.self.num_attention_heads, layer.attention.self.attention_head_size = 4, 2
+    with pytest.raises(ValueError, match=r"another measurement .*losses"):
+        measure(model, **settings, resume=True)
+
+
 def test_damaged_checkpoints_are_refused(tmp_path: Any) -> None:
-    stop = Stop(5)  # in the second of three calls in the second run
+    stop = Stop(8)  # after a look at each of three runs, in the second of three calls in the second one
     settings: Any = {"checkpoint": tmp_path, "loss_fn": stop.loss, "fraction": 1.0, "micro_batch_size": 24}
     with pytest.raises(KeyboardInterrupt):
         measure(**settings)
@@ -359,6 +380,16 @@ def test_confidence_intervals_and_neighbours_that_are_not_told_apart() -> None:
     with pytest.raises(ValueError, match="1 run has no spread"):
         made_up(values[:1]).indistinct()
     assert "neighbours" not in str(made_up(values[:1]))
+
+
+def test_neighbours_among_many_blocks_are_told_apart() -> None:
+    """Tested together, 900 pairs need a finer p than 20,000 draws give."""
+    rng = np.random.default_rng(0)
+    values = 1.5 ** -np.arange(900.0) * rng.lognormal(0, 0.01, size=(10, 900))
+    values[:, 500] = values[:, 499] * rng.lognormal(0, 0.01, size=10)
+    spectrum = made_up(values)
+    alike = {"encoder.layer.499", "encoder.layer.500"}
+    assert [set(pair) for pair in spectrum.indistinct()] == [alike]
 
 
 def test_what_is_wrong_with_a_spectrum_is_printed() -> None:
