@@ -8,7 +8,8 @@ one `TensorSpec` per tensor of a given model, and refuses, before anything is ch
     4
 
 Patterns match dotted module names by prefix or glob, with or without the backbone's own prefix. ``"embeddings"`` is
-every embedding table; ``"*"`` is every other matrix of the encoder. The longest match wins. Pooler and task heads stay
+every embedding table; ``"*"`` is every other matrix of the encoder. The longest match wins, wildcards not
+counted, and a name before a pattern. Pooler and task heads stay
 in float unless a pattern without a leading wildcard names them.
 
 Reference: Shen et al. 2020, Q-BERT, section 3.1 (mixed precision) and 3.3 (group-wise quantization).
@@ -20,6 +21,7 @@ import difflib
 import fnmatch
 import json
 import os
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from numbers import Real
@@ -280,14 +282,23 @@ def covers(pattern: str, names: Iterable[str]) -> bool:
 
 
 def longest(patterns: Iterable[str]) -> list[str]:
-    """Those of `patterns` that have the most characters besides wildcards, in their order."""
+    """Those of `patterns` that have the most characters besides wildcards, in their order.
+
+    A class ``[...]`` is a wildcard. Among patterns of as many characters, those without one go before.
+    """
     given = list(patterns)
-    most = max(map(_length, given), default=0)
+    most = max(map(_length, given), default=None)
     return [p for p in given if _length(p) == most]
 
 
-def _length(pattern: str) -> int:
-    return sum(c not in "*?[]" for c in pattern)
+# As fnmatch reads it: "]" right after "[" or "[!" belongs to the class, and "[" without an end is a character.
+_WILDCARD = re.compile(r"[*?]|\[(?:!.|[^!])[^]]*\]")
+
+
+def _length(pattern: str) -> tuple[int, bool]:
+    """(characters besides wildcards, whether there is none of those)."""
+    rest, wildcards = _WILDCARD.subn("", pattern)
+    return len(rest), not wildcards
 
 
 JSON_FORMAT = "qbert.bits/2"

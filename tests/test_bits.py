@@ -1,5 +1,6 @@
 """A bits configuration: which pattern wins, what is refused and how it is written down."""
 
+import fnmatch
 import json
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from qbert.bits import BitsConfig
+from qbert.bits import BitsConfig, longest
 from qbert.quantize import quantize_model
 
 LAYER0 = "bert.encoder.layer.0.attention.self.query"
@@ -60,6 +61,32 @@ def test_the_longest_match_wins_in_any_order(patterns: list[str]) -> None:
     specs = resolved({p: bits[p] for p in patterns})
     assert (specs[LAYER0].bits, specs[LAYER1].bits) == (2, 4)
     assert specs["bert.encoder.layer.0.output.dense"].bits == 3
+
+
+WILDCARDS = ["*", "?", "[0-9]", "[!b]", "[]abc.0-9]", "[a-zA-Z0-9_.]", "[!]]"]
+
+
+@given(st.data())
+def test_a_name_wins_over_every_pattern_with_wildcards_in_its_place(data: st.DataObject) -> None:
+    name = data.draw(st.sampled_from([LAYER0, "encoder.layer.0", "bert.encoder.layer.11.output.dense"]))
+    glob = list(name)
+    for place in data.draw(st.sets(st.integers(0, len(name) - 1), min_size=1, max_size=4)):
+        glob[place] = data.draw(st.sampled_from(WILDCARDS))
+    pattern = "".join(glob) + data.draw(st.sampled_from(["", ".*", "*", "[!-]*"]))
+    for both in ([name, pattern], [pattern, name]):
+        assert longest(both) == [name]
+
+
+@pytest.mark.parametrize("bracket", ["[0", "[]", "[!]", "0]"])
+def test_a_bracket_that_fnmatch_takes_for_itself_counts_as_characters(bracket: str) -> None:
+    both = ["x" * len(bracket), bracket]
+    assert fnmatch.fnmatchcase(bracket, bracket) and longest(both) == both
+
+
+def test_a_layer_by_name_has_its_own_bits_beside_a_class_of_layers() -> None:
+    for pattern in ("encoder.layer.[0-9].*", "encoder.layer.[!5-9].*", "encoder.layer.?.*", "encoder.layer.[01].*"):
+        specs = resolved({pattern: 4, "encoder.layer.0": 8})
+        assert (specs[LAYER0].bits, specs[LAYER1].bits) == (8, 4), pattern
 
 
 def test_float_bits_and_unnamed_matrices_stay_float() -> None:

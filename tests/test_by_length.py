@@ -8,7 +8,7 @@ from encoders import build, outputs
 from torch import nn
 
 import qbert
-from qbert.calibration import by_length
+from qbert.calibration import by_length, run_batch
 
 
 def padded_batches(pad: int = 0, types: bool = False, pairs: bool = False) -> list[dict[str, torch.Tensor]]:
@@ -84,11 +84,51 @@ def test_pairs_of_texts_stay_together() -> None:
         ({"input_ids": torch.full((4, 11), 100)}, "the id 100 is none of the model's 100"),
         ({"input_ids": torch.full((4, 11), -1)}, "the id -1 is none of the model's 100"),
         ({"input_ids": torch.zeros(0, 8, dtype=torch.long)}, r"a batch has input_ids \[0, 8\]; leave empty"),
+        ({"input_ids": torch.ones(8, dtype=torch.long)}, r"input_ids has the shape \[8\] instead of \[B, T\]"),
+        ({"token_type_ids": torch.full((4, 11), 7)}, "the token type 7 is none of the model's 2; tokenize"),
+        ({"position_ids": torch.full((4, 11), 999)}, "the position 999 is none of the model's .*; leave position_ids"),
     ],
 )
 def test_rows_that_no_model_could_read_are_refused(change: dict[str, torch.Tensor], sentence: str) -> None:
     with pytest.raises(ValueError, match=sentence):
         qbert.quantize_model(build("bert"), 3, calibration_data=[padded_batches()[0] | change])
+
+
+class _Wrapped(nn.Module):
+    """Takes fewer keys than labelled batches have, or passes all of them on."""
+
+    def __init__(self, catches: bool = False) -> None:
+        super().__init__()
+        self.inner = build("bert").eval()
+        if catches:
+            self.forward = self.caught  # type: ignore[method-assign, assignment]
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        return self.inner(input_ids, attention_mask=attention_mask).logits
+
+    def caught(self, input_ids: torch.Tensor, **others: torch.Tensor) -> torch.Tensor:
+        return self.inner(input_ids, **others).logits
+
+
+@pytest.mark.parametrize(
+    "config", [qbert.BitsConfig(4, activation_range="static"), qbert.BitsConfig(3, rounding="compensated")]
+)
+def test_keys_that_forward_does_not_take_are_left_out(config: qbert.BitsConfig) -> None:
+    model, ids = _Wrapped(), torch.randint(5, 90, (4, 11))  # no padding, so that neither form is put together anew
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    labelled = {**batch, "labels": torch.zeros(len(batch["input_ids"]), dtype=torch.long)}
+    one, other = (
+        qbert.quantize_model(model, config, calibration_data=[given]).state_dict() for given in (batch, labelled)
+    )
+    assert all(torch.allclose(one[key], other[key], atol=1e-4) for key in one)
+
+
+def test_what_a_catch_all_passes_on_is_kept_and_what_forward_lacks_is_named() -> None:
+    batch, wrapped = padded_batches()[0], _Wrapped(catches=True)
+    with torch.no_grad():
+        assert torch.equal(run_batch(wrapped, batch), wrapped.inner(**batch).logits)
+    with pytest.raises(ValueError, match=r"the forward of _Wrapped needs 'attention_mask'"):
+        qbert.quantize_model(_Wrapped(), 4, calibration_data=[{"input_ids": batch["input_ids"]}])
 
 
 class _ReadsPadding(nn.Module):

@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
-from qbert.encoders.inputs import most_positions
+from qbert.encoders.inputs import accepted_inputs, most_positions
 
 Batch = Mapping[str, Tensor]
+# What is looked up, in which tables: the word table's own name, and not those of the parts of a composed one.
+_LOOKED_UP = {
+    "input_ids": ("id", ("word_embeddings", "word_embeddings.table")),
+    "token_type_ids": ("token type", ("token_type_embeddings",)),
+    "position_ids": ("position", (".position_embeddings",)),
+}
+_MENDS = {
+    "input_ids": "tokenize with the model's own tokenizer",
+    "token_type_ids": "tokenize with the model's own tokenizer, or leave token_type_ids out",
+    "position_ids": "leave position_ids out",
+}
 
 
 def check_batches(data: Any) -> list[Batch] | None:
@@ -38,16 +50,24 @@ def check_batches(data: Any) -> list[Batch] | None:
 
 
 def check_readable(model: nn.Module, batches: Sequence[Batch]) -> None:
-    """Refuse batches that are longer than the model's positions, empty, or of ids that it has no rows for.
+    """Refuse batches that lack what the model reads, or are longer, empty, of one row without a batch dimension, or of
+    ids that it has no rows for.
 
     Raises:
-        ValueError: naming both lengths, or the id.
+        ValueError: naming both lengths, the shape, the id, or the argument.
     """
     for batch in batches:
+        _check_arguments(model, batch)
         ids = batch.get("input_ids")
+        if isinstance(ids, Tensor) and ids.dim() < 2:
+            raise ValueError(
+                f"calibration_data: input_ids has the shape {list(ids.shape)} instead of [B, T]; put rows together, "
+                "with DataCollatorWithPadding(tokenizer) for instance"
+            )
         if isinstance(ids, Tensor) and not ids.numel():
             raise ValueError(f"calibration_data: a batch has input_ids {list(ids.shape)}; leave empty batches out")
-    _check_ids(model, batches)
+    for key in _LOOKED_UP:
+        _check_ids(model, [batch[key] for batch in batches if key in _taken(model, batch)], key)
     most = most_positions(model)
     longest = max((b["input_ids"].shape[-1] for b in batches if isinstance(b.get("input_ids"), Tensor)), default=0)
     if most is not None and longest > most:
@@ -57,21 +77,49 @@ def check_readable(model: nn.Module, batches: Sequence[Batch]) -> None:
         )
 
 
-def _check_ids(model: nn.Module, batches: Sequence[Batch]) -> None:
-    whole = ("word_embeddings", "word_embeddings.table")  # and no part of a composed one
-    tables = [m for n, m in model.named_modules() if isinstance(m, nn.Embedding) and n.endswith(whole)]
-    rows = max((table.num_embeddings for table in tables), default=0)
-    for ids in (b["input_ids"] for b in batches if isinstance(b.get("input_ids"), Tensor)):
-        least, most = int(ids.min()), int(ids.max())
-        if rows and not 0 <= least <= most < rows:
+def _check_arguments(model: nn.Module, batch: Batch) -> None:
+    if _reads_mappings(model):
+        return
+    by_name = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    for name, argument in inspect.signature(model.forward).parameters.items():
+        if argument.kind in by_name and argument.default is argument.empty and name not in batch:
             raise ValueError(
-                f"calibration_data: the id {most if most >= rows else least} is none of the model's {rows}; tokenize "
-                "with the model's own tokenizer"
+                f"calibration_data: a batch has the keys {', '.join(map(str, batch))}, but the forward of "
+                f"{type(model).__name__} needs {name!r}; name the batch's entries as that does"
             )
 
 
+def _check_ids(model: nn.Module, given: Sequence[Any], key: str) -> None:
+    what, names = _LOOKED_UP[key]
+    tables = [m for n, m in model.named_modules() if isinstance(m, nn.Embedding) and f".{n}".endswith(names)]
+    rows = max((table.num_embeddings for table in tables), default=0)
+    for ids in given:
+        if not rows or not isinstance(ids, Tensor):
+            continue
+        least, most = int(ids.min()), int(ids.max())
+        if not 0 <= least <= most < rows:
+            raise ValueError(
+                f"calibration_data: the {what} {most if most >= rows else least} is none of the model's {rows}; "
+                f"{_MENDS[key]}"
+            )
+
+
+def _reads_mappings(model: nn.Module) -> bool:
+    return type(model).__name__ == "SentenceTransformer"
+
+
+def _taken(model: nn.Module, inputs: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The entries that the model's forward takes: all if it has a catch-all, else those that it names."""
+    parameters = inspect.signature(model.forward).parameters.values()
+    if _reads_mappings(model) or any(p.kind == p.VAR_KEYWORD for p in parameters):
+        return inputs
+    return accepted_inputs(model, inputs)
+
+
 def run_batch(model: nn.Module, inputs: Mapping[str, Tensor]) -> Any:
-    """Call `model` on a dict batch: by keyword, or as one mapping where that is the model's own convention."""
-    if type(model).__name__ == "SentenceTransformer":
-        return model(dict(inputs))
-    return model(**inputs)
+    """Call `model` on a dict batch: by keyword, or as one mapping where that is the model's own convention.
+
+    Entries that the model's forward neither names nor catches, such as the labels of a batch for another one, are left
+    out.
+    """
+    return model(dict(inputs)) if _reads_mappings(model) else model(**_taken(model, inputs))

@@ -117,10 +117,12 @@ class ActivationQuantizer(nn.Module):
             momentum: share of the old range that stays at each batch, in [0, 1): 0.99 for instance.
 
         Raises:
-            ValueError: for a dynamic quantizer, which has no range to keep.
+            ValueError: for a dynamic quantizer, which has no range to keep, or another share.
         """
         if self.mode != "static":
             raise ValueError(f"a range of mode {self.mode!r} is found at run time; use activation_range='static'")
+        if momentum is not None and not 0 <= momentum < 1:
+            raise ValueError(f"momentum={momentum!r} is no share of the old range; use a number from 0 to below 1")
         self.momentum = momentum
 
     def learn(self, enabled: bool = True) -> None:

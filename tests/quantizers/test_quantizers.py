@@ -240,6 +240,9 @@ def test_static_activations_need_calibration_and_then_hold_zero() -> None:
     quantizer = ActivationQuantizer(8, "static")
     with pytest.raises(RuntimeError, match="calibration_data"):
         quantizer(torch.ones(2))
+    for wrong in (5.0, 1.0, -0.1, float("nan")):
+        with pytest.raises(ValueError, match="is no share of the old range"):
+            quantizer.follow(wrong)
     quantizer.set_range(-0.17, 6.0)
     x = torch.tensor([0.0, -0.17, 6.0, 100.0])
     assert quantizer(x)[0] == 0 and torch.allclose(quantizer(x)[1:3], x[1:3], atol=6.2 / 255)
