@@ -117,6 +117,30 @@ def test_blocks_say_what_they_cover() -> None:
     assert [b.members for b in by["matrix"]] == [[m] for b in by["layer"] for m in b.members]
 
 
+def test_a_subset_without_labels_is_drawn_again(tmp_path: Any) -> None:
+    data = rows(12)
+    for row in data[1:]:
+        row["labels"] = torch.tensor(-100)
+    spectrum = measure(data=[collate(data)], fraction=0.1, runs=6, method="ggn", checkpoint=tmp_path)
+    alone = measure(data=[collate(data[:1])], fraction=1.0, runs=1, method="ggn")
+    np.testing.assert_allclose(spectrum.eigenvalues, np.tile(alone.eigenvalues, (6, 1)), rtol=1e-6)
+    data[0]["labels"] = torch.tensor(-100)
+    with pytest.raises(ValueError, match=r"run 1 of 3 drew no labelled sample .* use a larger fraction"):
+        measure(data=[collate(data)], fraction=0.1)
+    with pytest.raises(ValueError, match="no labelled samples"):
+        measure(data=[collate(data)], fraction=1.0)
+
+
+@pytest.mark.parametrize("problem_type", ["single_label_classification", "multi_label_classification", None])
+def test_labels_of_another_type_are_refused_in_one_sentence(problem_type: Any) -> None:
+    model = tiny_bert()
+    model.config.problem_type = problem_type
+    whole = problem_type == "multi_label_classification"
+    data = [{**b, "labels": torch.ones(6, 3).long() if whole else b["labels"].double()} for b in batches()]
+    with pytest.raises(ValueError, match=r"labels of torch\.(float|int)64 and shape .* give whole numbers for classes"):
+        measure(model, data)
+
+
 def test_the_same_seed_gives_the_same_numbers_and_another_seed_others() -> None:
     first, second = measure(), measure()
     assert np.array_equal(first.eigenvalues, second.eigenvalues)
