@@ -79,7 +79,7 @@ def add_hessian_arguments(parser: argparse.ArgumentParser) -> Any:
         "--bound",
         default="residual",
         choices=("residual", "gap"),
-        help="how the error is bounded: always true, or for a third fewer products; default: residual",
+        help="how the error is bounded: always true, or for fewer products where --tol is tight; default: residual",
     )
     hessian.add_argument(
         "--confidence", type=float, help="prove with this probability, such as 0.99, that nothing larger was missed"

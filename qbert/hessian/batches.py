@@ -284,12 +284,13 @@ def _checked_batch(batch: Any) -> Batch:
 BATCH_COST = {"cpu": 64}
 
 
-def draw(count: int, *, fraction: float, seed: int, run: int) -> list[int]:
+def draw(count: int, *, fraction: float, seed: int, run: int, attempt: int = 0) -> list[int]:
     """Indices of a random `fraction` of `count` samples, at least one, drawn without replacement.
 
-    Every run draws for itself from the whole set (Q-BERT: ten draws of 10 % each), so runs may overlap.
+    Every run draws for itself from the whole set (Q-BERT: ten draws of 10 % each), so runs may overlap. Each `attempt`
+    is another draw, for runs that find no label among their samples.
     """
-    generator = torch.Generator().manual_seed(_mixed_seed(seed, run, "draw"))
+    generator = torch.Generator().manual_seed(_mixed_seed(seed, run, f"draw {attempt}" if attempt else "draw"))
     size = max(1, round(count * fraction))
     return torch.randperm(count, generator=generator, device="cpu")[:size].tolist()
 

@@ -38,6 +38,7 @@ from qbert.hessian.batches import (
     preserved_random_state,
 )
 
+_ABOUT_LABELS = ("target", "scalar type long", "can't be cast")  # in messages of torch
 LossFunction = Callable[[nn.Module, Batch], Tensor]
 _log = logging.getLogger(__name__)
 
@@ -46,12 +47,21 @@ def model_loss(model: nn.Module, batch: Batch) -> Tensor:
     """``model(**batch).loss``, for the keys of `batch` that the model's forward names.
 
     Raises:
-        ValueError: if the model returns no loss, or a label is out of range.
+        ValueError: if the model returns no loss, or a label is out of range or of a type that its loss does not take.
     """
     try:
         output = model(**accepted_inputs(model, batch))
     except IndexError as error:
         raise ValueError(f"batches: a label or token id is out of the model's range ({error})") from error
+    except (RuntimeError, ValueError) as error:
+        labels = batch.get("labels")
+        if not isinstance(labels, Tensor) or not any(part in str(error).lower() for part in _ABOUT_LABELS):
+            raise
+        raise ValueError(
+            f"batches: the model's loss does not take labels of {labels.dtype} and shape {tuple(labels.shape)} "
+            f"({error}); give whole numbers for classes, floating-point numbers for regression and for several labels "
+            "at once, and see model.config.problem_type"
+        ) from error
     if isinstance(output, tuple):
         raise ValueError(f"model: {type(model).__name__} returned a tuple; set model.config.return_dict = True")
     loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)

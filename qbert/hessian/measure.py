@@ -63,6 +63,7 @@ PRECISIONS = ("fp32", "bf16")
 BASIS_VECTORS = 40
 COARSE_TOL = 1e-2  # residual that the rounding of bfloat16 lets an iteration reach
 _WARM_START_SAMPLES = 16
+_MOST_DRAWS = 50  # of the samples of one run, until there is a label among them
 Solver = Lanczos | PowerIteration
 _log = logging.getLogger(__name__)
 
@@ -100,7 +101,7 @@ def hessian_spectrum(
         model: a transformers encoder with a task head, or any module together with `loss_fn`.
         batches: labelled data: a DataLoader, a data set, or a list of dicts of tensors.
         runs: number of random subsets.
-        fraction: share of the samples in each subset, in (0, 1].
+        fraction: share of the samples in each subset, in (0, 1]. A subset without any label is drawn again.
         granularity: ``layer``, ``block`` (attention / feed-forward), ``matrix``, or ``group`` (the rows of each head).
         method: ``lanczos``; ``power`` (the paper's rule, for comparison); or ``ggn``: the top eigenvalue of the
             Gauss-Newton matrix instead of the Hessian, for the price of one backward pass.
@@ -150,9 +151,18 @@ def hessian_spectrum(
     settings["samples"] = len(samples)
 
     def drawn(run: int) -> MeasuredLoss:
-        chosen = draw(len(samples), fraction=fraction, seed=seed, run=run)
         cost = BATCH_COST.get(loss.device.type)
-        return loss.over(micro_batches(samples, chosen, size, seed=seed + run, batch_cost=cost, unlabelled=True))
+        for attempt in range(_MOST_DRAWS):
+            chosen = draw(len(samples), fraction=fraction, seed=seed, run=run, attempt=attempt)
+            parts = micro_batches(samples, chosen, size, seed=seed + run, batch_cost=cost, unlabelled=True)
+            if (measured := loss.over(parts)).weight > 0:
+                return measured
+            if len(chosen) == len(samples):
+                raise ValueError("batches: no labelled samples; pass at least one label other than -100")
+        raise ValueError(
+            f"batches: run {run + 1} of {runs} drew no labelled sample in {_MOST_DRAWS} draws of {len(chosen)} from "
+            f"{len(samples)} (fraction={fraction}); use a larger fraction, or leave out samples with no label but -100"
+        )
 
     saved = None
     if checkpoint is not None or rank_and_world()[1] > 1:

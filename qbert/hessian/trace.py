@@ -23,6 +23,7 @@ from qbert.hessian.blocks import parameter_blocks, vector_options
 from qbert.hessian.eigen import Product
 from qbert.hessian.losses import LossFunction, MeasuredLoss, in_full_precision
 from qbert.hessian.operator import HessianOperator
+from qbert.hessian.vectors import dot
 from qbert.progress import progress_bar
 
 METHODS = ("hutch++", "hutchinson")
@@ -78,17 +79,17 @@ def estimate_trace(
 
     if size <= probes:
         basis = torch.eye(size, dtype=dtype, device=device)
-        return _finite(TraceEstimate(math.fsum(float(product(e) @ e) for e in basis), 0.0, size))
+        return _finite(TraceEstimate(math.fsum(float(dot(product(e), e)) for e in basis), 0.0, size))
     if method == "hutchinson":
-        return _finite(_average([float(z @ product(z)) for z in (signs() for _ in range(probes))], 0.0, probes))
+        return _finite(_average([float(dot(z, product(z))) for z in (signs() for _ in range(probes))], 0.0, probes))
     third = probes // 3
     Q = torch.linalg.qr(torch.stack([product(signs()) for _ in range(third)], dim=1)).Q  # [size, third]
-    exact = math.fsum(float(q @ product(q)) for q in Q.T)
+    exact = math.fsum(float(dot(q, product(q))) for q in Q.T)
     values = []
     for _ in range(probes - 2 * third):
         z = signs()
         z = z - Q @ (Q.T @ z)
-        values.append(float(z @ product(z)))
+        values.append(float(dot(z, product(z))))
     return _finite(_average(values, exact, probes))
 
 

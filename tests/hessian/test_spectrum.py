@@ -117,6 +117,30 @@ def test_blocks_say_what_they_cover() -> None:
     assert [b.members for b in by["matrix"]] == [[m] for b in by["layer"] for m in b.members]
 
 
+def test_a_subset_without_labels_is_drawn_again(tmp_path: Any) -> None:
+    data = rows(12)
+    for row in data[1:]:
+        row["labels"] = torch.tensor(-100)
+    spectrum = measure(data=[collate(data)], fraction=0.1, runs=6, method="ggn", checkpoint=tmp_path)
+    alone = measure(data=[collate(data[:1])], fraction=1.0, runs=1, method="ggn")
+    np.testing.assert_allclose(spectrum.eigenvalues, np.tile(alone.eigenvalues, (6, 1)), rtol=1e-6)
+    data[0]["labels"] = torch.tensor(-100)
+    with pytest.raises(ValueError, match=r"run 1 of 3 drew no labelled sample .* use a larger fraction"):
+        measure(data=[collate(data)], fraction=0.1)
+    with pytest.raises(ValueError, match="no labelled samples"):
+        measure(data=[collate(data)], fraction=1.0)
+
+
+@pytest.mark.parametrize("problem_type", ["single_label_classification", "multi_label_classification", None])
+def test_labels_of_another_type_are_refused_in_one_sentence(problem_type: Any) -> None:
+    model = tiny_bert()
+    model.config.problem_type = problem_type
+    whole = problem_type == "multi_label_classification"
+    data = [{**b, "labels": torch.ones(6, 3).long() if whole else b["labels"].double()} for b in batches()]
+    with pytest.raises(ValueError, match=r"labels of torch\.(float|int)64 and shape .* give whole numbers for classes"):
+        measure(model, data)
+
+
 def test_the_same_seed_gives_the_same_numbers_and_another_seed_others() -> None:
     first, second = measure(), measure()
     assert np.array_equal(first.eigenvalues, second.eigenvalues)
@@ -216,11 +240,13 @@ def test_interrupt_and_resume_give_the_numbers_of_an_unbroken_run(tmp_path: Any,
 def test_a_finished_block_is_not_measured_again(tmp_path: Any) -> None:
     measure(checkpoint=tmp_path / "c", loss_fn=plain_loss)
 
-    def never(model: Any, batch: Any) -> None:
-        raise AssertionError("measured again")
+    def once(model: Any, batch: Any) -> Any:
+        """What the signature knows of a loss: its name, and its value on a micro-batch of each run."""
+        assert not torch.is_grad_enabled(), "measured again"
+        return plain_loss(model, batch)
 
-    never.__qualname__ = plain_loss.__qualname__  # what the signature knows of a loss
-    measure(checkpoint=tmp_path / "c", resume=True, loss_fn=never)
+    once.__qualname__ = plain_loss.__qualname__
+    measure(checkpoint=tmp_path / "c", resume=True, loss_fn=once)
 
 
 def test_a_packed_model_is_refused_by_name() -> None:

@@ -67,6 +67,14 @@ def test_a_small_operator_is_summed_exactly() -> None:
     assert found.value == pytest.approx(3.0) and found.error == 0 and found.products == 3
 
 
+def test_float32_traces_of_millions_of_parameters_are_sums_in_float64() -> None:
+    """A probe of signs gives the trace of a diagonal operator exactly, but for how it is added up."""
+    eigenvalues = torch.full((2_000_000,), 0.01)
+    eigenvalues[0] = 1e6
+    found = estimate_trace(lambda v: eigenvalues * v, 2_000_000, method="hutchinson", probes=1, dtype=torch.float32)
+    assert found.value == pytest.approx(float(eigenvalues.double().sum()), rel=2e-5)
+
+
 def test_one_probe_has_no_error_estimate() -> None:
     assert math.isnan(estimate_trace(lambda v: v, 10, probes=1, method="hutchinson").error)
 
