@@ -2,6 +2,7 @@
 
 import copy
 import warnings
+import weakref
 from typing import Any
 
 import pytest
@@ -11,12 +12,15 @@ from distilling import distiller, rows
 from encoders import FAMILIES, build, inputs_for
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import AutoModel, AutoTokenizer, BertConfig, BertForMaskedLM, BertForSequenceClassification
 from transformers.pytorch_utils import Conv1D
 
 import qbert
-from qbert.calibration import input_moments
+from qbert.calibration import input_moments, mean_logits
 from qbert.encoders.inputs import unmasked
+from qbert.encoders.targets import find_targets
 from qbert.layers.kind import TrainableLayer
 from qbert.layers.linear import QuantLinear
 from qbert.layers.quantizer import WeightQuantizer
@@ -427,6 +431,58 @@ def test_half_precision_weights_keep_their_codes_through_packing() -> None:
     for name, layer in linears(student).items():
         assert layer.weight.dtype == torch.bfloat16
         assert torch.equal(packed.get_submodule(name).quantized_weight(), layer.quantized_weight())
+
+
+class _Live(TorchDispatchMode):
+    """Counts the bytes of tensors that operators make inside: those alive, and the most that ever were."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.most = 0
+        self._known: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        given = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor):
+                storage = tensor.untyped_storage()
+                key, size = storage._cdata, storage.nbytes()
+                if key not in given and key not in self._known:
+                    self._known.add(key)
+                    self.now += size
+                    weakref.finalize(storage, self._gone, key, size)
+        self.most = max(self.most, self.now)
+        return result
+
+    def _gone(self, key: int, size: int) -> None:
+        self._known.discard(key)
+        self.now -= size
+
+
+def test_weighing_inputs_keeps_little_more_than_a_backward_pass() -> None:
+    model = build("bert", num_hidden_layers=4).eval()
+    batch = {"input_ids": torch.randint(5, 90, (16, 16)), "attention_mask": torch.ones(16, 16, dtype=torch.long)}
+    modules = [t.module for t in find_targets(model) if t.layer is not None]
+    with _Live() as plain:
+        torch.autograd.grad(model(**batch).logits.sum(), model.bert.embeddings.word_embeddings.weight)
+    with _Live() as weighed:
+        next(iter(input_moments(model, [batch], modules, weigh=0.5)))
+    assert weighed.most < 1.25 * plain.most
+
+
+def test_the_mean_of_logits_over_a_vocabulary_takes_no_copy_of_them() -> None:
+    model = BertForMaskedLM(build("bert", vocab_size=2000).config).eval()
+    ids = torch.randint(5, 90, (16, 32))
+    batch = {"input_ids": ids, "attention_mask": (torch.arange(32) < torch.randint(8, 33, (16, 1))).long()}
+    with torch.no_grad():
+        with _Live() as plain:
+            logits = model(**batch).logits
+        with _Live() as counted:
+            found = mean_logits(model, [batch])
+    assert found is not None
+    torch.testing.assert_close(found[1], logits[batch["attention_mask"].bool()].double().mean(0))
+    assert counted.most < plain.most + 0.5 * logits.nbytes
 
 
 def test_inputs_that_the_outputs_do_not_depend_on_weigh_nothing() -> None:

@@ -240,11 +240,9 @@ class _Passes:
         run = self.reference or self.own
         asked = {self._twin.get(m, m): m for m in modules}
         for index in range(len(self.batches)):
-            for twin, x, gradient in _output_gradients(run, list(asked), index, generator):
-                module = asked[twin]
-                for kept, values in ((sizes, x), (self.weights, gradient)):
-                    squares = values.flatten(1).float().square().sum(-1)
-                    kept.setdefault((module, index), []).append(squares)
+            for twin, size, slope in _squared_sizes(run, list(asked), index, generator):
+                for kept, squares in ((sizes, size), (self.weights, slope)):
+                    kept.setdefault((asked[twin], index), []).append(squares)
         for module in modules:
             keys = [(module, index) for index in range(len(self.batches)) if (module, index) in self.weights]
             if not keys:
@@ -279,44 +277,66 @@ class _Passes:
         return torch.stack(found).mean(0) if found else None
 
 
-def _output_gradients(
+class _Seen(torch.autograd.Function):
+    """A copy of y; `see` gets the gradient in it on the way back, which then nobody has to keep.
+
+    `anchor` is a scalar that stands for all that was seen: asking for its gradient makes the backward pass come by.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, anchor: Tensor, see: Callable[[Tensor], None]) -> Tensor:
+        ctx.see = see
+        return y.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
+        ctx.see(grads[0])
+        return grads[0], grads[0].new_zeros(()), None
+
+
+def _squared_sizes(
     run: _Run, modules: Sequence[nn.Module], index: int, generator: torch.Generator
 ) -> list[tuple[nn.Module, Tensor, Tensor]]:
-    """(module, its rows, gradient of the model's outputs times random numbers in what comes of them) of every call.
+    """(module, |x|^2 of its rows, |g|^2 of what comes of them) of every call, both [N] without padding.
 
-    Rows [N, ...] and gradients [N, O] without padding.
+    g is the gradient of the model's outputs times random numbers. Only the squares are kept of either.
     """
-    calls: list[tuple[nn.Module, Tensor, Tensor, Callable[[Tensor], Tensor]]] = []
-    frozen: list[Any] = [m.weight for m in modules if not m.weight.requires_grad]
+    calls: list[nn.Module] = []
+    sizes: list[Tensor] = []
+    slopes: dict[int, Tensor] = {}
+    anchor = torch.zeros((), requires_grad=True, device=next(run.model.parameters()).device)
 
-    def hook(module: Any, x: tuple[Any, ...], y: Tensor) -> None:
+    def hook(module: Any, x: tuple[Any, ...], y: Tensor) -> Tensor:
         rows = matrix_rows(module, x[0].detach())
-        real = padding_left_out(module, run.masks, rows)
-        calls.append((module, flat_rows(module, real(rows)), y, real))
+        real, kind, call = padding_left_out(module, run.masks, rows), kind_of(module), len(calls)
+
+        def see(slope: Tensor) -> None:
+            slope = slope if kind is None else kind.outputs(module, slope)
+            slopes[call] = _squares(real(slope).flatten(0, -2))
+
+        calls.append(module)
+        sizes.append(_squares(flat_rows(module, real(rows))))
+        return _Seen.apply(y, anchor, see)  # type: ignore[no-any-return]
 
     handles = [m.register_forward_hook(hook) for m in modules]
     try:
-        for weight in frozen:
-            weight.requires_grad_(True)
         with torch.enable_grad():
             inputs = to_device(run.batches[index], run.model)
             run.masks.mask = inputs.get("attention_mask")
             outputs = [y for y in model_outputs(run_batch(run.model, inputs)) if y.requires_grad]
             seeds = [_random_seeds(y, inputs.get("attention_mask"), generator) for y in outputs]
-            found: Sequence[Tensor | None] = [None] * len(calls)
             if outputs and calls:
-                found = torch.autograd.grad(outputs, [y for _, _, y, _ in calls], seeds, allow_unused=True)
+                torch.autograd.grad(outputs, [anchor], seeds, allow_unused=True)
     finally:
-        for weight in frozen:
-            weight.requires_grad_(False)
         for handle in handles:
             handle.remove()
-    result = []
-    for (module, rows, y, real), gradient in zip(calls, found, strict=True):
-        kind = kind_of(module)
-        slope = torch.zeros_like(y) if gradient is None else gradient
-        result.append((module, rows, real(slope if kind is None else kind.outputs(module, slope)).flatten(0, -2)))
-    return result
+    return [
+        (m, size, slopes.get(i, torch.zeros_like(size))) for i, (m, size) in enumerate(zip(calls, sizes, strict=True))
+    ]
+
+
+def _squares(rows: Tensor) -> Tensor:
+    return rows.flatten(1).float().square().sum(-1)
 
 
 def _twins(model: nn.Module, reference: nn.Module) -> dict[nn.Module, nn.Module]:

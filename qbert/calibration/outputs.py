@@ -15,6 +15,7 @@ from qbert.encoders.modes import evaluation_mode
 
 Run = Callable[[int], Any]  # number of a batch -> the model's output for it
 _LAST_OUTPUTS = 8  # of a forward pass, among which the logits are looked for
+_ROWS_AT_ONCE = 64
 _LOGITS = (("logits",), ("start_logits", "end_logits"))
 
 
@@ -64,13 +65,26 @@ def mean_logits(model: nn.Module, batches: Sequence[Batch], run: Run | None = No
                 head = next((m for y, m in made if y is logits), None)
                 if logits is None or head is None or head.bias.shape != logits.shape[-1:]:
                     return None
-                rows = unmasked(logits, inputs.get("attention_mask")) if logits.dim() > 2 else logits
-                rows = rows.reshape(-1, rows.shape[-1]).double()
-                total = rows.sum(0) + (0.0 if total is None else total)
-                count += len(rows)
+                added, rows = _sum_of_rows(logits, inputs.get("attention_mask"))
+                total = added if total is None else total + added
+                count += rows
     finally:
         for handle in handles:
             handle.remove()
     if total is None:
         return None
     return next(name for name, module in model.named_modules() if module is head), total / count
+
+
+def _sum_of_rows(logits: Tensor, mask: Tensor | None) -> tuple[Tensor, int]:
+    """Sum, [C] float64, and number of the rows of [B, C] or [B, T, C] that are no padding.
+
+    A few rows at a time, since over a vocabulary a copy in float64 takes more than all else that a model needs.
+    """
+    rows = logits.reshape(-1, logits.shape[-1])
+    places = torch.arange(len(rows), device=rows.device).view(*logits.shape[:-1], 1)
+    places = (unmasked(places, mask) if logits.dim() > 2 else places).flatten()
+    total = torch.zeros(rows.shape[1], dtype=torch.float64, device=rows.device)
+    for some in places.split(_ROWS_AT_ONCE):
+        total += rows[some].double().sum(0)
+    return total, len(places)

@@ -25,7 +25,13 @@ from qbert.arguments import whole_number
 
 Batch = Mapping[str, Any]
 IGNORED_LABEL = -100
-_TOKEN_PADDING = {"attention_mask": 0, "token_type_ids": 0, "special_tokens_mask": 1, "labels": IGNORED_LABEL}
+_TOKEN_PADDING = {
+    "attention_mask": 0,
+    "token_type_ids": 0,
+    "bbox": 0,
+    "special_tokens_mask": 1,
+    "labels": IGNORED_LABEL,
+}
 
 
 def loss_weight(batch: Batch) -> int:
@@ -41,14 +47,17 @@ def loss_weight(batch: Batch) -> int:
 
 
 def batch_size(batch: Batch) -> int:
-    """Number of samples in a batch: the first dimension of its tensors.
+    """Number of samples in a batch: the first dimension of its ids, or of its first tensor that has not one for all.
 
     Raises:
         ValueError: if the batch holds no tensor with a batch dimension.
     """
-    for value in batch.values():
-        if isinstance(value, Tensor) and value.ndim > 0:
-            return int(value.shape[0])
+    ids = batch.get("input_ids")
+    if isinstance(ids, Tensor) and ids.ndim > 0:
+        return len(ids)
+    sizes = [len(value) for value in batch.values() if isinstance(value, Tensor) and value.ndim > 0]
+    if sizes:
+        return next((size for size in sizes if size != 1), 1)
     raise ValueError(
         f"batches: a batch with the keys {sorted(batch)} holds no tensor; pass dicts of tensors such as "
         "{'input_ids': [B, T], 'attention_mask': [B, T], 'labels': [B]}"
@@ -151,13 +160,17 @@ class BatchSamples:
         if isinstance(labels, Tensor) and labels.shape == (1, tokens):
             used = used | (labels[0] != IGNORED_LABEL)
         end = int(used.nonzero().max()) + 1 if used.any() else tokens
-        by_token = {k for k, v in row.items() if isinstance(v, Tensor) and v.shape == (1, tokens)}
-        return {k: v[:, :end] if k in by_token else v for k, v in row.items()}
+        return {k: v[:, :end] if self._by_token(v, tokens) else v for k, v in row.items()}
 
     @staticmethod
     def _tokens(batch: Batch) -> int:
         ids = batch.get("input_ids")
         return int(ids.shape[1]) if isinstance(ids, Tensor) and ids.ndim == 2 else 0
+
+    @staticmethod
+    def _by_token(value: Any, tokens: int) -> bool:
+        """Whether a tensor says something of each token: [B, T], or [B, T, ...] as the boxes of LayoutLM."""
+        return isinstance(value, Tensor) and value.ndim > 1 and value.shape[1] == tokens > 0
 
     def _signature(self, row: Batch) -> tuple[Any, ...]:
         """Rows with equal signatures can share a batch: equal keys and shapes, T apart where it can be padded."""
@@ -168,10 +181,10 @@ class BatchSamples:
             if not isinstance(value, Tensor) or value.ndim == 0:
                 signature.append((key, value.item() if isinstance(value, Tensor) else repr(value)))
                 continue
-            shape = tuple(value.shape[1:])
-            if tokens and shape == (tokens,):
+            shape: tuple[Any, ...] = tuple(value.shape[1:])
+            if self._by_token(value, tokens):
                 paddable &= key == "input_ids" or key in _TOKEN_PADDING
-                shape = ("T",)  # type: ignore[assignment]
+                shape = ("T", *shape[1:])
             signature.append((key, shape, value.dtype))
         return (*signature, None if paddable else tokens)
 
@@ -183,9 +196,9 @@ class BatchSamples:
                 merged[key] = first
                 continue
             values = [row[key] for row in rows]
-            if first.ndim == 2 and any(v.shape[1] != first.shape[1] for v in values):
-                fill = _TOKEN_PADDING.get(key, self.pad_token_id)
-                values = [torch.nn.functional.pad(v, (0, tokens - v.shape[1]), value=fill) for v in values]
+            if first.ndim > 1 and any(v.shape[1] != first.shape[1] for v in values):
+                fill, behind = _TOKEN_PADDING.get(key, self.pad_token_id), (0, 0) * (first.ndim - 2)
+                values = [torch.nn.functional.pad(v, (*behind, 0, tokens - v.shape[1]), value=fill) for v in values]
             merged[key] = torch.cat(values)
         return merged
 
@@ -253,18 +266,27 @@ def preserved_random_state(seed: int | None = None) -> Iterator[None]:
             np.random.set_state(numpy_state)
 
 
+def _as_tensor(array: np.ndarray) -> Any:
+    """A tensor of numbers; a list of what torch has no dtype for, such as text."""
+    try:
+        return torch.from_numpy(array)
+    except TypeError:
+        return array.tolist()
+
+
 def _checked_batch(batch: Any) -> Batch:
     if not isinstance(batch, Mapping):
         raise ValueError(
             f"batches: a batch is a {type(batch).__name__}, but it must be a dict of tensors with the model's "
             "argument names; give a collate_fn that makes one"
         )
-    converted = {k: torch.from_numpy(v) if isinstance(v, np.ndarray) else v for k, v in batch.items()}
+    converted = {k: _as_tensor(v) if isinstance(v, np.ndarray) else v for k, v in batch.items()}
     size = batch_size(converted)
     for key, value in converted.items():
-        if isinstance(value, list | tuple) and not all(isinstance(entry, str) for entry in value):
+        if isinstance(value, list | tuple) and (key == "labels" or not all(isinstance(entry, str) for entry in value)):
+            told = f"of {type(value[0]).__name__}" if value else "of nothing"
             raise ValueError(
-                f"batches: {key!r} is a {type(value).__name__}; make a tensor of it, in a collate_fn or before"
+                f"batches: {key!r} is a {type(value).__name__} {told}; make a tensor of it, in a collate_fn or before"
             )
         if isinstance(value, Tensor) and value.ndim > 0 and value.shape[0] not in (1, size):
             raise ValueError(

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from encoders import build
+from transformers import LayoutLMConfig, LayoutLMForSequenceClassification
 
 from qbert.hessian import HessianOperator, hessian_spectrum, parameter_blocks
 from qbert.hessian.batches import BATCH_COST, BatchSamples, DatasetSamples, micro_batches
@@ -82,6 +83,43 @@ def test_what_carries_labels_or_cannot_be_padded_is_kept() -> None:
     nothing = padded([3, 6], width=8)
     nothing["attention_mask"][0] = 0
     assert [BatchSamples([nothing], trim=True).length(i) for i in range(2)] == [8, 6]
+
+
+def test_boxes_of_tokens_are_cut_and_padded_with_them() -> None:
+    sizes: dict[str, Any] = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 100}
+    config = LayoutLMConfig(**sizes, intermediate_size=12, max_position_embeddings=16, max_2d_position_embeddings=64)
+    model = LayoutLMForSequenceClassification(config).eval()
+    batch = padded([3, 12, 5, 4])
+    batch["bbox"] = torch.randint(1, 60, (4, 12, 1)).expand(-1, -1, 4).contiguous()
+    samples = BatchSamples([batch], trim=True)
+    (merged,) = samples.collate([0, 2])
+    assert merged["bbox"].shape == (2, 5, 4) and not merged["bbox"][0, 3:].any()
+    assert torch.equal(merged["bbox"][0, :3], batch["bbox"][0, :3])
+    settings: Any = {"runs": 1, "fraction": 1.0, "tol": 1e-4, "progress": False}
+    cut = hessian_spectrum(model, [batch], micro_batch_size=1, **settings)
+    whole = hessian_spectrum(model, [batch], loss_fn=lambda model, batch: model(**batch).loss, **settings)
+    np.testing.assert_allclose(cut.losses, whole.losses, rtol=1e-5)
+    unknown = {**padded([3, 6], width=8), "something_by_token": torch.randn(2, 8, 3)}
+    assert [BatchSamples([unknown], trim=True).length(i) for i in range(2)] == [8, 8]
+
+
+def test_positions_for_all_rows_may_come_first_or_last() -> None:
+    batch, positions = padded([8, 8, 8], width=8), torch.arange(8)[None]
+    for given in ({"position_ids": positions, **batch}, {**batch, "position_ids": positions}):
+        samples = BatchSamples([given], trim=True)
+        assert len(samples) == 3
+        (two,) = samples.collate([0, 2])
+        assert torch.equal(two["position_ids"], positions.expand(2, -1))
+        assert torch.equal(two["input_ids"], batch["input_ids"][[0, 2]])
+    with pytest.raises(ValueError, match="'labels' has the shape"):
+        BatchSamples([{**batch, "labels": torch.zeros(2)}])
+
+
+@pytest.mark.parametrize("labels", [np.array(["a", "b"]), ["a", "b"], [0, 1]], ids=["numpy", "strings", "numbers"])
+def test_labels_that_are_no_tensor_are_refused_by_name(labels: Any) -> None:
+    with pytest.raises(ValueError, match=r"'labels' is a list of .*; make a tensor of it"):
+        BatchSamples([{**padded([3, 6], width=8), "labels": labels}])
+    BatchSamples([{**padded([3, 6], width=8), "text": np.array(["a", "b"])}])
 
 
 def test_spectra_are_the_same_however_batches_are_cut(monkeypatch: Any) -> None:
