@@ -95,7 +95,7 @@ def distill(teacher: str, out: str, task: str, data_dir: str | None, **asked: An
 
             source = {**asked, "texts": None, "task": task, "data_dir": data_dir}
             specs = config.resolve(student).values()
-            needed = any(spec.rounding == "compensated" or spec.is_composed for spec in specs)
+            needed = any(spec.needs_data for spec in specs)
             batches = unlabelled_batches(source, tokenizer) if needed else None
             student = qbert.quantize_model(
                 student, config, calibration_data=batches, checkpoint=work / "rounding", progress=not quiet
