@@ -100,6 +100,21 @@ def test_other_families_are_exported(family: str, tmp_path: Path) -> None:
     assert qbert.export_openvino(packed, tmp_path / "model.xml").error < SAME
 
 
+@pytest.mark.parametrize("family", ["bert", "distilbert", "modernbert"])
+def test_a_sequence_without_a_token_gets_what_torch_gives_it(
+    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    packed = qbert.pack(qbert.quantize_model(build(family).eval(), qbert.BitsConfig(4, activation_bits=None)))
+    assert qbert.export_openvino(packed, tmp_path / "model.xml").error < SAME
+    batch = inputs_for(family, 3)
+    batch["attention_mask"][1] = 0
+    assert torch.allclose(run(tmp_path / "model.xml", batch)[0], expected(packed, batch), atol=1e-4)
+    if family == "bert":
+        monkeypatch.setattr("qbert.runtimes.openvino._give_zeros_where_nothing_is_seen", lambda model: None)
+        with pytest.raises(ValueError, match="relative error inf where a sequence has no token"):
+            qbert.export_openvino(packed, tmp_path / "model.xml")
+
+
 class Parity(nn.Module):
     """A head whose steps depend on whether the length is even, which only a run at another length shows."""
 
@@ -172,6 +187,8 @@ def test_what_cannot_be_exported_is_said(tmp_path: Path) -> None:
         qbert.export_openvino(packed, tmp_path / "model.onnx")
     with pytest.raises(ValueError, match=r"inputs: 'segments' is not among the inputs of BertModel"):
         qbert.export_openvino(packed, tmp_path / "model.xml", inputs=("segments",))
+    with pytest.raises(ValueError, match=r"inputs='input_ids' is a text, not a list of names; give \['input_ids'\]"):
+        qbert.export_openvino(packed, tmp_path / "model.xml", inputs="input_ids")
     with pytest.raises(ValueError, match="not on the CPU"):
         qbert.export_openvino(packed.to("meta"), tmp_path / "model.xml")
     assert not list(tmp_path.iterdir())

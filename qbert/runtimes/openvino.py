@@ -23,6 +23,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -167,11 +168,32 @@ def openvino_model(record: Recorded) -> Any:
             made = codes.node()
             for taker in node.output(0).get_target_inputs():
                 taker.replace_source_output(made.output(0))
+    _give_zeros_where_nothing_is_seen(model)
     model.validate_nodes_and_infer_types()
     linears = [m for m in record.modules() if isinstance(m, _Linear)]
     if any(m.mode or m.static or m.stored.bits == _STORED[0] for m in linears):
         model.set_rt_info("0", ["runtime_options", _GROUP])
     return model
+
+
+def _give_zeros_where_nothing_is_seen(model: Any) -> None:
+    """Let attention give zeros to a query that sees no key, as torch's does; OpenVINO's gives NaN."""
+    from openvino import Type, opset13
+
+    seen: dict[str, Any] = {}  # layers share their mask
+    for node in model.get_ordered_ops():
+        if node.get_type_name() != "ScaledDotProductAttention" or len(node.inputs()) < 4:
+            continue
+        mask = node.input_value(3)
+        if mask.get_element_type() != Type.boolean:
+            continue
+        name = f"{mask.get_node().get_friendly_name()}.{mask.get_index()}"
+        if name not in seen:
+            seen[name] = opset13.reduce_logical_or(mask, opset13.constant(np.array([-1])), keep_dims=True)
+        takers = node.output(0).get_target_inputs()
+        kept = opset13.select(seen[name], node.output(0), opset13.constant(np.float32(0)))
+        for taker in takers:
+            taker.replace_source_output(kept.output(0))
 
 
 def stored_bits(model: Any) -> dict[int, int]:

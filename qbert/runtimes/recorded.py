@@ -73,12 +73,17 @@ class Recorded(nn.Module):
         twins = (m.mode or m.static for m in self.modules() if isinstance(m, QuantizedInput))
         return ALIKE if any(rounded) or any(twins) else SAME
 
-    def example(self, batch: int, length: int) -> tuple[Tensor, ...]:
-        """Inputs [batch, length]; the last sequence of several is padded to a third of its length."""
+    def example(self, batch: int, length: int, with_empty: bool = False) -> tuple[Tensor, ...]:
+        """Inputs [batch, length]; the last sequence of several is padded to a third of its length.
+
+        `with_empty` lets the mask hide the first sequence whole.
+        """
         ids = torch.arange(batch * length, device="cpu").view(batch, length) % 7
         mask = torch.ones_like(ids)
         if batch > 1:  # a mask of ones would be traced away
             mask[-1, length * 2 // 3 :] = 0
+        if with_empty:
+            mask[0] = 0
         return tuple(mask if "mask" in n else torch.zeros_like(ids) if "type" in n else ids for n in self.inputs)
 
     def trace(self, quantize_activations: bool = True) -> Any:
@@ -125,11 +130,13 @@ class Recorded(nn.Module):
         yield from (shape for shape in (RECORDED, *_OTHERS) if shape[1] < self.longest)
         yield 1, self.longest
 
-    def expected(self, shape: tuple[int, int], quantize_activations: bool = True) -> tuple[Tensor, ...] | None:
+    def expected(
+        self, shape: tuple[int, int], quantize_activations: bool = True, with_empty: bool = False
+    ) -> tuple[Tensor, ...] | None:
         """What the model computes in torch; ``None`` where it refuses so long a text."""
         try:
             with torch.no_grad():
-                return self.copy(quantize_activations)(*self.example(*shape))
+                return self.copy(quantize_activations)(*self.example(*shape, with_empty))
         except (RuntimeError, IndexError, ValueError):
             if shape[1] <= RECORDED[1]:
                 raise
@@ -154,8 +161,12 @@ class Recorded(nn.Module):
                     f"and a file takes the same for all lengths; {MEND}"
                 )
 
-    def check_replay(self, run: Callable[[tuple[Tensor, ...]], tuple[Tensor, ...]], limit: float) -> float:
+    def check_replay(
+        self, run: Callable[[tuple[Tensor, ...]], tuple[Tensor, ...]], limit: float, with_empty: bool = False
+    ) -> float:
         """The largest relative error of what `run` makes of inputs at several lengths, with and without padding.
+
+        `with_empty` compares a batch with a sequence without a token too, if the model itself computes numbers for it.
 
         Raises:
             ValueError: if it is above `limit`; ``relative error ... for ... tokens``.
@@ -169,6 +180,13 @@ class Recorded(nn.Module):
             if not error <= limit:
                 raise ValueError(f"relative error {error:.2g} for {shape[1]} tokens")
             largest = max(largest, error)
+        if with_empty and any("mask" in name for name in self.inputs):
+            wanted = self.expected(_OTHERS[0], with_empty=True)
+            if wanted is not None and all(bool(torch.isfinite(t).all()) for t in wanted):
+                error = relative_error(run(self.example(*_OTHERS[0], with_empty=True)), wanted)
+                if not error <= limit:
+                    raise ValueError(f"relative error {error:.2g} where a sequence has no token")
+                largest = max(largest, error)
         return largest
 
 
@@ -222,7 +240,7 @@ def check_kind(module: PackedTensor, form: str) -> None:
 
 
 def check_inputs(model: nn.Module, inputs: Sequence[str]) -> None:
-    """Raises ValueError for names that are not among the inputs of `model`."""
+    """Raises ValueError for names that are not among the inputs of `model`, or are no list."""
     called = base_model(model)[1] if _is_sentence_model(model) else model
     taken = list(inspect.signature(called.forward).parameters)
     if isinstance(inputs, str):
