@@ -187,7 +187,7 @@ def test_what_cannot_be_exported_is_said(tmp_path: Path) -> None:
         qbert.export_openvino(packed, tmp_path / "model.onnx")
     with pytest.raises(ValueError, match=r"inputs: 'segments' is not among the inputs of BertModel"):
         qbert.export_openvino(packed, tmp_path / "model.xml", inputs=("segments",))
-    with pytest.raises(ValueError, match=r"inputs='input_ids' is a text, not a list of names; give \['input_ids'\]"):
+    with pytest.raises(ValueError, match=r"inputs: 'input_ids' is a text, not a list of names"):
         qbert.export_openvino(packed, tmp_path / "model.xml", inputs="input_ids")
     with pytest.raises(ValueError, match="not on the CPU"):
         qbert.export_openvino(packed.to("meta"), tmp_path / "model.xml")

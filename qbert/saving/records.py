@@ -241,10 +241,13 @@ def load_complete(path: str | os.PathLike[str], values: Mapping[str, Any], **kwa
                 raise
             if "quantization_config" in text:
                 raise ValueError(f"{path}: {text}") from error
-        if "num_labels" in kwargs and "ignore_mismatched_sizes" in text:
+        given = ", ".join(f"{key}={value!r}" for key, value in kwargs.items() if key in (*values, "num_labels"))
+        if "ignore_mismatched_sizes" in text and given:
+            with_others = {**kwargs, "output_loading_info": True, "ignore_mismatched_sizes": True}
+            tensor, held, wanted = min(model_class.from_pretrained(path, **with_others)[1]["mismatched_keys"])
             raise ValueError(
-                f"{path}: the head that was saved has another shape than num_labels={kwargs['num_labels']!r} wants; "
-                "leave num_labels out"
+                f"{path}: tensor {tensor!r} has the shape {list(held)} in the files, and {list(wanted)} with {given}; "
+                "leave that argument out"
             ) from error
         raise ValueError(
             f"{path} cannot be loaded as {name} ({text.splitlines()[0]}); copy the folder again"
