@@ -193,9 +193,10 @@ def main() -> None:
         run_budgets(arguments, folder)
         return
     bench = Bench(arguments, folder)
-    results = Record(folder / "results.json", asked_of(bench), resume=arguments.resume)
-    about = {} if "teacher" in results.content else heading(bench)
-    results.content.update(about)
+    bench.record = results = Record(folder / "results.json", asked_of(bench), resume=arguments.resume)
+    if "teacher" not in results.content:
+        results.content.update(heading(bench))
+        results.save()
     bench.depths = {int(count): DepthTable.from_list(rows) for count, rows in results.content["depths"].items()}
     for name, plan in plans_of(names, arguments.ablations, not arguments.no_controls).items():
         done = {row["seed"] for row in results[plan.title]}
@@ -203,8 +204,7 @@ def main() -> None:
         for seed in (seed for seed in seeds if seed not in done):
             row, student = bench.train(name, plan, seed)
             shape = {} if results[plan.title] else bench.shape(student)
-            depths = {str(count): table.to_list() for count, table in bench.depths.items()}
-            results.add(plan.title, {"seed": seed, **row, **shape, "stored": bench.stored(student)}, depths=depths)
+            results.add(plan.title, {"seed": seed, **row, **shape, "stored": bench.stored(student)})
             bench.drop_checkpoints(name, seed)
             print(f"{plan.title}, seed {seed}: {row['score']:.2f}, {row['retention']:.1f} % of the teacher", flush=True)
         if name in names and not arguments.no_controls:

@@ -24,6 +24,8 @@ from torch import nn
 
 from qbert import BitsConfig, model_size, optimize_for_inference, pack, quantize_model
 from qbert.encoders.targets import base_model, main_layers
+from qbert.files import read_json, write_json
+from qbert.results import Record
 from qbert.students.depth import DepthTable, compare_depths
 
 if TYPE_CHECKING:
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
 # (encoder, tables) in which every student is stored and scored, from the largest
 FORMS = ((8, 8), (4, 4), (2, 4))
 SHAPES = ((1, 16), (32, 64))  # (sequences, tokens)
+_MARK = "asked.json"  # beside checkpoints: what they were asked for
 _SEARCH_ROWS = 256
 _CALIBRATION_ROWS = 384
 _COPIES, _MOST_COPIES = 4, 12_000  # of each row, altered; of all rows together, since the teacher labels every copy
@@ -63,7 +66,10 @@ class Bench:
         depth: layers of a shallow student.
         depths: choices of layers that were compared, by their number.
         student: what is trained now.
+        record: where the table is kept; set once the teacher is known, on whom what is asked depends.
     """
+
+    record: Record
 
     def __init__(self, arguments: argparse.Namespace, folder: Path) -> None:
         from qbert.tasks import prepare
@@ -107,6 +113,8 @@ class Bench:
         if count not in self.depths:
             table = compare_depths(self.teacher, self.unlabelled(_SEARCH_ROWS), count, sandwiches=count == self.depth)
             self.depths[count] = table
+            self.record.content["depths"] = {str(kept): found.to_list() for kept, found in self.depths.items()}
+            self.record.save()
             print(f"\n{count} of {self._teacher_depth()} layers, before any training\n{table}\n", flush=True)
         return self.depths[count]
 
@@ -222,11 +230,11 @@ class Bench:
         from qbert.distill import recipes
         from qbert.distill.checkpoint import last_good_checkpoint
         from qbert.distill.search import Search
-        from qbert.files import read_json, write_json
         from qbert.students.cells import Cell
 
         arguments, folder = self.arguments, self.folder / f"search-{seed}"
         done = folder / "cell.json"
+        self._take_over(folder)
         if arguments.resume and done.is_file():
             found = read_json(done)
             return Cell.parse(found["cell"]), int(found["depth"])
@@ -247,6 +255,7 @@ class Bench:
         search.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         cell, depth = space.derive()
         shutil.rmtree(folder)
+        self._mark(folder)
         write_json(done, {"cell": cell.to_list(), "depth": depth})
         print(f"  searched: {depth} layers of {cell}", flush=True)
         return cell, depth
@@ -267,6 +276,7 @@ class Bench:
         """(row, student) of one plan, taken up again where it was interrupted if --resume was given."""
         print(f"\n{plan.title}, seed {seed}", flush=True)
         start = time.monotonic()
+        self._take_over(self.trained_in(name, seed))
         student = plan.build(self, seed).to(self.arguments.device)
         self.student = student
         whole = sum(phase.share for phase in plan.phases)
@@ -340,6 +350,29 @@ class Bench:
     def trained_in(self, name: str, seed: int) -> Path:
         """Folder of the curves and checkpoints of one student."""
         return self.folder / f"{name.replace('/', '-').replace(' ', '-')}-{seed}"
+
+    def _take_over(self, folder: Path) -> None:
+        """Empty the folder of a training; under --resume keep what is in it, if it was made as this run is asked to.
+
+        Raises:
+            ValueError: --resume, and what is there was made with other settings, or does not say with which.
+        """
+        if not self.arguments.resume:
+            shutil.rmtree(folder, ignore_errors=True)
+        elif folder.is_dir() and any(folder.iterdir()):
+            mark, asked = folder / _MARK, self.record.content["asked"]
+            found = read_json(mark) if mark.is_file() else {}
+            other = next((name for name, value in asked.items() if found.get(name, folder) != value), None)
+            if other is not None:
+                raise ValueError(
+                    f"--resume: {folder} was made with another {other}; remove the folder, or leave --resume out"
+                )
+        self._mark(folder)
+
+    def _mark(self, folder: Path) -> None:
+        """Write beside checkpoints what they were asked for."""
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / _MARK, self.record.content["asked"])
 
     def drop_checkpoints(self, name: str, seed: int) -> None:
         """Delete the weights of a training whose row is kept."""

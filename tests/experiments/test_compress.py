@@ -86,6 +86,43 @@ def test_a_student_from_end_to_end(tmp_path: Path) -> None:
     assert table.returncode == 0 and "| PKD |" in (tmp_path / "page.md").read_text()
 
 
+def test_only_a_training_of_the_same_settings_is_taken_up_again(
+    tmp_path: Path, experiments: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny_encoder(tmp_path / "encoder")
+    rows = sentiment_rows(32)
+    write_task(tmp_path / "data", "mood", {"train.jsonl": rows, "dev.jsonl": rows[:8]})
+    shared = ["--model", str(tmp_path / "encoder"), "--task", "mood", "--data-dir", str(tmp_path / "data")]
+    shared += ["--teacher-epochs", "1", "--epochs", "1", "--no-controls", "--output-dir", str(tmp_path / "out")]
+    shared += ["--student", "tinybert"]
+    bench = importlib.import_module("compress_bench").Bench
+    run_phase, seen = bench._run_phase, []
+
+    def interrupted(self: Any, folder: Path, plan: Any, phase: Any, *rest: Any) -> None:
+        seen.append(folder / "student.safetensors")
+        if phase.name == "task":
+            raise KeyboardInterrupt
+        assert not seen[-1].exists()
+        run_phase(self, folder, plan, phase, *rest)
+
+    monkeypatch.setattr(bench, "_run_phase", interrupted)
+
+    def run(*arguments: str) -> Any:
+        return run_here("compress.py", *shared, *arguments, QBERT_CACHE=str(tmp_path / "cache"))
+
+    for rate in ("1e-5", "1e-3"):  # the second run starts afresh, and its phase finds nothing of the first
+        assert run("--learning-rate", rate).returncode == 130 and seen[-2].is_file()
+    trained = seen[-2].read_bytes()
+    record = tmp_path / "out" / "results.json"
+    assert json.loads(record.read_text())["depths"] is not None
+    foreign = run("--learning-rate", "1e-2", "--resume")
+    assert foreign.returncode == 2 and "was made with another learning rate" in foreign.stderr
+    record.unlink()
+    foreign = run("--learning-rate", "1e-2", "--resume")
+    assert foreign.returncode == 2 and "tinybert-0 was made with another learning rate" in foreign.stderr
+    assert seen[-2].read_bytes() == trained
+
+
 def test_starting_points_are_measured_before_any_training(tmp_path: Path) -> None:
     tiny_encoder(tmp_path / "encoder")
     rows = sentiment_rows(64)
