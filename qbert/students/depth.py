@@ -33,6 +33,8 @@ Model = TypeVar("Model", bound=nn.Module)
 Batch = Mapping[str, Any]
 _LABELS = ("labels", "start_positions", "end_positions")
 _DEPTH_NAMES = ("num_hidden_layers", "n_layers")
+# Families whose classes build their first layer without a norm that all others have, so that no other takes its place.
+_FIRST_DIFFERS = ("modernbert",)
 
 
 def depth(teacher: Model, layers: int | Sequence[int], batches: Iterable[Batch] | None = None) -> Model:
@@ -71,7 +73,8 @@ def student_with_layers(teacher: Model, layers: Sequence[int]) -> Model:
 
     Raises:
         ValueError: no layers, a layer that does not exist, or layers that share their weights (ALBERT), of which
-            there is only one to keep: lower ``config.num_hidden_layers`` instead.
+            there is only one to keep: lower ``config.num_hidden_layers`` instead; a ModernBERT without its first layer
+            in the first place, and only there.
     """
     found = _own_layers(teacher)
     if not layers:
@@ -79,6 +82,12 @@ def student_with_layers(teacher: Model, layers: Sequence[int]) -> Model:
     wrong = next((i for i in layers if not -len(found) <= i < len(found)), None)
     if wrong is not None:
         raise ValueError(f"the teacher has no layer {wrong}; it has {len(found)}, numbered 0 to {len(found) - 1}")
+    kinds = [i % len(found) for i in layers]
+    if _first_differs(teacher) and (kinds[0] != 0 or 0 in kinds[1:]):
+        raise ValueError(
+            f"layers={list(layers)} is not possible; the first layer of a {type(teacher).__name__} has one norm less "
+            "than the others, so keep layer 0 first, once"
+        )
     student = copy.deepcopy(teacher)
     _, base = base_model(student)
     parent, name = _list_of(student)
@@ -88,10 +97,13 @@ def student_with_layers(teacher: Model, layers: Sequence[int]) -> Model:
     replace_record(student, of_layers(changes(teacher), stem, found, layers))
     (zeros,) = of_layers([{"change": "zeros", "names": noted_zeros(teacher)}], stem, found, layers)
     note_zeros(student, zeros["names"])
-    for holder in (base, student):
+    configs: list[Any] = [m.config for m in (base, student) if hasattr(m, "config")]
+    for config in {id(c): c for c in configs}.values():
         for key in _DEPTH_NAMES:
-            if hasattr(getattr(holder, "config", None), key):
-                setattr(holder.config, key, len(layers))
+            if hasattr(config, key):
+                setattr(config, key, len(layers))
+        if getattr(config, "layer_types", None):
+            config.layer_types = [config.layer_types[i] for i in kinds]
     return student.eval()
 
 
@@ -154,6 +166,8 @@ class DepthTable:
 def compare_depths(teacher: nn.Module, batches: Iterable[Batch], keep: int, *, sandwiches: bool = True) -> DepthTable:
     """Score every way of keeping `keep` layers in their order, and sandwiches of as many, by a forward pass each.
 
+    Of a ModernBERT only choices with its first layer are there, without which it cannot be saved.
+
     A sandwich has the teacher's depth: the first and the last of the kept layers once, those between them, in their
     order, as often as it takes, the middle ones as evenly as possible. It stores what the kept layers do and takes the
     teacher's time.
@@ -171,7 +185,7 @@ def compare_depths(teacher: nn.Module, batches: Iterable[Batch], keep: int, *, s
     kept = list(batches)
     if not kept:
         raise ValueError("batches is empty; give a few hundred unlabelled rows")
-    subsets = list(itertools.combinations(range(count), keep))
+    subsets = [s for s in itertools.combinations(range(count), keep) if s[0] == 0 or not _first_differs(teacher)]
     ways = subsets + ([_sandwich(layers, count) for layers in subsets] if sandwiches and keep > 1 else [])
     target, values = _outputs(teacher, kept), _compares_values(teacher)
     choices = []
@@ -250,6 +264,11 @@ def _list_of(model: nn.Module) -> tuple[nn.Module, str]:
     stem, _ = main_layers(model)
     parent_name, _, name = stem.rpartition(".")
     return base_model(model)[1].get_submodule(parent_name), name
+
+
+def _first_differs(teacher: nn.Module) -> bool:
+    """Whether no other layer can take the place of the first."""
+    return getattr(getattr(base_model(teacher)[1], "config", None), "model_type", None) in _FIRST_DIFFERS
 
 
 def _own_layers(teacher: nn.Module) -> nn.ModuleList:
