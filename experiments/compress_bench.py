@@ -27,6 +27,7 @@ from qbert.encoders.targets import base_model, main_layers
 from qbert.files import read_json, write_json
 from qbert.results import Record
 from qbert.students.depth import DepthTable, compare_depths
+from qbert.students.vocabulary import word_table
 
 if TYPE_CHECKING:
     from compress_plans import Phase, Plan
@@ -143,7 +144,7 @@ class Bench:
     @property
     def word_size(self) -> int:
         """Dimensions of the word vectors of networks that are no transformers."""
-        return min(300, int(self.teacher.config.hidden_size))
+        return min(300, word_table(self.teacher).embedding_dim)
 
     def unlabelled(self, count: int = _CALIBRATION_ROWS) -> list[dict[str, Any]]:
         """Batches of training rows spread over all of them, without labels."""

@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from encoders import build
 from scripts import EXPERIMENTS, run_here
 from tiny_tasks import sentiment_rows, tiny_encoder, write_task
+from transformers import BertConfig, RobertaConfig
 
 
 @pytest.fixture
@@ -38,6 +40,41 @@ def test_bad_requests_are_refused_before_any_work(
     with pytest.raises((ValueError, FileNotFoundError), match=re.escape(message)):
         importlib.import_module("compress").main()
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["layers", "--keep", "0", "9"], "--keep 9 is not possible; the teacher has 6 layers"),
+        (["layers", "--layers", "9"], "--layers 9 is not possible; the teacher has 6 layers"),
+        (["sandwich", "--layers", "1"], "--student sandwich stores 2 layers or more"),
+        (["layers", "tinybert", "--no-fine-tune"], "--student tinybert also learns from the encoder before"),
+        (["layers", "distilbert"], "--student distilbert needs a BERT, and the teacher is a roberta"),
+        (["tinybert"], "--student tinybert needs a BERT, and the teacher is a roberta"),
+        (["cnn", "--task", "names"], "--student cnn gives one output a row, and names is of tokens"),
+    ],
+)
+def test_students_that_a_teacher_cannot_have_are_refused_before_it_is_tuned(
+    arguments: list[str], message: str, tmp_path: Path, experiments: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = RobertaConfig if "roberta" in message else BertConfig
+    config(num_hidden_layers=6).save_pretrained(tmp_path / "encoder")
+    names = [{"tokens": ["rome", "is"], "ner_tags": ["B-LOC", "O"]}] * 4
+    write_task(tmp_path / "data", "names", {"train.jsonl": names, "dev.jsonl": names})
+    run = ["compress.py", "--model", str(tmp_path / "encoder"), "--output-dir", str(tmp_path / "out")]
+    run += ["--data-dir", str(tmp_path / "data")] if "--task" in arguments else []
+    monkeypatch.setattr("sys.argv", [*run, "--student", *arguments])
+    script = importlib.import_module("compress")
+    monkeypatch.setattr(script, "Bench", None)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        script.main()
+
+
+def test_word_vectors_are_no_wider_than_the_teachers_table(experiments: None) -> None:
+    bench = importlib.import_module("compress_bench").Bench
+    shared = bench.__new__(bench)
+    shared.teacher = build("electra", embedding_size=16)
+    assert shared.word_size == 16
 
 
 def test_every_student_has_a_plan_a_source_and_a_title_of_its_own(experiments: None) -> None:
