@@ -239,7 +239,9 @@ def main() -> None:
     if "teacher" not in results.content:
         results.content.update(heading(bench))
         results.save()
-    bench.depths = {int(count): DepthTable.from_list(rows) for count, rows in results.content["depths"].items()}
+    ways = results.content.get("depths searched", {})
+    for count, rows in results.content["depths"].items():
+        bench.depths[int(count)] = DepthTable.from_list(rows, ways.get(count))
     for name, plan in plans_of(names, arguments.ablations, not arguments.no_controls).items():
         done = {row["seed"] for row in results[plan.title]}
         seeds = arguments.seeds if plan.phases else arguments.seeds[:1]

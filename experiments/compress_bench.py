@@ -112,9 +112,12 @@ class Bench:
     def choices(self, count: int) -> DepthTable:
         """Every way of keeping `count` layers; with sandwiches for the depth of shallow students."""
         if count not in self.depths:
-            table = compare_depths(self.teacher, self.unlabelled(_SEARCH_ROWS), count, sandwiches=count == self.depth)
+            few = self.unlabelled(_SEARCH_ROWS)
+            table = compare_depths(self.teacher, few, count, sandwiches=count == self.depth, progress=True)
             self.depths[count] = table
-            self.record.content["depths"] = {str(kept): found.to_list() for kept, found in self.depths.items()}
+            self.record.content["depths"][str(count)] = table.to_list()
+            if table.ways is not None:
+                self.record.content.setdefault("depths searched", {})[str(count)] = table.ways
             self.record.save()
             print(f"\n{count} of {self._teacher_depth()} layers, before any training\n{table}\n", flush=True)
         return self.depths[count]

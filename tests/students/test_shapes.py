@@ -1,5 +1,6 @@
 """Students of other shapes: what they compute, and that every way of the library takes them."""
 
+import importlib
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +70,29 @@ def test_choices_are_scored_as_the_students_that_they_describe() -> None:
         assert choice.agreement == pytest.approx(100 * float((real.argmax(1) == found.argmax(1)).mean()))
     assert len(base_model(model)[1].encoder.layer) == 4
     assert students.depth(model, 2, BATCHES).config.num_hidden_layers == 2
+
+
+def test_many_choices_are_searched_and_the_table_says_so() -> None:
+    torch.manual_seed(0)
+    model = build("bert", num_hidden_layers=12, hidden_size=16, intermediate_size=16).eval()
+    passes: list[int] = []
+    model.register_forward_pre_hook(lambda *_: passes.append(1))
+    table = students.compare_depths(model, BATCHES[:1], 6)
+    assert len(passes) < 200  # 924 choices and as many sandwiches
+    assert "not all of 924 ways" in str(table) and table == DepthTable.from_list(table.to_list(), 924)
+    assert {len(choice.layers) for choice in table.choices} == {6, 12}
+
+
+def test_a_search_as_wide_as_all_choices_finds_all_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = teacher()
+    every = students.compare_depths(model, BATCHES[:1], 2)
+    module = importlib.import_module("qbert.students.depth")  # students.depth is the function
+    monkeypatch.setattr(module, "_MOST_CHOICES", 0)
+    monkeypatch.setattr(module, "_BEAM", 100)
+    searched = students.compare_depths(model, BATCHES[:1], 2)
+    assert every.ways is None and searched.ways == 6
+    found, expected = ({c.layers: c.divergence for c in table.choices} for table in (searched, every))
+    assert found == pytest.approx(expected)
 
 
 def test_a_sandwich_has_the_teachers_depth_and_its_first_and_last_layer_once() -> None:
