@@ -179,6 +179,14 @@ def test_the_head_of_a_distilbert_starts_as_the_ridge_regression_of_the_teachers
     np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-4)
 
 
+def test_what_a_narrow_student_starts_from_is_held_in_the_teachers_dtype() -> None:
+    module = importlib.import_module("qbert.students.narrow")  # students.narrow is the function
+    model, rows = teacher(), dict(BATCHES[0])
+    seen = module._Seen(model, rows)
+    assert {state.dtype for state in seen.after} == {torch.float32} and seen.state(0).dtype == torch.float64
+    assert seen.after[0].shape == (int(rows["attention_mask"].sum()), 48) and len(seen.after) == 1 + 2 * 4
+
+
 def test_a_narrow_student_is_nearer_to_its_teacher_than_one_at_random() -> None:
     model = teacher()
     errors = []
