@@ -365,12 +365,12 @@ class Bench:
             shutil.rmtree(folder, ignore_errors=True)
         elif folder.is_dir() and any(folder.iterdir()):
             mark, asked = folder / _MARK, self.record.content["asked"]
-            found = read_json(mark) if mark.is_file() else {}
-            other = next((name for name, value in asked.items() if found.get(name, folder) != value), None)
+            if not mark.is_file():
+                raise ValueError(f"--resume: {folder} does not say its settings; remove it, or leave --resume out")
+            found = read_json(mark)
+            other = next((name for name, value in asked.items() if found.get(name) != value), None)
             if other is not None:
-                raise ValueError(
-                    f"--resume: {folder} was made with another {other}; remove the folder, or leave --resume out"
-                )
+                raise ValueError(f"--resume: {folder} was made with another {other}; remove it, or leave --resume out")
         self._mark(folder)
 
     def _mark(self, folder: Path) -> None:

@@ -151,12 +151,16 @@ def test_only_a_training_of_the_same_settings_is_taken_up_again(
         assert run("--learning-rate", rate).returncode == 130 and seen[-2].is_file()
     trained = seen[-2].read_bytes()
     record = tmp_path / "out" / "results.json"
-    assert json.loads(record.read_text())["depths"] is not None
+    assert list(json.loads(record.read_text())["depths"]) == ["1"]  # kept before the training
     foreign = run("--learning-rate", "1e-2", "--resume")
     assert foreign.returncode == 2 and "was made with another learning rate" in foreign.stderr
     record.unlink()
     foreign = run("--learning-rate", "1e-2", "--resume")
     assert foreign.returncode == 2 and "tinybert-0 was made with another learning rate" in foreign.stderr
+    (tmp_path / "out" / "tinybert-0" / "asked.json").unlink()
+    record.unlink()
+    foreign = run("--learning-rate", "1e-3", "--resume")
+    assert foreign.returncode == 2 and "tinybert-0 does not say its settings" in foreign.stderr
     assert seen[-2].read_bytes() == trained
 
 
