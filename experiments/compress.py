@@ -97,6 +97,47 @@ def check_request(arguments: argparse.Namespace) -> list[str]:
     return list(arguments.student or ())
 
 
+def check_students(arguments: argparse.Namespace, names: list[str]) -> None:
+    """Refuse students that this teacher or task cannot have, before the teacher is tuned.
+
+    Raises:
+        ValueError: naming the argument and the mend.
+    """
+    from transformers import AutoConfig
+
+    from qbert.tasks import load_task
+    from qbert.tasks.embedded import embedded_encoder
+    from qbert.tasks.heads import load_quietly
+
+    config = load_quietly(AutoConfig, str(arguments.model or embedded_encoder()))
+    count = config.num_hidden_layers
+    whose = f"the teacher has {count} layers"
+    wrong = next((layer for layer in arguments.keep or () if not -count <= layer < count), None)
+    if wrong is not None:
+        raise ValueError(f"--keep {wrong} is not possible; {whose}, numbered 0 to {count - 1}")
+    if arguments.layers is not None and arguments.layers > count:
+        raise ValueError(f"--layers {arguments.layers} is not possible; {whose}, so use 1 to {count}")
+    depth = arguments.layers or max(count // 2, 1)
+    for name in names:
+        plan = PLANS[name]
+        if plan.bert_only and config.model_type != "bert":
+            raise ValueError(f"--student {name} needs a BERT, and the teacher is a {config.model_type}; leave it out")
+        if plan.applies_a_layer_often and not 2 <= depth < count:
+            raise ValueError(f"--student {name} stores 2 layers or more, and fewer than it applies; {whose} to give")
+    if arguments.no_fine_tune:
+        plans = plans_of(names, arguments.ablations, controls=False)
+        general = next((name for name, plan in plans.items() if plan.needs_pretrained), None)
+        if general is not None:
+            raise ValueError(
+                f"--student {general} also learns from the encoder before it was fine-tuned; leave --no-fine-tune out"
+            )
+    sentence = next((name for name in names if PLANS[name].sentences_only), None)
+    if sentence is not None:
+        task = load_task(arguments.task, data_dir=arguments.data_dir)
+        if task.kind not in ("classification", "regression"):
+            raise ValueError(f"--student {sentence} gives one output a row, and {task.name} is of {task.kind}s")
+
+
 def plans_of(names: list[str], ablations: bool, controls: bool) -> dict[str, Plan]:
     """Every plan to train, by a name that no other has."""
     found: dict[str, Plan] = {}
@@ -192,19 +233,22 @@ def main() -> None:
     if not names:
         run_budgets(arguments, folder)
         return
+    check_students(arguments, names)
     bench = Bench(arguments, folder)
-    results = Record(folder / "results.json", asked_of(bench), resume=arguments.resume)
-    about = {} if "teacher" in results.content else heading(bench)
-    results.content.update(about)
-    bench.depths = {int(count): DepthTable.from_list(rows) for count, rows in results.content["depths"].items()}
+    bench.record = results = Record(folder / "results.json", asked_of(bench), resume=arguments.resume)
+    if "teacher" not in results.content:
+        results.content.update(heading(bench))
+        results.save()
+    ways = results.content.get("depths searched", {})
+    for count, rows in results.content["depths"].items():
+        bench.depths[int(count)] = DepthTable.from_list(rows, ways.get(count))
     for name, plan in plans_of(names, arguments.ablations, not arguments.no_controls).items():
         done = {row["seed"] for row in results[plan.title]}
         seeds = arguments.seeds if plan.phases else arguments.seeds[:1]
         for seed in (seed for seed in seeds if seed not in done):
             row, student = bench.train(name, plan, seed)
             shape = {} if results[plan.title] else bench.shape(student)
-            depths = {str(count): table.to_list() for count, table in bench.depths.items()}
-            results.add(plan.title, {"seed": seed, **row, **shape, "stored": bench.stored(student)}, depths=depths)
+            results.add(plan.title, {"seed": seed, **row, **shape, "stored": bench.stored(student)})
             bench.drop_checkpoints(name, seed)
             print(f"{plan.title}, seed {seed}: {row['score']:.2f}, {row['retention']:.1f} % of the teacher", flush=True)
         if name in names and not arguments.no_controls:

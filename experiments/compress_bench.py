@@ -24,7 +24,10 @@ from torch import nn
 
 from qbert import BitsConfig, model_size, optimize_for_inference, pack, quantize_model
 from qbert.encoders.targets import base_model, main_layers
+from qbert.files import read_json, write_json
+from qbert.results import Record
 from qbert.students.depth import DepthTable, compare_depths
+from qbert.students.vocabulary import word_table
 
 if TYPE_CHECKING:
     from compress_plans import Phase, Plan
@@ -33,6 +36,7 @@ if TYPE_CHECKING:
 # (encoder, tables) in which every student is stored and scored, from the largest
 FORMS = ((8, 8), (4, 4), (2, 4))
 SHAPES = ((1, 16), (32, 64))  # (sequences, tokens)
+_MARK = "asked.json"  # beside checkpoints: what they were asked for
 _SEARCH_ROWS = 256
 _CALIBRATION_ROWS = 384
 _COPIES, _MOST_COPIES = 4, 12_000  # of each row, altered; of all rows together, since the teacher labels every copy
@@ -63,7 +67,10 @@ class Bench:
         depth: layers of a shallow student.
         depths: choices of layers that were compared, by their number.
         student: what is trained now.
+        record: where the table is kept; set once the teacher is known, on whom what is asked depends.
     """
+
+    record: Record
 
     def __init__(self, arguments: argparse.Namespace, folder: Path) -> None:
         from qbert.tasks import prepare
@@ -105,8 +112,13 @@ class Bench:
     def choices(self, count: int) -> DepthTable:
         """Every way of keeping `count` layers; with sandwiches for the depth of shallow students."""
         if count not in self.depths:
-            table = compare_depths(self.teacher, self.unlabelled(_SEARCH_ROWS), count, sandwiches=count == self.depth)
+            few = self.unlabelled(_SEARCH_ROWS)
+            table = compare_depths(self.teacher, few, count, sandwiches=count == self.depth, progress=True)
             self.depths[count] = table
+            self.record.content["depths"][str(count)] = table.to_list()
+            if table.ways is not None:
+                self.record.content.setdefault("depths searched", {})[str(count)] = table.ways
+            self.record.save()
             print(f"\n{count} of {self._teacher_depth()} layers, before any training\n{table}\n", flush=True)
         return self.depths[count]
 
@@ -135,7 +147,7 @@ class Bench:
     @property
     def word_size(self) -> int:
         """Dimensions of the word vectors of networks that are no transformers."""
-        return min(300, int(self.teacher.config.hidden_size))
+        return min(300, word_table(self.teacher).embedding_dim)
 
     def unlabelled(self, count: int = _CALIBRATION_ROWS) -> list[dict[str, Any]]:
         """Batches of training rows spread over all of them, without labels."""
@@ -222,11 +234,11 @@ class Bench:
         from qbert.distill import recipes
         from qbert.distill.checkpoint import last_good_checkpoint
         from qbert.distill.search import Search
-        from qbert.files import read_json, write_json
         from qbert.students.cells import Cell
 
         arguments, folder = self.arguments, self.folder / f"search-{seed}"
         done = folder / "cell.json"
+        self._take_over(folder)
         if arguments.resume and done.is_file():
             found = read_json(done)
             return Cell.parse(found["cell"]), int(found["depth"])
@@ -247,6 +259,7 @@ class Bench:
         search.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         cell, depth = space.derive()
         shutil.rmtree(folder)
+        self._mark(folder)
         write_json(done, {"cell": cell.to_list(), "depth": depth})
         print(f"  searched: {depth} layers of {cell}", flush=True)
         return cell, depth
@@ -267,6 +280,7 @@ class Bench:
         """(row, student) of one plan, taken up again where it was interrupted if --resume was given."""
         print(f"\n{plan.title}, seed {seed}", flush=True)
         start = time.monotonic()
+        self._take_over(self.trained_in(name, seed))
         student = plan.build(self, seed).to(self.arguments.device)
         self.student = student
         whole = sum(phase.share for phase in plan.phases)
@@ -340,6 +354,29 @@ class Bench:
     def trained_in(self, name: str, seed: int) -> Path:
         """Folder of the curves and checkpoints of one student."""
         return self.folder / f"{name.replace('/', '-').replace(' ', '-')}-{seed}"
+
+    def _take_over(self, folder: Path) -> None:
+        """Empty the folder of a training; under --resume keep what is in it, if it was made as this run is asked to.
+
+        Raises:
+            ValueError: --resume, and what is there was made with other settings, or does not say with which.
+        """
+        if not self.arguments.resume:
+            shutil.rmtree(folder, ignore_errors=True)
+        elif folder.is_dir() and any(folder.iterdir()):
+            mark, asked = folder / _MARK, self.record.content["asked"]
+            if not mark.is_file():
+                raise ValueError(f"--resume: {folder} does not say its settings; remove it, or leave --resume out")
+            found = read_json(mark)
+            other = next((name for name, value in asked.items() if found.get(name) != value), None)
+            if other is not None:
+                raise ValueError(f"--resume: {folder} was made with another {other}; remove it, or leave --resume out")
+        self._mark(folder)
+
+    def _mark(self, folder: Path) -> None:
+        """Write beside checkpoints what they were asked for."""
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / _MARK, self.record.content["asked"])
 
     def drop_checkpoints(self, name: str, seed: int) -> None:
         """Delete the weights of a training whose row is kept."""

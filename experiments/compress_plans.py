@@ -85,6 +85,8 @@ class Plan:
         rate: peak learning rate; that of the command line takes its place.
         patience: how many times the budget's steps it takes: a network whose step costs a fiftieth needs more of them.
         ablations: plans that leave something out, by name; trained with ``--ablations``.
+        bert_only: the teacher has to be a BERT.
+        sentences_only: the task has to be one of labels or numbers of whole rows.
     """
 
     title: str
@@ -95,6 +97,18 @@ class Plan:
     rate: float = 2e-4
     patience: int = 1
     ablations: Mapping[str, Plan] = field(default_factory=dict)
+    bert_only: bool = False
+    sentences_only: bool = False
+
+    @property
+    def needs_pretrained(self) -> bool:
+        """Whether it also learns from the encoder that the teacher was tuned from."""
+        return any(p.teacher in (not_fine_tuned, language_model) or p.rows is likely_rows for p in self.phases)
+
+    @property
+    def applies_a_layer_often(self) -> bool:
+        """Whether it starts from a sandwich, which has a layer in the middle."""
+        return self.build in (sandwich, subformer)
 
 
 def hard_labels(plan: Plan) -> Plan:
@@ -272,7 +286,7 @@ def tiny(
         "general", lambda bench: recipes.tinybert(general=True), general_rows, not_fine_tuned, share=0.25, rate=1.0
     )
     phases = (text, Phase(task.name, task.recipe, rows, share=0.75)) if general else (task,)
-    return Plan(title, "Jiao et al. 2020", build, phases, shape, rate=3e-4)
+    return Plan(title, "Jiao et al. 2020", build, phases, shape, rate=3e-4, bert_only=True)
 
 
 def sentence_student(
@@ -289,13 +303,13 @@ def sentence_student(
 
     phase = Phase("distillation", lambda bench: recipes.bilstm(), rows, keep_outputs=True)
     shape = " ".join([title.split(maxsplit=1)[0].rstrip(","), *map(str, settings.values())])
-    return Plan(title, source, build, (phase,), shape, rate=2e-3, patience=10)
+    return Plan(title, source, build, (phase,), shape, rate=2e-3, patience=10, sentences_only=True)
 
 
 def cells(title: str, build: Callable[[Bench, int], nn.Module], shape: str, source: str = "ablation") -> Plan:
     """Layers of one cell that learn from the teacher's probes."""
     phase = Phase("distillation", probes, teacher=probed)
-    return Plan(title, source, build, (phase,), shape, rate=2e-3, patience=5)
+    return Plan(title, source, build, (phase,), shape, rate=2e-3, patience=5, sentences_only=True)
 
 
 SHALLOW = "fewer layers"
@@ -306,6 +320,7 @@ PLANS: dict[str, Plan] = {
         shallow_distilbert,
         (Phase("task", lambda bench: recipes.distilbert()),),
         "DistilBERT",
+        bert_only=True,
         ablations={
             "pretraining": Plan(
                 "DistilBERT, pre-training stage first",
@@ -405,6 +420,7 @@ PLANS: dict[str, Plan] = {
         (Phase("transfer", lambda bench: recipes.mobilebert(len(main_layers(bench.teacher)[1]))),),
         "MobileBERT",
         rate=1e-3,
+        bert_only=True,
         ablations={
             "at once": Plan(
                 "MobileBERT, all layers at once",

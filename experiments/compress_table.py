@@ -78,9 +78,10 @@ def report_text(content: dict[str, Any]) -> str:
     from qbert.results import markdown_table
 
     header, lines = students_table(content)
+    ways = content.get("depths searched", {})
     search = "".join(
-        f"\nKeeping {count} layers, before any training:\n\n```\n{DepthTable.from_list(table)}\n```\n"
-        for count, table in content["depths"].items()
+        f"\nKeeping {count} layers, before any training:\n\n```\n{DepthTable.from_list(rows, ways.get(count))}\n```\n"
+        for count, rows in content["depths"].items()
     )
     return f"""## {content["task"]}
 

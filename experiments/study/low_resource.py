@@ -134,6 +134,7 @@ class Study:
         from qbert import students
         from qbert.encoders.targets import main_layers
         from qbert.students.depth import student_with_layers
+        from qbert.students.vocabulary import word_table
 
         if name == "layers":
             depth = len(main_layers(tuned.model)[1])
@@ -144,7 +145,7 @@ class Study:
             "tokenizer": tuned.tokenizer,
             "seed": seed,
             "dropout": 0.1,
-            "dimensions": min(_WORD_SIZE, tuned.model.config.hidden_size),
+            "dimensions": min(_WORD_SIZE, word_table(tuned.model).embedding_dim),
         }
         return students.bilstm(tuned.model, **shape) if name == "bilstm" else students.cnn(tuned.model, **shape)
 

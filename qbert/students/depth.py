@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -28,11 +29,17 @@ from qbert.encoders.modes import evaluation_mode
 from qbert.encoders.structure import changes, of_layers, replace_record
 from qbert.encoders.targets import base_model, main_layers
 from qbert.encoders.zeros import note_zeros, noted_zeros
+from qbert.progress import progress_bar
 
 Model = TypeVar("Model", bound=nn.Module)
 Batch = Mapping[str, Any]
 _LABELS = ("labels", "start_positions", "end_positions")
 _DEPTH_NAMES = ("num_hidden_layers", "n_layers")
+# Families whose classes build their first layer without a norm that all others have, so that no other takes its place.
+_FIRST_DIFFERS = ("modernbert",)
+# Above so many ways to keep layers a beam goes down from the whole teacher: 12 layers have 924 ways to keep 6, 24 have
+# 2.7 million to keep 12.
+_MOST_CHOICES, _BEAM = 500, 3
 
 
 def depth(teacher: Model, layers: int | Sequence[int], batches: Iterable[Batch] | None = None) -> Model:
@@ -71,7 +78,8 @@ def student_with_layers(teacher: Model, layers: Sequence[int]) -> Model:
 
     Raises:
         ValueError: no layers, a layer that does not exist, or layers that share their weights (ALBERT), of which
-            there is only one to keep: lower ``config.num_hidden_layers`` instead.
+            there is only one to keep: lower ``config.num_hidden_layers`` instead; a ModernBERT without its first layer
+            in the first place, and only there.
     """
     found = _own_layers(teacher)
     if not layers:
@@ -79,6 +87,12 @@ def student_with_layers(teacher: Model, layers: Sequence[int]) -> Model:
     wrong = next((i for i in layers if not -len(found) <= i < len(found)), None)
     if wrong is not None:
         raise ValueError(f"the teacher has no layer {wrong}; it has {len(found)}, numbered 0 to {len(found) - 1}")
+    kinds = [i % len(found) for i in layers]
+    if _first_differs(teacher) and (kinds[0] != 0 or 0 in kinds[1:]):
+        raise ValueError(
+            f"layers={list(layers)} is not possible; the first layer of a {type(teacher).__name__} has one norm less "
+            "than the others, so keep layer 0 first, once"
+        )
     student = copy.deepcopy(teacher)
     _, base = base_model(student)
     parent, name = _list_of(student)
@@ -88,10 +102,13 @@ def student_with_layers(teacher: Model, layers: Sequence[int]) -> Model:
     replace_record(student, of_layers(changes(teacher), stem, found, layers))
     (zeros,) = of_layers([{"change": "zeros", "names": noted_zeros(teacher)}], stem, found, layers)
     note_zeros(student, zeros["names"])
-    for holder in (base, student):
+    configs: list[Any] = [m.config for m in (base, student) if hasattr(m, "config")]
+    for config in {id(c): c for c in configs}.values():
         for key in _DEPTH_NAMES:
-            if hasattr(getattr(holder, "config", None), key):
-                setattr(holder.config, key, len(layers))
+            if hasattr(config, key):
+                setattr(config, key, len(layers))
+        if getattr(config, "layer_types", None):
+            config.layer_types = [config.layer_types[i] for i in kinds]
     return student.eval()
 
 
@@ -118,9 +135,15 @@ class Choice:
 
 @dataclass(frozen=True)
 class DepthTable:
-    """Every choice that was compared, the nearest to the teacher first; print it."""
+    """Every choice that was compared, the nearest to the teacher first; print it.
+
+    Attributes:
+        choices: in that order.
+        ways: how many ways there are to keep as many layers, where not all were compared; ``None`` where all were.
+    """
 
     choices: tuple[Choice, ...]
+    ways: int | None = None
 
     @property
     def best(self) -> Choice:
@@ -137,9 +160,10 @@ class DepthTable:
         return [(list(choice.layers), choice.divergence, choice.agreement) for choice in self.choices]
 
     @classmethod
-    def from_list(cls, rows: Iterable[Sequence[Any]]) -> DepthTable:
-        """What `to_list` gave."""
-        return cls(tuple(Choice(tuple(layers), divergence, agreement) for layers, divergence, agreement in rows))
+    def from_list(cls, rows: Iterable[Sequence[Any]], ways: int | None = None) -> DepthTable:
+        """What `to_list` gave, and `ways`."""
+        choices = (Choice(tuple(layers), divergence, agreement) for layers, divergence, agreement in rows)
+        return cls(tuple(choices), ways)
 
     def __str__(self) -> str:
         width = max(len("layers applied"), *(2 * len(choice.layers) for choice in self.choices))
@@ -148,11 +172,21 @@ class DepthTable:
             agreement = "" if choice.agreement is None else f"{choice.agreement:.1f} %"
             names = " ".join(map(str, choice.layers))
             lines.append(f"{names:<{width}}  {choice.sets:>6}  {choice.divergence:>10.4f}  {agreement:>9}")
+        if self.ways is not None:
+            lines.append(f"found by a search that leaves out a layer at a time, not all of {self.ways:,} ways compared")
         return "\n".join(lines)
 
 
-def compare_depths(teacher: nn.Module, batches: Iterable[Batch], keep: int, *, sandwiches: bool = True) -> DepthTable:
+def compare_depths(
+    teacher: nn.Module, batches: Iterable[Batch], keep: int, *, sandwiches: bool = True, progress: bool = False
+) -> DepthTable:
     """Score every way of keeping `keep` layers in their order, and sandwiches of as many, by a forward pass each.
+
+    Where there are more than 500 ways, not all are tried: from the whole teacher one layer after another is left out,
+    and at every depth the 3 choices nearest to the teacher go on. The choices of the last depth, and the sandwiches of
+    the same layers, are the table, which says so. It need not hold the best of all ways.
+
+    Of a ModernBERT only choices with its first layer are there, without which it cannot be saved.
 
     A sandwich has the teacher's depth: the first and the last of the kept layers once, those between them, in their
     order, as often as it takes, the middle ones as evenly as possible. It stores what the kept layers do and takes the
@@ -163,6 +197,7 @@ def compare_depths(teacher: nn.Module, batches: Iterable[Batch], keep: int, *, s
         batches: a few hundred unlabelled rows; labels are not looked at.
         keep: number of layers to keep.
         sandwiches: also compare those; they take twice as long as all others.
+        progress: show a bar.
 
     Raises:
         ValueError: no batches, or fewer than one or not fewer than the teacher's layers to keep.
@@ -171,14 +206,32 @@ def compare_depths(teacher: nn.Module, batches: Iterable[Batch], keep: int, *, s
     kept = list(batches)
     if not kept:
         raise ValueError("batches is empty; give a few hundred unlabelled rows")
-    subsets = list(itertools.combinations(range(count), keep))
-    ways = subsets + ([_sandwich(layers, count) for layers in subsets] if sandwiches and keep > 1 else [])
+    fixed = int(_first_differs(teacher))  # layers that every choice begins with
+    ways = math.comb(count - fixed, keep - fixed)
     target, values = _outputs(teacher, kept), _compares_values(teacher)
-    choices = []
-    for layers in dict.fromkeys(ways):
-        with applied(teacher, layers):
-            choices.append(Choice(layers, *_likeness(target, _outputs(teacher, kept), values)))
-    return DepthTable(tuple(sorted(choices, key=lambda choice: choice.divergence)))
+    with progress_bar(total=0, desc="comparing layers", unit="choice", disable=not progress) as bar:
+
+        def scored(several: Iterable[tuple[int, ...]]) -> list[Choice]:
+            found, different = [], list(dict.fromkeys(several))
+            bar.total += len(different)
+            for layers in different:
+                with applied(teacher, layers):
+                    found.append(Choice(layers, *_likeness(target, _outputs(teacher, kept), values)))
+                bar.update()
+            return sorted(found, key=lambda choice: choice.divergence)
+
+        if ways <= _MOST_CHOICES:
+            rest = itertools.combinations(range(fixed, count), keep - fixed)
+            choices = scored((*range(fixed), *layers) for layers in rest)
+        else:
+            choices, beam = [], [tuple(range(count))]
+            for size in range(count - 1, keep - 1, -1):
+                choices = scored((*b[:i], *b[i + 1 :]) for b in beam for i in range(fixed, size + 1))
+                beam = [choice.layers for choice in choices[:_BEAM]]
+        if sandwiches and keep > 1:
+            choices += scored(_sandwich(choice.layers, count) for choice in choices)
+    choices.sort(key=lambda choice: choice.divergence)
+    return DepthTable(tuple(choices), ways if ways > _MOST_CHOICES else None)
 
 
 def check_kept(teacher: nn.Module, keep: int) -> int:
@@ -250,6 +303,11 @@ def _list_of(model: nn.Module) -> tuple[nn.Module, str]:
     stem, _ = main_layers(model)
     parent_name, _, name = stem.rpartition(".")
     return base_model(model)[1].get_submodule(parent_name), name
+
+
+def _first_differs(teacher: nn.Module) -> bool:
+    """Whether no other layer can take the place of the first."""
+    return getattr(getattr(base_model(teacher)[1], "config", None), "model_type", None) in _FIRST_DIFFERS
 
 
 def _own_layers(teacher: nn.Module) -> nn.ModuleList:

@@ -112,12 +112,13 @@ def _one_batch(batches: Iterable[Batch], device: torch.device) -> dict[str, Tens
 
 
 class _Seen:
-    """What the teacher has on the rows, float64.
+    """What the teacher has on the rows.
 
     Attributes:
-        after: outputs of every norm, [N tokens, D] each.
-        neurons: mean square of every feed-forward neuron [I], a layer.
-        pooled: mean square of every output of the pooler [D]; None without one.
+        after: outputs of every norm, [N tokens, D] each, in the teacher's own dtype: all of them at once are the most
+            that is held, and `state` gives one in float64 when it is its turn.
+        neurons: mean square of every feed-forward neuron [I], a layer, float64.
+        pooled: mean square of every output of the pooler [D], float64; None without one.
     """
 
     def __init__(self, model: nn.Module, rows: dict[str, Tensor]) -> None:
@@ -129,7 +130,7 @@ class _Seen:
         self.pooled: Tensor | None = None
 
         def note_state(module: nn.Module, args: Any, output: Tensor) -> None:
-            self.after.append(output[keep].double())
+            self.after.append(output[keep])
 
         def note_neurons(module: nn.Module, args: Any, output: Tensor) -> None:
             self.neurons.append(output[keep].double().square().mean(0))
@@ -142,6 +143,10 @@ class _Seen:
         if getattr(base, "pooler", None) is not None:
             hooks.append((base.pooler, note_pooled))  # type: ignore[arg-type]
         _run(model, rows, hooks)
+
+    def state(self, norm: int) -> Tensor:
+        """Output of one norm [N, D], float64."""
+        return self.after[norm].double()
 
 
 def _run(model: nn.Module, rows: dict[str, Tensor], hooks: Sequence[tuple[nn.Module, Any]]) -> None:
@@ -157,7 +162,8 @@ def _run(model: nn.Module, rows: dict[str, Tensor], hooks: Sequence[tuple[nn.Mod
 
 def _basis(seen: _Seen, width: int) -> Tensor:
     """Q [D, d], float64: Q^T x has the mean 0, and Q Q^T x is near to x for the hidden states x of all layers."""
-    moment = sum(x.T @ x / x.square().mean() for x in seen.after)  # each layer counts the same, whatever its scale
+    states = (seen.state(i) for i in range(len(seen.after)))
+    moment = sum(x.T @ x / x.square().mean() for x in states)  # each layer counts the same, whatever its scale
     assert isinstance(moment, Tensor)
     components = torch.linalg.eigh(moment).eigenvectors.flip(1)[:, : width - 1]  # [D, d - 1]
     ones = torch.ones(width, 1, dtype=torch.float64, device=moment.device) / width**0.5
@@ -175,7 +181,7 @@ def _project(teacher: Any, student: Any, basis: Tensor, seen: _Seen) -> None:
     pairs = zip(theirs.encoder.layer, ours.encoder.layer, strict=True)  # type: ignore[union-attr, arg-type]
     for index, (old, new) in enumerate(pairs):
         # The inputs of layer i are the outputs of norm 2 i.
-        coordinates = seen.after[2 * index] @ basis  # [N, d]
+        coordinates = seen.state(2 * index) @ basis  # [N, d]
         _project_attention(old.attention, new.attention, basis, coordinates)
         weights = old.output.dense.weight.double()
         importance = seen.neurons[index] * (basis.T @ weights).square().sum(0)
@@ -256,10 +262,10 @@ def _fit_norms(student: nn.Module, rows: dict[str, Tensor], basis: Tensor, seen:
     """Gains and offsets by least squares, each norm on what those below it, already fitted, give."""
     keep = rows["attention_mask"].bool()
     norms = _norms(student)
-    wanted = {id(norm): target @ basis for norm, target in zip(norms, seen.after, strict=True)}
+    order = {id(norm): i for i, norm in enumerate(norms)}
 
     def fit(norm: Any, args: Any, output: Tensor) -> Tensor:
-        aim = wanted[id(norm)]
+        aim = seen.state(order[id(norm)]) @ basis
         normalized = output[keep].double()  # its gain is 1 and its offset 0
         centre, goal = normalized.mean(0), aim.mean(0)
         spread = (normalized - centre).square().mean(0).clamp_min(_SMALLEST)

@@ -60,6 +60,11 @@ def small(
         if key is None or value < 1:
             reason = "use at least 1" if key else f"{type(teacher).__name__} has no such size"
             raise ValueError(f"{name}={value} is not possible; {reason}")
+        kinds = getattr(config, "layer_types", None) if name == "layers" else None
+        if kinds:  # one of each layer
+            if value > len(kinds):
+                raise ValueError(f"layers={value} is not possible; the teacher's config lists {len(kinds)} layer_types")
+            config.layer_types = list(kinds[:value])
         setattr(config, key, value)
     size, parts = (next((getattr(config, k) for k in _SIZES[n] if hasattr(config, k)), 1) for n in ("width", "heads"))
     if size % parts:

@@ -132,7 +132,8 @@ class SentenceStudent(PreTrainedModel):  # type: ignore[misc]
         """Logits [B, C] of ids [B, T], and the task's loss where labels are given ([B], or [B, C] for many labels).
 
         Raises:
-            ValueError: pairs without ``token_type_ids``, and no separator is known.
+            ValueError: pairs without ``token_type_ids``, and no separator is known. Where it is known it takes the
+                place of types that are 0 in all of a row.
         """
         encoded = self.vectors(*self.read(input_ids, attention_mask, token_type_ids))
         if self.config.pairs:
@@ -168,15 +169,19 @@ class SentenceStudent(PreTrainedModel):  # type: ignore[misc]
             words = words & (ids != special)
         if not self.config.pairs:
             return [words]
-        if types is None:
-            if self.config.separator_id is None:
+        if self.config.separator_id is None:
+            if types is None:
                 raise ValueError(
                     "token_type_ids are missing, so the two sentences of a pair cannot be told apart; give them, or "
                     "make the student with the tokenizer= of the teacher"
                 )
+            second = types > 0
+        else:
             separators = (ids == self.config.separator_id) & real
-            types = (separators.cumsum(1) - separators.long() > 0).long()  # a separator ends its own sentence
-        return [words & (types == 0), words & (types > 0)]
+            second = separators.cumsum(1) - separators.long() > 0  # a separator ends its own sentence
+            if types is not None:  # RoBERTa's are 0 in both sentences
+                second = torch.where((types > 0).any(1, keepdim=True), types > 0, second)
+        return [words & ~second, words & second]
 
 
 def moved_to_the_left(ids: Tensor, kept: Tensor, padding: int) -> tuple[Tensor, Tensor]:

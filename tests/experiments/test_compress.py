@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from encoders import build
 from scripts import EXPERIMENTS, run_here
 from tiny_tasks import sentiment_rows, tiny_encoder, write_task
+from transformers import BertConfig, RobertaConfig
 
 
 @pytest.fixture
@@ -38,6 +40,41 @@ def test_bad_requests_are_refused_before_any_work(
     with pytest.raises((ValueError, FileNotFoundError), match=re.escape(message)):
         importlib.import_module("compress").main()
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["layers", "--keep", "0", "9"], "--keep 9 is not possible; the teacher has 6 layers"),
+        (["layers", "--layers", "9"], "--layers 9 is not possible; the teacher has 6 layers"),
+        (["sandwich", "--layers", "1"], "--student sandwich stores 2 layers or more"),
+        (["layers", "tinybert", "--no-fine-tune"], "--student tinybert also learns from the encoder before"),
+        (["layers", "distilbert"], "--student distilbert needs a BERT, and the teacher is a roberta"),
+        (["tinybert"], "--student tinybert needs a BERT, and the teacher is a roberta"),
+        (["cnn", "--task", "names"], "--student cnn gives one output a row, and names is of tokens"),
+    ],
+)
+def test_students_that_a_teacher_cannot_have_are_refused_before_it_is_tuned(
+    arguments: list[str], message: str, tmp_path: Path, experiments: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = RobertaConfig if "roberta" in message else BertConfig
+    config(num_hidden_layers=6).save_pretrained(tmp_path / "encoder")
+    names = [{"tokens": ["rome", "is"], "ner_tags": ["B-LOC", "O"]}] * 4
+    write_task(tmp_path / "data", "names", {"train.jsonl": names, "dev.jsonl": names})
+    run = ["compress.py", "--model", str(tmp_path / "encoder"), "--output-dir", str(tmp_path / "out")]
+    run += ["--data-dir", str(tmp_path / "data")] if "--task" in arguments else []
+    monkeypatch.setattr("sys.argv", [*run, "--student", *arguments])
+    script = importlib.import_module("compress")
+    monkeypatch.setattr(script, "Bench", None)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        script.main()
+
+
+def test_word_vectors_are_no_wider_than_the_teachers_table(experiments: None) -> None:
+    bench = importlib.import_module("compress_bench").Bench
+    shared = bench.__new__(bench)
+    shared.teacher = build("electra", embedding_size=16)
+    assert shared.word_size == 16
 
 
 def test_every_student_has_a_plan_a_source_and_a_title_of_its_own(experiments: None) -> None:
@@ -84,6 +121,47 @@ def test_a_student_from_end_to_end(tmp_path: Path) -> None:
     assert foreign.returncode == 2 and "was made with another steps" in foreign.stderr
     table = run_here("compress_table.py", str(tmp_path / "out" / "results.json"), "--report", str(tmp_path / "page.md"))
     assert table.returncode == 0 and "| PKD |" in (tmp_path / "page.md").read_text()
+
+
+def test_only_a_training_of_the_same_settings_is_taken_up_again(
+    tmp_path: Path, experiments: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny_encoder(tmp_path / "encoder")
+    rows = sentiment_rows(32)
+    write_task(tmp_path / "data", "mood", {"train.jsonl": rows, "dev.jsonl": rows[:8]})
+    shared = ["--model", str(tmp_path / "encoder"), "--task", "mood", "--data-dir", str(tmp_path / "data")]
+    shared += ["--teacher-epochs", "1", "--epochs", "1", "--no-controls", "--output-dir", str(tmp_path / "out")]
+    shared += ["--student", "tinybert"]
+    bench = importlib.import_module("compress_bench").Bench
+    run_phase, seen = bench._run_phase, []
+
+    def interrupted(self: Any, folder: Path, plan: Any, phase: Any, *rest: Any) -> None:
+        seen.append(folder / "student.safetensors")
+        if phase.name == "task":
+            raise KeyboardInterrupt
+        assert not seen[-1].exists()
+        run_phase(self, folder, plan, phase, *rest)
+
+    monkeypatch.setattr(bench, "_run_phase", interrupted)
+
+    def run(*arguments: str) -> Any:
+        return run_here("compress.py", *shared, *arguments, QBERT_CACHE=str(tmp_path / "cache"))
+
+    for rate in ("1e-5", "1e-3"):  # the second run starts afresh, and its phase finds nothing of the first
+        assert run("--learning-rate", rate).returncode == 130 and seen[-2].is_file()
+    trained = seen[-2].read_bytes()
+    record = tmp_path / "out" / "results.json"
+    assert list(json.loads(record.read_text())["depths"]) == ["1"]  # kept before the training
+    foreign = run("--learning-rate", "1e-2", "--resume")
+    assert foreign.returncode == 2 and "was made with another learning rate" in foreign.stderr
+    record.unlink()
+    foreign = run("--learning-rate", "1e-2", "--resume")
+    assert foreign.returncode == 2 and "tinybert-0 was made with another learning rate" in foreign.stderr
+    (tmp_path / "out" / "tinybert-0" / "asked.json").unlink()
+    record.unlink()
+    foreign = run("--learning-rate", "1e-3", "--resume")
+    assert foreign.returncode == 2 and "tinybert-0 does not say its settings" in foreign.stderr
+    assert seen[-2].read_bytes() == trained
 
 
 def test_starting_points_are_measured_before_any_training(tmp_path: Path) -> None:

@@ -6,10 +6,10 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from encoders import build, inputs_for
+from encoders import build, inputs_for, outputs
 
 import qbert
-from qbert import BitsConfig
+from qbert import BitsConfig, students
 from qbert.distill import Match, Recipe, Stage, recipes
 from qbert.distill.recipes import RECIPES
 from qbert.layers.linear import QuantLinear
@@ -27,6 +27,25 @@ def test_kept_layers_are_the_teachers_and_survive_saving(family: str, tmp_path: 
     with torch.no_grad():
         torch.testing.assert_close(loaded(**inputs).logits, student(**inputs).logits)
         teacher(**inputs)  # the teacher still has both of its layers
+
+
+def test_kinds_of_layers_are_kept_with_the_layers(tmp_path: Path) -> None:
+    """ModernBERT: local and global layers, and a first one without the norm of the others."""
+    teacher = build("modernbert", num_hidden_layers=5).eval()
+    student = students.depth(teacher, [0, 2, 3])
+    assert student.config.layer_types == ["full_attention", "sliding_attention", "full_attention"]
+    inputs = inputs_for("modernbert")
+    for name, model in (("kept", student), ("new", students.small(teacher, layers=3))):
+        model.save_pretrained(tmp_path / name)
+        loaded = type(model).from_pretrained(tmp_path / name).eval()
+        torch.testing.assert_close(outputs(loaded, inputs), outputs(model, inputs))
+    for layers in ([1, 3], [0, 0], [2, 0]):
+        with pytest.raises(ValueError, match="keep layer 0 first, once"):
+            students.depth(teacher, layers)
+    with pytest.raises(ValueError, match="layers=6 is not possible; the teacher's config lists 5 layer_types"):
+        students.small(teacher, layers=6)
+    table = students.compare_depths(teacher, [inputs], 2)
+    assert {choice.layers[0] for choice in table.choices} == {0} and len(table.choices) == 8
 
 
 def test_impossible_layers_are_refused() -> None:

@@ -147,7 +147,8 @@ def test_sentences_of_a_pair_are_compared_apart() -> None:
     ids = torch.tensor([[1, 7, 8, 9, 2, 10, 11, 2]])
     types = torch.tensor([[0, 0, 0, 0, 0, 1, 1, 1]])
     by_types = logits(model, {"input_ids": ids, "token_type_ids": types})
-    torch.testing.assert_close(logits(model, {"input_ids": ids}), by_types)  # told apart by the separator
+    for zeros in ({}, {"token_type_ids": torch.zeros_like(ids)}):  # told apart by the separator
+        torch.testing.assert_close(logits(model, {"input_ids": ids, **zeros}), by_types)
     swapped = torch.tensor([[1, 10, 11, 2, 7, 8, 9, 2]])
     features = []
     model.encoder[-1].register_forward_hook(lambda _, inputs, __: features.append(inputs[0].chunk(4, -1)))

@@ -1,5 +1,6 @@
 """Students of other shapes: what they compute, and that every way of the library takes them."""
 
+import importlib
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +70,29 @@ def test_choices_are_scored_as_the_students_that_they_describe() -> None:
         assert choice.agreement == pytest.approx(100 * float((real.argmax(1) == found.argmax(1)).mean()))
     assert len(base_model(model)[1].encoder.layer) == 4
     assert students.depth(model, 2, BATCHES).config.num_hidden_layers == 2
+
+
+def test_many_choices_are_searched_and_the_table_says_so() -> None:
+    torch.manual_seed(0)
+    model = build("bert", num_hidden_layers=12, hidden_size=16, intermediate_size=16).eval()
+    passes: list[int] = []
+    model.register_forward_pre_hook(lambda *_: passes.append(1))
+    table = students.compare_depths(model, BATCHES[:1], 6)
+    assert len(passes) < 200  # 924 choices and as many sandwiches
+    assert "not all of 924 ways" in str(table) and table == DepthTable.from_list(table.to_list(), 924)
+    assert {len(choice.layers) for choice in table.choices} == {6, 12}
+
+
+def test_a_search_as_wide_as_all_choices_finds_all_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = teacher()
+    every = students.compare_depths(model, BATCHES[:1], 2)
+    module = importlib.import_module("qbert.students.depth")  # students.depth is the function
+    monkeypatch.setattr(module, "_MOST_CHOICES", 0)
+    monkeypatch.setattr(module, "_BEAM", 100)
+    searched = students.compare_depths(model, BATCHES[:1], 2)
+    assert every.ways is None and searched.ways == 6
+    found, expected = ({c.layers: c.divergence for c in table.choices} for table in (searched, every))
+    assert found == pytest.approx(expected)
 
 
 def test_a_sandwich_has_the_teachers_depth_and_its_first_and_last_layer_once() -> None:
@@ -153,6 +177,14 @@ def test_the_head_of_a_distilbert_starts_as_the_ridge_regression_of_the_teachers
     expected = x @ maps + logits.mean(0)
     found = torch.cat([outputs(student, b) for b in BATCHES]).double().numpy()
     np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-4)
+
+
+def test_what_a_narrow_student_starts_from_is_held_in_the_teachers_dtype() -> None:
+    module = importlib.import_module("qbert.students.narrow")  # students.narrow is the function
+    model, rows = teacher(), dict(BATCHES[0])
+    seen = module._Seen(model, rows)
+    assert {state.dtype for state in seen.after} == {torch.float32} and seen.state(0).dtype == torch.float64
+    assert seen.after[0].shape == (int(rows["attention_mask"].sum()), 48) and len(seen.after) == 1 + 2 * 4
 
 
 def test_a_narrow_student_is_nearer_to_its_teacher_than_one_at_random() -> None:
