@@ -29,7 +29,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 from transformers import (
     DataCollatorWithPadding,
     PreTrainedModel,
@@ -149,6 +149,8 @@ class Distiller(Trainer):
         if args.n_gpu > 1:
             warnings.warn(f"one of {args.n_gpu} GPUs is used; start with `accelerate launch` to use all", stacklevel=2)
             args._n_gpu = 1
+        if isinstance(train_dataset, IterableDataset) and args.world_size > 1:
+            args = _each_reads_its_share(args)
         if teacher_outputs is not None:
             teacher_outputs.check(teacher)
             if not any(stage.takes_kept_outputs and stage.uses_teacher for stage in recipe.stages):
@@ -491,3 +493,12 @@ class Distiller(Trainer):
         if self._own_optimizer:
             self.optimizer = None
         self.model_wrapped = self.distillation  # the wrapper of the first training knows other parameters
+
+
+def _each_reads_its_share(args: TrainingArguments) -> TrainingArguments:
+    """The same arguments for rows that are only read in turn, by several processes."""
+    args = copy.copy(args)
+    args.accelerator_config = copy.copy(args.accelerator_config)
+    # The default has one process read for all and cut each batch up, for which all would have to be of one length.
+    args.accelerator_config.dispatch_batches = False  # type: ignore[union-attr]
+    return args
