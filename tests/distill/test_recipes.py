@@ -55,6 +55,22 @@ def test_states_and_scores_are_summed_over_the_layers(recipe: Recipe, tmp_path: 
     torch.testing.assert_close(found["scores"], 3 * averaged["scores"])
 
 
+@pytest.mark.parametrize(
+    ("named", "pairs"),
+    [("uniform", [(0, 1), (1, 3)]), ("top", [(0, 2), (1, 3)]), ("uniform", [(-2, -3), (-1, -1)])],
+)
+@pytest.mark.parametrize("without", [(), ("embeddings",)])
+def test_tinyberts_pairs_are_of_layers_in_states_and_scores(
+    named: str, pairs: list[tuple[int, int]], without: tuple[str, ...], tmp_path: Path
+) -> None:
+    teacher, student = build("bert", num_hidden_layers=4), build("bert")
+    one, two = (
+        terms(recipes.tinybert(layers=x, projection=False, without=without), tmp_path, teacher=teacher, student=student)
+        for x in (named, pairs)
+    )
+    assert {k: float(v) for k, v in one[0].items()} == pytest.approx({k: float(v) for k, v in two[0].items()})
+
+
 def test_a_language_model_is_asked_about_every_real_token(tmp_path: Path) -> None:
     teacher, student = (tf.BertForMaskedLM(tf.BertConfig(**SMALL)).eval() for _ in range(2))
     data = [{**row, "labels": [-100, row["input_ids"][1]] + [-100] * 7} for row in rows(6)]
