@@ -128,6 +128,38 @@ def test_only_states_can_be_projected(feature: str) -> None:
         Match(feature, projection="linear")
 
 
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Stage("a", (Match("logits"),), schedule="cosine"), "schedule='cosine' is not possible"),  # type: ignore[arg-type]
+        (lambda: Stage("a", (Match("logits"),), teacher="prevoius"), "teacher='prevoius' is not possible"),  # type: ignore[arg-type]
+        (lambda: recipes.logits(temperature=0), "temperature=0 of logits is not possible"),
+        (lambda: recipes.pkd(temperature=float("nan")), "temperature=nan of logits is not possible"),
+        (lambda: Match("hidden", options={"temperature": 2.0}), "takes no 'temperature'; use some of normalized"),
+        (lambda: Match("scores", options={"heads": 2}), "takes no 'heads'; use some of normalized"),
+        (lambda: Match("cls", options={"temperature": 2.0}), "takes no 'temperature'; leave options out"),
+        (lambda: Match("hidden", name="h.1", projection="linear"), "name='h.1' has a dot"),
+        (lambda: Match("hidden", layers=[]), r"layers=\[\] of hidden is empty"),
+    ],
+)
+def test_terms_and_stages_that_cannot_work_are_refused_when_they_are_made(make: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_losses_of_ones_own_take_any_option_they_name(tmp_path: Path) -> None:
+    def scaled(student: Any, teacher: Any, mask: Any, factor: float = 1.0) -> Any:
+        return factor * F.mse_loss(student, teacher)
+
+    match = Match("hidden", scaled, options={"factor": 3.0}, name="h.1")
+    found, *_ = terms(
+        Recipe("r", "test", (Stage("r", (match,)),)), tmp_path, teacher=build("bert"), student=build("bert")
+    )
+    assert float(found["h.1"]) > 0
+    with pytest.raises(ValueError, match="takes no 'fcator'; use some of factor"):
+        Match("hidden", scaled, options={"fcator": 3.0})
+
+
 def test_relations_of_several_numbers_of_heads_are_refused() -> None:
     with pytest.raises(ValueError, match="relations of several numbers of heads"):
         Stage("r", tuple(Match(f"relations.{n}", options={"heads": h}) for n, h in (("query", 4), ("key", 6))))
