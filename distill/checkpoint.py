@@ -23,8 +23,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_model, save_model
 from torch import nn
 
+from qbert.distill.features import OWN
 from qbert.distill.outputs import teacher_digest
 from qbert.distill.recipe import Recipe
+from qbert.encoders.targets import base_model
 from qbert.files import (
     SEAL,
     check_tensors,
@@ -42,6 +44,7 @@ WEIGHTS = "distillation.safetensors"
 TEACHER = "teacher.safetensors"
 FILES = "files.json"
 ORIGIN = "origin.json"
+_INSIDE = frozenset({"hidden", "embeddings", "cls", "scores"})  # features that no head has a part in
 _STATE = "trainer_state.json"
 
 
@@ -83,10 +86,14 @@ def load_weights(module: nn.Module, path: Path) -> None:
 def origin(teacher: nn.Module, recipe: Recipe) -> dict[str, str]:
     """Digests of what a student learns from: the teacher, and the stages with their terms.
 
-    Settings at their defaults are left out, so that one that a later version adds makes no other recipe.
+    Settings at their defaults are left out, so that one that a later version adds makes no other recipe; and so are
+    the teacher's head and pooler where no term asks for them, as a general stage's may be new ones each time.
     """
     parts = [recipe.stages, recipe.steps, recipe.activations, recipe.zeros]
-    return {"teacher": teacher_digest(teacher), "recipe": content_sha256({"parts": [_plain(part) for part in parts]})}
+    features = {match.feature for stage in recipe.stages for match in stage.matches} - OWN
+    inside = all(name in _INSIDE or name.startswith("relations.") for name in features)
+    read = teacher_digest(base_model(teacher)[1], without="pooler.") if inside else teacher_digest(teacher)
+    return {"teacher": read, "recipe": content_sha256({"parts": [_plain(part) for part in parts]})}
 
 
 def check_origin(checkpoint: Path, expected: Mapping[str, str]) -> None:

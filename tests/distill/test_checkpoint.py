@@ -140,3 +140,11 @@ def test_the_origin_tells_terms_apart_and_no_ways_of_writing_them() -> None:
         Match("hidden", hidden_mse, weight=2, layers=[(0, 2)]),
     ):
         assert found(other) != one
+
+
+def test_the_origin_of_a_general_stage_knows_no_head() -> None:
+    one, two, other = (build("bert") for _ in range(3))
+    two.bert.load_state_dict({**one.bert.state_dict(), "pooler.dense.bias": torch.ones(48)})
+    general = recipes.tinybert(general=True)
+    assert origin(one, general) == origin(two, general) != origin(other, general)
+    assert origin(one, recipes.logits()) != origin(two, recipes.logits())
