@@ -12,17 +12,26 @@ from __future__ import annotations
 import json
 import os
 import re
+import warnings
+from collections.abc import Mapping
+from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_model, save_model
 from torch import nn
 
+from qbert.distill.features import OWN
+from qbert.distill.outputs import teacher_digest
+from qbert.distill.recipe import Recipe
+from qbert.encoders.targets import base_model
 from qbert.files import (
     SEAL,
     check_tensors,
     close_seal,
+    content_sha256,
     damaged_file,
     files_sha256,
     open_seal,
@@ -34,6 +43,8 @@ from qbert.files import (
 WEIGHTS = "distillation.safetensors"
 TEACHER = "teacher.safetensors"
 FILES = "files.json"
+ORIGIN = "origin.json"
+_INSIDE = frozenset({"hidden", "embeddings", "cls", "scores"})  # features that no head has a part in
 _STATE = "trainer_state.json"
 
 
@@ -70,6 +81,58 @@ def load_weights(module: nn.Module, path: Path) -> None:
     if missing or unexpected:
         name = sorted([*missing, *unexpected])[0]
         raise ValueError(f"checkpoint {path} is of another student or recipe (tensor {name}); use the same ones")
+
+
+def origin(teacher: nn.Module, recipe: Recipe) -> dict[str, str]:
+    """Digests of what a student learns from: the teacher, and the stages with their terms.
+
+    Settings at their defaults are left out, so that one that a later version adds makes no other recipe; and so are
+    the teacher's head and pooler where no term asks for them, as a general stage's may be new ones each time.
+    """
+    parts = [recipe.stages, recipe.steps, recipe.activations, recipe.zeros]
+    features = {match.feature for stage in recipe.stages for match in stage.matches} - OWN
+    inside = all(name in _INSIDE or name.startswith("relations.") for name in features)
+    read = teacher_digest(base_model(teacher)[1], without="pooler.") if inside else teacher_digest(teacher)
+    return {"teacher": read, "recipe": content_sha256({"parts": [_plain(part) for part in parts]})}
+
+
+def check_origin(checkpoint: Path, expected: Mapping[str, str]) -> None:
+    """Whether a checkpoint is of this teacher and recipe (`origin`); one of an earlier version, which has none, warns.
+
+    Raises:
+        ValueError: it is of others, or its file is damaged.
+    """
+    if not (checkpoint / ORIGIN).is_file():
+        warnings.warn(
+            f"checkpoint {checkpoint} is of an earlier version, which kept no digests of teacher and recipe; be sure "
+            "that they are the same",
+            stacklevel=2,
+        )
+        return
+    found = read_json(checkpoint / ORIGIN)
+    for name, digest in expected.items():
+        if not isinstance(found, dict) or found.get(name) != digest:
+            raise ValueError(
+                f"checkpoint {checkpoint} is of another {name}; resume with the {name} that it was begun with, or "
+                "train anew in another output_dir"
+            )
+
+
+def _plain(value: Any) -> Any:
+    """A part of a recipe as JSON has it; a function by its name."""
+    if isinstance(value, str | bool | None):
+        return value
+    if isinstance(value, int | float):
+        return float(value)
+    if is_dataclass(value):
+        given = {field.name: getattr(value, field.name) for field in fields(value)}
+        defaults = {f.name: f.default if f.default_factory is MISSING else f.default_factory() for f in fields(value)}
+        return {name: _plain(one) for name, one in given.items() if one != defaults[name]}
+    if isinstance(value, Mapping):
+        return {str(name): _plain(one) for name, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(one) for one in value]
+    return getattr(value, "__qualname__", type(value).__qualname__)
 
 
 def last_good_checkpoint(folder: str | os.PathLike[str]) -> Path | None:

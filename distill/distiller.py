@@ -29,7 +29,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 from transformers import (
     DataCollatorWithPadding,
     PreTrainedModel,
@@ -43,12 +43,15 @@ from transformers.utils.generic import find_labels
 
 from qbert.distill.aside import left_as_it_is, problem_type_kept, random_state_kept
 from qbert.distill.checkpoint import (
+    ORIGIN,
     TEACHER,
     WEIGHTS,
+    check_origin,
     damage,
     finish_checkpoint,
     last_good_checkpoint,
     load_weights,
+    origin,
     save_weights,
 )
 from qbert.distill.checks import (
@@ -90,6 +93,7 @@ from qbert.distill.zeros import KeepZeros, Movement
 from qbert.encoders.inputs import forward_arguments
 from qbert.encoders.modes import modes_kept
 from qbert.extras import require
+from qbert.files import write_json
 
 
 class Distiller(Trainer):
@@ -149,6 +153,8 @@ class Distiller(Trainer):
         if args.n_gpu > 1:
             warnings.warn(f"one of {args.n_gpu} GPUs is used; start with `accelerate launch` to use all", stacklevel=2)
             args._n_gpu = 1
+        if isinstance(train_dataset, IterableDataset) and args.world_size > 1:
+            args = _each_reads_its_share(args)
         if teacher_outputs is not None:
             teacher_outputs.check(teacher)
             if not any(stage.takes_kept_outputs and stage.uses_teacher for stage in recipe.stages):
@@ -188,6 +194,7 @@ class Distiller(Trainer):
         self.label_names = find_labels(type(student)) if args.label_names is None else args.label_names
         self._signature_columns = sorted({*self._columns, *self.label_names})  # type: ignore[assignment]
         self._term_means = TermMeans()
+        self._known_origin: dict[str, str] | None = None  # found once a training: it reads all of the teacher
         self._expected_items: Tensor | None = None
         self._ahead: list[Any] | None = None
         self._evaluated = torch.zeros(2, dtype=torch.float64)  # sum of the losses of all labels, their number
@@ -220,7 +227,7 @@ class Distiller(Trainer):
         Raises:
             FloatingPointError: a loss term or the gradient is not finite; names it, the step and the last checkpoint.
             KeyboardInterrupt: after Ctrl-C, when the checkpoint is written; names it.
-            ValueError: nothing to resume from.
+            ValueError: nothing to resume from, or a checkpoint of another student, teacher or recipe.
         """
         if resume_from_checkpoint is True:
             found = last_good_checkpoint(self.folder)
@@ -228,6 +235,7 @@ class Distiller(Trainer):
                 raise ValueError(f"there is no whole checkpoint in {str(self.folder)!r} to resume from")
             resume_from_checkpoint = str(found)
         check_checkpointing(self.student, self.args)
+        self._known_origin = None
         with random_state_kept(), modes_kept(self.teacher):
             collate = self._get_collator_with_removed_columns(self.data_collator)
             if any(stage.uses_labels for stage in self.recipe.stages):
@@ -436,6 +444,7 @@ class Distiller(Trainer):
             super()._save_checkpoint(model, trial)
             if self.args.should_save:
                 folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
+                write_json(folder / ORIGIN, self._origin())
                 finish_checkpoint(folder, alone=self.args.world_size == 1)
         except (OSError, RuntimeError, SafetensorError) as error:
             broken = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
@@ -449,6 +458,7 @@ class Distiller(Trainer):
         broken = damage(folder)
         if broken is not None:
             raise ValueError(f"checkpoint file {broken} cannot be read or is damaged; resume from an earlier one")
+        check_origin(folder, self._origin())
         table, last = self._stage_of(folder)
         for index in range(last + 1):
             if self.recipe.stages[index] not in table.missing:
@@ -465,6 +475,11 @@ class Distiller(Trainer):
             load_weights(self.distillation, folder / WEIGHTS)
 
     # ---- helpers ----
+
+    def _origin(self) -> dict[str, str]:
+        if self._known_origin is None:
+            self._known_origin = origin(self.teacher, self.recipe)
+        return self._known_origin
 
     def _stage_of(self, checkpoint: Path) -> tuple[Timetable, int]:
         """(when each stage begins, the stage that a checkpoint was saved in)."""
@@ -491,3 +506,12 @@ class Distiller(Trainer):
         if self._own_optimizer:
             self.optimizer = None
         self.model_wrapped = self.distillation  # the wrapper of the first training knows other parameters
+
+
+def _each_reads_its_share(args: TrainingArguments) -> TrainingArguments:
+    """The same arguments for rows that are only read in turn, by several processes."""
+    args = copy.copy(args)
+    args.accelerator_config = copy.copy(args.accelerator_config)
+    # The default has one process read for all and cut each batch up, for which all would have to be of one length.
+    args.accelerator_config.dispatch_batches = False  # type: ignore[union-attr]
+    return args

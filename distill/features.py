@@ -6,7 +6,7 @@ feature                   tensors, one a layer
 ``hidden``                hidden states [B, T, D]; number 0 is the embedding output
 ``embeddings``            the embedding output alone
 ``cls``                   the first token of each hidden state [B, D]
-``scores``                attention scores before the softmax Q K^T / sqrt(d), [B, H, T, T]
+``scores``                attention scores before the softmax Q K^T / sqrt(d), [B, H, T, T]; MPNet's with its bias
 ``relations.query``       Q Q^T / sqrt(d) over `heads` relation heads; also ``.key`` and ``.value`` (MiniLMv2)
 ``module:PATH``           the output of any module, one entry a call
 ``probes``                what a classifier on each layer says, [B, C] (`qbert.distill.probes`)
@@ -26,7 +26,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from types import TracebackType
 from typing import Any, cast
 
@@ -38,6 +38,8 @@ from qbert.encoders.parts import LayerParts
 from qbert.encoders.targets import attention_heads, base_model, encoder_layers, join_path, linear_role
 
 _RELATIONS = {"relations.query": "query", "relations.key": "key", "relations.value": "value"}
+_DISTANCES = re.compile(r"rotary|relative_(attention|position)_bias|distance_embedding|\brel_pos")
+_BIAS = "bias"  # where what is added to the scores is kept
 _STATES = frozenset({"hidden", "embeddings", "cls"})
 # What has no counterpart at the teacher: the task's own loss, and the price of an architecture under search.
 OWN = frozenset({"labels", "cost"})
@@ -83,8 +85,34 @@ class Recorder:
         states = {"output_hidden_states": True} if self.wanted & _STATES else {}
         return states | ({"output_probes": True} if "probes" in self.wanted else {})
 
-    def features(self, name: str, output: Any) -> list[Tensor]:
-        """The tensors of one feature, after the forward pass that gave `output`."""
+    def features(self, name: str, output: Any, layers: Sequence[int] | None = None) -> list[Tensor]:
+        """The tensors of one feature, after the forward pass that gave `output`.
+
+        Args:
+            name: one of those that are recorded.
+            output: of the model.
+            layers: indices of the tensors that are needed, in this order; scores and relations of others are not
+                computed. All where None.
+        """
+        if name == "scores" or name in _RELATIONS:
+            return self._products(name, layers)
+        found = self._given(name, output)
+        return found if layers is None else [found[i] for i in layers]
+
+    def _products(self, name: str, layers: Sequence[int] | None) -> list[Tensor]:
+        """Scores, or relations."""
+        one, other = ("query", "key") if name == "scores" else (_RELATIONS[name],) * 2
+        calls = list(zip(self._calls[one], self._calls[other], self._heads[one], strict=True))
+        given = None if name == "scores" else self.relation_heads
+        chosen = calls if layers is None else [calls[i] for i in layers]
+        found = [dot_scores(a, b, given or heads or self._config_heads()) for a, b, heads in chosen]
+        if name == "scores" and _BIAS in self._sources:
+            bias = self._calls[_BIAS][0].permute(2, 0, 1)  # [H, T, T]
+            found = [scores + bias for scores in found]
+        return found
+
+    def _given(self, name: str, output: Any) -> list[Tensor]:
+        """What the model gives as it is."""
         if name == "logits":
             return [model_logits(output)]
         if name == "probes":
@@ -96,14 +124,6 @@ class Recorder:
             if name == "hidden":
                 return list(states)
             return [states[0]] if name == "embeddings" else [state[:, 0] for state in states]
-        if name == "scores":
-            pairs = zip(self._calls["query"], self._calls["key"], self._heads["query"], strict=True)
-            return [dot_scores(query, key, heads or self._config_heads()) for query, key, heads in pairs]
-        if name in _RELATIONS:
-            role = _RELATIONS[name]
-            given = self.relation_heads
-            calls = zip(self._calls[role], self._heads[role], strict=True)
-            return [dot_scores(x, x, given or heads or self._config_heads()) for x, heads in calls]
         values = self._calls[name]
         if not values:
             raise ValueError(f"feature {name!r}: the module was not called in the forward pass of the model")
@@ -154,6 +174,9 @@ class Recorder:
         if "scores" in self.wanted:
             roles |= {"query", "key"}
         sources: dict[str, list[nn.Module]] = {role: self._projections(role) for role in sorted(roles)}
+        if "scores" in self.wanted:
+            table = _table_of_distances(self.model)
+            sources |= {_BIAS: [table]} if table is not None else {}
         for name in self.wanted:
             if name.startswith("module:"):
                 sources[name] = [self._module(name.removeprefix("module:"))]
@@ -169,12 +192,16 @@ class Recorder:
         # A table that attends to itself (SAFE) has such maps too, and is no layer.
         inside = {id(m) for _, layer in encoder_layers(self.model) for m in layer.modules()}
         found = [m for m in found if id(m) in inside] or found
-        config = getattr(base, "config", None)
-        relative = bool(getattr(config, "relative_attention", False)) or hasattr(config, "rope_parameters")
-        if not found or (relative and "scores" in self.wanted):
+        if not found:
             raise ValueError(
                 f"the attention of {type(self.model).__name__} does not compute its scores from separate query and "
                 "key maps alone, so feature 'scores' or 'relations' cannot be recorded; match 'hidden' or 'logits'"
+            )
+        if "scores" in self.wanted and _adds_positions(base) and _table_of_distances(self.model) is None:
+            raise ValueError(
+                f"the attention of {type(self.model).__name__} does not compute its scores from separate query and "
+                "key maps alone (positions rotate them, or are added), so feature 'scores' cannot be recorded; match "
+                "'relations.query' and 'relations.key', 'hidden' or 'logits'"
             )
         return found
 
@@ -191,6 +218,25 @@ class Recorder:
         if not heads:
             raise ValueError(f"{type(self.model).__name__} does not say its number of attention heads in its config")
         return heads
+
+
+def _adds_positions(base: nn.Module) -> bool:
+    """Whether scores are more than products of queries and keys: those are rotated, or distances add to them."""
+    config = getattr(base, "config", None)
+    return (
+        bool(getattr(config, "relative_attention", False))
+        or hasattr(config, "rope_parameters")
+        or hasattr(config, "rotary_value")  # RoFormer
+        or any(_DISTANCES.search(name) for name, _ in base.named_modules())
+    )
+
+
+def _table_of_distances(model: nn.Module) -> nn.Module | None:
+    """What gives, once a pass, the [T, T, H] that MPNet adds to the scores of all layers; None for other families."""
+    _, base = base_model(model)
+    table = getattr(getattr(base, "encoder", None), "relative_attention_bias", None)
+    is_mpnet = getattr(getattr(base, "config", None), "model_type", None) == "mpnet"
+    return table if is_mpnet and isinstance(table, nn.Module) else None
 
 
 def _heads_by_map(model: nn.Module) -> dict[int, int]:

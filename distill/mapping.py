@@ -58,7 +58,8 @@ def state_pairs(layers: LayerMap, *, students: int, teachers: int, embedding: bo
     Explicit pairs are taken as indices of hidden states; for a named map `embedding` adds the pair (0, 0).
     """
     if not isinstance(layers, str):
-        return [(_index(s, students + 1, "student"), _index(t, teachers + 1, "teacher")) for s, t in layers]
+        what = " hidden states, that of the embeddings included"
+        return [(_index(s, students + 1, "student", what), _index(t, teachers + 1, "teacher", what)) for s, t in layers]
     mapped = [(s + 1, t + 1) for s, t in layer_pairs(layers, students=students, teachers=teachers)]
     return [(0, 0), *mapped] if embedding and layers not in ("last", "skip") else mapped
 
@@ -68,8 +69,8 @@ def _round(numerator: int, denominator: int) -> int:
     return (2 * numerator + denominator) // (2 * denominator)
 
 
-def _index(index: int, count: int, whose: str) -> int:
+def _index(index: int, count: int, whose: str, what: str = "") -> int:
     resolved = index + count if index < 0 else index
     if not 0 <= resolved < count:
-        raise ValueError(f"the {whose} has no layer {index} to match; it has {count}, numbered 0 to {count - 1}")
+        raise ValueError(f"the {whose} has no layer {index} to match; it has {count}{what}, numbered 0 to {count - 1}")
     return resolved

@@ -229,8 +229,9 @@ class Distillation(nn.Module):
         shares = self.count_items(inputs).to(expected.device) / expected.clamp_min(1e-9)
         mask, found = token_mask(inputs), {}
         for match in matches:
-            teacher = recorder.features(match.feature, output)
-            for s, t in self._pairs[self.stage_index, match.term]:
+            pairs = self._pairs[self.stage_index, match.term]
+            teacher = _of_layers(recorder, match, output, [t for _, t in pairs])
+            for s, t in pairs:
                 share = shares[ITEMS.index(loss_items(match.loss_function(), rows_only=teacher[t].dim() == 2))]
                 kept = None if teacher[t].dim() == 2 else mask
                 found[match.term, s] = teacher_scale(match.loss_function(), teacher[t], kept).float() * share
@@ -264,15 +265,16 @@ class Distillation(nn.Module):
             return self._label_loss(output, inputs), "labels"
         if match.feature == "cost":
             return _cost(output), "rows"
-        student = recorder.features(match.feature, output)
-        teacher = [x.to(student[0].dtype) for x in target[0].features(match.feature, target[1])]
         if match.feature == "logits":
-            given = teacher[0].reshape(student[0].shape) if isinstance(target[0], _KeptOutputs) else teacher[0]
-            return self._logits_term(match, output, student[0], given, inputs)
-        pairs = self._pairs.get((self.stage_index, match.term))
-        if pairs is None:
-            pairs = self._pair(match, student, teacher)
-            self._pairs[self.stage_index, match.term] = pairs
+            (ours,), (given,) = recorder.features("logits", output), target[0].features("logits", target[1])
+            given = given.to(ours.dtype)
+            given = given.reshape(ours.shape) if isinstance(target[0], _KeptOutputs) else given
+            return self._logits_term(match, output, ours, given, inputs)
+        pairs = self._pairs[self.stage_index, match.term]
+        student = _of_layers(recorder, match, output, [s for s, _ in pairs])
+        teacher = _of_layers(target[0], match, target[1], [t for _, t in pairs])
+        dtype = student[pairs[0][0]].dtype
+        teacher = {t: x.to(dtype) for t, x in teacher.items()}
         if match.feature == "probes":
             said = [self._logits_term(match, output, student[s], teacher[t], inputs)[0] for s, t in pairs]
             return torch.stack(said).sum() if match.reduction == "sum" else torch.stack(said).mean(), "rows"
@@ -390,7 +392,8 @@ class Distillation(nn.Module):
                 self._check_widths(match, ours, theirs, device)
 
     def _check_widths(self, match: Match, student: list[Tensor], teacher: list[Tensor], device: torch.device) -> None:
-        for s, t in self._pair(match, student, teacher):
+        pairs = self._pairs[self.stage_index, match.term] = self._pair(match, student, teacher)
+        for s, t in pairs:
             ours, theirs = student[s].shape, teacher[t].shape
             if match.projection is None:
                 if ours != theirs:
@@ -402,6 +405,12 @@ class Distillation(nn.Module):
                 nn.init.orthogonal_(linear.weight)
                 nn.init.zeros_(linear.bias)
                 self.heads.projections[key] = linear.to(device)
+
+
+def _of_layers(recorder: Recorder, match: Match, output: Any, layers: Sequence[int]) -> dict[int, Tensor]:
+    """Layer -> its feature, of the layers that a term compares."""
+    needed = list(dict.fromkeys(layers))
+    return dict(zip(needed, recorder.features(match.feature, output, needed), strict=True))
 
 
 class _KeptOutputs:

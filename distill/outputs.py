@@ -194,15 +194,15 @@ class CollateWithOutputs:
         return batch
 
 
-def teacher_digest(teacher: nn.Module) -> str:
-    """SHA-256 (hex) of a model's class, configuration and weights."""
+def teacher_digest(teacher: nn.Module, without: str | None = None) -> str:
+    """SHA-256 (hex) of a model's class, configuration and weights, less those whose names begin with `without`."""
     config = getattr(teacher, "config", None)
     values = json.loads(config.to_json_string(use_diff=False)) if config is not None else {}
     for name in ("transformers_version", "_name_or_path", "dtype", "torch_dtype", "_attn_implementation"):
         values.pop(name, None)
     total = hashlib.sha256(json.dumps([type(teacher).__name__, values], sort_keys=True).encode())
     for name, tensor in sorted(teacher.state_dict().items()):
-        if isinstance(tensor, Tensor):
+        if isinstance(tensor, Tensor) and (without is None or not name.startswith(without)):
             total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
             total.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return total.hexdigest()

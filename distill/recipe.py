@@ -14,7 +14,9 @@ Nothing here touches a model; `Distiller` reads it.
 
 from __future__ import annotations
 
+import inspect
 import itertools
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -81,6 +83,36 @@ class Match:
             )
         if self.reduction not in ("mean", "sum"):
             raise ValueError(f"reduction={self.reduction!r} is not possible; use 'mean' or 'sum'")
+        if not isinstance(self.layers, str) and not len(self.layers):
+            raise ValueError(f"layers={self.layers!r} of {self.term} is empty; give at least one pair of layers")
+        if self.projection is not None and "." in self.name:
+            raise ValueError(f"name={self.name!r} has a dot, which no projection can be called by; use '_' instead")
+        self._check_options()
+
+    def _check_options(self) -> None:
+        possible = self._option_names()
+        unknown = next((name for name in self.options if possible is not None and name not in possible), None)
+        if possible is not None and unknown is not None:
+            known = f"use some of {', '.join(possible)}" if possible else "leave options out"
+            raise ValueError(f"options={dict(self.options)}: the loss of {self.term} takes no {unknown!r}; {known}")
+        heat = self.options.get("temperature", 1.0)
+        if not isinstance(heat, int | float) or not 0 < heat < math.inf:
+            raise ValueError(f"temperature={heat!r} of {self.term} is not possible; use a positive number such as 2.0")
+
+    def _option_names(self) -> list[str] | None:
+        """What the loss may be given, None where it does not say."""
+        if self.feature in OWN:
+            return []
+        heads = ["heads"] if self.feature.startswith("relations.") else []
+        of_outputs = self.loss is None and self.feature in ("logits", "probes")
+        try:
+            parameters = inspect.signature(LOSSES["soft_ce"] if of_outputs else self.loss_function()).parameters
+        except (TypeError, ValueError):  # some callables of other libraries have no signature
+            return None
+        if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+            return None
+        # The first three are student, teacher and mask, and `scale` is found from the batches.
+        return [*heads, *(name for name in list(parameters)[3:] if name != "scale")]
 
     @property
     def term(self) -> str:
@@ -133,6 +165,14 @@ class Stage:
         slow = next((name for name, rate in self.rates.items() if rate < 0), None)
         if slow is not None:
             raise ValueError(f"stage {self.name!r}: rates[{slow!r}]={self.rates[slow]} must not be negative")
+        if self.schedule not in ("linear", "constant"):
+            raise ValueError(
+                f"stage {self.name!r}: schedule={self.schedule!r} is not possible; use 'linear' or 'constant'"
+            )
+        if self.teacher not in ("given", "previous"):
+            raise ValueError(
+                f"stage {self.name!r}: teacher={self.teacher!r} is not possible; use 'given' or 'previous'"
+            )
         if self.bits not in (None, 2, 3, 4, 8):
             raise ValueError(f"stage {self.name!r}: bits={self.bits!r} is not possible; use 2, 3, 4 or 8")
 

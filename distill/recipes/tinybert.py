@@ -8,10 +8,10 @@ prediction stage for 3. Difference: means over real tokens.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Literal
 
-from qbert.distill.mapping import LayerMap
+from qbert.distill.mapping import LayerMap, Pairs
 from qbert.distill.recipe import Match, Recipe, Stage
 
 _TERMS = ("embeddings", "hidden", "scores", "prediction")
@@ -29,7 +29,9 @@ def tinybert(
     Args:
         general: first phase of TinyBERT, with a pre-trained teacher that was not fine-tuned.
         projection: map the student's hidden states to the teacher's width; not needed where the widths agree.
-        layers: which teacher layer each student layer learns from; table 5 compares uniform, top and bottom.
+        layers: which teacher layer each student layer learns from; table 5 compares uniform, top and bottom. Pairs
+            count layers from 0 (or from the end), and their outputs are the hidden states that are matched, beside
+            the embeddings.
         without: terms to leave out, as in the paper's table 4: "embeddings", "hidden", "scores", "prediction".
 
     Raises:
@@ -41,14 +43,16 @@ def tinybert(
     mapped: Literal["shared"] | None = "shared" if projection else None
     matches = []
     if "hidden" not in without:
-        states = Match(
-            "hidden", layers=layers, embedding="embeddings" not in without, projection=mapped, reduction="sum"
-        )
+        embedding = "embeddings" not in without
+        outputs = layers if isinstance(layers, str) else _outputs(layers, embedding)
+        states = Match("hidden", layers=outputs, embedding=embedding, projection=mapped, reduction="sum")
         matches.append(states)
     elif "embeddings" not in without:
         matches.append(Match("embeddings", projection=mapped))
     if "scores" not in without:
-        matches.append(Match("scores", layers=layers, reduction="sum"))
+        scores = Match("scores", layers=layers, reduction="sum")
+        # Pairs are checked in the order of the terms, and those of the scores are in the caller's own numbers.
+        matches.insert(len(matches) if isinstance(layers, str) else 0, scores)
     stages = []
     if matches:
         stages.append(Stage("intermediate", tuple(matches), share=10, schedule="constant"))
@@ -68,3 +72,9 @@ def tinybert(
             "warmup_steps": 0.1,
         },
     )
+
+
+def _outputs(layers: Sequence[tuple[int, int]], embedding: bool) -> Pairs:
+    """Pairs of layers as pairs of hidden states, of which number 0 is the embedding output."""
+    outputs = [(s + (s >= 0), t + (t >= 0)) for s, t in layers]
+    return [(0, 0), *outputs] if embedding else outputs

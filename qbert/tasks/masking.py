@@ -4,6 +4,8 @@
     >>> collate = MaskWords(tokenizer, rows)
     >>> Distiller(teacher, student, recipes.distilbert(), train_dataset=rows, data_collator=collate, ...)
 
+Text that memory does not hold is a `qbert.tasks.streams.TextStream` in the place of the rows.
+
 Source: Devlin et al. 2019, BERT, section 3.1 (15 % of the tokens, of which 80 % are masked, 10 % exchanged and 10 %
 left as they are); Liu et al. 2019, RoBERTa, section 4.1 (other ones each time); Sanh et al. 2019, DistilBERT, whose
 training script draws tokens with a probability proportional to count^-0.7, so that rare words are asked for more often.
@@ -11,7 +13,8 @@ training script draws tokens with a probability proportional to count^-0.7, so t
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
 from typing import Any
 
 import torch
@@ -22,6 +25,7 @@ from qbert.tasks.candidates import MaskedWords
 _IGNORED = -100
 _LEAST_ROWS = 8
 _TEXTS_AT_ONCE = 1000
+_COUNTED = 20_000
 
 
 def text_rows(texts: Iterable[str], tokenizer: Any, *, max_length: int = 128) -> list[dict[str, list[int]]]:
@@ -59,29 +63,32 @@ class MaskWords:
 
     Args:
         tokenizer: with a mask token.
-        rows: the rows that are trained on, whose tokens are counted.
+        rows: the rows that are trained on, whose tokens are counted: all of them, or the first 20,000 of a stream
+            (`qbert.tasks.streams.TextStream`).
         share: of the real tokens that are asked for.
         smoothing: a token that occurs n times is drawn with a probability proportional to n^-smoothing; 0: all alike.
 
     Raises:
-        ValueError: no mask token, no rows, or a share outside of (0, 1).
+        ValueError: no mask token, no rows, rows that can be read only once, or a share outside of (0, 1).
     """
 
     def __init__(
-        self, tokenizer: Any, rows: Sequence[dict[str, Any]], *, share: float = 0.15, smoothing: float = 0.7
+        self, tokenizer: Any, rows: Iterable[dict[str, Any]], *, share: float = 0.15, smoothing: float = 0.7
     ) -> None:
         if tokenizer.mask_token_id is None:
             raise ValueError("tokenizer: it has no mask token, so no word can be masked; use another encoder")
         if not 0 < share < 1:
             raise ValueError(f"share={share} is not a share of the tokens; use a number such as 0.15")
-        if not rows:
-            raise ValueError("rows is empty; give the rows that are trained on")
+        if isinstance(rows, Iterator):
+            raise ValueError("rows can be read only once, and would be used up; give a list or a TextStream")
         self.tokenizer, self.share = tokenizer, share
         self.words = len(tokenizer)
-        counts = torch.zeros(self.words)
-        for at in range(0, len(rows), 1000):
-            ids = torch.tensor([i for row in rows[at : at + 1000] for i in row["input_ids"]])
+        counts, at_hand = torch.zeros(self.words), iter(rows if hasattr(rows, "__len__") else islice(rows, _COUNTED))
+        while part := list(islice(at_hand, 1000)):
+            ids = torch.tensor([i for row in part for i in row["input_ids"]])
             counts += torch.bincount(ids, minlength=self.words)
+        if not counts.any():
+            raise ValueError("rows is empty; give the rows that are trained on")
         self.chance = counts.clamp_min(1).pow(-smoothing)  # [V], relative
         self.chance[tokenizer.all_special_ids] = 0
 

@@ -7,10 +7,22 @@ from pathlib import Path
 import pytest
 import torch
 from distilling import distiller
+from encoders import build
 from safetensors.torch import load_file, save_file
 
 import qbert
-from qbert.distill.checkpoint import FILES, WEIGHTS, is_whole, last_good_checkpoint
+from qbert.distill import Distiller, Match, Recipe, Stage, recipes
+from qbert.distill.checkpoint import (
+    FILES,
+    ORIGIN,
+    WEIGHTS,
+    check_origin,
+    finish_checkpoint,
+    is_whole,
+    last_good_checkpoint,
+    origin,
+)
+from qbert.distill.losses import cosine_distance, hidden_mse
 
 
 @pytest.fixture(scope="module")
@@ -82,3 +94,57 @@ def test_one_of_an_earlier_version_without_digests_is_taken(
     assert is_whole(last)
     (last / "scheduler.pt").write_bytes((last / "scheduler.pt").read_bytes()[:20])
     assert not is_whole(last)
+
+
+@pytest.mark.parametrize(
+    ("teacher_seed", "temperature", "other"), [(3, 1.0, "another teacher"), (2, 7.0, "another recipe"), (2, 1.0, None)]
+)
+def test_a_checkpoint_goes_on_with_its_own_teacher_and_recipe_alone(
+    teacher_seed: int, temperature: float, other: str | None, tmp_path: Path
+) -> None:
+    def run(seed: int, heat: float, steps: int) -> Distiller:
+        torch.manual_seed(seed)
+        teacher, recipe = build("bert").eval(), recipes.logits(temperature=heat)
+        return distiller(tmp_path, teacher=teacher, recipe=recipe, max_steps=steps, save_steps=1)
+
+    run(2, 1, 1).train()
+    again = run(teacher_seed, temperature, 2)
+    if other is None:
+        again.train(resume_from_checkpoint=True)
+        assert again.state.global_step == 2
+    else:
+        with pytest.raises(ValueError, match=f"is of {other}; resume with the"):
+            again.train(resume_from_checkpoint=True)
+
+
+def test_a_checkpoint_without_an_origin_goes_on_with_a_warning(
+    trained: tuple[Path, torch.Tensor, torch.nn.Module], tmp_path: Path
+) -> None:
+    last = Path(shutil.copytree(trained[0] / "checkpoint-4", tmp_path / "checkpoint-4"))
+    (last / ORIGIN).unlink()
+    finish_checkpoint(last)
+    with pytest.warns(UserWarning, match="of an earlier version, which kept no digests of teacher and recipe"):
+        check_origin(last, origin(build("bert"), recipes.logits()))
+
+
+def test_the_origin_tells_terms_apart_and_no_ways_of_writing_them() -> None:
+    def found(match: Match) -> str:
+        return origin(teacher, Recipe("any", "test", (Stage("a", (match,)),)))["recipe"]
+
+    teacher = build("bert")
+    one = found(Match("hidden", hidden_mse, weight=2, layers=[(0, 1)]))
+    assert one == found(Match("hidden", hidden_mse, weight=2.0, layers=((0, 1),)))
+    for other in (
+        Match("hidden", cosine_distance, weight=2, layers=[(0, 1)]),
+        Match("hidden", hidden_mse, weight=3, layers=[(0, 1)]),
+        Match("hidden", hidden_mse, weight=2, layers=[(0, 2)]),
+    ):
+        assert found(other) != one
+
+
+def test_the_origin_of_a_general_stage_knows_no_head() -> None:
+    one, two, other = (build("bert") for _ in range(3))
+    two.bert.load_state_dict({**one.bert.state_dict(), "pooler.dense.bias": torch.ones(48)})
+    general = recipes.tinybert(general=True)
+    assert origin(one, general) == origin(two, general) != origin(other, general)
+    assert origin(one, recipes.logits()) != origin(two, recipes.logits())

@@ -205,13 +205,19 @@ def test_resuming_another_student_is_refused(tmp_path: Path) -> None:
         other.train(resume_from_checkpoint=True)
 
 
-def test_several_processes_train_one_student(tmp_path: Path) -> None:
+def test_several_processes_train_one_student_on_rows_and_on_a_stream(tmp_path: Path) -> None:
     script = tmp_path / "train.py"
     helpers = Path(__file__).parents[1] / "helpers"
     script.write_text(
         f"import sys; sys.path.insert(0, {str(helpers)!r})\n"
-        "from pathlib import Path\nimport torch\nfrom distilling import distiller\n"
+        "from pathlib import Path\nimport torch\nfrom distilling import distiller, rows\n"
         "torch.set_num_threads(1)\n"
+        "class Stream(torch.utils.data.IterableDataset):\n"
+        "    def __iter__(self):\n"
+        "        for length in (4, 9, 6, 3):\n"
+        "            yield from rows(8, length)\n"
+        f"s = distiller(Path({str(tmp_path)!r}), data=Stream(), max_steps=2, ddp_backend='gloo')\n"
+        "assert s.train().global_step == 2\n"
         f"t = distiller(Path({str(tmp_path)!r}), dropout=0.0, max_steps=4, save_steps=4, ddp_backend='gloo')\n"
         "t.train()\n"
         "w = torch.cat([p.detach().flatten() for p in t.distillation.parameters()])\n"

@@ -1,16 +1,20 @@
 """Recorded features equal what transformers computes itself, for every family that has them."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import transformers as tf
+from distilling import distiller, rows
 from encoders import build, inputs_for
 
 import qbert
-from qbert.distill.features import Recorder
+from qbert.distill import recipes
+from qbert.distill.features import Recorder, dot_scores
 from qbert.students.shared import narrow_table
 
-SCORE_FAMILIES = ("bert", "roberta", "distilbert", "albert", "electra", "vit")
+SCORE_FAMILIES = ("bert", "roberta", "distilbert", "albert", "electra", "mpnet", "vit")
 
 
 def record(model: Any, features: set[str], inputs: dict[str, torch.Tensor], **options: Any) -> dict[str, list[Any]]:
@@ -25,6 +29,8 @@ def test_scores_give_the_attention_probabilities_of_the_model(family: str) -> No
     model, inputs = build(name).eval(), inputs_for(name)
     if name != family:
         model = qbert.prune(model, heads=[0.25, 0.0])
+    if name == "mpnet":
+        torch.nn.init.normal_(model.mpnet.encoder.relative_attention_bias.weight)
     scores = record(model, {"scores"}, inputs)["scores"]  # with the fast attention
     model.set_attn_implementation("eager")
     with torch.no_grad():
@@ -91,3 +97,39 @@ def test_no_hook_is_left_behind() -> None:
 def test_features_a_model_cannot_give_are_refused(family: str, feature: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Recorder(build(family), {feature})
+
+
+@pytest.mark.parametrize(
+    ("family", "options"),
+    [("RoFormer", {"embedding_size": 48}), ("Esm", {"position_embedding_type": "rotary", "mask_token_id": 4})],
+)
+def test_rotated_queries_and_keys_have_relations_but_no_scores(family: str, options: dict[str, Any]) -> None:
+    sizes = {"vocab_size": 100, "hidden_size": 48, "num_attention_heads": 4, "intermediate_size": 96}
+    config = getattr(tf, f"{family}Config")(**sizes, num_hidden_layers=2, pad_token_id=0, **options)
+    model = getattr(tf, f"{family}ForSequenceClassification")(config).eval()
+    with pytest.raises(ValueError, match=r"rotate them.*match 'relations.query' and 'relations.key'"):
+        Recorder(model, {"scores"})
+    assert len(record(model, {"relations.query"}, inputs_for("bert"))["relations.query"]) == 2
+
+
+@pytest.mark.parametrize("feature", ["scores", "relations.value", "hidden"])
+def test_features_of_some_layers_are_those_of_all(feature: str) -> None:
+    model, inputs = build("bert", num_hidden_layers=4).eval(), inputs_for("bert")
+    with torch.no_grad(), Recorder(model, {feature}) as recorder:
+        output = model(**inputs, **recorder.arguments)
+    every, some = recorder.features(feature, output), recorder.features(feature, output, [3, 1])
+    assert len(some) == 2 and torch.equal(some[0], every[3]) and torch.equal(some[1], every[1])
+
+
+def test_a_step_computes_the_relations_of_matched_layers_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    teacher = build("bert", num_hidden_layers=4).eval()
+    trainer = distiller(tmp_path, teacher=teacher, student=build("bert"), recipe=recipes.minilm())
+    made: list[int] = []
+
+    def counted(query: torch.Tensor, key: torch.Tensor, heads: int) -> torch.Tensor:
+        made.append(heads)
+        return dot_scores(query, key, heads)
+
+    monkeypatch.setattr("qbert.distill.features.dot_scores", counted)
+    trainer.distillation.losses(dict(trainer.data_collator(rows(4))))
+    assert len(made) == 6  # of queries, keys and values, in one layer of each model

@@ -55,6 +55,22 @@ def test_states_and_scores_are_summed_over_the_layers(recipe: Recipe, tmp_path: 
     torch.testing.assert_close(found["scores"], 3 * averaged["scores"])
 
 
+@pytest.mark.parametrize(
+    ("named", "pairs"),
+    [("uniform", [(0, 1), (1, 3)]), ("top", [(0, 2), (1, 3)]), ("uniform", [(-2, -3), (-1, -1)])],
+)
+@pytest.mark.parametrize("without", [(), ("embeddings",)])
+def test_tinyberts_pairs_are_of_layers_in_states_and_scores(
+    named: str, pairs: list[tuple[int, int]], without: tuple[str, ...], tmp_path: Path
+) -> None:
+    teacher, student = build("bert", num_hidden_layers=4), build("bert")
+    one, two = (
+        terms(recipes.tinybert(layers=x, projection=False, without=without), tmp_path, teacher=teacher, student=student)
+        for x in (named, pairs)
+    )
+    assert {k: float(v) for k, v in one[0].items()} == pytest.approx({k: float(v) for k, v in two[0].items()})
+
+
 def test_a_language_model_is_asked_about_every_real_token(tmp_path: Path) -> None:
     teacher, student = (tf.BertForMaskedLM(tf.BertConfig(**SMALL)).eval() for _ in range(2))
     data = [{**row, "labels": [-100, row["input_ids"][1]] + [-100] * 7} for row in rows(6)]
@@ -110,6 +126,38 @@ def test_heads_of_another_number_are_matched_by_relations(tmp_path: Path) -> Non
 def test_only_states_can_be_projected(feature: str) -> None:
     with pytest.raises(ValueError, match="maps states to another width"):
         Match(feature, projection="linear")
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Stage("a", (Match("logits"),), schedule="cosine"), "schedule='cosine' is not possible"),  # type: ignore[arg-type]
+        (lambda: Stage("a", (Match("logits"),), teacher="prevoius"), "teacher='prevoius' is not possible"),  # type: ignore[arg-type]
+        (lambda: recipes.logits(temperature=0), "temperature=0 of logits is not possible"),
+        (lambda: recipes.pkd(temperature=float("nan")), "temperature=nan of logits is not possible"),
+        (lambda: Match("hidden", options={"temperature": 2.0}), "takes no 'temperature'; use some of normalized"),
+        (lambda: Match("scores", options={"heads": 2}), "takes no 'heads'; use some of normalized"),
+        (lambda: Match("cls", options={"temperature": 2.0}), "takes no 'temperature'; leave options out"),
+        (lambda: Match("hidden", name="h.1", projection="linear"), "name='h.1' has a dot"),
+        (lambda: Match("hidden", layers=[]), r"layers=\[\] of hidden is empty"),
+    ],
+)
+def test_terms_and_stages_that_cannot_work_are_refused_when_they_are_made(make: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_losses_of_ones_own_take_any_option_they_name(tmp_path: Path) -> None:
+    def scaled(student: Any, teacher: Any, mask: Any, factor: float = 1.0) -> Any:
+        return factor * F.mse_loss(student, teacher)
+
+    match = Match("hidden", scaled, options={"factor": 3.0}, name="h.1")
+    found, *_ = terms(
+        Recipe("r", "test", (Stage("r", (match,)),)), tmp_path, teacher=build("bert"), student=build("bert")
+    )
+    assert float(found["h.1"]) > 0
+    with pytest.raises(ValueError, match="takes no 'fcator'; use some of factor"):
+        Match("hidden", scaled, options={"fcator": 3.0})
 
 
 def test_relations_of_several_numbers_of_heads_are_refused() -> None:

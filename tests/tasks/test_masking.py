@@ -1,5 +1,6 @@
 """Unlabelled text in rows, and words that are masked anew in every batch."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ from transformers import AutoModel, AutoTokenizer
 
 from qbert.tasks.candidates import MaskedWords
 from qbert.tasks.masking import MaskWords, language_model, text_rows
+from qbert.tasks.streams import TextStream
 
 TEXTS = [row["sentence"] for row in sentiment_rows(40)]
 
@@ -24,6 +26,28 @@ def test_long_texts_become_several_rows(encoder: Path) -> None:
     inside = [i for row in rows for i in row["input_ids"] if i not in tokenizer.all_special_ids]
     expected = tokenizer(" ".join([*TEXTS, *TEXTS[:8]]), add_special_tokens=False)["input_ids"]
     assert inside == expected and max(len(row["input_ids"]) for row in rows) == 16
+
+
+def test_words_of_a_stream_are_counted_as_those_of_rows(encoder: Path, tmp_path: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(encoder)
+    (tmp_path / "text.txt").write_text("\n".join(TEXTS))
+    stream = TextStream([tmp_path / "text.txt"], tokenizer, batch_size=4, least_words=1)
+    collate = MaskWords(tokenizer, stream)
+    assert torch.equal(collate.chance, MaskWords(tokenizer, text_rows(TEXTS, tokenizer)).chance)
+    assert (collate(list(stream)[:8])["labels"] != -100).any()
+    with pytest.raises(ValueError, match="rows can be read only once"):
+        MaskWords(tokenizer, iter(stream))
+
+
+def test_only_the_first_words_of_a_long_stream_are_counted(encoder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Stream(torch.utils.data.IterableDataset):  # type: ignore[type-arg]
+        def __iter__(self) -> Iterator[dict[str, list[int]]]:
+            while True:
+                yield {"input_ids": [7, 8]}
+
+    monkeypatch.setattr("qbert.tasks.masking._COUNTED", 9)
+    chance = MaskWords(AutoTokenizer.from_pretrained(encoder), Stream(), smoothing=1.0).chance
+    torch.testing.assert_close(chance[[7, 8]], torch.tensor([1 / 9, 1 / 9]))
 
 
 def test_words_are_asked_for_where_labels_are_and_differ_between_batches(encoder: Path) -> None:
