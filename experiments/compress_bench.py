@@ -25,7 +25,7 @@ from torch import nn
 from qbert import BitsConfig, model_size, optimize_for_inference, pack, quantize_model
 from qbert.encoders.targets import base_model, main_layers
 from qbert.files import read_json, write_json
-from qbert.results import Record
+from qbert.results import Record, first_difference
 from qbert.students.depth import DepthTable, compare_depths
 from qbert.students.vocabulary import word_table
 
@@ -367,8 +367,7 @@ class Bench:
             mark, asked = folder / _MARK, self.record.content["asked"]
             if not mark.is_file():
                 raise ValueError(f"--resume: {folder} does not say its settings; remove it, or leave --resume out")
-            found = read_json(mark)
-            other = next((name for name, value in asked.items() if found.get(name) != value), None)
+            other = first_difference(read_json(mark), asked)
             if other is not None:
                 raise ValueError(f"--resume: {folder} was made with another {other}; remove it, or leave --resume out")
         self._mark(folder)

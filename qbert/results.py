@@ -99,15 +99,21 @@ class Record:
         write_json(self.path, self.content)
 
 
+def first_difference(found: Any, asked: Mapping[str, Any]) -> str | None:
+    """The first name in `asked` under which `found`, as read from a file, has another value; None if there is none."""
+    held = found if isinstance(found, Mapping) else None
+    return next((name for name, value in asked.items() if held is None or held.get(name) != value), None)
+
+
 def refuse_foreign(path: Path, found: Any, asked: Mapping[str, Any]) -> None:
     """Refuse to go on from a file that was made of another model, other rows or other settings.
 
     Raises:
         ValueError: naming the first difference.
     """
-    for name, value in asked.items():
-        if not isinstance(found, dict) or found.get(name) != value:
-            raise ValueError(f"--resume: {path} was made with another {name}; remove the file, or leave --resume out")
+    name = first_difference(found, asked)
+    if name is not None:
+        raise ValueError(f"--resume: {path} was made with another {name}; remove the file, or leave --resume out")
 
 
 COMMAND_FORMAT = "qbert.command/1"

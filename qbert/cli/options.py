@@ -58,14 +58,15 @@ def resumable(work: Path, asked: Mapping[str, Any]) -> Iterator[None]:
         ValueError: the folder is of a run that was asked something else, or of no run at all.
     """
     from qbert.files import read_json, write_json
+    from qbert.results import first_difference
 
     note = work / "asked.json"
     if note.is_file():
         before = {"command": "distill", **read_json(note)}  # which alone kept something in earlier versions
-        for name, value in json.loads(json.dumps(asked)).items():
-            if before.get(name) != value:
-                said = {"config_file": "--config", "plan_file": "--plan"}.get(name, name)
-                raise ValueError(f"{work} is of an interrupted run with another {said}; remove it, or name another OUT")
+        name = first_difference(before, json.loads(json.dumps(asked)))
+        if name is not None:
+            said = {"config_file": "--config", "plan_file": "--plan"}.get(name, name)
+            raise ValueError(f"{work} is of an interrupted run with another {said}; remove it, or name another OUT")
     elif work.exists() and (not work.is_dir() or any(work.iterdir())):
         raise ValueError(f"{work}, where the work is kept, is there and of no interrupted run; name another OUT")
     work.mkdir(parents=True, exist_ok=True)
