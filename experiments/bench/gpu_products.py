@@ -22,7 +22,7 @@ from torch import Tensor
 from qbert.kernels import operators
 from qbert.kernels.gpu import tune
 from qbert.kernels.gpu.attention_ways import FLASH, measure_attention
-from qbert.kernels.gpu.layernorm_quant import measure_layernorm
+from qbert.kernels.gpu.layernorm_quant import layernorm_candidates, layernorm_quantize, measure_layernorm
 from qbert.kernels.gpu.tiles import E4M3, Tile, candidates
 from qbert.kernels.operands import InputGrid
 
@@ -140,7 +140,19 @@ def candidates_to_compile() -> dict[str, Callable[[], int]]:
         # What a kernel is compiled for: from 1,025 tokens on all have the same candidates.
         same = shape["kernel"], shape["bits"], rows > columns, columns % 256, min(shape["tokens"], 4096)
         found.setdefault(same, shape)
-    return {f"candidates {list(shape.values())}": partial(one, shape) for shape in found.values()}
+    cases: dict[str, Callable[[], int]] = {
+        f"candidates {list(shape.values())}": partial(one, shape) for shape in found.values()
+    }
+    for columns in (768, 384):
+        cases[f"candidates LayerNorm {columns}"] = partial(_compile_layernorms, columns)
+    return cases
+
+
+def _compile_layernorms(columns: int) -> int:
+    x, (weight, bias) = torch.randn(16, columns, device=DEVICE).half(), torch.randn(2, columns, device=DEVICE).half()
+    for tile in dict.fromkeys(t for tokens in (128, 4096, 49152) for t in layernorm_candidates(tokens, columns)):
+        layernorm_quantize(x, None, weight, bias, 1e-12, InputGrid(0.02), tile=tile)
+    return 0
 
 
 def tune_all() -> int:
