@@ -1,16 +1,19 @@
 """The kernels compiled for absent GPUs: no spills, int8 tensor cores, free unpacking, memory that fits."""
 
 import dataclasses
+from collections import Counter
 from importlib.metadata import version
 
 import pytest
 
 pytest.importorskip("triton")
 
+import triton
+import triton.language as tl
 from scripts import load_bench
 
 from qbert.kernels.gpu import attention, embedding, layernorm_quant, quantize_rows
-from qbert.kernels.gpu.products import matmul_a8, matmul_a8_mixed, matmul_a16
+from qbert.kernels.gpu.products import epilogue, matmul_a8, matmul_a8_mixed, matmul_a16
 from qbert.kernels.gpu.tiles import Tile, asm_for, candidates, rule, tail_of
 
 machine_code = load_bench("compile_report")
@@ -218,6 +221,25 @@ def test_row_quantization(range_, instructions, target):
     assert sum(report.sass.values()) <= instructions
 
 
+@triton.jit
+def elementwise_kernel(x_ptr, y_ptr, GELU: tl.constexpr):
+    y = tl.load(x_ptr + tl.arange(0, 1024))
+    tl.store(y_ptr + tl.arange(0, 1024), epilogue.gelu(y) if GELU else y)
+
+
+def test_gelu_costs_fourteen_instructions_and_no_branch():
+    """libdevice's erf would make it 32, in both versions of Triton."""
+    reports = [
+        compile_report(
+            elementwise_kernel, {"x_ptr": "*fp32", "y_ptr": "*fp32"}, {"GELU": gelu}, target="sm_90", num_warps=1
+        )
+        for gelu in (False, True)
+    ]
+    copied, computed = (r.sass - Counter({"NOP": r.sass["NOP"]}) for r in reports)
+    assert (computed.total() - copied.total()) / 32 <= 14.2
+    assert computed["MUFU"] == 32 and computed["BRA"] == copied["BRA"] and reports[1].spills == 0
+
+
 def compile_layernorm(tile: Tile, target: str, range_: str, columns: int, dtype: str = "fp16", **changes) -> Report:
     kernel = layernorm_quant.layernorm_quantize_kernel
     pointers = dict.fromkeys(["x_ptr", "y_ptr", "residual_ptr", "weight_ptr", "bias_ptr"], f"*{dtype}")
@@ -344,8 +366,6 @@ def test_query_key_and_value_take_the_memory_of_one(bits, tokens, target):
 
 
 def needs_amd_backend() -> None:
-    import triton
-
     if "amd" not in triton.backends.backends:
         pytest.skip(f"Triton {triton.__version__} has no AMD backend")
     if tuple(int(part) for part in triton.__version__.split(".")[:2]) < (3, 6):
