@@ -14,6 +14,7 @@ wants at the first call (`PreparedCache`); single kernels, for fused encoder lay
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable, Hashable
 from typing import Any, TypeVar
@@ -98,6 +99,22 @@ def implementation(device: torch.device) -> str:
             return "dense"
         return "triton"
     return "dense"
+
+
+def e4m3_by_cublas(device: torch.device, tokens: int, rows: int, columns: int, bits: int) -> bool:
+    """Whether a product of e4m3 activations with W [rows, columns] takes `operators.matmul_e4m3`, not `matmul_a8`.
+
+    The environment variable QBERT_E4M3 decides: "cublas" or "triton"; without it what was measured, or a rule
+    (`gpu.products.matmul_e4m3`). Raises ValueError for another value.
+    """
+    forced = os.environ.get("QBERT_E4M3", "")
+    if forced not in ("", "cublas", "triton"):
+        raise ValueError(f"QBERT_E4M3 must be 'cublas', 'triton' or not set, got {forced!r}.")
+    if forced or implementation(device) != "triton":
+        return forced == "cublas"
+    from qbert.kernels.gpu.products.matmul_e4m3 import is_faster
+
+    return is_faster(device, tokens, rows, columns, bits)
 
 
 @operator(check_linear, like=lambda x, weight, bias, grid: x.new_empty((*x.shape[:-1], weight.rows)))

@@ -10,6 +10,8 @@ goes into the bias:
 Asymmetric activations have an offset a token, x ~ x_scale xq + x_offset: the term x_offset[t] weight_sum[o] is added,
 with weight_sum = scale (sum_i q - I zero), the sums of the real weights.
 
+Weights that eight-bit floats hold exactly, zeros subtracted, go through the vendor's product of those (`e4m3_weight`).
+
     terms = Terms.prepare(weight, bias)
     y = operators.matmul_a8(xq, x_scale, row_sum, terms.of([weight.codes], [weight.bits]))
 """
@@ -22,7 +24,7 @@ import torch
 from torch import Tensor
 
 from qbert.kernels import reference
-from qbert.kernels.operands import PER_TOKEN, InputGrid, PackedWeight, ProductWeight
+from qbert.kernels.operands import PER_TOKEN, E4m3Weight, InputGrid, PackedWeight, ProductWeight
 
 
 def fixed_point_zero(zero: Tensor, bits: int, columns: int) -> Tensor | None:
@@ -90,3 +92,17 @@ class Terms(NamedTuple):
     def of(self, codes: list[Tensor], bits: list[int]) -> ProductWeight:
         """What a product takes: these terms with the packed codes that they belong to."""
         return ProductWeight(codes, bits, self.scale, self.zero, self.bias, self.weight_sum)
+
+
+def e4m3_weight(weights: list[PackedWeight], terms: Terms, grid: InputGrid, dtype: torch.dtype) -> E4m3Weight | None:
+    """Weights with one e4m3 input, one under the other, for `operators.matmul_e4m3`; None where e4m3 changes some code.
+
+    Codes of 2 to 4 bits minus a whole or half zero are exact: e4m3 has four digits and reaches 448. A static step of
+    `grid` goes into the scale, so that the product needs none for its tokens. The bias comes in `dtype`, the result's.
+    """
+    codes = torch.cat([w.unpacked() for w in weights]).float() - terms.row_zero[:, None]
+    floats = codes.to(torch.float8_e4m3fn)
+    if not torch.equal(floats.float(), codes):
+        return None
+    scale = terms.scale * grid.scale if grid.scale else terms.scale
+    return E4m3Weight(floats, scale, None if terms.bias is None else terms.bias.to(dtype))

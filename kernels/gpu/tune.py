@@ -7,6 +7,7 @@ decides. Set QBERT_TILES to a file name to keep the choices.
 
     tune("matmul_a8", tokens=4096, rows=3072, columns=768, bits=4)
     tune("matmul_a8_mixed_e4m3", tokens=4096, rows=768, columns=768, bits=4)        # query, key and value
+    measure_e4m3(tokens=4096, rows=3 * 768, columns=768, bits=4)                    # beside cuBLASLt's
 """
 
 from __future__ import annotations
@@ -20,11 +21,14 @@ from triton.runtime.errors import OutOfResources, PTXASError
 from triton.testing import do_bench_cudagraph
 
 from qbert.kernels import formats
+from qbert.kernels.gpu.layernorm_quant import layernorm_quantize
 from qbert.kernels.gpu.products.matmul_a8 import matmul_a8
 from qbert.kernels.gpu.products.matmul_a8_mixed import matmul_a8_mixed
 from qbert.kernels.gpu.products.matmul_a16 import matmul_a16
-from qbert.kernels.gpu.tiles import E4M3, Tile, measure
-from qbert.kernels.operands import InputGrid, ProductWeight
+from qbert.kernels.gpu.products.matmul_e4m3 import CUBLAS, WAYS, matmul_e4m3
+from qbert.kernels.gpu.quantize_rows import quantize_rows
+from qbert.kernels.gpu.tiles import E4M3, Tile, choose_tile, measure
+from qbert.kernels.operands import E4m3Weight, InputGrid, ProductWeight
 
 KERNELS = ("matmul_a8", f"matmul_a8{E4M3}", "matmul_a8_mixed", f"matmul_a8_mixed{E4M3}", "matmul_a16")
 
@@ -45,10 +49,7 @@ def tune(kernel: str, *, tokens: int, rows: int, columns: int, bits: int) -> Til
         raise ValueError(f"{kernel} takes weights of 2 to 4 bits, got {bits}.")
     if not torch.cuda.is_available():
         raise RuntimeError("tune times kernels on a CUDA device, and there is none.")
-    copies = 2 if tokens >= _FLUSHING_TOKENS else min(64, _COLD_BYTES // formats.packed_nbytes(rows, columns, bits))
-    copies = max(2, copies)
-    row_bytes = formats.packed_row_nbytes(columns, bits)
-    weights = torch.randint(0, 256, (copies, rows, row_bytes), dtype=torch.uint8, device="cuda")
+    weights = _packed(tokens, rows, columns, bits)
     launch = encoder_launch(kernel, tokens, rows, columns, bits, "cuda")
 
     def milliseconds(tile: Tile) -> float:
@@ -57,11 +58,65 @@ def tune(kernel: str, *, tokens: int, rows: int, columns: int, bits: int) -> Til
                 launch(weight, tile)
 
         try:
-            return float(do_bench_cudagraph(run, rep=_BENCH_MS)) / copies
+            return float(do_bench_cudagraph(run, rep=_BENCH_MS)) / len(weights)
         except (OutOfResources, PTXASError, CompilationError):
             return float("inf")
 
     return measure(kernel, tokens, rows, columns, bits, torch.cuda.get_device_name(), milliseconds)
+
+
+def measure_e4m3(*, tokens: int, rows: int, columns: int, bits: int) -> Tile:
+    """The fastest product of e4m3 inputs [tokens, columns] with W [rows, columns]: `CUBLAS`, or a tile of `matmul_a8`.
+
+    Each with all that it takes to the next product's input: GELU and codes where W has more rows than columns, the
+    residual and LayerNorm elsewhere, nothing for query, key and value, 3 x `columns` rows. Tune the tile before.
+    Raises ValueError for bits above 4, RuntimeError without a CUDA device.
+    """
+    if bits > 4:
+        raise ValueError(f"e4m3 holds weights of 2 to 4 bits, got {bits}.")
+    if not torch.cuda.is_available():
+        raise RuntimeError("measure_e4m3 times kernels on a CUDA device, and there is none.")
+    mixed = rows == 3 * columns
+    height, name = columns if mixed else rows, torch.cuda.get_device_name()
+    kernel = f"matmul_a8_mixed{E4M3}" if mixed else f"matmul_a8{E4M3}"
+    tile = choose_tile(kernel, tokens, height, columns, bits, name)
+    packed = _packed(tokens, height, columns, bits)
+    launch = encoder_launch(kernel, tokens, height, columns, bits, "cuda")
+    floats = torch.randint(-7, 8, (len(packed), rows, columns), device="cuda").to(torch.float8_e4m3fn)
+    scale, norm = torch.rand(rows, device="cuda") * 0.01, torch.ones(rows, device="cuda", dtype=torch.float16)
+    x = torch.randn(tokens, columns, device="cuda").to(torch.float8_e4m3fn)
+    residual = torch.randn(tokens, rows, device="cuda", dtype=torch.float16)
+    grid = InputGrid(0.1, codes_dtype=torch.float8_e4m3fn)
+
+    def ours(copy: int) -> None:
+        y = launch(packed[copy], tile)
+        if rows <= columns:
+            layernorm_quantize(y, None, norm, norm, 1e-12, grid)
+
+    def theirs(copy: int) -> None:
+        y = matmul_e4m3(x, None, E4m3Weight(floats[copy], scale, norm), torch.float16)
+        if rows <= columns:
+            layernorm_quantize(y, residual, norm, norm, 1e-12, grid)
+        elif not mixed:
+            quantize_rows(y, grid, gelu=True)
+
+    def milliseconds(way: Tile) -> float:
+        one = theirs if way == CUBLAS else ours
+
+        def run() -> None:
+            for copy in range(len(packed)):
+                one(copy)
+
+        return float(do_bench_cudagraph(run, rep=_BENCH_MS)) / len(packed)
+
+    return measure(WAYS, tokens, rows, columns, bits, name, milliseconds, [CUBLAS, tile])
+
+
+def _packed(tokens: int, rows: int, columns: int, bits: int) -> Tensor:
+    """Weights uint8 [copies, rows, row bytes], so many copies that their rotation leaves the L2 cache cold."""
+    copies = 2 if tokens >= _FLUSHING_TOKENS else min(64, _COLD_BYTES // formats.packed_nbytes(rows, columns, bits))
+    row_bytes = formats.packed_row_nbytes(columns, bits)
+    return torch.randint(0, 256, (max(2, copies), rows, row_bytes), dtype=torch.uint8, device="cuda")
 
 
 def encoder_launch(

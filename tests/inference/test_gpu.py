@@ -124,6 +124,24 @@ def test_e4m3_operands_are_the_weights_with_inputs_in_eight_bit_floats(family: s
     assert error(hidden(packed, batch)[keep], expected) < 0.02
 
 
+@pytest.mark.parametrize("ranges", ["dynamic", "static"])
+@pytest.mark.parametrize("bits", [3, {"*.intermediate.dense": 8, "*": 4}, {"*.1.output.dense": 8, "*": 2}])
+def test_products_by_cublas_give_what_packed_ones_give(bits: Any, ranges: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Layers of fp16 between products of both kinds: GELU, residual and codes are then those of the row kernels."""
+    packed = packed_encoder("bert", ranges == "static", bits, activation_range=ranges).half()
+    batch, got = inputs_for("bert", 3, 11), {}
+    for way in ("triton", "cublas"):
+        monkeypatch.setenv("QBERT_E4M3", way)
+        encoder = GpuEncoder(packed, operands="e4m3")
+        products = [p for layer in encoder.layers for p in (layer.attention_output, layer.ffn_in, layer.ffn_out)]
+        by_cublas = [p.floats is not None for p in (*products, *(layer.qkv for layer in encoder.layers))]
+        assert by_cublas == [way == "cublas" and p.weight.bits[0] <= 4 for p in products] + [way == "cublas"] * 2
+        packed.forward = encoder
+        got[way] = hidden(packed, batch)[batch["attention_mask"].bool()].float()
+        del packed.__dict__["forward"]
+    assert 0 < error(got["cublas"], got["triton"]) < 3e-3
+
+
 def test_operands_that_a_device_does_not_multiply_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match="operands='e4m3' is for GPUs"):
         qbert.optimize_for_inference(packed_encoder("bert"), operands="e4m3")

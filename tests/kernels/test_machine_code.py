@@ -211,15 +211,24 @@ def types_of(kernel, pointers: dict[str, str], integers: list[str], floats: list
 def test_row_kernels(range_, target):
     pointers = {"x_ptr": "*fp16", "q_ptr": "*i8", "scale_ptr": "*fp32", "row_sum_ptr": "*i32", "y_ptr": "*fp16"}
     pointers |= {"residual_ptr": "*fp16", "weight_ptr": "*fp16", "bias_ptr": "*fp16"}
-    integers, floats = ["width", "stride_x", "stride_r"], ["eps", "static_scale", "static_zero"]
+    integers, floats = ["width", "stride_x", "stride_r"], ["eps", "static_scale", "inv_static_scale", "static_zero"]
     kernel = quantize_rows.quantize_rows_kernel
-    constants = {"RANGE": range_, "BLOCK": 1024}
+    constants = {"RANGE": range_, "BLOCK": 1024, "GELU": False}
     report = compile_report(kernel, types_of(kernel, pointers, integers, floats), constants, target=target)
     assert report.spills == 0 and report.registers <= (80 if range_ == "asymmetric" else 72 if OLDER else 64)
     kernel = layernorm_quant.layernorm_quantize_kernel
-    constants |= {"HAS_RESIDUAL": True}
+    constants = {"RANGE": range_, "BLOCK": 1024, "HAS_RESIDUAL": True}
     report = compile_report(kernel, types_of(kernel, pointers, integers, floats), constants, target=target)
     assert report.spills == 0 and report.registers <= (68 if OLDER else 64)
+
+
+@pytest.mark.parametrize("range_", ["dynamic", "static"])
+def test_rows_behind_gelu_in_eight_bit_floats(range_):
+    kernel = quantize_rows.quantize_rows_kernel
+    pointers = {"x_ptr": "*fp16", "q_ptr": "*fp8e4nv", "scale_ptr": "*fp32", "row_sum_ptr": "*i32"}
+    types = types_of(kernel, pointers, ["width", "stride_x"], ["static_scale", "inv_static_scale", "static_zero"])
+    report = compile_report(kernel, types, {"RANGE": range_, "BLOCK": 1024, "GELU": True}, target="sm_90")
+    assert report.spills == 0 and report.registers <= 64
 
 
 @pytest.mark.parametrize("target", ["sm_80", "sm_90"])

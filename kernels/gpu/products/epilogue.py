@@ -11,13 +11,8 @@ acc is [O, T], the transpose of what is stored, because weights are the left ope
 import triton
 import triton.language as tl
 
+from qbert.kernels.gpu.gelu import gelu
 from qbert.kernels.gpu.quantize_rows import count, to_codes
-
-
-@triton.jit
-def gelu(y):
-    """Exact GELU, float32."""
-    return y * 0.5 * (1.0 + tl.erf(y * 0.7071067811865476))
 
 
 @triton.jit
