@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from qbert.kernels import formats
-from qbert.kernels.operands import Heads, InputGrid, PackedWeight, ProductWeight
+from qbert.kernels.operands import E4m3Weight, Heads, InputGrid, PackedWeight, ProductWeight
 
 ACTIVATIONS = (torch.float32, torch.float16, torch.bfloat16)
 CODES = (torch.int8, torch.float8_e4m3fn)
@@ -195,7 +195,7 @@ def check_rows(name: str, x: Tensor) -> None:
     check_shape(name, x, "tokens", "in")
 
 
-def check_quantize_rows(x: Tensor, grid: InputGrid) -> None:
+def check_quantize_rows(x: Tensor, grid: InputGrid, gelu: bool) -> None:
     """The arguments of `operators.quantize_rows`."""
     check_rows("x", x)
     check_codes(grid, x.shape[1])
@@ -227,6 +227,26 @@ def check_matmul_a8_mixed(
     """The arguments of `operators.matmul_a8_mixed`."""
     check_product(xq, x_scale, row_sum, weight, 3)
     check_float_dtype(out_dtype)
+
+
+def check_matmul_e4m3(xq: Tensor, x_scale: Tensor | None, weight: E4m3Weight, out_dtype: torch.dtype) -> None:
+    """The arguments of `operators.matmul_e4m3`."""
+    check_dtype("xq", xq, torch.float8_e4m3fn)
+    check_shape("xq", xq, "tokens", "in")
+    check_dtype("x_scale", x_scale, torch.float32)
+    check_shape("x_scale", x_scale, xq.shape[0])
+    check_dtype("codes", weight.codes, torch.float8_e4m3fn)
+    check_shape("codes", weight.codes, "out", xq.shape[1])
+    check_dtype("scale", weight.scale, torch.float32)
+    check_shape("scale", weight.scale, weight.rows)
+    check_shape("bias", weight.bias, weight.rows)
+    if out_dtype not in (torch.float16, torch.bfloat16):
+        raise TypeError(f"out_dtype must be float16 or bfloat16, got {out_dtype}.")
+    check_dtype("bias", weight.bias, out_dtype)
+    check_same_device(xq=xq, x_scale=x_scale, codes=weight.codes, scale=weight.scale, bias=weight.bias)
+    for name, size in (("in", xq.shape[1]), ("out", weight.rows)):
+        if size % 16:
+            raise ValueError(f"codes must have multiples of 16 rows and columns, got {size} ({name}); use matmul_a8.")
 
 
 def check_matmul_a16(x: Tensor, weight: ProductWeight) -> None:

@@ -14,6 +14,7 @@ wants at the first call (`PreparedCache`); single kernels, for fused encoder lay
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable, Hashable
 from typing import Any, TypeVar
@@ -98,6 +99,23 @@ def implementation(device: torch.device) -> str:
             return "dense"
         return "triton"
     return "dense"
+
+
+def takes_unpacked(device: torch.device, tokens: int, rows: int, columns: int, bits: int, e4m3: bool = False) -> bool:
+    """Whether tokens are multiplied with W [rows, columns] as it is unpacked, a byte a weight, or as it is stored.
+
+    Unpacked weights of 2 to 4 bits go through the 8-bit product or, where activations are in e4m3, `matmul_e4m3`.
+    The environment variable QBERT_WEIGHTS decides: "packed" or "unpacked"; without it what was measured on this GPU,
+    or a rule (`gpu.tiles.unpacked_is_faster`). Raises ValueError for another value.
+    """
+    forced = os.environ.get("QBERT_WEIGHTS", "")
+    if forced not in ("", "packed", "unpacked"):
+        raise ValueError(f"QBERT_WEIGHTS must be 'packed', 'unpacked' or not set, got {forced!r}.")
+    if forced or implementation(device) != "triton":
+        return forced == "unpacked"
+    from qbert.kernels.gpu.tiles import unpacked_is_faster
+
+    return unpacked_is_faster(device, tokens, rows, columns, bits, e4m3)
 
 
 @operator(check_linear, like=lambda x, weight, bias, grid: x.new_empty((*x.shape[:-1], weight.rows)))

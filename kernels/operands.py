@@ -98,6 +98,23 @@ class PackedWeight(NamedTuple):
         return formats.unpack(self.codes, self.bits, self.columns)
 
 
+class E4m3Weight(NamedTuple):
+    """A weight [O, I] as a product of eight-bit floats takes it: W[o, i] = scale[o] codes[o, i], y + bias.
+
+    codes float8_e4m3fn [O, I], zeros subtracted; scale float32 [O]; bias [O] in the dtype of the result.
+    `terms.e4m3_weight` makes it from stored weights that it holds exactly.
+    """
+
+    codes: Tensor
+    scale: Tensor
+    bias: Tensor | None = None
+
+    @property
+    def rows(self) -> int:
+        """O."""
+        return self.codes.shape[0]
+
+
 class ProductWeight(NamedTuple):
     """A weight as an int8, e4m3 or fp16 product takes it: codes, and what its epilogue needs of every output row.
 

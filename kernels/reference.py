@@ -34,7 +34,7 @@ import torch
 from torch import Tensor
 
 from qbert.kernels import formats
-from qbert.kernels.operands import E4M3_MAX, PER_TOKEN, InputGrid, ProductWeight
+from qbert.kernels.operands import E4M3_MAX, PER_TOKEN, E4m3Weight, InputGrid, ProductWeight
 
 A8_MAX = 127  # symmetric int8: -128 is not used, so that negation is exact
 E4M3_UNITS = 512  # every e4m3 number is a whole number of 1 / 512
@@ -235,6 +235,13 @@ def product(xq: Tensor, x_scale: Tensor, row_sum: Tensor | None, weight: Product
     if weight.weight_sum is not None:
         y += grid[1][:, None] * weight.weight_sum.to(torch.float64)
     return y if weight.bias is None else y + weight.bias
+
+
+def matmul_e4m3(xq: Tensor, x_scale: Tensor | None, weight: E4m3Weight) -> Tensor:
+    """Product and bias, float64 [T, O], of e4m3 activations [T, I], steps [T] or 1, and e4m3 weights."""
+    y = xq.double() @ weight.codes.double().T * weight.scale.double()
+    y = y if x_scale is None else y * x_scale.double()[:, None]
+    return y if weight.bias is None else y + weight.bias.double()
 
 
 def matmul_a16(x: Tensor, codes: Tensor, scale: Tensor, zero: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -19,7 +19,7 @@ from qbert.kernels import dispatch, formats, operators, reference
 from qbert.kernels.gpu import tiles as tile_table
 from qbert.kernels.gpu.products.matmul_a8 import matmul_a8
 from qbert.kernels.gpu.tiles import Tile, rule
-from qbert.kernels.operands import FLOAT, Heads, InputGrid, PackedWeight, ProductWeight
+from qbert.kernels.operands import FLOAT, E4m3Weight, Heads, InputGrid, PackedWeight, ProductWeight
 
 SMALL = MODE == "dry"
 FLOAT_BOUND = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.2e-2}
@@ -134,7 +134,9 @@ def beyond_rounding(ours: Tensor, theirs: Tensor, off_by: Tensor) -> float:
     if ours.dtype == torch.int8:
         step: float | Tensor = 1.0
     else:
-        smallest, digits = {E4M3: (-6, 3), torch.float16: (-14, 10)}.get(ours.dtype, (-126, 23))
+        smallest, digits = {E4M3: (-6, 3), torch.float16: (-14, 10), torch.bfloat16: (-126, 7)}.get(
+            ours.dtype, (-126, 23)
+        )
         exponent = torch.frexp(torch.maximum(a.abs(), b.abs())).exponent - 1
         step = torch.ldexp(torch.ones_like(a), exponent.clamp(min=smallest) - digits)
     return float((((a - b).abs() - step).clamp(min=0) / off_by.double().clamp(min=1e-30)).max())
@@ -286,6 +288,27 @@ def eight_bit_floats(bits: int, rows: int, columns: int) -> int:
     return tally.end()
 
 
+def by_cublas() -> int:
+    """e4m3 weights and activations multiplied by cuBLASLt."""
+    tally = Tally("e4m3 product by cuBLASLt")
+    for rows, columns in ((32, 64),) if SMALL else ((2304, 768), (768, 3072), (3072, 768), (1152, 384), (320, 1200)):
+        weights = (torch.randint(-15, 16, (rows, columns), device=DEVICE) / 2).to(E4M3)
+        scale, bias = torch.rand(rows, device=DEVICE) * 0.01 + 0.005, torch.randn(rows, device=DEVICE)
+        for tokens in (5,) if SMALL else (1, 33, 1024, 4096):
+            with twins():
+                x = operators.quantize_rows(normal(tokens, columns), InputGrid(codes_dtype=E4M3))
+            off_by = e4m3_error(x, weights, scale, None)
+            for dtype in (torch.float16, torch.bfloat16):
+                for x_scale, added in ((x[1], bias.to(dtype)), (None, None)):
+                    what = (
+                        f"{rows}x{columns}, {tokens} tokens, {dtype}, {'static' if x_scale is None else 'token, bias'}"
+                    )
+                    allowed = off_by / x[1][:, None].clamp(min=1e-30) if x_scale is None else off_by
+                    whole = E4m3Weight(weights, scale, added)
+                    compare(tally, what, operators.matmul_e4m3, x[0], x_scale, whole, dtype, off_by=allowed)
+    return tally.end()
+
+
 def e4m3_error(x: tuple[Tensor, ...], weights: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
     """How far a product on sm_90 may be off, float64 [T, O]; x: e4m3 codes [T, I], scales, sums; weights [O, I]."""
     if MODE == "compile":
@@ -343,7 +366,9 @@ def rows() -> int:
             grids = (InputGrid(), InputGrid(asymmetric=True), InputGrid(0.03, -11))
             for grid in (*grids, InputGrid(codes_dtype=E4M3), InputGrid(0.01, codes_dtype=E4M3)):
                 what = f"{tokens}x{width} {dtype} {grid}"
-                compare(tally, f"quantize {what}", operators.quantize_rows, x, grid)
+                for gelu in (False, True):
+                    name = f"quantize {'GELU of ' * gelu}{what}"
+                    compare(tally, name, operators.quantize_rows, x, grid, gelu=gelu)
                 # Codes are compared on the very rows that the kernel normalized, since one rounding moves a code.
                 compare(tally, f"LayerNorm {what}", _normed, x, residual, *norm, grid)
     return tally.end()
@@ -508,7 +533,7 @@ def cases() -> dict[str, Callable[[], int]]:
         for r, c in [wide, odd, *high]
     }
     found |= {f"epilogues-{bits}": partial(epilogues, bits, *wide) for bits in (8, 4, 3, 2)}
-    found |= {"attention": attend, "mixed": mixed, "rows": rows, "tables": tables}
+    found |= {"attention": attend, "e4m3-cublas": by_cublas, "mixed": mixed, "rows": rows, "tables": tables}
     found |= {f"floats-{bits}": partial(floats, bits) for bits in (8, 4, 3, 2)}
     for bits in (8, 4, 3, 2):
         found |= {f"integers-{bits}-{r}x{c}": partial(integers, bits, r, c) for r, c in shapes}

@@ -23,8 +23,8 @@ from qbert.kernels import operators
 from qbert.kernels.gpu import tune
 from qbert.kernels.gpu.attention_ways import FLASH, measure_attention
 from qbert.kernels.gpu.layernorm_quant import layernorm_candidates, layernorm_quantize, measure_layernorm
-from qbert.kernels.gpu.tiles import E4M3, Tile, candidates
-from qbert.kernels.operands import InputGrid
+from qbert.kernels.gpu.tiles import E4M3, UNPACKED, Tile, candidates
+from qbert.kernels.operands import E4m3Weight, InputGrid
 
 
 def measure(models: Sequence[str], token_counts: Sequence[int], seconds: float = 60) -> int:
@@ -58,6 +58,7 @@ def measure_one(name: str, rows: int, columns: int, tokens: int) -> int:
     if MODE == "dry" or torch.cuda.get_device_capability() >= (8, 9):
         floats: Any = operators.quantize_rows(x, InputGrid(codes_dtype=torch.float8_e4m3fn))
         build |= {f"W{b} e4m3": partial(_a8, floats, rows, b, copies) for b in (4, 3, 2)}
+        build["e4m3 by cuBLAS"] = partial(_by_cublas, floats, rows, copies)
     if tokens <= 64:
         build["W4A16"] = partial(low_bit_products._ours_a16, x, rows, copies)
     runs = {}
@@ -97,6 +98,12 @@ def _scaled_mm(x: Tensor, rows: int, copies: int) -> Callable[[int], Any]:
     return lambda copy: torch._scaled_mm(codes, weights[copy].T, *scales, out_dtype=torch.bfloat16, use_fast_accum=True)
 
 
+def _by_cublas(x: Any, rows: int, copies: int) -> Callable[[int], Any]:
+    weights = torch.randint(-7, 8, (copies, rows, x[0].shape[1]), device=DEVICE).to(torch.float8_e4m3fn)
+    scale, bias = torch.rand(rows, device=DEVICE), torch.randn(rows, device=DEVICE, dtype=torch.float16)
+    return lambda copy: operators.matmul_e4m3(x[0], x[1], E4m3Weight(weights[copy], scale, bias))
+
+
 BASE_SHAPES = ((3072, 768), (768, 3072), (768, 768))
 MINI_SHAPES = ((1536, 384), (384, 1536), (384, 384))
 
@@ -105,16 +112,25 @@ def work() -> list[dict[str, Any]]:
     """What is tuned, the most valuable first: BERT-base's products with many tokens, then with few, then MiniLM's."""
     engines = [("matmul_a8", 8), ("matmul_a8", 4), (f"matmul_a8{E4M3}", 4), (f"matmul_a8{E4M3}", 2), ("matmul_a8", 2)]
     if MODE == "dry":
-        return [{"kernel": "matmul_a8", "tokens": 16, "rows": 64, "columns": 256, "bits": 4}]
+        shape = {"tokens": 16, "rows": 64, "columns": 256, "bits": 4}
+        return [{"kernel": name} | shape for name in ("matmul_a8", "weights", f"weights{E4M3}")]
     rounds = [(BASE_SHAPES, 49152, engines), (BASE_SHAPES, 4096, engines), (BASE_SHAPES, 128, engines[:3])]
     rounds.append((MINI_SHAPES, 4096, engines[:2]))
-    return [
-        {"kernel": name, "tokens": tokens, "rows": rows, "columns": columns, "bits": bits}
-        for shapes, tokens, kernels in rounds
-        for kernel, bits in kernels
-        for rows, columns in shapes
-        for name in ([kernel] if rows != columns else [kernel, kernel.replace("matmul_a8", "matmul_a8_mixed")])
-    ]
+    found: list[dict[str, Any]] = []
+    for shapes, tokens, kernels in rounds:
+        for kernel, bits in kernels:
+            ways = [(kernel, rows, columns) for rows, columns in shapes]
+            ways += [(kernel.replace("matmul_a8", "matmul_a8_mixed"), rows, columns) for rows, columns in shapes[2:]]
+            high = [(3 * rows, columns) for rows, columns in shapes[2:]]  # query, key and value as one weight
+            if bits == 8:
+                ways += [(kernel, rows, columns) for rows, columns in high]
+            elif tokens > 128:
+                ways += [("weights" + kernel.removeprefix("matmul_a8"), *shape) for shape in (*shapes, *high)]
+            found += [
+                {"kernel": name, "tokens": tokens, "rows": rows, "columns": columns, "bits": bits}
+                for name, rows, columns in ways
+            ]
+    return found
 
 
 def _compile_all(kernel: str, tokens: int, rows: int, columns: int, bits: int, *rest: Any) -> Tile:
@@ -135,7 +151,7 @@ def candidates_to_compile() -> dict[str, Callable[[], int]]:
         return 0
 
     found: dict[tuple[Any, ...], dict[str, Any]] = {}
-    for shape in work():
+    for shape in (s for s in work() if not s["kernel"].startswith("weights")):
         rows, columns = shape["rows"], shape["columns"]
         # What a kernel is compiled for: from 1,025 tokens on all have the same candidates.
         same = shape["kernel"], shape["bits"], rows > columns, columns % 256, min(shape["tokens"], 4096)
@@ -168,13 +184,21 @@ def tune_all() -> int:
         start = time.time()
         try:
             with pretending():
-                best = tune.tune(**shape)
-            say(f"tile for {list(shape.values())}: {best} ({time.time() - start:.1f} s)")
-            record(kind="tile", **shape, tile=short(best))
+                best = _best(shape)
+            found = "unpacked" if best == UNPACKED else short(best)
+            say(f"tile for {list(shape.values())}: {found} ({time.time() - start:.1f} s)")
+            record(kind="tile", **shape, tile=found)
         except Exception as error:
             failures += 1
             say(f"tile for {list(shape.values())} FAILED: {brief(error)}")
     return failures
+
+
+def _best(shape: dict[str, Any]) -> Tile:
+    if shape["kernel"].startswith("weights"):
+        sizes = {key: value for key, value in shape.items() if key != "kernel"}
+        return tune.measure_unpacked(**sizes, e4m3=shape["kernel"].endswith(E4M3))
+    return tune.tune(**shape)
 
 
 def _tune_the_rest() -> int:

@@ -27,7 +27,10 @@ import triton.language as tl
 from torch import Tensor
 
 from qbert.kernels.gpu.division import lift_of, quotient
+from qbert.kernels.gpu.gelu import gelu as gelu_of
 from qbert.kernels.operands import PER_TOKEN, InputGrid
+
+_MANY_TOKENS = 1024  # from so many on a program's instructions count, below its latency
 
 
 @triton.jit
@@ -114,6 +117,14 @@ def asymmetric_codes(x, low, step):
 
 
 @triton.jit
+def _load(at, inside, GELU: tl.constexpr):
+    x = tl.load(at, mask=inside, other=0.0).to(tl.float32)
+    if GELU:
+        x = gelu_of(x)
+    return x
+
+
+@triton.jit
 def quantize_rows_kernel(
     x_ptr,
     q_ptr,
@@ -121,12 +132,17 @@ def quantize_rows_kernel(
     row_sum_ptr,
     width,
     static_scale,
+    inv_static_scale,
     static_zero,
     stride_x,
     RANGE: tl.constexpr,
+    GELU: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Grid (T,). Rows longer than BLOCK are read twice, in pieces. RANGE: "dynamic", "asymmetric" or "static"."""
+    """Grid (T,). Rows longer than BLOCK are read twice, in pieces. RANGE: "dynamic", "asymmetric" or "static".
+
+    GELU is rounded itself, so that after it a multiplication does for the division by a static step.
+    """
     F8: tl.constexpr = q_ptr.dtype.element_ty == tl.float8e4nv
     row = tl.program_id(0)
     x_ptr += row.to(tl.int64) * stride_x
@@ -136,8 +152,8 @@ def quantize_rows_kernel(
     if RANGE == "dynamic":
         largest = tl.zeros((BLOCK,), dtype=tl.float32)
         for start in range(0, width, BLOCK):
-            x = tl.load(x_ptr + start + column, mask=start + column < width, other=0.0)
-            largest = tl.maximum(largest, tl.abs(x.to(tl.float32)))
+            x = _load(x_ptr + start + column, start + column < width, GELU)
+            largest = tl.maximum(largest, tl.abs(x))
         peak = tl.max(largest, axis=0)
     total = tl.zeros((BLOCK,), dtype=tl.int32)
     scale = static_scale
@@ -146,7 +162,7 @@ def quantize_rows_kernel(
         largest = tl.full((BLOCK,), float("-inf"), dtype=tl.float32)
         for start in range(0, width, BLOCK):
             inside = start + column < width
-            x = tl.load(x_ptr + start + column, mask=inside, other=0.0).to(tl.float32)
+            x = _load(x_ptr + start + column, inside, GELU)
             least = tl.minimum(least, tl.where(inside, x, float("inf")))
             largest = tl.maximum(largest, tl.where(inside, x, float("-inf")))
         low = tl.min(least, axis=0)
@@ -154,13 +170,16 @@ def quantize_rows_kernel(
         tl.store(scale_ptr + tl.num_programs(0) + row, offset)
     for start in range(0, width, BLOCK):
         inside = start + column < width
-        x = tl.load(x_ptr + start + column, mask=inside, other=0.0).to(tl.float32)
+        x = _load(x_ptr + start + column, inside, GELU)
         if RANGE == "static":
-            q = static_codes(x, static_scale, static_zero, F8, x_ptr.dtype.element_ty)
+            if GELU:
+                q = to_codes(x * inv_static_scale, static_zero, F8)
+            else:
+                q = static_codes(x, static_scale, static_zero, F8, x_ptr.dtype.element_ty)
         elif RANGE == "asymmetric":
             q = asymmetric_codes(x, low, scale)
         else:
-            q, scale = quantize_values(x, peak, F8, x_ptr.dtype.element_ty)
+            q, scale = quantize_values(x, peak, F8, tl.float32 if GELU else x_ptr.dtype.element_ty)
         tl.store(q_ptr + start + column, q, mask=inside)
         total += count(q) if RANGE == "dynamic" else tl.where(inside, count(q), 0)
     tl.store(scale_ptr + row, scale)
@@ -181,10 +200,11 @@ def empty_codes(tokens: int, columns: int, grid: InputGrid, device: torch.device
     )
 
 
-def quantize_rows(x: Tensor, grid: InputGrid = PER_TOKEN) -> tuple[Tensor, Tensor, Tensor]:
+def quantize_rows(x: Tensor, grid: InputGrid = PER_TOKEN, gelu: bool = False) -> tuple[Tensor, Tensor, Tensor]:
     """Launches `quantize_rows_kernel`: x [T, I] with unit column stride -> (codes [T, I], float32 [T], int32 [T]).
 
-    On a static grid the second result is filled with its scale; on an asymmetric one it is [2, T], steps and offsets.
+    With `gelu` those of GELU(x). On a static grid the second result is filled with its scale; on an asymmetric one it
+    is [2, T], steps and offsets.
     """
     tokens, columns = x.shape
     codes, scale, row_sum = empty_codes(tokens, columns, grid, x.device)
@@ -193,6 +213,8 @@ def quantize_rows(x: Tensor, grid: InputGrid = PER_TOKEN) -> tuple[Tensor, Tenso
         row_sum.zero_()
     else:
         block = min(4096, triton.next_power_of_2(columns))
+        if tokens >= _MANY_TOKENS and columns % 1024 == 0:
+            block = 1024  # no idle lanes where a row is not a power of two, as 3,072
         quantize_rows_kernel[(tokens,)](
             x,
             codes,
@@ -200,9 +222,11 @@ def quantize_rows(x: Tensor, grid: InputGrid = PER_TOKEN) -> tuple[Tensor, Tenso
             row_sum,
             columns,
             grid.scale,
+            1.0 / grid.scale if grid.scale else 0.0,
             float(grid.zero),
             x.stride(0),
             RANGE=range_kind(grid),
+            GELU=gelu,
             BLOCK=block,
             num_warps=4 if block <= 2048 else 8,
         )

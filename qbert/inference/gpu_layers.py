@@ -11,7 +11,9 @@ A layer is seven kernels where its inputs are quantized statically:
     LayerNorm            + quantization, as the next layer wants it
 
 With a range per token, symmetric or not, which is known only when a whole row is there, attention and ffn in write
-fp16 and two row quantizations follow: nine kernels. All are operators of `qbert.kernels.operators`, so on a CPU the
+fp16 and two row quantizations follow: nine kernels. For many tokens weights are unpacked (`dispatch.takes_unpacked`):
+int8 ones take the 8-bit product; those of eight-bit floats are cuBLASLt's, whose epilogue is a bias: GELU is then the
+row quantization's, the residual LayerNorm's. All are operators of `qbert.kernels.operators`, so on a CPU the
 same chain runs their slow twins, which is what tests compare with.
 It stands alone because it knows rows of tokens only: padding and requests are those of `qbert.inference.gpu`.
 """
@@ -26,10 +28,10 @@ from torch import Tensor, nn
 from qbert.encoders.parts import BERT_LAYERS
 from qbert.inference.fits import reason_not_four_products, reason_not_to_fuse_layer
 from qbert.inference.forward import reason_not_to_replace
-from qbert.kernels import operators
+from qbert.kernels import dispatch, operators
 from qbert.kernels.checks import E4M3_COLUMNS
-from qbert.kernels.operands import FLOAT, Heads, InputGrid
-from qbert.kernels.terms import Terms
+from qbert.kernels.operands import FLOAT, E4m3Weight, Heads, InputGrid, ProductWeight
+from qbert.kernels.terms import Terms, e4m3_weight, unpacked_weight
 from qbert.layers.embedding import PackedEmbedding
 from qbert.layers.linear import PackedLinear
 
@@ -42,6 +44,7 @@ _BERT_EMBEDDINGS = (
 )
 _MAX_HEAD_DIM = 128
 _MAX_WIDTH = 16384
+_MANY = 1 << 30  # tokens: where not even these are multiplied with unpacked weights, none are unpacked
 
 
 class Tokens(NamedTuple):
@@ -62,21 +65,45 @@ class Tokens(NamedTuple):
 
 
 class Projection:
-    """One int8 or e4m3 product: packed codes, their terms, and how its input is quantized."""
+    """One int8 or e4m3 product, of one layer or several with the same input: packed codes, terms, the input's grid.
 
-    def __init__(self, layer: PackedLinear, e4m3: bool = False) -> None:
-        weight = layer.packed_weight()
-        self.grid = layer.input_grid().in_e4m3 if e4m3 else layer.input_grid()
-        self.terms = Terms.prepare(weight, layer.bias, self.grid)
-        if e4m3 and self.terms.zero is not None:
-            self.terms = self.terms._replace(zero=self.terms.row_zero)
-        self.weight = self.terms.of([weight.codes], [weight.bits])
-        self.static_scale = self.terms.scale.new_full((1,), self.grid.scale)
+    Args:
+        layers: what is multiplied, their rows one under the other.
+        dtype: the model's.
+        e4m3: give it e4m3 inputs.
+    """
+
+    def __init__(self, layers: list[PackedLinear], dtype: torch.dtype, e4m3: bool = False) -> None:
+        weights = [layer.packed_weight() for layer in layers]
+        self.grid = layers[0].input_grid().in_e4m3 if e4m3 else layers[0].input_grid()
+        parts = [Terms.prepare(w, layer.bias, self.grid) for w, layer in zip(weights, layers, strict=True)]
+        if e4m3:
+            parts = [t if t.zero is None else t._replace(zero=t.row_zero) for t in parts]
+        terms = parts[0] if len(parts) == 1 else Terms.join(parts)
+        self.weight = terms.of([w.codes for w in weights], [w.bits for w in weights])
+        self.static_scale = terms.scale.new_full((1,), self.grid.scale)
+        self.shape = (self.weight.rows, weights[0].columns, max(self.weight.bits))
+        self.floats: E4m3Weight | None = None
+        self.whole: ProductWeight | None = None
+        if min(self.weight.bits) < 8 and dispatch.takes_unpacked(terms.scale.device, _MANY, *self.shape, e4m3):
+            if not e4m3:
+                self.whole = unpacked_weight(weights, terms)
+            # cuBLASLt multiplies matrices of multiples of 16, and gives halves.
+            elif dtype != torch.float32 and not any(n % 16 for n in self.shape[:2]):
+                self.floats = e4m3_weight(weights, terms, self.grid, dtype)
 
     @property
     def output_grid(self) -> InputGrid:
         """The grid on which the kernel that makes the input writes it: float where ranges are known per row only."""
         return self.grid if self.grid.scale else FLOAT
+
+    def of(self, tokens: Tensor) -> E4m3Weight | ProductWeight:
+        """The weight as so many tokens [T, ...] are multiplied with it: e4m3 by cuBLASLt, unpacked or packed."""
+        unpacked = self.whole if self.floats is None else self.floats
+        if unpacked is None:
+            return self.weight
+        e4m3 = self.floats is not None
+        return unpacked if dispatch.takes_unpacked(tokens.device, len(tokens), *self.shape, e4m3) else self.weight
 
     def quantized(self, x: Tensor, sums: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Codes of the input x [T, I], which are x itself where its kernel wrote them, their scale and sums."""
@@ -84,11 +111,12 @@ class Projection:
 
     def wanted(self, sums: Tensor) -> Tensor | None:
         """`sums`, to be filled by the kernel that makes the input, where the product has a zero to multiply them by."""
-        return None if self.weight.zero is None else sums
+        weight = self.of(sums)
+        return None if isinstance(weight, E4m3Weight) or weight.zero is None else sums
 
-    def __call__(self, codes: Tensor, scale: Tensor, row_sum: Tensor, residual: Tensor) -> Tensor:
-        """[T, O] = product + bias + residual, in the dtype of the residual."""
-        return operators.matmul_a8(codes, scale, row_sum, self.weight, residual, out_dtype=residual.dtype)
+    def plain(self, weight: E4m3Weight, codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+        """[T, O] = product + bias, by cuBLASLt."""
+        return operators.matmul_e4m3(codes, None if self.grid.scale else scale, weight, dtype)
 
 
 class FusedGpuLayer:
@@ -100,33 +128,35 @@ class FusedGpuLayer:
     """
 
     def __init__(self, layer: Any, e4m3: bool = False) -> None:
-        attention = layer.attention.self
+        attention, dtype = layer.attention.self, layer.output.LayerNorm.weight.dtype
         self.heads: int = attention.num_attention_heads
         parts = [attention.query, attention.key, attention.value]
-        together = e4m3 and all(map(_fits_e4m3, parts))  # they share an input
-        qkv = [Projection(p, together) for p in parts]
-        codes, bits = [c for p in qkv for c in p.weight.codes], [b for p in qkv for b in p.weight.bits]
-        self.qkv = Terms.join([p.terms for p in qkv]).of(codes, bits)
-        self.input_grid = qkv[0].grid
+        self.qkv = Projection(parts, dtype, e4m3 and all(map(_fits_e4m3, parts)))  # they share an input
         output, ffn_in, ffn_out = layer.attention.output.dense, layer.intermediate.dense, layer.output.dense
         self.attention_output, self.ffn_in, self.ffn_out = (
-            Projection(p, e4m3 and _fits_e4m3(p)) for p in (output, ffn_in, ffn_out)
+            Projection([p], dtype, e4m3 and _fits_e4m3(p)) for p in (output, ffn_in, ffn_out)
         )
         self.norms = [layer.attention.output.LayerNorm, layer.output.LayerNorm]
+
+    @property
+    def input_grid(self) -> InputGrid:
+        """The grid of the tokens that it takes."""
+        return self.qkv.grid
 
     def __call__(self, tokens: Tokens, starts: Tensor, longest: int, sums: Tensor, next_grid: InputGrid) -> Tokens:
         """Tokens in, tokens out; `sums` int32 [2, T] is zero, `next_grid` the input grid of the next layer."""
         mixed = self._attend(tokens, starts, longest, sums[0])
-        y = self.attention_output(*mixed, residual=tokens.x)
-        tokens = self._normalize(y, 0, self.ffn_in.grid)
-        y = self.ffn_out(*self._expand(tokens, sums[1]), residual=tokens.x)
-        return self._normalize(y, 1, next_grid)
+        tokens = self._add_and_normalize(self.attention_output, mixed, tokens.x, 0, self.ffn_in.grid)
+        return self._add_and_normalize(self.ffn_out, self._expand(tokens, sums[1]), tokens.x, 1, next_grid)
 
     def _attend(self, tokens: Tokens, starts: Tensor, longest: int, sums: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        output, grid = self.attention_output, self.attention_output.output_grid
-        fused = operators.matmul_a8_mixed(
-            tokens.codes, tokens.scale, tokens.row_sum, self.qkv, out_dtype=_half(tokens.x)
-        )
+        output, grid, dtype = self.attention_output, self.attention_output.output_grid, _half(tokens.x)
+        weight = self.qkv.of(tokens.x)
+        if isinstance(weight, E4m3Weight):
+            fused = self.qkv.plain(weight, tokens.codes, tokens.scale, dtype)
+        else:
+            product = operators.matmul_a8 if len(weight.codes) == 1 else operators.matmul_a8_mixed
+            fused = product(*tokens[1:], weight, out_dtype=dtype)
         count = fused.shape[0]
         query, key, value = fused.view(count, 3, self.heads, -1).unbind(1)
         heads = Heads(query, key, value, starts, longest, query.shape[-1] ** -0.5)
@@ -135,16 +165,25 @@ class FusedGpuLayer:
         return output.quantized(mixed, sums)
 
     def _expand(self, tokens: Tokens, sums: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        grid = self.ffn_out.output_grid
+        grid, dtype, weight = self.ffn_out.output_grid, _half(tokens.x), self.ffn_in.of(tokens.x)
+        if isinstance(weight, E4m3Weight):
+            hidden = self.ffn_in.plain(weight, tokens.codes, tokens.scale, dtype)
+            return operators.quantize_rows(hidden, self.ffn_out.grid, gelu=True)
         wanted = self.ffn_out.wanted(sums) if grid.bits else None
-        hidden = operators.matmul_a8(
-            *tokens[1:], self.ffn_in.weight, None, wanted, grid, gelu=True, out_dtype=_half(tokens.x)
-        )
+        hidden = operators.matmul_a8(*tokens[1:], weight, None, wanted, grid, gelu=True, out_dtype=dtype)
         return self.ffn_out.quantized(hidden, sums)
 
-    def _normalize(self, y: Tensor, index: int, grid: InputGrid) -> Tokens:
+    def _add_and_normalize(
+        self, product: Projection, codes: tuple[Tensor, Tensor, Tensor], x: Tensor, index: int, grid: InputGrid
+    ) -> Tokens:
+        """LayerNorm(x + product), and its codes on `grid`; the residual x [T, H] is added where that costs nothing."""
+        residual, weight = None, product.of(x)
+        if isinstance(weight, E4m3Weight):
+            y, residual = product.plain(weight, *codes[:2], x.dtype), x
+        else:
+            y = operators.matmul_a8(*codes, weight, x, out_dtype=x.dtype)
         norm = self.norms[index]
-        return Tokens(*operators.layernorm_quantize(y, None, norm.weight, norm.bias, norm.eps, grid))
+        return Tokens(*operators.layernorm_quantize(y, residual, norm.weight, norm.bias, norm.eps, grid))
 
 
 class FusedGpuEmbeddings:

@@ -164,6 +164,26 @@ def test_row_quantization_is_exact(columns, dtype):
     assert equal(codes, wanted) and equal(row_sum, reference.e4m3_sum(wanted)) and bool((scale == 0.01).all())
 
 
+def steps_apart(one, other):
+    """How many e4m3 numbers lie between those of two tensors, at most."""
+    every = numbers().float().unique()  # in order; 0 and -0 are one
+    places = [torch.bucketize(t.float(), every) for t in (one, other)]
+    return int((places[0] - places[1]).abs().max())
+
+
+@pytest.mark.parametrize(("tokens", "columns"), [(9, 384), (9, 37), (1030, 1024)])
+@pytest.mark.parametrize("grid", [IN_E4M3, InputGrid(0.01, codes_dtype=E4M3), InputGrid(0.02, -30)])
+def test_rows_are_quantized_behind_gelu(tokens, columns, grid):
+    x = adversarial_rows(columns).clamp(-30, 30).half()
+    x = x.repeat(-(-tokens // len(x)), 1)[:tokens]
+    codes, scale, row_sum = quantize_rows(x, grid, gelu=True)
+    wanted, wanted_scale, _ = reference.quantize(torch.nn.functional.gelu(x.double()).float(), grid)
+    torch.testing.assert_close(scale, wanted_scale, rtol=1e-6, atol=0)
+    apart = steps_apart(codes, wanted) if grid.codes_dtype == E4M3 else int((codes.int() - wanted.int()).abs().max())
+    assert apart <= 1 and float((codes.float() != wanted.float()).float().mean()) < 5e-3
+    assert equal(row_sum, reference.code_sum(codes))
+
+
 @pytest.mark.parametrize("columns", [384, 100])
 def test_layernorm_quantize(columns):
     x, residual = adversarial_rows(columns).half(), torch.randn(9, columns).half()

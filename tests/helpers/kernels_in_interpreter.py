@@ -17,9 +17,9 @@ from qbert.kernels.gpu import attention_ways, layernorm_quant, tiles
 from qbert.kernels.gpu.attention import attention
 from qbert.kernels.gpu.division import quotient
 from qbert.kernels.gpu.embedding import embed_layernorm, embedding
+from qbert.kernels.gpu.gelu import gelu
 from qbert.kernels.gpu.layernorm_quant import layernorm_quantize
 from qbert.kernels.gpu.linear import GpuLinear
-from qbert.kernels.gpu.products.epilogue import gelu
 from qbert.kernels.gpu.products.matmul_a8 import matmul_a8
 from qbert.kernels.gpu.products.matmul_a8_mixed import matmul_a8_mixed
 from qbert.kernels.gpu.products.matmul_a16 import matmul_a16

@@ -8,8 +8,8 @@ import torch
 
 from qbert.kernels import dispatch, formats, operators, reference
 from qbert.kernels.dispatch import PreparedCache
-from qbert.kernels.operands import FLOAT, Heads, InputGrid, PackedWeight, ProductWeight
-from qbert.kernels.terms import Terms
+from qbert.kernels.operands import FLOAT, E4m3Weight, Heads, InputGrid, PackedWeight, ProductWeight
+from qbert.kernels.terms import Terms, e4m3_weight, unpacked_weight
 
 E4M3 = torch.float8_e4m3fn
 IN_E4M3 = InputGrid(codes_dtype=E4M3)
@@ -199,6 +199,74 @@ def test_what_e4m3_codes_do_not_have_is_refused():
         operators.quantize_rows(x, InputGrid(codes_dtype=torch.uint8))
     with pytest.raises(TypeError, match=r"zero, with e4m3 activations, must be float32, got int32"):
         operators.matmul_a8(*quantized, product_weight(narrow, zero=torch.ones(24, dtype=torch.int32)))
+
+
+@pytest.mark.parametrize("grid", [IN_E4M3, InputGrid(0.01, codes_dtype=E4M3), ASYMMETRIC, InputGrid(0.02, -30)])
+def test_rows_are_quantized_behind_gelu(grid):
+    x = 3 * torch.randn(5, 96).half()
+    expected = reference.quantize(torch.nn.functional.gelu(x.double()).float(), grid)
+    for one, other in zip(operators.quantize_rows(x, grid, gelu=True), expected, strict=True):
+        assert torch.equal(one.float(), other.float())
+
+
+def floats_of(weight, bias, grid=IN_E4M3):
+    return e4m3_weight([weight], Terms.prepare(weight, bias, grid), grid, torch.float16)
+
+
+@pytest.mark.parametrize(("bits", "zero"), [(4, 0.0), (4, -0.5), (4, 7.0), (3, 3.0), (2, 0.5)])
+@pytest.mark.parametrize("grid", [IN_E4M3, InputGrid(0.01, codes_dtype=E4M3)])
+def test_weights_of_few_bits_are_exact_in_e4m3(bits, zero, grid):
+    _, weight, bias = packed_layer(32, 96, bits)
+    weight = weight._replace(zero=torch.full_like(weight.scale, zero))
+    codes, x_scale, sums = operators.quantize_rows(torch.randn(5, 96), grid)
+    y = operators.matmul_e4m3(codes, None if grid.scale else x_scale, floats_of(weight, bias, grid))
+    packed = product_weight(weight, bias, torch.full((32,), zero))
+    expected = operators.matmul_a8(codes, x_scale, sums, packed, out_dtype=torch.float32)
+    assert y.dtype == torch.float16
+    torch.testing.assert_close(y.float(), expected, rtol=2e-3, atol=2e-3)
+
+
+@pytest.mark.parametrize("asymmetric", [False, True])
+@pytest.mark.parametrize(("bits", "zero"), [(4, 0.0), (4, -0.5), (3, 3.0), (2, 0.5), (4, 100.0)])
+def test_weights_unpacked_to_int8_give_the_same_integers(bits, zero, asymmetric):
+    _, weight, bias = packed_layer(24, 96, bits)
+    weight = weight._replace(zero=torch.full_like(weight.scale, zero))
+    terms = Terms.prepare(weight, bias, InputGrid(asymmetric=asymmetric))
+    quantized = operators.quantize_rows(torch.randn(5, 96), InputGrid(asymmetric=asymmetric))
+    whole = unpacked_weight([weight], terms)
+    assert whole.bits == [8] and whole.zero is None
+    expected = operators.matmul_a8(*quantized, terms.of([weight.codes], [bits]), out_dtype=torch.float32)
+    assert torch.equal(operators.matmul_a8(*quantized, whole, out_dtype=torch.float32), expected)
+
+
+def test_weights_that_int8_cannot_hold_are_left_packed():
+    for zero in (0.3, 121.0, 60.5):
+        weight = packed_layer(24, 96, 4)[1]
+        weight = weight._replace(zero=torch.full_like(weight.scale, zero))
+        assert unpacked_weight([weight], Terms.prepare(weight)) is None
+
+
+def test_weights_that_e4m3_would_change_are_left_packed():
+    _, weight, bias = packed_layer(32, 96, 4)
+    for zero in (0.3, 11.5):
+        assert floats_of(weight._replace(zero=torch.full_like(weight.scale, zero)), bias) is None
+    assert floats_of(packed_layer(32, 96, 8)[1], bias) is None
+
+
+def test_what_products_of_eight_bit_floats_do_not_take_is_refused():
+    codes, x_scale, _ = operators.quantize_rows(torch.randn(5, 96), IN_E4M3)
+    whole = floats_of(*packed_layer(32, 96, 4)[1:])
+    with pytest.raises(TypeError, match="xq must be float8_e4m3fn, got int8"):
+        operators.matmul_e4m3(codes.to(torch.int8), x_scale, whole)
+    with pytest.raises(TypeError, match=r"out_dtype must be float16 or bfloat16, got torch\.float32"):
+        operators.matmul_e4m3(codes, x_scale, whole, torch.float32)
+    with pytest.raises(TypeError, match="bias must be bfloat16, got float16"):
+        operators.matmul_e4m3(codes, x_scale, whole, torch.bfloat16)
+    with pytest.raises(ValueError, match=r"x_scale must have shape \[5\], got \[1\]"):
+        operators.matmul_e4m3(codes, x_scale[:1], whole)
+    odd = E4m3Weight(whole.codes[:24], whole.scale[:24])
+    with pytest.raises(ValueError, match=r"multiples of 16 rows and columns, got 24 \(out\)"):
+        operators.matmul_e4m3(codes, x_scale, odd)
 
 
 def test_single_kernels_on_a_cpu_are_the_reference():

@@ -12,8 +12,8 @@ import triton
 import triton.language as tl
 from scripts import load_bench
 
-from qbert.kernels.gpu import attention, embedding, layernorm_quant, quantize_rows
-from qbert.kernels.gpu.products import epilogue, matmul_a8, matmul_a8_mixed, matmul_a16
+from qbert.kernels.gpu import attention, embedding, gelu, layernorm_quant, quantize_rows
+from qbert.kernels.gpu.products import matmul_a8, matmul_a8_mixed, matmul_a16
 from qbert.kernels.gpu.tiles import Tile, asm_for, candidates, rule, tail_of
 
 machine_code = load_bench("compile_report")
@@ -215,8 +215,9 @@ def test_row_quantization(range_, instructions, target):
     """Of these 128 threads every one does 8 columns of up to 1,024; dynamic ranges are found in an unrolled loop."""
     kernel = quantize_rows.quantize_rows_kernel
     pointers = {"x_ptr": "*fp16", "q_ptr": "*i8", "scale_ptr": "*fp32", "row_sum_ptr": "*i32"}
-    types = types_of(kernel, pointers, ["width", "stride_x"], ["static_scale", "static_zero"])
-    report = compile_report(kernel, types, {"RANGE": range_, "BLOCK": 1024}, target=target, aligned=("width",))
+    types = types_of(kernel, pointers, ["width", "stride_x"], ["static_scale", "inv_static_scale", "static_zero"])
+    constants = {"RANGE": range_, "BLOCK": 1024, "GELU": False}
+    report = compile_report(kernel, types, constants, target=target, aligned=("width",))
     assert report.spills == 0 and report.registers <= 64
     assert sum(report.sass.values()) <= instructions
 
@@ -224,16 +225,16 @@ def test_row_quantization(range_, instructions, target):
 @triton.jit
 def elementwise_kernel(x_ptr, y_ptr, GELU: tl.constexpr):
     y = tl.load(x_ptr + tl.arange(0, 1024))
-    tl.store(y_ptr + tl.arange(0, 1024), epilogue.gelu(y) if GELU else y)
+    tl.store(y_ptr + tl.arange(0, 1024), gelu.gelu(y) if GELU else y)
 
 
 def test_gelu_costs_fourteen_instructions_and_no_branch():
     """libdevice's erf would make it 32, in both versions of Triton."""
     reports = [
         compile_report(
-            elementwise_kernel, {"x_ptr": "*fp32", "y_ptr": "*fp32"}, {"GELU": gelu}, target="sm_90", num_warps=1
+            elementwise_kernel, {"x_ptr": "*fp32", "y_ptr": "*fp32"}, {"GELU": with_gelu}, target="sm_90", num_warps=1
         )
-        for gelu in (False, True)
+        for with_gelu in (False, True)
     ]
     copied, computed = (r.sass - Counter({"NOP": r.sass["NOP"]}) for r in reports)
     assert (computed.total() - copied.total()) / 32 <= 14.2
@@ -280,6 +281,15 @@ def test_layernorm_of_other_shapes(tokens, columns, dtype, target):
     report = compile_layernorm(tile, target, "dynamic", columns, dtype, HAS_RESIDUAL=True)
     assert report.spills == 0 and report.registers <= (48 if tile.warps == 4 else 72 if columns == 384 else 168)
     assert report.sass["FCHK"] <= 5
+
+
+@pytest.mark.parametrize("range_", ["dynamic", "static"])
+def test_rows_behind_gelu_in_eight_bit_floats(range_):
+    kernel = quantize_rows.quantize_rows_kernel
+    pointers = {"x_ptr": "*fp16", "q_ptr": "*fp8e4nv", "scale_ptr": "*fp32", "row_sum_ptr": "*i32"}
+    types = types_of(kernel, pointers, ["width", "stride_x"], ["static_scale", "inv_static_scale", "static_zero"])
+    report = compile_report(kernel, types, {"RANGE": range_, "BLOCK": 1024, "GELU": True}, target="sm_90")
+    assert report.spills == 0 and report.registers <= 64
 
 
 @pytest.mark.parametrize("target", ["sm_80", "sm_90"])
