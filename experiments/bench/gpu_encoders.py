@@ -206,7 +206,7 @@ def measure(
                 runs[key] = user
                 graphs = encoder.forward.graphs
                 if graphs is not None and len(graphs):
-                    alone[f"{key} graph alone"] = list(graphs._graphs.values())[-1].graph.replay
+                    alone[f"{key} graph alone"] = list(graphs._graphs.values())[-1].replay
             except Exception as error:
                 failures += 1
                 say(f"{name} {text} {key} FAILED: {brief(error)}")

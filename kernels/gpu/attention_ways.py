@@ -71,7 +71,7 @@ def _shape(heads: Heads) -> tuple[str, int, int, int, int]:
 def _flash(heads: Heads, out: InputGrid, out_row_sum: Tensor | None) -> Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
-    query, key, value, cu_seqlens, longest, scale = heads
+    query, key, value, cu_seqlens, longest, scale, _ = heads
     y = varlen_attn(query, key, value, cu_seqlens, cu_seqlens, longest, longest, scale=scale)
     assert isinstance(y, Tensor)
     if not out.bits:
