@@ -16,6 +16,8 @@ from torch import Tensor
 from qbert.kernels import formats
 
 E4M3_MAX = 448
+# Sequences of one length, from this one on, may take another attention on a GPU, and are worth telling apart.
+UNIFORM_LENGTH = 256
 
 
 class InputGrid(NamedTuple):

@@ -34,12 +34,11 @@ from qbert.inference.gpu_layers import (
 )
 from qbert.inference.graphs import Bucket, Capture, Graph, GraphCache, Inputs, bucket_of, layout_size, stream_of
 from qbert.kernels.dispatch import implementation
-from qbert.kernels.operands import Spans
+from qbert.kernels.operands import UNIFORM_LENGTH, Spans
 from qbert.layers.packed import PackedTensor
 
 logger = logging.getLogger(__name__)
 _NO_POOLER = object()
-UNIFORM_LENGTH = 256  # from this length on sequences of one length may take another attention than packed ones
 
 
 def fuse_for_gpu(model: nn.Module, operands: str = "int8", skip_padding: bool = True) -> None:

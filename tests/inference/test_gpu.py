@@ -20,7 +20,8 @@ from qbert.inference import gpu as inference_gpu
 from qbert.inference.forward import FastForward
 from qbert.inference.gpu import Batch, GpuEncoder, Packing, Rows, fuse_for_gpu
 from qbert.inference.graphs import MAX_GRAPH_TOKENS, Bucket, Buffers, GraphCache, bucket_of
-from qbert.kernels.operands import FLOAT, Spans
+from qbert.kernels import operators
+from qbert.kernels.operands import FLOAT, Heads, Spans
 from qbert.layers.linear import PackedLinear
 from qbert.packing import pack, unpack
 
@@ -470,6 +471,36 @@ def test_batches_of_all_kinds_share_the_buffers_of_a_graph(family: str) -> None:
             batch["input_ids"] = batch["input_ids"].int()
         assert torch.equal(through(**batch)[0], eager(**batch)[0]), batch
     assert 2 <= len(capture.captured) <= 4
+
+
+def test_long_sequences_of_one_length_are_told_apart_where_they_fill_a_bucket(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that attention over them may be another; outputs are those of the packed model either way."""
+    seen: list[tuple[int, bool]] = []
+    attend = operators.attention
+
+    def noted(heads: Heads, *rest: Any) -> torch.Tensor:
+        seen.append((heads.longest, heads.uniform))
+        return attend(heads, *rest)
+
+    monkeypatch.setattr(operators, "attention", noted)
+    packed, capture = packed_encoder("bert", calibrated=True), Recorder()
+    through = GpuEncoder(packed, capture=capture)
+    half = torch.arange(256) < 200
+    for shape, mask, bucket in (
+        ((1, 256), None, Bucket(256, 1, 256, True)),
+        ((2, 256), None, Bucket(512, 2, 256, True)),
+        ((1, 257), None, Bucket(288, 1, 512)),
+        ((1, 256), half[None], Bucket(208, 1, 256)),
+        ((2, 128), None, Bucket(256, 2, 128)),
+    ):
+        batch = {"input_ids": torch.randint(5, 100, shape)} | ({} if mask is None else {"attention_mask": mask})
+        keep = torch.ones(shape).bool() if mask is None else mask
+        expected, longest = hidden(packed, batch)[keep], int(keep.sum(1).max())
+        for spans in ((longest, longest >= 256), (bucket.longest, bucket.uniform)):  # eagerly, and then captured
+            seen.clear()
+            assert error(through(**batch)[0][keep], expected) < 0.02
+            assert set(seen) == {spans}
+        assert capture.captured[-1] == bucket
 
 
 def test_embeddings_that_are_not_fused_go_through_graphs_too() -> None:
