@@ -17,6 +17,7 @@ from transformers.utils import ModelOutput
 
 import qbert
 from qbert.inference import gpu as inference_gpu
+from qbert.inference.cpu import _run_three_times
 from qbert.inference.forward import FastForward
 from qbert.inference.gpu import Batch, GpuEncoder, Packing, Rows, fuse_for_gpu
 from qbert.inference.graphs import MAX_GRAPH_TOKENS, Bucket, Buffers, GraphCache, bucket_of
@@ -501,6 +502,17 @@ def test_long_sequences_of_one_length_are_told_apart_where_they_fill_a_bucket(mo
             assert error(through(**batch)[0][keep], expected) < 0.02
             assert set(seen) == {spans}
         assert capture.captured[-1] == bucket
+
+
+def test_shapes_that_are_warmed_up_have_their_graphs() -> None:
+    packed, capture = packed_encoder("bert"), Recorder()
+    packed.forward = GpuEncoder(packed, capture=capture)
+    for shape in ((2, 16), (1, 256)):
+        _run_three_times(packed, *shape)
+    assert capture.captured == [Bucket(32, 2, 16), Bucket(256, 1, 256, True)]
+    for shape in ((2, 16), (1, 256)):
+        hidden(packed, {"input_ids": torch.randint(5, 100, shape)})
+    assert len(capture.captured) == 2
 
 
 def test_embeddings_that_are_not_fused_go_through_graphs_too() -> None:
