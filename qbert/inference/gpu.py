@@ -21,6 +21,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from qbert.encoders.copied import CopiedParameters
 from qbert.encoders.targets import base_model
 from qbert.inference.cpu_model import Requests, is_plain_input
 from qbert.inference.forward import FastForward, reason_not_to_replace
@@ -302,6 +303,10 @@ class GpuEncoder(FastForward):
         self.embeddings = None if reason else FusedGpuEmbeddings(base.embeddings)
         if reason:
             logger.info("the embeddings of %s are not fused: %s", type(base).__name__, reason)
+        copied: dict[str, nn.Module] = {} if reason else {"embeddings": base.embeddings}
+        held = zip(base.encoder.layer, self.layers, strict=True)
+        copied |= {f"encoder.layer.{i}": layer for i, (layer, fused) in enumerate(held) if fused is not None}
+        self._copied = CopiedParameters(copied)
         following = [None if layer is None else layer.input_grid for layer in self.layers]
         self.grids = [grid or InputGrid() for grid in [*following, None]]
         self._capture = capture
@@ -327,7 +332,10 @@ class GpuEncoder(FastForward):
             packing = None if attention_mask is None else Packing.of(attention_mask)
             if packing is None or self.skip_padding:
                 hidden = self._hidden(packing, self._rows(input_ids, token_type_ids, position_ids))
+                # While the GPU works. All parameters together take as long as a small graph, so one call in 32 looks.
+                self._copied.check(tokens=0)
                 return self._output(hidden)  # whose pooler may have gradients
+        self._copied.doubt()
         return type(self.base).forward(
             self.base, input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, **kwargs
         )

@@ -594,6 +594,20 @@ def test_a_model_that_moved_leaves_its_graphs() -> None:
     assert len(packed.forward.graphs) == 1
 
 
+def test_a_parameter_that_changed_is_noticed_by_a_later_call() -> None:
+    batch = inputs_for("bert")
+    for name in ("encoder.layer.1.intermediate.dense.bias", "embeddings.LayerNorm.weight"):
+        packed = packed_encoder("bert")
+        packed.forward = GpuEncoder(packed, capture=Recorder())
+        for _ in range(3):
+            hidden(packed, batch)
+        with torch.no_grad():
+            packed.get_parameter(name).add_(1)
+        with pytest.raises(RuntimeError, match=f"{name} was changed after qbert.optimize_for_inference"):
+            for _ in range(32):
+                hidden(packed, batch)
+
+
 def test_what_was_plain_before_is_asked_again_where_something_changed(monkeypatch: pytest.MonkeyPatch) -> None:
     packed, batch = packed_encoder("bert"), inputs_for("bert")
     packed.set_attn_implementation("eager")
