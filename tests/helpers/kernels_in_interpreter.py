@@ -4,11 +4,13 @@ Run by `kernels/test_interpreted.py` in a process of its own, with TRITON_INTERP
 before a kernel is imported.
 """
 
+import copy
 import sys
 
 import interpreted_asm  # noqa: F401  the interpreter cannot run inline assembly by itself
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from qbert.kernels import dispatch, formats, operators, reference
 from qbert.kernels.gpu import attention_ways, layernorm_quant, tiles
@@ -521,3 +523,25 @@ def test_what_is_measured_for_sequences_of_one_length_is_kept_apart(monkeypatch)
     heads = Heads(torch.empty(40, 4, 32), None, None, None, 20, 0.1)
     assert attention_ways._way(heads, FLOAT) == attention_ways.default_tile(20, 32)
     assert attention_ways._way(heads._replace(uniform=True), FLOAT) == attention_ways.SDPA
+
+
+@pytest.mark.parametrize("grid", [InputGrid(), InputGrid(asymmetric=True), InputGrid(0.02, 3), FLOAT])
+def test_a_prepared_linear_is_the_operator_without_it(grid, monkeypatch):
+    monkeypatch.setattr(dispatch, "implementation", lambda device: "triton")
+    weight, bias, _ = linear_problem(4, "integer", 1)
+    x, called, operator = torch.randn(5, 256), [], dispatch.linear
+    monkeypatch.setattr(dispatch, "linear", lambda *given: called.append(1) or operator(*given))
+    run = dispatch.PreparedLinear(weight, bias, grid)
+    assert torch.equal(run(x), operator(x, weight, bias, grid)) and not called
+    bias.add_(1)
+    assert torch.equal(run(x), operator(x, weight, bias, grid))
+    twin = copy.deepcopy(run)
+    twin.bias.add_(1)
+    assert torch.equal(twin(x[None]), operator(x[None], weight, bias + 1, grid))
+    assert torch.equal(run(x), operator(x, weight, bias, grid)) and not called
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        assert run(mode.from_tensor(x)).shape == (5, 24) and called
+    with pytest.raises(TypeError, match="x must be float32"):
+        run(x.double())
+    with pytest.raises(ValueError, match=r"x must have shape \[\.\.\., 256\]"):
+        run(x[:, :7])
