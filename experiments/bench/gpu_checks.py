@@ -584,9 +584,12 @@ def linear() -> int:
                     x = normal(tokens, columns).to(dtype)
                     what = f"W{bits}, {tokens} tokens, {dtype}, {grid}"
                     try:
-                        y = dispatch.linear(x, PackedWeight(packed, scale, zero, group, bits, columns), bias, grid)
+                        stored = PackedWeight(packed, scale, zero, group, bits, columns)
+                        y = dispatch.linear(x, stored, bias, grid)
+                        prepared = dispatch.PreparedLinear(stored, bias, grid)(x)
                         if MODE == "compile":
                             continue
+                        tally.note(f"{what}, prepared", float((prepared - y).abs().max()), 0)
                         real = reference.fake_quantize(x.float(), grid)
                         expected = reference.matmul_a16(real, codes, spread[0], spread[1], bias)
                         error = float((y.double() - expected).abs().max() / expected.abs().max())

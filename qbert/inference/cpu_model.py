@@ -140,11 +140,11 @@ class Requests:
         base = self._base
         config, held = self._plain
         if (
-            base.config is config
+            not is_recording()
+            and base.config is config
             and object.__getattribute__(config, "__dict__") == held
             and not base.training
             and not self._collector.get()
-            and not is_recording()
             and all(value is None or value is (name == "return_dict") for name, value in kwargs.items())
         ):
             return True

@@ -40,6 +40,8 @@ from qbert.layers.packed import PackedTensor
 
 logger = logging.getLogger(__name__)
 _NO_POOLER = object()
+_INTEGERS = (torch.int64, torch.int32)
+_SHORTCUTS = 1024
 
 
 def fuse_for_gpu(model: nn.Module, operands: str = "int8", skip_padding: bool = True) -> None:
@@ -132,16 +134,17 @@ class Packing(NamedTuple):
         starts = np.searchsorted(kept, np.arange(0, keep.size + 1, length)).astype(np.int32)
         return cls(kept, starts, int(np.diff(starts).max()))
 
-    def laid_out(self, bucket: Bucket, length: int) -> Tensor:
+    def laid_out(self, bucket: Bucket, length: int, pinned: bool = False) -> Tensor:
         """`Buffers.layout` for a batch of this length, on the CPU: one copy brings all of it to the GPU."""
         count, tokens = len(self.kept), bucket.tokens
-        flat = np.zeros(layout_size(bucket), dtype=np.int64)
+        host = torch.zeros(layout_size(bucket), dtype=torch.int64, device="cpu", pin_memory=pinned)
+        flat = host.numpy()
         flat[:count] = self.kept
         np.remainder(self.kept, length, out=flat[tokens : tokens + count])
         starts = flat[2 * tokens :].view(np.int32)
         starts[: len(self.starts)] = self.starts
         starts[len(self.starts) :] = count  # the sequences beyond are empty
-        return torch.from_numpy(flat)
+        return host
 
 
 class Batch(NamedTuple):
@@ -234,6 +237,8 @@ def _replay(graphs: GraphCache, rows: Rows) -> Tensor | None:
         graph = graphs.find(bucket, stream, rows.likes)
         if graph is None:
             return None
+        if len(graphs.shortcuts) >= _SHORTCUTS:
+            graphs.shortcuts.clear()
         whole = graphs.shortcuts[key] = Whole(graph, (count, length))
     whole.fill(rows)
     whole.graph.replay()
@@ -251,8 +256,9 @@ def _replay_packed(graphs: GraphCache, rows: Rows, packing: Packing) -> Tensor |
         return None
     buffers = graph.buffers
     graph.places_of = graph.starts_of = None
-    # Memory that is not pinned is copied by the driver before it returns; nothing waits for the rest of the way.
-    buffers.layout.copy_(packing.laid_out(bucket, length), non_blocking=True)
+    # Nothing waits for it: torch keeps pinned memory until it has been read.
+    layout = packing.laid_out(bucket, length, pinned=buffers.layout.is_cuda)
+    buffers.layout.copy_(layout, non_blocking=True)
     for index, given in enumerate(rows.data):
         if given is None:
             graph.zero(index)
@@ -297,7 +303,8 @@ class GpuEncoder(FastForward):
                 logger.info("layer %d of %s is not fused: %s", index, type(base).__name__, reason)
         self._norm = base.encoder.layer[0].output.LayerNorm
         self.device = self._norm.weight.device
-        self._home = (self._norm.weight.data_ptr(), self._norm.weight.dtype)
+        # Held, so that no other memory gets its address.
+        self._home = self._norm.weight.detach()
         self._asks, self._kinds = Requests(base), _outputs()
         reason = reason_not_to_fuse_embeddings(base.embeddings)
         self.embeddings = None if reason else FusedGpuEmbeddings(base.embeddings)
@@ -326,9 +333,13 @@ class GpuEncoder(FastForward):
 
         A mask that is left on the CPU spares the wait for the GPU to say how long the sequences are.
         """
-        if "layers" not in self.__dict__:
+        if "graphs" not in self.__dict__:
             self._build()
-        if input_ids is not None and self._can_run(input_ids, attention_mask, inputs_embeds, kwargs):
+        if (
+            input_ids is not None
+            and all(t is None or t.dtype in _INTEGERS for t in (input_ids, token_type_ids, position_ids))
+            and self._can_run(input_ids, attention_mask, inputs_embeds, kwargs)
+        ):
             packing = None if attention_mask is None else Packing.of(attention_mask)
             if packing is None or self.skip_padding:
                 hidden = self._hidden(packing, self._rows(input_ids, token_type_ids, position_ids))
@@ -367,11 +378,12 @@ class GpuEncoder(FastForward):
     def _can_run(self, ids: Tensor, mask: Tensor | None, embeds: Tensor | None, kwargs: dict[str, Any]) -> bool:
         weight = self._norm._parameters["weight"]
         assert weight is not None
-        if not (ids.device == self.device == weight.device and is_plain_input(ids, mask, embeds)):
+        plain = ids.device == self.device == weight.device and is_plain_input(ids, mask, embeds)
+        if not plain or not self._asks.for_no_more(kwargs):
             return False
-        if (weight.data_ptr(), weight.dtype) != self._home:
+        if weight.data_ptr() != self._home.data_ptr():
             self._build(self._capture)  # the model was moved, and graphs read where it was
-        return self._asks.for_no_more(kwargs)
+        return True
 
     @torch.inference_mode()
     def _run(self, inputs: Inputs, spans: Spans, batch: Batch | None = None) -> Tensor:

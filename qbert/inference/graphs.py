@@ -132,7 +132,7 @@ class GraphCache:
 
     Attributes:
         lock: to be held from `find` until the result is copied: buffers serve one caller at a time.
-        shortcuts: what callers found for the graphs that are kept, by keys of their own; emptied when one is dropped.
+        shortcuts: what callers found for graphs that are kept, by their own keys; emptied when one is dropped.
     """
 
     def __init__(self, run: Run, *, limit: int = 32, capture: Capture | None = None) -> None:
