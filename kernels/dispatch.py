@@ -109,20 +109,21 @@ def _on_gpu(index: int) -> str:
     return "dense"
 
 
-def e4m3_by_cublas(device: torch.device, tokens: int, rows: int, columns: int, bits: int) -> bool:
-    """Whether a product of e4m3 activations with W [rows, columns] takes `operators.matmul_e4m3`, not `matmul_a8`.
+def takes_unpacked(device: torch.device, tokens: int, rows: int, columns: int, bits: int, e4m3: bool = False) -> bool:
+    """Whether tokens are multiplied with W [rows, columns] as it is unpacked, a byte a weight, or as it is stored.
 
-    The environment variable QBERT_E4M3 decides: "cublas" or "triton"; without it what was measured, or a rule
-    (`gpu.products.matmul_e4m3`). Raises ValueError for another value.
+    Unpacked weights of 2 to 4 bits go through the 8-bit product or, where activations are in e4m3, `matmul_e4m3`.
+    The environment variable QBERT_WEIGHTS decides: "packed" or "unpacked"; without it what was measured on this GPU,
+    or a rule (`gpu.tiles.unpacked_is_faster`). Raises ValueError for another value.
     """
-    forced = os.environ.get("QBERT_E4M3", "")
-    if forced not in ("", "cublas", "triton"):
-        raise ValueError(f"QBERT_E4M3 must be 'cublas', 'triton' or not set, got {forced!r}.")
+    forced = os.environ.get("QBERT_WEIGHTS", "")
+    if forced not in ("", "packed", "unpacked"):
+        raise ValueError(f"QBERT_WEIGHTS must be 'packed', 'unpacked' or not set, got {forced!r}.")
     if forced or implementation(device) != "triton":
-        return forced == "cublas"
-    from qbert.kernels.gpu.products.matmul_e4m3 import is_faster
+        return forced == "unpacked"
+    from qbert.kernels.gpu.tiles import unpacked_is_faster
 
-    return is_faster(device, tokens, rows, columns, bits)
+    return unpacked_is_faster(device, tokens, rows, columns, bits, e4m3)
 
 
 @operator(check_linear, like=lambda x, weight, bias, grid: x.new_empty((*x.shape[:-1], weight.rows)))

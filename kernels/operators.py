@@ -157,7 +157,7 @@ def matmul_e4m3(
 ) -> Tensor:
     """y [T, O] = xq codes^T x_scale scale + bias in float16 or bfloat16; x_scale float32 [T], None for 1.
 
-    What many tokens are faster with than with `matmul_a8`, which reads packed weights: `dispatch.e4m3_by_cublas`.
+    What many tokens are faster with than with `matmul_a8`, which reads packed weights: `dispatch.takes_unpacked`.
     """
     if dispatch.implementation(xq.device) == "triton":
         from qbert.kernels.gpu.products.matmul_e4m3 import matmul_e4m3 as kernel

@@ -10,7 +10,8 @@ goes into the bias:
 Asymmetric activations have an offset a token, x ~ x_scale xq + x_offset: the term x_offset[t] weight_sum[o] is added,
 with weight_sum = scale (sum_i q - I zero), the sums of the real weights.
 
-Weights that eight-bit floats hold exactly, zeros subtracted, go through the vendor's product of those (`e4m3_weight`).
+For many tokens weights of 2 to 4 bits are unpacked, zeros subtracted: to int8 codes (`unpacked_weight`) or, exact too,
+to eight-bit floats, which the vendor's product takes (`e4m3_weight`).
 
     terms = Terms.prepare(weight, bias)
     y = operators.matmul_a8(xq, x_scale, row_sum, terms.of([weight.codes], [weight.bits]))
@@ -23,7 +24,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from qbert.kernels import reference
+from qbert.kernels import formats, reference
 from qbert.kernels.operands import PER_TOKEN, E4m3Weight, InputGrid, PackedWeight, ProductWeight
 
 
@@ -94,13 +95,33 @@ class Terms(NamedTuple):
         return ProductWeight(codes, bits, self.scale, self.zero, self.bias, self.weight_sum)
 
 
+def unpacked_weight(weights: list[PackedWeight], terms: Terms) -> ProductWeight | None:
+    """Weights with one int8 input, one under the other, as one of 8 bits without zeros; None where int8 cannot hold it.
+
+    Zeros are subtracted. Where some are halves, codes count half steps. The product is the same integer, in the same
+    or in half units, so that results are those of the packed weights.
+    """
+    codes = _without_zeros(weights, terms)
+    half = not torch.equal(codes, codes.round())
+    codes = 2 * codes if half else codes
+    if not torch.equal(codes, codes.round()) or bool((codes.abs() > 127).any()):
+        return None
+    scale = terms.scale / 2 if half else terms.scale
+    return ProductWeight([formats.pack(codes.to(torch.int8), 8)], [8], scale, None, terms.bias, terms.weight_sum)
+
+
+def _without_zeros(weights: list[PackedWeight], terms: Terms) -> Tensor:
+    """float32 [all rows, I]."""
+    return torch.cat([w.unpacked() for w in weights]).float() - terms.row_zero[:, None]
+
+
 def e4m3_weight(weights: list[PackedWeight], terms: Terms, grid: InputGrid, dtype: torch.dtype) -> E4m3Weight | None:
     """Weights with one e4m3 input, one under the other, for `operators.matmul_e4m3`; None where e4m3 changes some code.
 
     Codes of 2 to 4 bits minus a whole or half zero are exact: e4m3 has four digits and reaches 448. A static step of
     `grid` goes into the scale, so that the product needs none for its tokens. The bias comes in `dtype`, the result's.
     """
-    codes = torch.cat([w.unpacked() for w in weights]).float() - terms.row_zero[:, None]
+    codes = _without_zeros(weights, terms)
     floats = codes.to(torch.float8_e4m3fn)
     if not torch.equal(floats.float(), codes):
         return None

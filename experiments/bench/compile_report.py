@@ -65,6 +65,13 @@ class Report:
         return collections.Counter(re.findall(instruction, self._listing, re.M))
 
     @functools.cached_property
+    def accesses(self) -> dict[str, int]:
+        """How often global memory is accessed, by kind and width in bits where it is not 32: "LDG.128", "STG", ..."""
+        found = re.findall(r"\b(LDG|STG|RED|ATOMG)\.E((?:\.\w+)*)", self._listing)
+        widths = [(kind, re.search(r"\.(U8|U16|64|128)\b", rest)) for kind, rest in found]
+        return dict(collections.Counter(kind + (width[0] if width else "") for kind, width in widths))
+
+    @functools.cached_property
     def loop(self) -> collections.Counter[str]:
         """`sass` of the loops with a warpgroup product alone."""
         names = re.findall(r"^(?:@!?U?P\d+\s+)?([A-Z0-9]+)", "\n".join(_loops_twice(self._listing)[1]), re.M)

@@ -22,9 +22,8 @@ from torch import Tensor
 from qbert.kernels import operators
 from qbert.kernels.gpu import tune
 from qbert.kernels.gpu.attention_ways import FLASH, SDPA, measure_attention
-from qbert.kernels.gpu.layernorm_quant import measure_layernorm
-from qbert.kernels.gpu.products.matmul_e4m3 import CUBLAS, WAYS
-from qbert.kernels.gpu.tiles import E4M3, Tile, candidates
+from qbert.kernels.gpu.layernorm_quant import layernorm_candidates, layernorm_quantize, measure_layernorm
+from qbert.kernels.gpu.tiles import E4M3, UNPACKED, Tile, candidates
 from qbert.kernels.operands import E4m3Weight, InputGrid
 
 
@@ -114,7 +113,7 @@ def work() -> list[dict[str, Any]]:
     engines = [("matmul_a8", 8), ("matmul_a8", 4), (f"matmul_a8{E4M3}", 4), (f"matmul_a8{E4M3}", 2), ("matmul_a8", 2)]
     if MODE == "dry":
         shape = {"tokens": 16, "rows": 64, "columns": 256, "bits": 4}
-        return [{"kernel": "matmul_a8"} | shape, {"kernel": WAYS} | shape]
+        return [{"kernel": name} | shape for name in ("matmul_a8", "weights", f"weights{E4M3}")]
     rounds = [(BASE_SHAPES, 49152, engines), (BASE_SHAPES, 4096, engines), (BASE_SHAPES, 128, engines[:3])]
     rounds.append((MINI_SHAPES, 4096, engines[:2]))
     found: list[dict[str, Any]] = []
@@ -122,9 +121,11 @@ def work() -> list[dict[str, Any]]:
         for kernel, bits in kernels:
             ways = [(kernel, rows, columns) for rows, columns in shapes]
             ways += [(kernel.replace("matmul_a8", "matmul_a8_mixed"), rows, columns) for rows, columns in shapes[2:]]
-            if kernel.endswith(E4M3) and bits == 4:
-                ways += [(WAYS, 3 * rows if rows == columns else rows, columns) for rows, columns in shapes]
-                ways += [(WAYS, rows, columns) for rows, columns in shapes[2:]]
+            high = [(3 * rows, columns) for rows, columns in shapes[2:]]  # query, key and value as one weight
+            if bits == 8:
+                ways += [(kernel, rows, columns) for rows, columns in high]
+            elif tokens > 128:
+                ways += [("weights" + kernel.removeprefix("matmul_a8"), *shape) for shape in (*shapes, *high)]
             found += [
                 {"kernel": name, "tokens": tokens, "rows": rows, "columns": columns, "bits": bits}
                 for name, rows, columns in ways
@@ -150,12 +151,24 @@ def candidates_to_compile() -> dict[str, Callable[[], int]]:
         return 0
 
     found: dict[tuple[Any, ...], dict[str, Any]] = {}
-    for shape in (s for s in work() if s["kernel"] != WAYS):
+    for shape in (s for s in work() if not s["kernel"].startswith("weights")):
         rows, columns = shape["rows"], shape["columns"]
         # What a kernel is compiled for: from 1,025 tokens on all have the same candidates.
         same = shape["kernel"], shape["bits"], rows > columns, columns % 256, min(shape["tokens"], 4096)
         found.setdefault(same, shape)
-    return {f"candidates {list(shape.values())}": partial(one, shape) for shape in found.values()}
+    cases: dict[str, Callable[[], int]] = {
+        f"candidates {list(shape.values())}": partial(one, shape) for shape in found.values()
+    }
+    for columns in (768, 384):
+        cases[f"candidates LayerNorm {columns}"] = partial(_compile_layernorms, columns)
+    return cases
+
+
+def _compile_layernorms(columns: int) -> int:
+    x, (weight, bias) = torch.randn(16, columns, device=DEVICE).half(), torch.randn(2, columns, device=DEVICE).half()
+    for tile in dict.fromkeys(t for tokens in (128, 4096, 49152) for t in layernorm_candidates(tokens, columns)):
+        layernorm_quantize(x, None, weight, bias, 1e-12, InputGrid(0.02), tile=tile)
+    return 0
 
 
 def tune_all() -> int:
@@ -172,7 +185,7 @@ def tune_all() -> int:
         try:
             with pretending():
                 best = _best(shape)
-            found = "cuBLASLt" if best == CUBLAS else short(best)
+            found = "unpacked" if best == UNPACKED else short(best)
             say(f"tile for {list(shape.values())}: {found} ({time.time() - start:.1f} s)")
             record(kind="tile", **shape, tile=found)
         except Exception as error:
@@ -182,8 +195,9 @@ def tune_all() -> int:
 
 
 def _best(shape: dict[str, Any]) -> Tile:
-    if shape["kernel"] == WAYS:
-        return tune.measure_e4m3(**{key: value for key, value in shape.items() if key != "kernel"})
+    if shape["kernel"].startswith("weights"):
+        sizes = {key: value for key, value in shape.items() if key != "kernel"}
+        return tune.measure_unpacked(**sizes, e4m3=shape["kernel"].endswith(E4M3))
     return tune.tune(**shape)
 
 

@@ -8,7 +8,7 @@ layer's products read: y, its int8 codes, scale and row sum.
     y, yq, y_scale, row_sum = embed_layernorm([(ids, words), (positions, places)], weight, bias, eps)
 """
 
-# mypy: allow-untyped-defs
+# mypy: allow-untyped-defs, disable-error-code="assignment"
 
 from __future__ import annotations
 
@@ -18,7 +18,14 @@ import triton.language as tl
 from torch import Tensor
 
 from qbert.kernels import formats
-from qbert.kernels.gpu.layernorm_quant import MAX_COLUMNS, normalize_row, store_quantized
+from qbert.kernels.gpu.layernorm_quant import (
+    MAX_COLUMNS,
+    chunk_of,
+    columns_of,
+    load_chunks,
+    normalize_row,
+    store_row,
+)
 from qbert.kernels.gpu.quantize_rows import empty_codes, range_kind
 from qbert.kernels.operands import PER_TOKEN, InputGrid, PackedWeight
 
@@ -116,36 +123,39 @@ def embed_layernorm_kernel(
     ids0, packed0, scale0, zero0, group0, input_group0, input_groups0, stride0, rows0,
     ids1, packed1, scale1, zero1, group1, input_group1, input_groups1, stride1, rows1,
     ids2, packed2, scale2, zero2, group2, input_group2, input_groups2, stride2, rows2,
-    weight_ptr, bias_ptr, y_ptr, q_ptr, scale_ptr, row_sum_ptr, width, eps, static_scale, static_zero,
+    weight_ptr, bias_ptr, y_ptr, q_ptr, scale_ptr, row_sum_ptr, eps, static_scale, static_zero,
     TAIL0: tl.constexpr, BITS0: tl.constexpr, GROUPS0: tl.constexpr,
     TAIL1: tl.constexpr, BITS1: tl.constexpr, GROUPS1: tl.constexpr,
     TAIL2: tl.constexpr, BITS2: tl.constexpr, GROUPS2: tl.constexpr,
-    RANGE: tl.constexpr, BLOCK: tl.constexpr,
+    RANGE: tl.constexpr, WIDTH: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """Grid (T,). A table of 0 bits is absent."""
+    COUNT: tl.constexpr = (WIDTH + CHUNK - 1) // CHUNK
     token = tl.program_id(0)
-    column = tl.arange(0, BLOCK)
-    inside = column < width
-    h = load_row(
-        ids0, packed0, scale0, zero0, group0, token, column, inside, width, input_group0, input_groups0, stride0,
-        rows0, TAIL0, BITS0, GROUPS0,
-    )  # fmt: skip
-    if BITS1 > 0:
-        h += load_row(
-            ids1, packed1, scale1, zero1, group1, token, column, inside, width, input_group1, input_groups1, stride1,
-            rows1, TAIL1, BITS1, GROUPS1,
+    sums = ()
+    for c in tl.static_range(COUNT):
+        column = columns_of(c, CHUNK)
+        inside = column < WIDTH
+        h = load_row(
+            ids0, packed0, scale0, zero0, group0, token, column, inside, WIDTH, input_group0, input_groups0, stride0,
+            rows0, TAIL0, BITS0, GROUPS0,
         )  # fmt: skip
-    if BITS2 > 0:
-        h += load_row(
-            ids2, packed2, scale2, zero2, group2, token, column, inside, width, input_group2, input_groups2, stride2,
-            rows2, TAIL2, BITS2, GROUPS2,
-        )  # fmt: skip
-    y = normalize_row(h, weight_ptr, bias_ptr, width, eps, column, inside)
-    stored = y.to(y_ptr.dtype.element_ty)
-    tl.store(y_ptr + token.to(tl.int64) * width + column, stored, mask=inside)
-    store_quantized(
-        stored.to(tl.float32), token, column, inside, width, q_ptr, scale_ptr, row_sum_ptr, static_scale, static_zero,
-        RANGE,
+        if BITS1 > 0:
+            h += load_row(
+                ids1, packed1, scale1, zero1, group1, token, column, inside, WIDTH, input_group1, input_groups1,
+                stride1, rows1, TAIL1, BITS1, GROUPS1,
+            )  # fmt: skip
+        if BITS2 > 0:
+            h += load_row(
+                ids2, packed2, scale2, zero2, group2, token, column, inside, WIDTH, input_group2, input_groups2,
+                stride2, rows2, TAIL2, BITS2, GROUPS2,
+            )  # fmt: skip
+        sums += (h,)
+    weight, bias = load_chunks(weight_ptr, WIDTH, CHUNK), load_chunks(bias_ptr, WIDTH, CHUNK)
+    y = normalize_row(sums, weight, bias, eps, WIDTH, CHUNK)
+    store_row(
+        token, y, y_ptr, q_ptr, scale_ptr, row_sum_ptr, tl.num_programs(0), static_scale, static_zero, RANGE, WIDTH,
+        CHUNK,
     )  # fmt: skip
 
 
@@ -197,6 +207,7 @@ def embed_layernorm(
     codes, scale, row_sum = empty_codes(tokens, columns, grid, ids.device)
     if tokens == 0:
         return y, codes, scale, row_sum
+    warps = max(4, triton.next_power_of_2(triton.cdiv(columns, 1024)))
     arguments: list[object] = []
     constants: list[object] = []
     for index in range(3):
@@ -206,8 +217,8 @@ def embed_layernorm(
         arguments += [its_ids, *table[:4], columns // groups, groups, table.codes.stride(0), table.rows]
         constants += _constants(table) if present else (0, 0, "one")
     embed_layernorm_kernel[(tokens,)](
-        *arguments, weight, bias, y, codes, scale, row_sum, columns, eps, grid.scale, float(grid.zero), *constants,
-        range_kind(grid), triton.next_power_of_2(columns),
+        *arguments, weight, bias, y, codes, scale, row_sum, eps, grid.scale, float(grid.zero), *constants,
+        range_kind(grid), columns, chunk_of(columns, warps), num_warps=warps,
     )  # fmt: skip
     return y, codes, scale, row_sum
 

@@ -26,6 +26,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from qbert.kernels.gpu.division import lift_of, quotient
 from qbert.kernels.gpu.gelu import gelu as gelu_of
 from qbert.kernels.operands import PER_TOKEN, InputGrid
 
@@ -33,11 +34,16 @@ _MANY_TOKENS = 1024  # from so many on a program's instructions count, below its
 
 
 @triton.jit
+def rounded(y, zero):
+    """round-half-even(y) + zero, int32, of float32 values below 2^22 and an integer zero, float32 too."""
+    # Adding 1.5 * 2^23 rounds to the nearest even integer, in the adder itself, which then stands in the lowest bits.
+    return (y + 12582912.0).to(tl.int32, bitcast=True) + (tl.cast(zero, tl.int32) - 0x4B400000)
+
+
+@triton.jit
 def to_int8(y, zero):
-    """clamp(round-half-even(y) + zero, -128, 127), int8, of float32 values and an integer zero, float32 too."""
-    y = tl.minimum(tl.maximum(y, -128.0 - zero), 127.0 - zero)
-    # Adding and subtracting 1.5 * 2^23 rounds to the nearest even integer, in the adder itself.
-    return (((y + 12582912.0) - 12582912.0) + zero).to(tl.int8)
+    """clamp(round-half-even(y) + zero, -128, 127), int32, of float32 values and an integer zero, float32 too."""
+    return rounded(tl.minimum(tl.maximum(y, -128.0 - zero), 127.0 - zero), zero)
 
 
 @triton.jit
@@ -53,17 +59,46 @@ def to_codes(y, zero, F8: tl.constexpr):
 def count(codes):
     """Codes as int32, e4m3 ones in 512ths: all of them are whole numbers of these, so that sums are exact."""
     if codes.dtype == tl.float8e4nv:
-        return (codes.to(tl.float32) * 512.0).to(tl.int32)
+        return rounded(codes.to(tl.float32) * 512.0, 0.0)
     else:
         return codes.to(tl.int32)
 
 
 @triton.jit
-def quantize_values(x, largest, F8: tl.constexpr):
+def divided(x, step, dtype: tl.constexpr):
+    """x / step, correctly rounded, float32 values that come of type dtype and are at most 512 steps."""
+    if dtype == tl.float16:  # whose smallest values are no smaller than the lift wants them
+        lift = 1.0
+    else:
+        lift = lift_of(step)
+        x *= lift
+    step *= lift
+    return quotient(x, step, tl.div_rn(1.0, step), dtype == tl.float32)
+
+
+@triton.jit
+def quantize_values(x, largest, F8: tl.constexpr, dtype: tl.constexpr):
     """Codes of float32 values whose largest magnitude (of the row) is `largest`, and the scale."""
     scale = tl.div_rn(largest, 448.0 if F8 else 127.0)
-    # 0 / 1 for a row of zeros; the quotient may exceed 127 or 448 by its rounding error, which the rounding removes.
-    return to_codes(tl.div_rn(x, tl.where(scale > 0, scale, 1.0)), 0.0, F8), scale
+    # 0 / 1 for a row of zeros. The minimum makes a number of NaN too; a quotient's own rounding error does not matter.
+    y = tl.minimum(divided(x, tl.where(scale > 0, scale, 1.0), dtype), 448.0 if F8 else 127.0)
+    if F8:
+        return y.to(tl.float8e4nv), scale
+    else:
+        return rounded(y, 0.0), scale
+
+
+@triton.jit
+def static_codes(x, scale, zero, F8: tl.constexpr, dtype: tl.constexpr):
+    """Codes of float32 values of type dtype on a static grid: clamp(round-half-even(x / scale) + zero)."""
+    # Before the division, so that no quotient overflows: what lies at an end, to within its rounding, gets its code.
+    low = (-448.0 if F8 else -128.0 - zero) * scale
+    high = (448.0 if F8 else 127.0 - zero) * scale
+    y = divided(tl.minimum(tl.maximum(x, low), high), scale, dtype)
+    if F8:
+        return y.to(tl.float8e4nv)
+    else:
+        return rounded(y, zero)
 
 
 @triton.jit
@@ -76,8 +111,9 @@ def asymmetric_grid(low, high):
 
 @triton.jit
 def asymmetric_codes(x, low, step):
-    """int8 codes of float32 values from `low` on; -128 for a row of one value."""
-    return to_int8(tl.div_rn(x - low, tl.where(step > 0, step, 1.0)), -128.0)
+    """int8 codes, as int32, of float32 values from `low` on; -128 for a row of one value."""
+    y = divided(x - low, tl.where(step > 0, step, 1.0), tl.float32)
+    return rounded(tl.minimum(y, 255.0), -128.0)  # the minimum makes a number of NaN too
 
 
 @triton.jit
@@ -136,11 +172,14 @@ def quantize_rows_kernel(
         inside = start + column < width
         x = _load(x_ptr + start + column, inside, GELU)
         if RANGE == "static":
-            q = to_codes(x * inv_static_scale if GELU else tl.div_rn(x, static_scale), static_zero, F8)
+            if GELU:
+                q = to_codes(x * inv_static_scale, static_zero, F8)
+            else:
+                q = static_codes(x, static_scale, static_zero, F8, x_ptr.dtype.element_ty)
         elif RANGE == "asymmetric":
             q = asymmetric_codes(x, low, scale)
         else:
-            q, scale = quantize_values(x, peak, F8)
+            q, scale = quantize_values(x, peak, F8, tl.float32 if GELU else x_ptr.dtype.element_ty)
         tl.store(q_ptr + start + column, q, mask=inside)
         total += count(q) if RANGE == "dynamic" else tl.where(inside, count(q), 0)
     tl.store(scale_ptr + row, scale)

@@ -41,6 +41,9 @@ class Tile:
     registers: int | None = None
 
 
+UNPACKED = Tile(0, 0, 0, warps=0, stages=0)  # stands for the product with unpacked weights in the measured table
+_UNPACKED_FROM = 1024  # tokens from which those are taken for shapes that were not measured
+
 E4M3 = "_e4m3"  # ends the names of kernels with e4m3 activations, whose tiles are chosen apart
 
 _SMALL = [Tile(16, 64, 256), Tile(32, 64, 256), Tile(16, 32, 256), Tile(32, 64, 128), Tile(64, 64, 128)]
@@ -103,6 +106,24 @@ def known_tile(kernel: str, tokens: int, rows: int, columns: int, bits: int, dev
     """The measured tile for this shape on `device`, if there is one."""
     _load_once()
     return _measured.get(_key(kernel, tokens, rows, columns, bits, device))
+
+
+def ways(e4m3: bool) -> str:
+    """What choices between packed and unpacked weights are kept by."""
+    return "weights" + (E4M3 if e4m3 else "")
+
+
+def unpacked_is_faster(device: torch.device, tokens: int, rows: int, columns: int, bits: int, e4m3: bool) -> bool:
+    """Whether so many tokens are multiplied with unpacked weights: as was measured, or else by the rule.
+
+    Unpacked, int8 codes take the 8-bit product and e4m3 ones cuBLASLt's. On sm_90, where the rule was found
+    (`experiments/results/kernels_gpu.md`), both are faster than unpacking in the product from 4,096 tokens on, which
+    waits for its instructions; 3-bit codes take the most.
+    """
+    measured = known_tile(ways(e4m3), tokens, rows, columns, bits, torch.cuda.get_device_name(device))
+    if measured is not None:
+        return measured == UNPACKED
+    return tokens >= _UNPACKED_FROM and (not e4m3 or torch.cuda.get_device_capability(device) >= (9, 0))
 
 
 def measure(

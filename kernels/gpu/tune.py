@@ -7,7 +7,7 @@ decides. Set QBERT_TILES to a file name to keep the choices.
 
     tune("matmul_a8", tokens=4096, rows=3072, columns=768, bits=4)
     tune("matmul_a8_mixed_e4m3", tokens=4096, rows=768, columns=768, bits=4)        # query, key and value
-    measure_e4m3(tokens=4096, rows=3 * 768, columns=768, bits=4)                    # beside cuBLASLt's
+    measure_unpacked(tokens=4096, rows=3 * 768, columns=768, bits=4)
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from qbert.kernels.gpu.layernorm_quant import layernorm_quantize
 from qbert.kernels.gpu.products.matmul_a8 import matmul_a8
 from qbert.kernels.gpu.products.matmul_a8_mixed import matmul_a8_mixed
 from qbert.kernels.gpu.products.matmul_a16 import matmul_a16
-from qbert.kernels.gpu.products.matmul_e4m3 import CUBLAS, WAYS, matmul_e4m3
+from qbert.kernels.gpu.products.matmul_e4m3 import matmul_e4m3
 from qbert.kernels.gpu.quantize_rows import quantize_rows
-from qbert.kernels.gpu.tiles import E4M3, Tile, choose_tile, measure
+from qbert.kernels.gpu.tiles import E4M3, UNPACKED, Tile, choose_tile, measure, ways
 from qbert.kernels.operands import E4m3Weight, InputGrid, ProductWeight
 
 KERNELS = ("matmul_a8", f"matmul_a8{E4M3}", "matmul_a8_mixed", f"matmul_a8_mixed{E4M3}", "matmul_a16")
@@ -65,43 +65,54 @@ def tune(kernel: str, *, tokens: int, rows: int, columns: int, bits: int) -> Til
     return measure(kernel, tokens, rows, columns, bits, torch.cuda.get_device_name(), milliseconds)
 
 
-def measure_e4m3(*, tokens: int, rows: int, columns: int, bits: int) -> Tile:
-    """The fastest product of e4m3 inputs [tokens, columns] with W [rows, columns]: `CUBLAS`, or a tile of `matmul_a8`.
+def measure_unpacked(*, tokens: int, rows: int, columns: int, bits: int, e4m3: bool = False) -> Tile:
+    """Whether W [rows, columns] is multiplied faster unpacked, by int8 or e4m3 inputs: `UNPACKED`, or the packed tile.
 
     Each with all that it takes to the next product's input: GELU and codes where W has more rows than columns, the
-    residual and LayerNorm elsewhere, nothing for query, key and value, 3 x `columns` rows. Tune the tile before.
+    residual and LayerNorm elsewhere, nothing for query, key and value, 3 x `columns` rows. Tune the tiles before.
     Raises ValueError for bits above 4, RuntimeError without a CUDA device.
     """
     if bits > 4:
-        raise ValueError(f"e4m3 holds weights of 2 to 4 bits, got {bits}.")
+        raise ValueError(f"weights of 2 to 4 bits are unpacked, got {bits}.")
     if not torch.cuda.is_available():
-        raise RuntimeError("measure_e4m3 times kernels on a CUDA device, and there is none.")
-    mixed = rows == 3 * columns
-    height, name = columns if mixed else rows, torch.cuda.get_device_name()
-    kernel = f"matmul_a8_mixed{E4M3}" if mixed else f"matmul_a8{E4M3}"
+        raise RuntimeError("measure_unpacked times kernels on a CUDA device, and there is none.")
+    mixed, name, end = rows == 3 * columns, torch.cuda.get_device_name(), E4M3 if e4m3 else ""
+    height = columns if mixed else rows
+    kernel = f"matmul_a8_mixed{end}" if mixed else f"matmul_a8{end}"
     tile = choose_tile(kernel, tokens, height, columns, bits, name)
     packed = _packed(tokens, height, columns, bits)
     launch = encoder_launch(kernel, tokens, height, columns, bits, "cuda")
-    floats = torch.randint(-7, 8, (len(packed), rows, columns), device="cuda").to(torch.float8_e4m3fn)
-    scale, norm = torch.rand(rows, device="cuda") * 0.01, torch.ones(rows, device="cuda", dtype=torch.float16)
-    x = torch.randn(tokens, columns, device="cuda").to(torch.float8_e4m3fn)
+    grid = InputGrid(0.1, codes_dtype=torch.float8_e4m3fn if e4m3 else torch.int8)
+    norm = torch.ones(rows, device="cuda", dtype=torch.float16)
     residual = torch.randn(tokens, rows, device="cuda", dtype=torch.float16)
-    grid = InputGrid(0.1, codes_dtype=torch.float8_e4m3fn)
 
-    def ours(copy: int) -> None:
-        y = launch(packed[copy], tile)
-        if rows <= columns:
-            layernorm_quantize(y, None, norm, norm, 1e-12, grid)
-
-    def theirs(copy: int) -> None:
-        y = matmul_e4m3(x, None, E4m3Weight(floats[copy], scale, norm), torch.float16)
+    def normalized(y: Tensor, residual: Tensor | None = None) -> None:
         if rows <= columns:
             layernorm_quantize(y, residual, norm, norm, 1e-12, grid)
-        elif not mixed:
-            quantize_rows(y, grid, gelu=True)
+
+    def as_stored(copy: int) -> None:
+        normalized(launch(packed[copy], tile))
+
+    if e4m3:
+        floats = torch.randint(-7, 8, (len(packed), rows, columns), device="cuda").to(torch.float8_e4m3fn)
+        scale = torch.rand(rows, device="cuda") * 0.01
+        x = torch.randn(tokens, columns, device="cuda").to(torch.float8_e4m3fn)
+
+        def unpacked(copy: int) -> None:
+            y = matmul_e4m3(x, None, E4m3Weight(floats[copy], scale, norm), torch.float16)
+            if rows > columns and not mixed:
+                quantize_rows(y, grid, gelu=True)
+            normalized(y, residual)
+    else:
+        whole = torch.randint(0, 256, (len(packed), rows, columns), device="cuda", dtype=torch.uint8)
+        bare = encoder_launch("matmul_a8", tokens, rows, columns, 8, "cuda", zeros=False)
+        wide = choose_tile("matmul_a8", tokens, rows, columns, 8, name)
+
+        def unpacked(copy: int) -> None:
+            normalized(bare(whole[copy], wide))
 
     def milliseconds(way: Tile) -> float:
-        one = theirs if way == CUBLAS else ours
+        one = unpacked if way == UNPACKED else as_stored
 
         def run() -> None:
             for copy in range(len(packed)):
@@ -109,7 +120,7 @@ def measure_e4m3(*, tokens: int, rows: int, columns: int, bits: int) -> Tile:
 
         return float(do_bench_cudagraph(run, rep=_BENCH_MS)) / len(packed)
 
-    return measure(WAYS, tokens, rows, columns, bits, name, milliseconds, [CUBLAS, tile])
+    return measure(ways(e4m3), tokens, rows, columns, bits, name, milliseconds, [UNPACKED, tile])
 
 
 def _packed(tokens: int, rows: int, columns: int, bits: int) -> Tensor:
@@ -120,9 +131,12 @@ def _packed(tokens: int, rows: int, columns: int, bits: int) -> Tensor:
 
 
 def encoder_launch(
-    kernel: str, tokens: int, rows: int, columns: int, bits: int, device: str
+    kernel: str, tokens: int, rows: int, columns: int, bits: int, device: str, zeros: bool = True
 ) -> Callable[[Tensor, Tile], Tensor]:
-    """A launch of `kernel` with the operands and the epilogue of an encoder's product, on a weight and a tile."""
+    """A launch of `kernel` with the operands and the epilogue of an encoder's product, on a weight and a tile.
+
+    `zeros`: whether weights have zeros, and products take and make the sums that these need.
+    """
     mixed = "mixed" in kernel
     scale, bias = (torch.rand(rows * (3 if mixed else 1), device=device) for _ in range(2))
     x = torch.randn(tokens, columns, device=device, dtype=torch.float16)
@@ -131,8 +145,8 @@ def encoder_launch(
     e4m3 = kernel.endswith(E4M3)
     codes_dtype = torch.float8_e4m3fn if e4m3 else torch.int8
     xq = (x * 16).to(codes_dtype)
-    zero = torch.ones(len(scale), device=device, dtype=torch.float32 if e4m3 else torch.int32)
-    sums = torch.zeros(tokens, device=device, dtype=torch.int32)
+    zero = torch.ones(len(scale), device=device, dtype=torch.float32 if e4m3 else torch.int32) if zeros else None
+    sums = torch.zeros(tokens, device=device, dtype=torch.int32) if zeros else None
     x_scale = torch.rand(tokens, device=device)
     count = 3 if mixed else 1
 
@@ -141,6 +155,8 @@ def encoder_launch(
 
     if mixed:
         return lambda codes, tile: matmul_a8_mixed(xq, x_scale, weight(codes), row_sum=sums, tile=tile)
+    if rows == 3 * columns:  # query, key and value as one weight
+        return lambda codes, tile: matmul_a8(xq, x_scale, weight(codes), row_sum=sums, tile=tile)
     if rows > columns:
         out = InputGrid(0.1, codes_dtype=codes_dtype)
         return lambda codes, tile: matmul_a8(

@@ -115,9 +115,10 @@ def optimize_for_inference(
         operands: what GPUs multiply. "int8" is what the packed layers do. "e4m3", on a GPU of compute capability 8.9
             or later, quantizes the inputs of products with weights of 2 to 4 bits to eight-bit floats instead, of the
             same range (weights stay exact; 8-bit weights keep int8 inputs). Triton overlaps loads with e4m3 products
-            on sm_90, not with int8 ones; of sums of e4m3 products the chip keeps about 14 bits. On sm_90 and later
-            1,024 tokens and more are multiplied by cuBLASLt instead (QBERT_E4M3 forces "cublas" or "triton"), for
-            which weights are held a second time, a byte each. Outputs then differ
+            on sm_90, not with int8 ones; of sums of e4m3 products the chip keeps about 14 bits. From 1,024 tokens on
+            weights of 2 to 4 bits are multiplied as they are unpacked, by the 8-bit product or, e4m3 on sm_90 and
+            later, by cuBLASLt, for which they are held a second time, a byte each (the environment variable
+            QBERT_WEIGHTS=packed saves that, =unpacked takes them for fewer tokens too). Outputs of e4m3 differ
             from the packed model's by about the error that quantized inputs have anyway, which is smaller: the relative
             error of MiniLM's last hidden state, weights in float, is 0.050 (e4m3) against 0.067 (int8) with one range
             a token, 0.052 against 0.197 with static ranges, but 0.038 with asymmetric int8 ranges a token, which e4m3

@@ -11,9 +11,9 @@ A layer is seven kernels where its inputs are quantized statically:
     LayerNorm            + quantization, as the next layer wants it
 
 With a range per token, symmetric or not, which is known only when a whole row is there, attention and ffn in write
-fp16 and two row quantizations follow: nine kernels. Products of eight-bit floats with many tokens are cuBLASLt's
-(`dispatch.e4m3_by_cublas`), whose epilogue is a bias: GELU is then the row quantization's, the residual LayerNorm's.
-All are operators of `qbert.kernels.operators`, so on a CPU the
+fp16 and two row quantizations follow: nine kernels. For many tokens weights are unpacked (`dispatch.takes_unpacked`):
+int8 ones take the 8-bit product; those of eight-bit floats are cuBLASLt's, whose epilogue is a bias: GELU is then the
+row quantization's, the residual LayerNorm's. All are operators of `qbert.kernels.operators`, so on a CPU the
 same chain runs their slow twins, which is what tests compare with.
 It stands alone because it knows rows of tokens only: padding and requests are those of `qbert.inference.gpu`.
 """
@@ -30,8 +30,8 @@ from qbert.inference.fits import reason_not_four_products, reason_not_to_fuse_la
 from qbert.inference.forward import reason_not_to_replace
 from qbert.kernels import dispatch, operators
 from qbert.kernels.checks import E4M3_COLUMNS
-from qbert.kernels.operands import FLOAT, E4m3Weight, Heads, InputGrid, Spans
-from qbert.kernels.terms import Terms, e4m3_weight
+from qbert.kernels.operands import FLOAT, E4m3Weight, Heads, InputGrid, ProductWeight, Spans
+from qbert.kernels.terms import Terms, e4m3_weight, unpacked_weight
 from qbert.layers.embedding import PackedEmbedding
 from qbert.layers.linear import PackedLinear
 
@@ -44,6 +44,7 @@ _BERT_EMBEDDINGS = (
 )
 _MAX_HEAD_DIM = 128
 _MAX_WIDTH = 16384
+_MANY = 1 << 30  # tokens: where not even these are multiplied with unpacked weights, none are unpacked
 
 
 class Tokens(NamedTuple):
@@ -83,18 +84,26 @@ class Projection:
         self.static_scale = terms.scale.new_full((1,), self.grid.scale)
         self.shape = (self.weight.rows, weights[0].columns, max(self.weight.bits))
         self.floats: E4m3Weight | None = None
-        # cuBLASLt multiplies matrices of multiples of 16, and gives halves.
-        if e4m3 and not any(n % 16 for n in self.shape[:2]) and dtype != torch.float32 and _may_use_cublas(terms.scale):
-            self.floats = e4m3_weight(weights, terms, self.grid, dtype)
+        self.whole: ProductWeight | None = None
+        if min(self.weight.bits) < 8 and dispatch.takes_unpacked(terms.scale.device, _MANY, *self.shape, e4m3):
+            if not e4m3:
+                self.whole = unpacked_weight(weights, terms)
+            # cuBLASLt multiplies matrices of multiples of 16, and gives halves.
+            elif dtype != torch.float32 and not any(n % 16 for n in self.shape[:2]):
+                self.floats = e4m3_weight(weights, terms, self.grid, dtype)
 
     @property
     def output_grid(self) -> InputGrid:
         """The grid on which the kernel that makes the input writes it: float where ranges are known per row only."""
         return self.grid if self.grid.scale else FLOAT
 
-    def by_cublas(self, tokens: Tensor) -> bool:
-        """Whether so many tokens [T, ...] are multiplied by cuBLASLt."""
-        return self.floats is not None and dispatch.e4m3_by_cublas(tokens.device, len(tokens), *self.shape)
+    def of(self, tokens: Tensor) -> E4m3Weight | ProductWeight:
+        """The weight as so many tokens [T, ...] are multiplied with it: e4m3 by cuBLASLt, unpacked or packed."""
+        unpacked = self.whole if self.floats is None else self.floats
+        if unpacked is None:
+            return self.weight
+        e4m3 = self.floats is not None
+        return unpacked if dispatch.takes_unpacked(tokens.device, len(tokens), *self.shape, e4m3) else self.weight
 
     def quantized(self, x: Tensor, sums: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Codes of the input x [T, I], which are x itself where its kernel wrote them, their scale and sums."""
@@ -102,12 +111,12 @@ class Projection:
 
     def wanted(self, sums: Tensor) -> Tensor | None:
         """`sums`, to be filled by the kernel that makes the input, where the product has a zero to multiply them by."""
-        return None if self.weight.zero is None or self.by_cublas(sums) else sums
+        weight = self.of(sums)
+        return None if isinstance(weight, E4m3Weight) or weight.zero is None else sums
 
-    def plain(self, codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    def plain(self, weight: E4m3Weight, codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
         """[T, O] = product + bias, by cuBLASLt."""
-        assert self.floats is not None
-        return operators.matmul_e4m3(codes, None if self.grid.scale else scale, self.floats, dtype)
+        return operators.matmul_e4m3(codes, None if self.grid.scale else scale, weight, dtype)
 
 
 class FusedGpuLayer:
@@ -142,12 +151,12 @@ class FusedGpuLayer:
 
     def _attend(self, tokens: Tokens, spans: Spans, sums: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         output, grid, dtype = self.attention_output, self.attention_output.output_grid, _half(tokens.x)
-        if self.qkv.by_cublas(tokens.x):
-            fused = self.qkv.plain(tokens.codes, tokens.scale, dtype)
+        weight = self.qkv.of(tokens.x)
+        if isinstance(weight, E4m3Weight):
+            fused = self.qkv.plain(weight, tokens.codes, tokens.scale, dtype)
         else:
-            fused = operators.matmul_a8_mixed(
-                tokens.codes, tokens.scale, tokens.row_sum, self.qkv.weight, out_dtype=dtype
-            )
+            product = operators.matmul_a8 if len(weight.codes) == 1 else operators.matmul_a8_mixed
+            fused = product(*tokens[1:], weight, out_dtype=dtype)
         count = fused.shape[0]
         query, key, value = fused.view(count, 3, self.heads, -1).unbind(1)
         heads = Heads(query, key, value, spans.starts, spans.longest, query.shape[-1] ** -0.5, spans.uniform)
@@ -156,23 +165,23 @@ class FusedGpuLayer:
         return output.quantized(mixed, sums)
 
     def _expand(self, tokens: Tokens, sums: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        grid, dtype = self.ffn_out.output_grid, _half(tokens.x)
-        if self.ffn_in.by_cublas(tokens.x):
-            hidden = self.ffn_in.plain(tokens.codes, tokens.scale, dtype)
+        grid, dtype, weight = self.ffn_out.output_grid, _half(tokens.x), self.ffn_in.of(tokens.x)
+        if isinstance(weight, E4m3Weight):
+            hidden = self.ffn_in.plain(weight, tokens.codes, tokens.scale, dtype)
             return operators.quantize_rows(hidden, self.ffn_out.grid, gelu=True)
         wanted = self.ffn_out.wanted(sums) if grid.bits else None
-        hidden = operators.matmul_a8(*tokens[1:], self.ffn_in.weight, None, wanted, grid, gelu=True, out_dtype=dtype)
+        hidden = operators.matmul_a8(*tokens[1:], weight, None, wanted, grid, gelu=True, out_dtype=dtype)
         return self.ffn_out.quantized(hidden, sums)
 
     def _add_and_normalize(
         self, product: Projection, codes: tuple[Tensor, Tensor, Tensor], x: Tensor, index: int, grid: InputGrid
     ) -> Tokens:
         """LayerNorm(x + product), and its codes on `grid`; the residual x [T, H] is added where that costs nothing."""
-        residual = None
-        if product.by_cublas(x):
-            y, residual = product.plain(*codes[:2], x.dtype), x
+        residual, weight = None, product.of(x)
+        if isinstance(weight, E4m3Weight):
+            y, residual = product.plain(weight, *codes[:2], x.dtype), x
         else:
-            y = operators.matmul_a8(*codes, product.weight, x, out_dtype=x.dtype)
+            y = operators.matmul_a8(*codes, weight, x, out_dtype=x.dtype)
         norm = self.norms[index]
         return Tokens(*operators.layernorm_quantize(y, residual, norm.weight, norm.bias, norm.eps, grid))
 
@@ -264,11 +273,6 @@ def reason_not_to_fuse_embeddings(embeddings: Any) -> str:
 def _fits_e4m3(layer: PackedLinear) -> bool:
     """Whether e4m3 holds the layer's codes exactly, and int32 the sums of its e4m3 inputs."""
     return layer.layout.bits <= 4 and layer.columns <= E4M3_COLUMNS
-
-
-def _may_use_cublas(like: Tensor) -> bool:
-    """Whether any number of tokens on the device of `like` is multiplied by cuBLASLt; if not, no weight is unpacked."""
-    return dispatch.e4m3_by_cublas(like.device, 1 << 30, 16, 16, 4)
 
 
 def _half(x: Tensor) -> torch.dtype:

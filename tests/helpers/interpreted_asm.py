@@ -5,7 +5,8 @@ use. An operand is a tensor whose elements fill 32-bit words in groups of `pack`
 group (four fp16 values are two registers).
 
 It also replaces the interpreter's float32 to e4m3, which loses the carry where a mantissa rounds up to the next power
-of two, by torch's, which rounds half to even as the GPU does.
+of two, by torch's, which rounds half to even as the GPU does; and its fused multiply-add of float32, which Triton 3.6
+rounds twice, by one in twice the digits, and its minimum and maximum, where 3.6 lets NaN through.
 """
 
 import re
@@ -108,3 +109,16 @@ def create_fp_to_fp(self, source, type_, rounding):
 
 
 interpreter.InterpreterBuilder.create_fp_to_fp = create_fp_to_fp
+
+
+def create_fma(self, x, y, z):
+    # In float64 the product of two float32 numbers is exact; rounding the sum there first, to 53 bits, is the one
+    # difference from a fused multiply-add, and needs a sum within 2^-29 of the middle between two float32 numbers.
+    wide = np.float64 if z.data.dtype == np.float32 else z.data.dtype
+    total = x.data.astype(wide) * y.data.astype(wide) + z.data.astype(wide)
+    return interpreter.TensorHandle(total.astype(z.data.dtype), z.dtype.scalar)
+
+
+interpreter.InterpreterBuilder.create_fma = create_fma
+interpreter.InterpreterBuilder.create_minnumf = lambda self, a, b: self.binary_op(a, b, np.fmin)
+interpreter.InterpreterBuilder.create_maxnumf = lambda self, a, b: self.binary_op(a, b, np.fmax)

@@ -130,22 +130,28 @@ def test_e4m3_operands_are_the_weights_with_inputs_in_eight_bit_floats(family: s
     assert error(hidden(packed, batch)[keep], expected) < 0.02
 
 
-@pytest.mark.parametrize("ranges", ["dynamic", "static"])
+@pytest.mark.parametrize("operands", ["int8", "e4m3"])
+@pytest.mark.parametrize("ranges", ["dynamic", "static", "asymmetric"])
 @pytest.mark.parametrize("bits", [3, {"*.intermediate.dense": 8, "*": 4}, {"*.1.output.dense": 8, "*": 2}])
-def test_products_by_cublas_give_what_packed_ones_give(bits: Any, ranges: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Layers of fp16 between products of both kinds: GELU, residual and codes are then those of the row kernels."""
+def test_products_with_unpacked_weights_give_what_packed_ones_give(
+    bits: Any, ranges: str, operands: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In int8 the very same; between products of eight-bit floats GELU, residual and codes are the row kernels'."""
     packed = packed_encoder("bert", ranges == "static", bits, activation_range=ranges).half()
     batch, got = inputs_for("bert", 3, 11), {}
-    for way in ("triton", "cublas"):
-        monkeypatch.setenv("QBERT_E4M3", way)
-        encoder = GpuEncoder(packed, operands="e4m3")
+    for way in ("packed", "unpacked"):
+        monkeypatch.setenv("QBERT_WEIGHTS", way)
+        encoder = GpuEncoder(packed, operands=operands)
         products = [p for layer in encoder.layers for p in (layer.attention_output, layer.ffn_in, layer.ffn_out)]
-        by_cublas = [p.floats is not None for p in (*products, *(layer.qkv for layer in encoder.layers))]
-        assert by_cublas == [way == "cublas" and p.weight.bits[0] <= 4 for p in products] + [way == "cublas"] * 2
+        for product in [*products, *(layer.qkv for layer in encoder.layers)]:
+            held = product.floats if operands == "e4m3" else product.whole
+            assert (held is not None) == (way == "unpacked" and product.weight.bits[0] <= 4)
+            assert product.floats is None or product.whole is None
         packed.forward = encoder
         got[way] = hidden(packed, batch)[batch["attention_mask"].bool()].float()
         del packed.__dict__["forward"]
-    assert 0 < error(got["cublas"], got["triton"]) < 3e-3
+    assert torch.equal(got["packed"], got["unpacked"]) if operands == "int8" else True
+    assert error(got["unpacked"], got["packed"]) < 3e-3
 
 
 def test_operands_that_a_device_does_not_multiply_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,7 @@ import torch
 from qbert.kernels import dispatch, formats, operators, reference
 from qbert.kernels.dispatch import PreparedCache
 from qbert.kernels.operands import FLOAT, E4m3Weight, Heads, InputGrid, PackedWeight, ProductWeight
-from qbert.kernels.terms import Terms, e4m3_weight
+from qbert.kernels.terms import Terms, e4m3_weight, unpacked_weight
 
 E4M3 = torch.float8_e4m3fn
 IN_E4M3 = InputGrid(codes_dtype=E4M3)
@@ -228,6 +228,26 @@ def test_weights_of_few_bits_are_exact_in_e4m3(bits, zero, grid):
     torch.testing.assert_close(y.float(), expected, rtol=2e-3, atol=2e-3)
 
 
+@pytest.mark.parametrize("asymmetric", [False, True])
+@pytest.mark.parametrize(("bits", "zero"), [(4, 0.0), (4, -0.5), (3, 3.0), (2, 0.5), (4, 100.0)])
+def test_weights_unpacked_to_int8_give_the_same_integers(bits, zero, asymmetric):
+    _, weight, bias = packed_layer(24, 96, bits)
+    weight = weight._replace(zero=torch.full_like(weight.scale, zero))
+    terms = Terms.prepare(weight, bias, InputGrid(asymmetric=asymmetric))
+    quantized = operators.quantize_rows(torch.randn(5, 96), InputGrid(asymmetric=asymmetric))
+    whole = unpacked_weight([weight], terms)
+    assert whole.bits == [8] and whole.zero is None
+    expected = operators.matmul_a8(*quantized, terms.of([weight.codes], [bits]), out_dtype=torch.float32)
+    assert torch.equal(operators.matmul_a8(*quantized, whole, out_dtype=torch.float32), expected)
+
+
+def test_weights_that_int8_cannot_hold_are_left_packed():
+    for zero in (0.3, 121.0, 60.5):
+        weight = packed_layer(24, 96, 4)[1]
+        weight = weight._replace(zero=torch.full_like(weight.scale, zero))
+        assert unpacked_weight([weight], Terms.prepare(weight)) is None
+
+
 def test_weights_that_e4m3_would_change_are_left_packed():
     _, weight, bias = packed_layer(32, 96, 4)
     for zero in (0.3, 11.5):
@@ -235,7 +255,7 @@ def test_weights_that_e4m3_would_change_are_left_packed():
     assert floats_of(packed_layer(32, 96, 8)[1], bias) is None
 
 
-def test_what_products_of_eight_bit_floats_do_not_take_is_refused(monkeypatch):
+def test_what_products_of_eight_bit_floats_do_not_take_is_refused():
     codes, x_scale, _ = operators.quantize_rows(torch.randn(5, 96), IN_E4M3)
     whole = floats_of(*packed_layer(32, 96, 4)[1:])
     with pytest.raises(TypeError, match="xq must be float8_e4m3fn, got int8"):
@@ -249,9 +269,6 @@ def test_what_products_of_eight_bit_floats_do_not_take_is_refused(monkeypatch):
     odd = E4m3Weight(whole.codes[:24], whole.scale[:24])
     with pytest.raises(ValueError, match=r"multiples of 16 rows and columns, got 24 \(out\)"):
         operators.matmul_e4m3(codes, x_scale, odd)
-    monkeypatch.setenv("QBERT_E4M3", "cutlass")
-    with pytest.raises(ValueError, match="QBERT_E4M3 must be 'cublas', 'triton' or not set, got 'cutlass'"):
-        dispatch.e4m3_by_cublas(torch.device("cpu"), 4096, 768, 768, 4)
 
 
 def test_single_kernels_on_a_cpu_are_the_reference():

@@ -1,19 +1,16 @@
-"""Products of eight-bit floats by torch's own: what is launched, and when it is taken instead of the packed ones."""
+"""Products of eight-bit floats by torch's own: what is launched."""
 
 import pytest
 import torch
 
 pytest.importorskip("triton")
 
-from qbert.kernels import dispatch, reference
-from qbert.kernels.gpu import tiles, tune
+from qbert.kernels import reference
 from qbert.kernels.gpu.products import matmul_e4m3 as module
-from qbert.kernels.gpu.products.matmul_e4m3 import CUBLAS, WAYS, is_faster, matmul_e4m3
-from qbert.kernels.gpu.tiles import Tile
+from qbert.kernels.gpu.products.matmul_e4m3 import matmul_e4m3
 from qbert.kernels.operands import E4m3Weight
 
 E4M3 = torch.float8_e4m3fn
-SHAPE = (4096, 768, 768, 4)
 
 
 def problem(tokens: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, E4m3Weight]:
@@ -61,52 +58,3 @@ def test_steps_of_one_are_made_once_and_kept(monkeypatch):
     assert module._ones(torch.device("cpu"), 128).data_ptr() == first.data_ptr()
     assert len(module._ones(torch.device("cpu"), 129)) == 129
     assert [len(t) for t in module._steps[torch.device("cpu")]] == [128, 256]
-
-
-def on_a_gpu(monkeypatch, capability):
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "some GPU")
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
-    monkeypatch.setattr(dispatch, "implementation", lambda device: "triton")
-    monkeypatch.setattr(tiles, "_measured", {})
-    monkeypatch.delenv("QBERT_TILES", raising=False)
-    monkeypatch.delenv("QBERT_E4M3", raising=False)
-    return torch.device("cuda")
-
-
-def test_many_tokens_on_new_gpus_take_it_unless_something_else_is_measured_or_forced(monkeypatch):
-    device = on_a_gpu(monkeypatch, (9, 0))
-    assert is_faster(device, *SHAPE) and not is_faster(device, 128, *SHAPE[1:])
-    tiles.measure(WAYS, *SHAPE, "some GPU", lambda way: float(way == CUBLAS), [CUBLAS, Tile(128, 128, 128)])
-    assert not is_faster(device, *SHAPE) and is_faster(device, 2048, *SHAPE[1:])
-    assert dispatch.e4m3_by_cublas(device, 2048, *SHAPE[1:]) and not dispatch.e4m3_by_cublas(device, *SHAPE)
-    for forced in ("cublas", "triton"):
-        monkeypatch.setenv("QBERT_E4M3", forced)
-        assert dispatch.e4m3_by_cublas(device, *SHAPE) == (forced == "cublas")
-    monkeypatch.delenv("QBERT_E4M3")
-    assert not is_faster(on_a_gpu(monkeypatch, (8, 9)), *SHAPE)
-
-
-@pytest.mark.parametrize("rows", [2304, 3072, 768])
-def test_both_products_are_timed_with_all_that_follows_them(rows, monkeypatch):
-    """On CPU tensors, with launches that only note their names."""
-    on_a_gpu(monkeypatch, (9, 0))
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    launched: list[str] = []
-
-    def note(name):
-        return lambda *a, **k: launched.append(name) or torch.zeros(1)
-
-    for name in ("matmul_e4m3", "layernorm_quantize", "quantize_rows", "matmul_a8", "matmul_a8_mixed"):
-        monkeypatch.setattr(tune, name, note(name))
-    monkeypatch.setattr(tune, "do_bench_cudagraph", lambda run, rep: run() or 1.0)
-    for name in ("randint", "randn", "rand", "ones", "zeros"):
-        made = getattr(torch, name)
-        monkeypatch.setattr(torch, name, lambda *a, made=made, **k: made(*a, **(k | {"device": "cpu"})))
-    assert tune.measure_e4m3(tokens=64, rows=rows, columns=768, bits=4) == CUBLAS
-    behind = {2304: (["matmul_a8_mixed"], []), 3072: (["matmul_a8"], ["quantize_rows"]), 768: (["matmul_a8"], [])}
-    normed = ["layernorm_quantize"] if rows == 768 else []
-    ours, extra = behind[rows]
-    assert launched[: len(extra) + 1 + len(normed)] == ["matmul_e4m3", *extra, *normed]
-    assert launched[-len(ours + normed) :] == ours + normed
-    with pytest.raises(ValueError, match="weights of 2 to 4 bits, got 8"):
-        tune.measure_e4m3(tokens=64, rows=rows, columns=768, bits=8)

@@ -17,23 +17,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from qbert.kernels.gpu.tiles import Tile, known_tile
 from qbert.kernels.operands import E4m3Weight
-
-CUBLAS = Tile(0, 0, 0, warps=0, stages=0)  # stands for this product in the table of measured tiles
-WAYS = "e4m3_product"  # what choices between it and `matmul_a8` are kept by
-FEWEST_TOKENS = 1024  # from which it is taken for shapes that were not measured
-
-
-def is_faster(device: torch.device, tokens: int, rows: int, columns: int, bits: int) -> bool:
-    """Whether this product is taken for W [rows, columns]: where it was measured to be fastest, or else by the rule.
-
-    The rule holds for sm_90, on which the two were measured (`experiments/results/kernels_gpu.md`), and what is newer.
-    """
-    measured = known_tile(WAYS, tokens, rows, columns, bits, torch.cuda.get_device_name(device))
-    if measured is not None:
-        return measured == CUBLAS
-    return tokens >= FEWEST_TOKENS and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 def matmul_e4m3(xq: Tensor, x_scale: Tensor | None, weight: E4m3Weight, out_dtype: torch.dtype) -> Tensor:
