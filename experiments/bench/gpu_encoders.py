@@ -219,6 +219,10 @@ def measure(
                     graph = list(graphs._graphs.values())[-1]
                     alone[f"{key} graph alone"] = graph.replay
                     around[key] = _around(user, graph)
+                    if not mixed:
+                        masked = _call(encoder, batch | {"attention_mask": torch.ones_like(batch["input_ids"])})
+                        masked()
+                        around[f"{key} with a mask"] = _around(masked, graph)
             except Exception as error:
                 failures += 1
                 say(f"{name} {text} {key} FAILED: {brief(error)}")

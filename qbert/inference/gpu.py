@@ -14,6 +14,8 @@ Layers that do not fit run one by one, on padded tensors, between fused ones; th
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -145,6 +147,26 @@ class Packing(NamedTuple):
         starts[: len(self.starts)] = self.starts
         starts[len(self.starts) :] = count  # the sequences beyond are empty
         return host
+
+
+class Arriving:
+    """A mask on its way from the GPU to the host; what is launched after it was asked for runs meanwhile."""
+
+    def __init__(self, mask: Tensor) -> None:
+        self._host = torch.empty(mask.shape, dtype=mask.dtype, device="cpu", pin_memory=True)
+        self._host.copy_(mask, non_blocking=True)
+        self._event = torch.cuda.Event()
+        self._event.record(torch.cuda.current_stream(mask.device))
+
+    @staticmethod
+    def takes_time(mask: Tensor) -> bool:
+        """Whether the host has to wait for it."""
+        return mask.is_cuda
+
+    def arrived(self) -> Tensor:
+        """The mask, on the CPU, once it is there."""
+        self._event.synchronize()
+        return self._host
 
 
 class Batch(NamedTuple):
@@ -317,6 +339,7 @@ class GpuEncoder(FastForward):
         following = [None if layer is None else layer.input_grid for layer in self.layers]
         self.grids = [grid or InputGrid() for grid in [*following, None]]
         self._capture = capture
+        self._unpadded: set[tuple[int, ...]] = set()  # shapes of masks on the GPU that hid nothing the last time
         graphed = capture is not None or (self.device.type == "cuda" and all(self.layers))
         self.graphs = GraphCache(self._run, capture=capture) if graphed else None
 
@@ -340,9 +363,13 @@ class GpuEncoder(FastForward):
             and all(t is None or t.dtype in _INTEGERS for t in (input_ids, token_type_ids, position_ids))
             and self._can_run(input_ids, attention_mask, inputs_embeds, kwargs)
         ):
-            packing = None if attention_mask is None else Packing.of(attention_mask)
+            packing = hidden = None
+            if attention_mask is not None:
+                rows = partial(self._rows, input_ids, token_type_ids, position_ids)
+                packing, hidden = self._look_at(attention_mask, rows)
             if packing is None or self.skip_padding:
-                hidden = self._hidden(packing, self._rows(input_ids, token_type_ids, position_ids))
+                if hidden is None:
+                    hidden = self._hidden(packing, self._rows(input_ids, token_type_ids, position_ids))
                 # While the GPU works. All parameters together take as long as a small graph, so one call in 32 looks.
                 self._copied.check(tokens=0)
                 return self._output(hidden)  # whose pooler may have gradients
@@ -350,6 +377,29 @@ class GpuEncoder(FastForward):
         return type(self.base).forward(
             self.base, input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, **kwargs
         )
+
+    def _look_at(self, mask: Tensor, rows: Callable[[], Rows]) -> tuple[Packing | None, Tensor | None]:
+        """What a mask hides; and the last hidden state, where it hides nothing and that was guessed.
+
+        The guess is that it hides as much as the last mask of its shape on the GPU. So the GPU works while the host
+        waits for the mask, and a wrong guess costs a graph in vain.
+        """
+        if not Arriving.takes_time(mask):
+            return Packing.of(mask), None
+        hidden = None
+        if mask.shape in self._unpadded and self.graphs is not None:
+            arriving = Arriving(mask)
+            hidden = self._replayed(None, rows())
+            packing = Packing.of(arriving.arrived())
+        else:
+            packing = Packing.of(mask)
+        if packing is not None:
+            self._unpadded.discard(mask.shape)
+            return packing, None
+        if len(self._unpadded) >= _SHORTCUTS:
+            self._unpadded.clear()
+        self._unpadded.add(mask.shape)
+        return None, hidden
 
     def _rows(self, ids: Tensor, types: Tensor | None, positions: Tensor | None) -> Rows:
         if self.embeddings is None:
@@ -364,16 +414,21 @@ class GpuEncoder(FastForward):
         That is the only copy of the result, made outside of inference mode: tensors made inside cannot be used in the
         training of a head.
         """
-        graphs = self.graphs
-        if graphs is not None:
-            # Held until the result is copied: the buffers of a graph serve one caller at a time.
-            with graphs.lock:
-                hidden = _replay(graphs, rows) if packing is None else _replay_packed(graphs, rows, packing)
-            if hidden is not None:
-                return hidden
+        hidden = self._replayed(packing, rows)
+        if hidden is not None:
+            return hidden
         with torch.no_grad():
             batch = Batch.of(rows.shape, packing, self.device)
             return batch.scatter(self._run(batch.inputs(rows), batch.spans, batch).clone())
+
+    def _replayed(self, packing: Packing | None, rows: Rows) -> Tensor | None:
+        """`_hidden` through a graph; None where there is none."""
+        graphs = self.graphs
+        if graphs is None:
+            return None
+        # Held until the result is copied: the buffers of a graph serve one caller at a time.
+        with graphs.lock:
+            return _replay(graphs, rows) if packing is None else _replay_packed(graphs, rows, packing)
 
     def _can_run(self, ids: Tensor, mask: Tensor | None, embeds: Tensor | None, kwargs: dict[str, Any]) -> bool:
         weight = self._norm._parameters["weight"]

@@ -4,7 +4,7 @@ import copy
 import logging
 import pickle
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -586,6 +586,47 @@ def test_around_its_graph_a_call_copies_in_and_out_alone(family: str, more: Any,
     with Operators() as seen:
         other = through(input_ids=_IDS, **more)[0]
     assert sorted(seen.names) == sorted(expected) and other.data_ptr() != kept.data_ptr()
+
+
+class Slow:
+    """A mask whose way to the host takes time; notes what had run when it was asked for."""
+
+    asked: ClassVar[list[int]] = []
+    runs: ClassVar[list[Any]] = []
+
+    def __init__(self, mask: torch.Tensor) -> None:
+        self.mask, self.before = mask.clone(), len(self.runs)
+
+    takes_time = staticmethod(lambda mask: True)
+
+    def arrived(self) -> torch.Tensor:
+        self.asked.append(len(self.runs) - self.before)
+        return self.mask
+
+
+def test_a_mask_like_the_last_one_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the last of its shape hid nothing, a graph is replayed meanwhile, in vain if this one hides something."""
+    monkeypatch.setattr(inference_gpu, "Arriving", Slow)
+    monkeypatch.setattr(Slow, "asked", [])
+    monkeypatch.setattr(Slow, "runs", [])
+    packed = packed_encoder("bert", calibrated=True)
+    eager, through = GpuEncoder(packed), GpuEncoder(packed, capture=Recorder())
+    run, ones = through._run, torch.ones(2, 16, dtype=torch.int64)
+    monkeypatch.setattr(through.graphs, "run", lambda *given: Slow.runs.append(1) or run(*given))
+    for mask, ahead in (
+        (ones, []),  # eagerly
+        (ones, [2]),  # captured, which runs once, and replayed
+        (ones, [1]),
+        (_LEFT_OUT.long(), [1]),  # in vain
+        (_LEFT_OUT.long(), []),
+        (ones, []),
+        (ones, [1]),
+        (ones[:1], []),
+    ):
+        Slow.asked.clear()
+        batch = {"input_ids": _IDS[: len(mask)], "attention_mask": mask}
+        assert torch.equal(through(**batch)[0], eager(**batch)[0]) and Slow.asked == ahead
+    assert eager._unpadded == through._unpadded == {(2, 16), (1, 16)}
 
 
 def test_a_model_that_moved_leaves_its_graphs() -> None:
