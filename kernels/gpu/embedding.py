@@ -18,6 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from qbert.kernels import formats
+from qbert.kernels.gpu.dependent import after_previous, dependent_launch
 from qbert.kernels.gpu.layernorm_quant import (
     MAX_COLUMNS,
     chunk_of,
@@ -127,10 +128,11 @@ def embed_layernorm_kernel(
     TAIL0: tl.constexpr, BITS0: tl.constexpr, GROUPS0: tl.constexpr,
     TAIL1: tl.constexpr, BITS1: tl.constexpr, GROUPS1: tl.constexpr,
     TAIL2: tl.constexpr, BITS2: tl.constexpr, GROUPS2: tl.constexpr,
-    RANGE: tl.constexpr, WIDTH: tl.constexpr, CHUNK: tl.constexpr,
+    RANGE: tl.constexpr, WIDTH: tl.constexpr, CHUNK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Grid (T,). A table of 0 bits is absent."""
     COUNT: tl.constexpr = (WIDTH + CHUNK - 1) // CHUNK
+    after_previous(PDL)
     token = tl.program_id(0)
     sums = ()
     for c in tl.static_range(COUNT):
@@ -218,7 +220,7 @@ def embed_layernorm(
         constants += _constants(table) if present else (0, 0, "one")
     embed_layernorm_kernel[(tokens,)](
         *arguments, weight, bias, y, codes, scale, row_sum, eps, grid.scale, float(grid.zero), *constants,
-        range_kind(grid), columns, chunk_of(columns, warps), num_warps=warps,
+        range_kind(grid), columns, chunk_of(columns, warps), num_warps=warps, **dependent_launch(y, tokens),
     )  # fmt: skip
     return y, codes, scale, row_sum
 

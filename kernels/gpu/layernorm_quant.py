@@ -24,6 +24,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.testing import do_bench_cudagraph
 
+from qbert.kernels.gpu.dependent import after_previous, dependent_launch
 from qbert.kernels.gpu.quantize_rows import (
     asymmetric_codes,
     asymmetric_grid,
@@ -177,9 +178,11 @@ def layernorm_quantize_kernel(
     ROWS: tl.constexpr,
     WIDTH: tl.constexpr,
     CHUNK: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """Grid (T / ROWS): a program does ROWS neighbouring rows, one after the other."""
     COUNT: tl.constexpr = (WIDTH + CHUNK - 1) // CHUNK
+    after_previous(PDL)
     weight = load_chunks(weight_ptr, WIDTH, CHUNK)
     bias = load_chunks(bias_ptr, WIDTH, CHUNK)
     first = tl.program_id(0) * ROWS
@@ -238,6 +241,7 @@ def layernorm_quantize(
             WIDTH=columns,
             CHUNK=chunk_of(columns, tile.warps),
             num_warps=tile.warps,
+            **dependent_launch(x, tokens),
         )
     return y, codes, scale, row_sum
 

@@ -26,6 +26,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from qbert.kernels.gpu.dependent import after_previous, dependent_launch
 from qbert.kernels.gpu.division import lift_of, quotient
 from qbert.kernels.gpu.gelu import gelu as gelu_of
 from qbert.kernels.operands import PER_TOKEN, InputGrid
@@ -138,12 +139,14 @@ def quantize_rows_kernel(
     RANGE: tl.constexpr,
     GELU: tl.constexpr,
     BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """Grid (T,). Rows longer than BLOCK are read twice, in pieces. RANGE: "dynamic", "asymmetric" or "static".
 
     GELU is rounded itself, so that after it a multiplication does for the division by a static step.
     """
     F8: tl.constexpr = q_ptr.dtype.element_ty == tl.float8e4nv
+    after_previous(PDL)
     row = tl.program_id(0)
     x_ptr += row.to(tl.int64) * stride_x
     q_ptr += row.to(tl.int64) * width
@@ -229,5 +232,6 @@ def quantize_rows(x: Tensor, grid: InputGrid = PER_TOKEN, gelu: bool = False) ->
             GELU=gelu,
             BLOCK=block,
             num_warps=4 if block <= 2048 else 8,
+            **dependent_launch(x, tokens),
         )
     return codes, scale, row_sum
