@@ -19,15 +19,9 @@ from torch import Tensor
 
 from qbert.kernels import formats
 from qbert.kernels.gpu.dependent import after_previous, dependent_launch
-from qbert.kernels.gpu.layernorm_quant import (
-    MAX_COLUMNS,
-    chunk_of,
-    columns_of,
-    load_chunks,
-    normalize_row,
-    store_row,
-)
+from qbert.kernels.gpu.layernorm_quant import MAX_COLUMNS, normalize_row, store_row
 from qbert.kernels.gpu.quantize_rows import empty_codes, range_kind
+from qbert.kernels.gpu.rows import chunk_of, columns_of, load_chunks, rule
 from qbert.kernels.operands import PER_TOKEN, InputGrid, PackedWeight
 
 
@@ -209,7 +203,7 @@ def embed_layernorm(
     codes, scale, row_sum = empty_codes(tokens, columns, grid, ids.device)
     if tokens == 0:
         return y, codes, scale, row_sum
-    warps = max(4, triton.next_power_of_2(triton.cdiv(columns, 1024)))
+    warps = rule(1, columns).warps
     arguments: list[object] = []
     constants: list[object] = []
     for index in range(3):
