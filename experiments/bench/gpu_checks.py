@@ -6,7 +6,7 @@ python experiments/bench/gpu_checks.py [CASE ...]
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -355,13 +355,12 @@ def floats(bits: int) -> int:
     return tally.end()
 
 
-def rows() -> int:
+def rows(dtypes: Sequence[torch.dtype], shapes: Sequence[tuple[int, int]]) -> int:
     """Row quantization, and LayerNorm with it."""
-    tally = Tally("row kernels")
-    shapes = [(1, 384), (77, 768), (4097, 768), (8200, 768), (1033, 1024), (1050, 312)]
+    tally = Tally(f"row kernels, {', '.join(str(d)[6:] for d in dtypes)}")
     for tokens, width in [(3, 96)] if SMALL else shapes:
         weight_, bias = torch.randn(width, device=DEVICE), torch.randn(width, device=DEVICE)
-        for dtype in (torch.float16, torch.bfloat16, torch.float32):
+        for dtype in dtypes:
             x, residual = normal(tokens, width).to(dtype), normal(tokens, width).to(dtype)
             norm = (weight_.to(dtype), bias.to(dtype), 1e-12)
             grids = (InputGrid(), InputGrid(asymmetric=True), InputGrid(0.03, -11))
@@ -585,7 +584,10 @@ def cases() -> dict[str, Callable[[], int]]:
         for r, c in [wide, odd, *high]
     }
     found |= {f"epilogues-{bits}": partial(epilogues, bits, *wide) for bits in (8, 4, 3, 2)}
-    found |= {"attention": attend, "e4m3-cublas": by_cublas, "mixed": mixed, "rows": rows, "tables": tables}
+    found |= {"attention": attend, "e4m3-cublas": by_cublas, "mixed": mixed, "tables": tables}
+    shapes_of_rows = [(1, 384), (77, 768), (4097, 768), (8200, 768), (1033, 1024), (1050, 312)]
+    found["rows"] = partial(rows, [torch.float16], shapes_of_rows)
+    found["rows-others"] = partial(rows, [torch.bfloat16, torch.float32], [(77, 768), (1033, 1024)])
     found |= {f"floats-{bits}": partial(floats, bits) for bits in (8, 4, 3, 2)}
     for bits in (8, 4, 3, 2):
         found |= {f"integers-{bits}-{r}x{c}": partial(integers, bits, r, c) for r, c in shapes}
