@@ -48,7 +48,7 @@ def compress(model: str, out: str, task: str, data_dir: str | None, plan_file: s
     from qbert.pipeline import compress as run
     from qbert.tasks import load_task
 
-    check_out(out, asked["force"])
+    check_out(out, asked["force"], {"MODEL": model})
     work = beside(out, ".partial")
     set_machine(asked["device"], asked["threads"])
     try:

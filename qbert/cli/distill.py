@@ -70,7 +70,7 @@ def distill(teacher: str, out: str, task: str, data_dir: str | None, **asked: An
     from qbert.tasks.evaluation import fidelity, wants_pairs
 
     work, quiet = beside(out, ".partial"), asked["as_json"]
-    check_out(out, asked["force"])
+    check_out(out, asked["force"], {"TEACHER": teacher, "--student": asked["student"]})
     if asked["bits"] and not asked["config_file"]:
         asked["rounding"] = asked["rounding"] or "compensated"
     step = Distill(asked["recipe"], asked["steps"], asked["learning_rate"], asked["batch_size"])

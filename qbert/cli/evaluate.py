@@ -42,7 +42,7 @@ def evaluate(model: str, task: str, data_dir: str | None, beside: str | None, sa
     from qbert.tasks.evaluation import evaluate as scores_of
     from qbert.tasks.evaluation import fidelity
 
-    check_file("--save", save)
+    check_file("--save", save, {"MODEL": model, "--beside": beside})
     set_machine(asked["device"], asked["threads"])
     data = load_task(task, data_dir=data_dir)
     results = {}

@@ -192,13 +192,48 @@ def check_picture(path: str | None) -> None:
     require("matplotlib", "--plot")
 
 
-def check_file(option: str, path: str | None) -> None:
-    """Raises ValueError, for an option, where the file that it names lies in no folder, or in one of others."""
-    parent = Path(path).absolute().parent if path else None
-    if parent is not None and not parent.is_dir():
+def check_file(option: str, path: str | None, inputs: Mapping[str, str | None] | None = None) -> None:
+    """Refuse a file that an option names to be written, before the work whose result it is.
+
+    Args:
+        option: how the command line calls it.
+        path: the file; nothing is checked where None.
+        inputs: what is read, by its name on the command line: files, and folders of models.
+
+    Raises:
+        ValueError: the file lies in no folder, or in one of others; or it is read itself, or part of a model that is.
+    """
+    if not path:
+        return
+    parent = Path(path).absolute().parent
+    if not parent.is_dir():
         raise ValueError(f"{option} {path} is in no folder that is there; make it first")
-    if parent is not None and not os.access(parent, os.W_OK):
+    if not os.access(parent, os.W_OK):
         raise ValueError(f"{option} {path} cannot be written; name a file in a folder of yours")
+    check_kept(option, path, inputs or {})
+
+
+def check_writable(name: str, path: str) -> None:
+    """Raises an OSError, naming the argument, where neither a file nor a folder can be made at `path`."""
+    given = Path(path)
+    above = (given, *given.absolute().parents) if given.is_dir() else given.absolute().parents
+    there = next(place for place in above if place.exists())
+    if not there.is_dir():
+        raise NotADirectoryError(f"{name} {path} cannot be there, since {there} is a file; name another place")
+    if not os.access(there, os.W_OK):
+        raise PermissionError(f"{name} {path} cannot be written; name another place")
+
+
+def check_kept(name: str, path: str, inputs: Mapping[str, str | None]) -> None:
+    """Raises ValueError where the file `path` would replace one of `inputs`, or part of a model among them."""
+    file = Path(path)
+    for read, source in inputs.items():
+        there = Path(source) if source else None
+        if there is None or not there.exists() or not file.exists():
+            continue
+        model_file = file.name in ("config.json", *_TOKENIZER_FILES, *_SENTENCE_FILES) or file.suffix == ".safetensors"
+        if file.samefile(there) or (model_file and there.is_dir() and file.resolve().parent.samefile(there)):
+            raise ValueError(f"{name} {path} would replace what {read} {source} is read from; name another file")
 
 
 def configuration_of(file: str, rounding: str | None) -> Any:
@@ -223,18 +258,29 @@ def roundings(config: Any) -> set[str]:
     return {rounding for rounding in named if rounding is not None}
 
 
-def check_out(out: str, force: bool) -> None:
+def check_out(out: str, force: bool, inputs: Mapping[str, str | None]) -> None:
     """Refuse a folder OUT that holds something, unless told to write into it, or that cannot be written.
 
+    Args:
+        out: the folder, there or not.
+        force: write into it whatever it holds, but for `inputs`.
+        inputs: the models that are read, by their names on the command line.
+
     Raises:
-        ValueError: it holds something; PermissionError: it, or the first folder above that is there, is not writable.
+        ValueError: it holds something, or it is the folder of an input, or one above it; OSError: it, or the first
+            folder above that is there, is not writable, or no folder.
     """
     folder = Path(out)
+    for name, source in inputs.items():
+        if source and folder.is_dir() and Path(source).exists():
+            place = Path(source).resolve()
+            if folder.samefile(place):
+                raise ValueError(f"OUT {out} is the folder of {name}, which would be lost; name another folder")
+            if any(folder.samefile(above) for above in place.parents):
+                raise ValueError(f"OUT {out} holds {name} {source}, which could be lost; name another folder")
     if folder.is_dir() and any(folder.iterdir()) and not force:
         raise ValueError(f"OUT {out} is not empty; name another folder, or add --force")
-    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    if not os.access(there, os.W_OK):
-        raise PermissionError(f"OUT {out} cannot be written; name another folder")
+    check_writable("OUT", out)
 
 
 def save_result(model: Any, tokenizer: Any, out: str) -> None:

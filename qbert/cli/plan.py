@@ -61,7 +61,7 @@ def plan(model: str, shape: str, save: str | None, plot: str | None, **asked: An
     if all(asked[name] is None for name in ("size_mb", "latency_ms", "within")):
         raise ValueError("give --size-mb, --latency-ms or --within; a plan needs a budget")
     check_picture(plot)
-    check_file("--save", save)
+    check_file("--save", save, {"MODEL": model, "--texts": asked["texts"]})
     tokenizer = load_tokenizer(model)
     batches = unlabelled_batches(asked, tokenizer)
     found = make_plan(

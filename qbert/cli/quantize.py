@@ -75,7 +75,7 @@ def quantize(model: str, out: str, **asked: Any) -> None:
     import qbert
     from qbert.sizes import model_size
 
-    check_out(out, asked["force"])
+    check_out(out, asked["force"], {"MODEL": model})
     set_machine(asked["device"], asked["threads"])
     config = _configuration(asked)
     loaded = float_model(model)

@@ -15,7 +15,7 @@ import qbert
 from qbert.cli.inspect import folder_content
 from qbert.cli.main import app, main
 from qbert.cli.options import beside, in_fours
-from qbert.files import read_json
+from qbert.files import file_sha256, read_json
 from qbert.pipeline import Pack, Pipeline, Prune, Quantize
 from qbert.results import COMMAND_FILE
 from qbert.rounded import RoundedLayers
@@ -91,6 +91,71 @@ def test_force_without_a_tokenizer_leaves_none(world: Path, tmp_path: Path, caps
     assert run(capsys, "quantize", world / "model", out)[0] == 0
     assert run(capsys, "quantize", bare, out, "--force")[0] == 0
     assert not (out / "tokenizer_config.json").exists()
+
+
+@pytest.mark.parametrize("command", ["quantize", "distill", "compress"])
+@pytest.mark.parametrize("out", ["mine", "./mine/", "mine/../mine", "link", "."])
+def test_force_never_replaces_the_model_that_is_read(
+    world: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    command: str,
+    out: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(world / "model", "mine")
+    Path("link").symlink_to("mine")
+    before = {file.name: file_sha256(file) for file in Path("mine").iterdir()}
+    Pipeline((Quantize(4, "nearest"), Pack())).save("plan.json")
+    more = {
+        "quantize": [],
+        "distill": [*task(world), "--bits", "2", "--steps", "1"],
+        "compress": [*task(world), "--plan", "plan.json"],
+    }[command]
+    code, _, err = run(capsys, command, "mine", out, *more, "--force")
+    assert code == 2 and re.search(r"OUT \S+ (is the folder of|holds) (MODEL|TEACHER)", err), err
+    assert {file.name: file_sha256(file) for file in Path("mine").iterdir()} == before
+
+
+def test_a_student_is_not_replaced_by_what_it_becomes(
+    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(world / "model", tmp_path / "small")
+    asked = [*task(world), "--student", tmp_path / "small", "--steps", "1", "--force"]
+    code, _, err = run(capsys, "distill", world / "model", tmp_path / "small", *asked)
+    assert code == 2 and "is the folder of --student" in err
+
+
+def test_what_is_saved_replaces_nothing_that_is_read(
+    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(world / "model", "mine")
+    for name in ("spectrum.json", "texts.txt", "kept.json"):
+        shutil.copy(world / "texts.txt", name)
+    before = {file: file_sha256(file) for file in Path().rglob("*.*") if file.is_file()}
+    for asked in (
+        ["allocate", "spectrum.json", "--save", "./spectrum.json"],
+        ["evaluate", "mine", *task(world), "--save", "mine/config.json"],
+        ["spectrum", "mine", *task(world), "--save", "mine/tokenizer.json"],
+        ["plan", "mine", "--texts", "texts.txt", "--size-mb", "1", "--save", "texts.txt"],
+        ["report", ".", "--out", "kept.json"],
+    ):
+        code, _, err = run(capsys, *asked)
+        assert code == 2 and re.search("would replace what|is there and no page", err), err
+    assert {file: file_sha256(file) for file in before} == before
+
+
+def test_what_others_keep_beside_a_spectrum_stays(
+    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    partial = tmp_path / "s.json.partial"
+    partial.mkdir()
+    (partial / "mine.txt").write_text("mine")
+    asked = [*task(world), "--runs", "1", "--fraction", "0.1", "--save", tmp_path / "s.json"]
+    assert run(capsys, "spectrum", world / "model", *asked)[0] == 0
+    assert [file.name for file in partial.iterdir()] == ["mine.txt"]
 
 
 @pytest.mark.parametrize("data", ["texts", "task"])
@@ -396,6 +461,11 @@ def test_export_to_openvino_says_how_near_it_is(
     [
         (["quantize", "WORLD/model", "WORLD/data"], "OUT .* is not empty; name another folder, or add --force"),
         (["compress", "WORLD/model", "WORLD/data", "--task", "x", "--plan", "WORLD/texts.txt"], "OUT .* is not empty"),
+        (
+            ["quantize", "WORLD/model", "WORLD/texts.txt/out"],
+            r"OUT .*/out cannot be there, since .*texts\.txt is a file",
+        ),
+        (["report", "WORLD", "--out", "WORLD/texts.txt/a.html"], r"--out .* cannot be there, since .*texts\.txt is a"),
         (["quantize", "WORLD/data", "NEW"], "is a folder without config.json"),
         (["quantize", "WORLD/model", "NEW", "--rounding", "compensated"], "--rounding compensated needs data"),
         (
