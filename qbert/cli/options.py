@@ -289,13 +289,13 @@ def save_result(model: Any, tokenizer: Any, out: str) -> None:
     Saving a model replaces the weights of an earlier one. What else tells of that one goes first: its tokenizer, the
     parts of a sentence model, its record, and the card that qbert wrote. Other files are left alone.
     """
-    from qbert.tasks.heads import SentenceRegression, quiet_libraries
+    from qbert.tasks.heads import quiet_libraries
 
     folder = Path(out)
     if folder.is_dir():
         _remove_earlier(folder)
     with quiet_libraries():
-        (model.backbone if isinstance(model, SentenceRegression) else model).save_pretrained(out)
+        model.save_pretrained(out)
         if tokenizer is not None and not (folder / "tokenizer_config.json").is_file():  # a sentence model's own
             tokenizer.save_pretrained(out)
 
@@ -395,19 +395,34 @@ def build_for(task: Any, source: str) -> tuple[Any, Any]:
     Raises:
         ValueError: the model has no head tuned for the task, or one for other labels.
     """
-    from qbert.saving.records import configuration
     from qbert.tasks import build_model, build_sentence_model
 
-    if task.kind == "regression":
-        local = Path(source).is_dir()
-        named = (configuration(source).get("architectures") or [""])[0] if local else ""
-        if local and not named.endswith("ForSequenceClassification"):
-            return build_sentence_model(source)
+    if task.kind == "regression" and not _has_head(source):
+        return build_sentence_model(source, label_max=task.label_range[1] if task.label_range else 1.0)
     return build_model(task, source, tuned=True)
 
 
-def unlabelled_batches(asked: Mapping[str, Any], tokenizer: Any) -> list[dict[str, Any]] | None:
+def _has_head(source: str) -> bool:
+    import transformers
+
+    from qbert.saving.records import configuration
+    from qbert.tasks.heads import load_quietly
+
+    here = Path(source)
+    if (here / "modules.json").is_file() and not (here / "config.json").is_file():
+        return False  # a SentenceTransformer with its encoder in a folder of its own
+    if here.is_dir():
+        named = configuration(source).get("architectures")
+    else:
+        named = getattr(load_quietly(transformers.AutoConfig, source), "architectures", None)
+    return (named or [""])[0].endswith("ForSequenceClassification")
+
+
+def unlabelled_batches(asked: Mapping[str, Any], tokenizer: Any, model: Any) -> list[dict[str, Any]] | None:
     """Batches of 32 of the ``rows`` that ``--texts`` or ``--task`` name; None where neither does.
+
+    The two sentences of a pair come apart where `model` reads them so: as [B, 2, T] for a `SentenceRegression`, as
+    [2 B, T] for a SentenceTransformer, and for an encoder without a head where the label is a number.
 
     Raises:
         ValueError: both are given, or the text file has no text.
@@ -419,11 +434,24 @@ def unlabelled_batches(asked: Mapping[str, Any], tokenizer: Any) -> list[dict[st
     if asked["task"]:
         from qbert.encoders.inputs import without_labels
         from qbert.tasks import load_task, prepare
+        from qbert.tasks.evaluation import wants_pairs
 
         task = load_task(asked["task"], data_dir=asked["data_dir"])
-        data = prepare(task, tokenizer, "train", limit=asked["rows"], seed=asked["seed"])
-        return [without_labels(batch) for batch in data.batches(32, seed=asked["seed"])]
+        pairs, apart = wants_pairs(model), _reads_apart(model, task)
+        data = prepare(task, tokenizer, "train", limit=asked["rows"], seed=asked["seed"], as_pairs=pairs or apart)
+        batches = [without_labels(batch) for batch in data.batches(32, seed=asked["seed"])]
+        return [{k: v.flatten(0, 1) for k, v in b.items()} for b in batches] if apart and not pairs else batches
     return None
+
+
+def _reads_apart(model: Any, task: Any) -> bool:
+    """Whether a model that takes sentences [N, T] meets the two of a pair of `task` one by one."""
+    if len(task.text_fields) != 2 or task.kind not in ("regression", "classification"):
+        return False
+    kinds = [kind for kind in type(model).__mro__ if kind.__module__.startswith("sentence_transformers.")]
+    if kinds:
+        return all(kind.__name__ != "CrossEncoder" for kind in kinds)
+    return task.kind == "regression" and getattr(model, "base_model", None) is model
 
 
 def in_fours(batches: list[dict[str, Any]] | None) -> list[dict[str, Any]]:

@@ -269,7 +269,7 @@ class _Run:
         seconds = time.monotonic() - start
         aside = self.folder / f"aside-{index}"
         shutil.rmtree(aside, ignore_errors=True)
-        _saved(made).save_pretrained(aside)
+        made.save_pretrained(aside)  # type: ignore[operator]
         self.tokenizer.save_pretrained(aside)
         shutil.rmtree(self._place(index), ignore_errors=True)
         aside.rename(self._place(index))
@@ -303,9 +303,8 @@ class _Run:
                 f"folder: {place}, where the last finished step lay, is gone; remove {self.folder}, or name another"
             )
         loaded = type(_saved(self.teacher)).from_pretrained(place).eval()
-        if wants_pairs(self.teacher):
-            loaded = SentenceRegression(loaded, self.teacher.label_max).eval()
-        return loaded  # type: ignore[no-any-return]
+        loaded = loaded.to(next(self.teacher.parameters()).device)
+        return self.teacher.around(loaded) if wants_pairs(self.teacher) else loaded  # type: ignore[no-any-return]
 
     def _place(self, index: int) -> Path:
         return self.folder / f"step-{index}"

@@ -4,21 +4,23 @@ import json
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from tiny_tasks import sentiment_rows, tiny_encoder, write_task
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer
 
 import qbert
 from qbert.cli.inspect import folder_content
 from qbert.cli.main import app, main
-from qbert.cli.options import beside, in_fours
+from qbert.cli.options import beside, build_for, in_fours, load_any, unlabelled_batches
 from qbert.files import file_sha256, read_json
-from qbert.pipeline import Pack, Pipeline, Prune, Quantize
+from qbert.pipeline import Distill, Pack, Pipeline, Prune, Quantize
 from qbert.results import COMMAND_FILE
 from qbert.rounded import RoundedLayers
+from qbert.tasks import SentenceRegression, build_model, evaluate, heads, load_task, pooling
 
 
 @pytest.fixture(scope="module")
@@ -276,6 +278,83 @@ def test_a_student_is_distilled_and_packed(world: Path, tmp_path: Path, capsys: 
     assert folder_content(out)["form"] == "packed"
     _, text, _ = run(capsys, "evaluate", out, *task(world), "--beside", world / "model", "--json")
     assert json.loads(text)["scores"][str(out)]["accuracy"] == content["score"]
+
+
+@pytest.fixture(scope="module")
+def sentences(world: Path) -> Path:
+    """The world with a SentenceTransformer whose vector is the first token's state, and pairs with a number."""
+    texts = [row["sentence"] for row in sentiment_rows(40)]
+    rows = [{"sentence1": texts[i], "sentence2": texts[-1 - i], "label": float(i % 6)} for i in range(24)]
+    write_task(world / "data", "stsb", {"train.jsonl": rows, "dev.jsonl": rows[:12]})
+    SentenceRegression(AutoModel.from_pretrained(world / "encoder"), 5.0, "cls").save_pretrained(world / "vectors")
+    AutoTokenizer.from_pretrained(world / "encoder").save_pretrained(world / "vectors")
+    return world
+
+
+@pytest.mark.parametrize("command", ["quantize", "distill", "compress"])
+def test_what_becomes_of_a_sentence_encoder_pools_as_it_did(
+    sentences: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], command: str
+) -> None:
+    library = pytest.importorskip("sentence_transformers")
+    Pipeline((Quantize(4, "nearest"), Distill("logits", steps=1), Pack())).save(tmp_path / "plan.json")
+    pairs = ["--task", "stsb", "--data-dir", sentences / "data"]
+    more = {
+        "quantize": ["--bits", "4"],
+        "distill": [*pairs, "--bits", "2", "--steps", "1", "--batch-size", "4"],
+        "compress": [*pairs, "--plan", tmp_path / "plan.json"],
+    }[command]
+    code, _, err = run(capsys, command, sentences / "vectors", tmp_path / "out", *more)
+    assert code == 0, err
+    task = load_task("stsb", data_dir=sentences / "data")
+    model, tokenizer = build_for(task, str(tmp_path / "out"))
+    found = evaluate(model, task, tokenizer, progress=False).logits
+    theirs = library.SentenceTransformer(str(tmp_path / "out"), device="cpu")
+    rows = task.rows("validation")
+    a, b = (theirs.encode([r[k] for r in rows], normalize_embeddings=True) for k in ("sentence1", "sentence2"))
+    np.testing.assert_allclose(found.numpy(), (a * b).sum(1), atol=1e-5)
+
+
+@pytest.mark.parametrize(("model", "tokens"), [("encoder", 2), ("vectors", 2), ("regression", 3), ("pairs", 2)])
+def test_pairs_are_calibrated_on_as_the_model_reads_them(sentences: Path, model: str, tokens: int) -> None:
+    task = load_task("stsb", data_dir=sentences / "data")
+    loaded = {
+        "encoder": lambda: AutoModel.from_pretrained(sentences / "encoder"),
+        "vectors": lambda: load_any(str(sentences / "vectors")),
+        "regression": lambda: build_model(task, sentences / "encoder")[0],
+        "pairs": lambda: build_for(task, str(sentences / "vectors"))[0],
+    }[model]()
+    tokenizer = AutoTokenizer.from_pretrained(sentences / "encoder")
+    asked = {"texts": None, "task": "stsb", "data_dir": sentences / "data", "rows": 8, "seed": 0}
+    (batch,) = unlabelled_batches(asked, tokenizer, loaded) or []
+    shape = batch["input_ids"].shape[:-1]
+    assert shape == {"regression": (8,), "pairs": (8, 2)}.get(model, (16,))
+    ends = (batch["input_ids"] == tokenizer.sep_token_id).sum(-1).unique().tolist()
+    assert ends == [tokens - 1]
+
+
+def test_a_name_on_the_hub_is_scored_as_a_folder_is(sentences: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def from_folder(plain: Any) -> Any:
+        def call(*arguments: Any, **named: Any) -> Any:
+            return plain(*(sentences / "vectors" if a == "some/encoder" else a for a in arguments), **named)
+
+        return call
+
+    monkeypatch.setattr("qbert.tasks.heads.load_quietly", from_folder(heads.load_quietly))
+    monkeypatch.setattr("qbert.tasks.pooling.cached_file", from_folder(pooling.cached_file))
+    model, _ = build_for(load_task("stsb", data_dir=sentences / "data"), "some/encoder")
+    assert model.pooling.kind == "cls"
+
+
+def test_teacher_and_student_read_pairs_alike(
+    sentences: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    task = load_task("stsb", data_dir=sentences / "data")
+    student, tokenizer = build_model(task, sentences / "encoder")
+    student.save_pretrained(tmp_path / "student")
+    tokenizer.save_pretrained(tmp_path / "student")
+    asked = ["--task", "stsb", "--data-dir", sentences / "data", "--student", tmp_path / "student", "--steps", "1"]
+    code, _, err = run(capsys, "distill", sentences / "encoder", tmp_path / "out", *asked)
+    assert code == 2 and "give a student of the teacher's kind" in err
 
 
 def test_a_float_student_learns_from_its_teacher_and_goes_on_where_it_was_interrupted(
