@@ -53,7 +53,7 @@ def compress(model: str, out: str, task: str, data_dir: str | None, plan_file: s
     set_machine(asked["device"], asked["threads"])
     try:
         plan = Pipeline.load(plan_file)
-    except ValueError as error:
+    except (ValueError, TypeError) as error:
         raise ValueError(f"--plan {plan_file}: {error}; qbert plan --save writes one") from error
     data = load_task(task, data_dir=data_dir)
     loaded, tokenizer = build_for(data, model)

@@ -62,7 +62,10 @@ def resumable(work: Path, asked: Mapping[str, Any]) -> Iterator[None]:
 
     note = work / "asked.json"
     if note.is_file():
-        before = {"command": "distill", **read_json(note)}  # which alone kept something in earlier versions
+        found = read_json(note)
+        if not isinstance(found, dict):
+            raise ValueError(f"{note} is of no interrupted run; remove {work}, or name another OUT")
+        before = {"command": "distill", **found}  # which alone kept something in earlier versions
         name = first_difference(before, json.loads(json.dumps(asked)))
         if name is not None:
             said = {"config_file": "--config", "plan_file": "--plan"}.get(name, name)

@@ -54,7 +54,8 @@ def load_sentence_model(path: str | os.PathLike[str], **kwargs: Any) -> Any:
     hub = {k: v for k, v in kwargs.items() if k in ("revision", "token", "cache_dir", "local_files_only")}
     sentence_parts(str(path), **hub)
     found = _file(path, "config_sentence_transformers.json", **hub)
-    saved = (read_json(found) if found else {}).get("model_type", "SentenceTransformer")
+    said = read_json(found) if found else {}
+    saved = said.get("model_type", "SentenceTransformer") if isinstance(said, dict) else None
     kind: Any = getattr(sentence_transformers, saved, None) if isinstance(saved, str) else None
     if not (isinstance(kind, type) and issubclass(kind, nn.Module)):
         raise ValueError(f"{path}: sentence-transformers {sentence_transformers.__version__} has no class {saved!r}")

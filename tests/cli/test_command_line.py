@@ -34,6 +34,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model.save_pretrained(folder / "model")
     AutoTokenizer.from_pretrained(folder / "encoder").save_pretrained(folder / "model")
     write_task(folder / "data", "sst2", {"train.jsonl.gz": sentiment_rows(64), "dev.jsonl.gz": sentiment_rows(40)})
+    (folder / "list.json").write_text("[4]")
     (folder / "long.txt").write_text("\n".join(row["sentence"] for row in sentiment_rows(160)))
     (folder / "texts.txt").write_text("\n".join(row["sentence"] for row in sentiment_rows(64)) + "\n\n")
     return folder
@@ -216,8 +217,11 @@ def test_what_lies_beside_out_and_is_of_no_run_is_left_alone(
     (tmp_path / "out.partial").mkdir()
     (tmp_path / "out.partial" / "mine.txt").write_text("mine")
     asked = ["--rounding", "compensated", "--texts", world / "texts.txt"]
-    code, _, err = run(capsys, "quantize", world / "model", tmp_path / "out", *asked)
-    assert code == 2 and "of no interrupted run" in err
+    for note in ("mine.txt", "asked.json"):
+        (tmp_path / "out.partial" / note).write_text("[]")
+        code, _, err = run(capsys, "quantize", world / "model", tmp_path / "out", *asked)
+        assert code == 2 and "of no interrupted run" in err
+    (tmp_path / "out.partial" / "asked.json").unlink()
     assert [path.name for path in (tmp_path / "out.partial").iterdir()] == ["mine.txt"]
 
 
@@ -464,6 +468,27 @@ def test_commands_leave_what_report_shows(world: Path, tmp_path: Path, capsys: p
     assert "agreement" in scored["rows"][0]
 
 
+def test_a_fused_model_is_compared_with_itself_as_it_is(
+    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def changed(packed: Any) -> Any:
+        with torch.no_grad():
+            packed.classifier.bias[0] += 100.0  # so that nothing else can give its answers
+        return packed
+
+    monkeypatch.chdir(tmp_path)
+    assert run(capsys, "quantize", world / "model", "out", "--bits", "8")[0] == 0
+    monkeypatch.setattr(qbert, "optimize_for_inference", changed, raising=False)
+    asked = ["evaluate", "out", *task(world), "--beside", "out", "--optimize", "--save", "scores.json", "--json"]
+    code, text, err = run(capsys, *asked)
+    assert code == 0, err
+    said = json.loads(text)
+    assert list(said["scores"]) == ["out, fused", "out"] and said["divergence"] > 1
+    assert [row["model"] for row in read_json("scores.json")["rows"]] == ["out, fused", "out"]
+    code, text, _ = run(capsys, "evaluate", "out", *task(world), "--beside", "out", "--json")
+    assert list(json.loads(text)["scores"]) == ["out", "out (beside)"]
+
+
 def test_inspect_counts_what_the_files_hold(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run(capsys, "quantize", world / "model", tmp_path, "--bits", "4")
     content = folder_content(tmp_path)
@@ -567,6 +592,10 @@ def test_export_to_openvino_says_how_near_it_is(
         (["evaluate", "WORLD/model", "--task", "sst2", "--data-dir", "WORLD/data", "--optimize"], "is no packed model"),
         (["export", "WORLD/model", "out.onnx"], "FOLDER .* is no packed model; make one: qbert quantize"),
         (["compress", "WORLD/model", "NEW", "--task", "sst2", "--plan", "WORLD/model/config.json"], "--plan .*config"),
+        (
+            ["compress", "WORLD/model", "NEW", "--task", "sst2", "--plan", "WORLD/list.json"],
+            "--plan .*list.json: the val",
+        ),
         (["distill", "WORLD/model", "NEW", "--task", "sst2"], "there is no student; give --bits 2"),
         (
             ["distill", "WORLD/model", "NEW", "--task", "sst2", "--bits", "2", "--recipe", "x"],

@@ -228,6 +228,10 @@ def test_a_saved_pipeline_is_read_back_and_a_damaged_one_refused(tmp_path: Path)
         (lambda: Quantize(qbert.BitsConfig(4), embedding_bits=2), "embedding_bits=2 beside a whole"),
         (lambda: Quantize(qbert.BitsConfig(4), settings={"groups": 4}), "settings=.* beside a whole"),
         (lambda: Pipeline.from_dict({"format": "x"}), "are no pipeline"),
+        (lambda: Pipeline.from_dict([4]), "are no pipeline"),  # type: ignore[arg-type]
+        (lambda: Pipeline.from_dict({"format": "qbert.pipeline/2", "steps": "pack"}), "are no pipeline"),
+        (lambda: Pipeline.from_dict({"format": "qbert.pipeline/1", "steps": ["pack"]}), "are no pipeline"),
+        (lambda: Pipeline.from_dict({"format": "qbert.pipeline/2", "steps": [{"step": "depth"}]}), "lacks 'layers'"),
         (lambda: Pipeline.from_dict({"format": "qbert.pipeline/1", "steps": [{"step": "dream"}]}), "is not known"),
         (
             lambda: Pipeline.from_dict({"format": "qbert.pipeline/1", "steps": [{"step": "pack", "hard": 1}]}),
