@@ -4,6 +4,7 @@ import copy
 import itertools
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -127,6 +128,26 @@ def test_a_noisy_clock_is_named(world: dict[str, Any], monkeypatch: pytest.Monke
     monkeypatch.setattr(clock.time, "perf_counter", lambda: next(ticks))
     with pytest.raises(ValueError, match=r"200 % longer than the fastest .* this machine's clock says little"):
         qbert.plan(world["model"], world["batches"], latency_ms=10, structures=[])
+
+
+def test_the_clock_is_read_when_the_device_is_done(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[str] = []
+
+    class OnGPU(torch.nn.Module):
+        def parameters(self, recurse: bool = True) -> Any:
+            return iter([SimpleNamespace(device=torch.device("cuda"))])
+
+        def forward(self) -> None:
+            told.append("call")
+
+    def clock_read() -> float:
+        told.append("clock")
+        return float(len(told))
+
+    monkeypatch.setattr(torch.accelerator, "synchronize", lambda device: told.append("done"))
+    monkeypatch.setattr(clock.time, "perf_counter", clock_read)
+    clock.milliseconds(OnGPU(), {})
+    assert told[:5] == ["done", "clock", "call", "done", "clock"] and told == told[:5] * (len(told) // 5)
 
 
 def test_an_encoder_without_a_head_is_planned_by_its_embeddings(world: dict[str, Any]) -> None:
