@@ -3,8 +3,9 @@
 They stand alone because they know quantizers and optimizers, but no teacher and no loss.
 
 Steps of matrices below 8 bits are learned (LSQ, Esser et al. 2020), refitted to the weights by least squares, or left
-as they were found; static activation ranges are learned, follow the batches (Jacob et al. 2018), or stay. The recipe
-says which. 8-bit tables and dynamic activation ranges have nothing to train.
+as they were found; those of tables below 8 bits are refitted where those of matrices are, and otherwise left. Static
+activation ranges are learned, follow the batches (Jacob et al. 2018), or stay. The recipe says which. What has 8 bits,
+and dynamic activation ranges, have nothing to train.
 
     >>> begin_training(student, recipe)                     # before the optimizer is made
     >>> hold_steps(student, recipe)                         # as each stage begins
@@ -42,6 +43,12 @@ def _matrices(student: nn.Module) -> list[Any]:
 def trained_matrices(student: nn.Module) -> list[Any]:
     """Those whose step sizes training may move: the ones of fewer than 8 bits."""
     return [m for m in quantized_matrices(student) if m.weight_quantizer.bits < 8]
+
+
+def refitted_layers(student: nn.Module) -> list[Any]:
+    """The quantized matrices and tables of fewer than 8 bits, each weight quantizer once."""
+    layers = [m for m in student.modules() if isinstance(m, TrainableLayer)]
+    return list({id(m.weight_quantizer): m for m in layers if m.weight_quantizer.bits < 8}.values())
 
 
 def static_activations(student: nn.Module) -> list[ActivationQuantizer]:
@@ -180,8 +187,8 @@ class StepSizeCallback(TrainerCallback):
             module.weight_quantizer.scale.clamp_(min=_SMALLEST_SCALE)
         due = self.recipe.steps == "refit" and state.global_step % self.recipe.refit_every == 0
         if due and not self._is_frozen(state):
-            for module in trained_matrices(self.student):
-                module.weight_quantizer.refit(module.weight)
+            for module in refitted_layers(self.student):
+                module.weight_quantizer.refit(module.matrix)
 
     def _is_frozen(self, state: TrainerState) -> bool:
         return state.global_step >= self.recipe.freeze_at * state.max_steps
