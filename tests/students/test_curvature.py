@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
+from encoders import HEADS, head
 from torch import Tensor, nn
 
 import qbert
@@ -12,32 +12,6 @@ from qbert.allocation.kronecker import kronecker_factors
 from qbert.hessian.losses import model_loss
 from qbert.students.curvature import second_moments
 from qbert.students.lowrank import quantize_with_correction
-
-HEADS = ("classes", "one value", "values", "several labels", "tags", "spans")
-
-
-def head(kind: str) -> Any:
-    """A tiny BERT with a head whose outputs are no chance."""
-    types = {"values": "regression", "several labels": "multi_label_classification"}
-    config = transformers.BertConfig(
-        vocab_size=100,
-        hidden_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=24,
-        max_position_embeddings=20,
-        num_labels={"one value": 1, "spans": 2}.get(kind, 3),
-        problem_type=types.get(kind),
-    )
-    make = {
-        "tags": transformers.BertForTokenClassification,
-        "spans": transformers.BertForQuestionAnswering,
-    }.get(kind, transformers.BertForSequenceClassification)
-    torch.manual_seed(0)
-    model = make(config).eval()
-    for parameter in (getattr(model, "qa_outputs", None) or model.classifier).parameters():
-        nn.init.normal_(parameter)
-    return model
 
 
 def padded_batch(rows: int = 4, length: int = 7) -> dict[str, Tensor]:
@@ -96,9 +70,9 @@ def test_random_sums_of_columns_estimate_the_same_moment() -> None:
     """Spans have two columns a token, and a backward pass each would take hours on long rows."""
     model = head("classes")
     linear = model.bert.encoder.layer[0].output.dense
-    row = {"input_ids": torch.randint(5, 100, (1, 6)), "labels": torch.zeros(1, dtype=torch.long)}
-    exact = kronecker_factors(model, [row], [linear], model_loss)[linear].gradients
-    many = kronecker_factors(model, [row] * 200, [linear], model_loss, most_columns=1)[linear].gradients
+    rows = {"input_ids": torch.randint(5, 100, (1, 6)).expand(300, -1), "labels": torch.zeros(300, dtype=torch.long)}
+    exact = kronecker_factors(model, [rows], [linear], model_loss)[linear].gradients
+    many = kronecker_factors(model, [rows], [linear], model_loss, most_columns=1)[linear].gradients
     assert float((many - exact).norm()) < 0.2 * float(exact.norm())
 
 
