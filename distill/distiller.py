@@ -207,7 +207,8 @@ class Distiller(Trainer):
         self._entered = -1
         self._interrupt = InterruptCallback()
         stages = StageCallback(recipe, self.enter_stage)
-        zeros = [] if recipe.zeros is None else [Movement(student, recipe.zeros)]
+        self._movement = None if recipe.zeros is None else Movement(student, recipe.zeros)
+        zeros = [] if self._movement is None else [self._movement]
         for callback in (stages, StepSizeCallback(student, recipe), *zeros, KeepZeros(student), self._interrupt):
             self.add_callback(callback)
         if not args.disable_tqdm:
@@ -448,6 +449,8 @@ class Distiller(Trainer):
             if self.args.should_save:
                 folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
                 write_json(folder / ORIGIN, self._origin())
+                if self._movement is not None:
+                    self._movement.save(folder)
                 finish_checkpoint(folder, alone=self.args.world_size == 1)
         except (OSError, RuntimeError, SafetensorError) as error:
             broken = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
@@ -469,6 +472,8 @@ class Distiller(Trainer):
         if (folder / TEACHER).is_file():
             load_weights(self.distillation.teacher, folder / TEACHER)
         load_weights(self.distillation, folder / WEIGHTS)
+        if self._movement is not None:
+            self._movement.take_up(folder)
 
     def _load_best_model(self) -> None:
         if self.state.best_model_checkpoint is not None:
