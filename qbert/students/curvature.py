@@ -74,10 +74,7 @@ def second_moments(
         ValueError: no data, a matrix that no batch reaches, or `gradients` of a model whose outputs have no known loss.
         TypeError: data of another type.
     """
-    batches = check_batches(data)
-    if batches is None:
-        raise ValueError("data is missing; give batches of a few hundred unlabelled rows")
-    batches = by_length(model, batches)
+    batches = _batches(model, data)
     if gradients is not False:
         try:
             labelled = [_labelled(model, batch) for batch in batches]
@@ -96,6 +93,13 @@ def second_moments(
     return {m: Moments(of.second, None) for m, of in seen.items()}
 
 
+def _batches(model: nn.Module, data: Any) -> list[Batch]:
+    batches = check_batches(data)
+    if batches is None:
+        raise ValueError("data is missing; give batches of a few hundred unlabelled rows")
+    return by_length(model, batches)
+
+
 @dataclass(frozen=True)
 class Observed:
     """What a matrix reads: mean [I] and second moment E[x x^T] [I, I] of its inputs, float64, without padding."""
@@ -107,6 +111,17 @@ class Observed:
     def covariance(self) -> Tensor:
         """E[(x - E[x]) (x - E[x])^T] [I, I]: what a change costs if the bias may follow it."""
         return self.second - torch.outer(self.mean, self.mean)
+
+
+@in_full_precision
+def observed_inputs(model: nn.Module, data: Any, linears: Sequence[nn.Linear]) -> dict[nn.Linear, Observed]:
+    """What `linears` read over `data`, batches as for `quantize_model`, the model as it is.
+
+    Raises:
+        ValueError, TypeError: as `second_moments`.
+    """
+    batches = _batches(model, data)
+    return observe(model, linears, lambda: (run_batch(model, to_device(b, model)) for b in batches), batches)
 
 
 @torch.no_grad()
@@ -167,10 +182,7 @@ def observe_layers(
     Yields:
         (layer, inputs by matrix), bottom first.
     """
-    batches = check_batches(data)
-    if batches is None:
-        raise ValueError("data is missing; give batches of a few hundred unlabelled rows")
-    batches = by_length(model, batches)
+    batches = _batches(model, data)
     layers = [layer for _, layer in encoder_layers(model)]
 
     def run(index: int) -> None:
