@@ -209,7 +209,8 @@ class Distiller(Trainer):
         stages = StageCallback(recipe, self.enter_stage)
         self._movement = None if recipe.zeros is None else Movement(student, recipe.zeros)
         zeros = [] if self._movement is None else [self._movement]
-        for callback in (stages, StepSizeCallback(student, recipe), *zeros, KeepZeros(student), self._interrupt):
+        self._step_sizes = StepSizeCallback(student, recipe)
+        for callback in (stages, self._step_sizes, *zeros, KeepZeros(student), self._interrupt):
             self.add_callback(callback)
         if not args.disable_tqdm:
             several = len(recipe.stages) > 1
@@ -253,6 +254,7 @@ class Distiller(Trainer):
                 result = super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
             finally:
                 self._interrupt.restore()
+                self._step_sizes.close()
                 self.distillation.eval()
                 end_training(self.student)
         if self.args.should_save:

@@ -22,9 +22,11 @@ import torch
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from qbert.calibration.rows import padding_left_out
 from qbert.distill.recipe import Recipe
 from qbert.encoders.sharing import uses
 from qbert.layers.kind import TrainableLayer
+from qbert.layers.recurrent import StepMasks
 from qbert.quantizers.activations import ActivationQuantizer
 
 _SMALLEST_SCALE = 1e-8
@@ -53,8 +55,12 @@ def refitted_layers(student: nn.Module) -> list[Any]:
 
 def static_activations(student: nn.Module) -> list[ActivationQuantizer]:
     """The activation quantizers that have a range of their own."""
-    found = [m.activation_quantizer for m in student.modules() if isinstance(m, TrainableLayer)]
-    return [quantizer for quantizer in found if quantizer is not None and quantizer.mode == "static"]
+    return [layer.activation_quantizer for layer in _static_layers(student)]
+
+
+def _static_layers(student: nn.Module) -> list[Any]:
+    layers = [m for m in student.modules() if isinstance(m, TrainableLayer) and m.activation_quantizer is not None]
+    return [m for m in layers if m.activation_quantizer is not None and m.activation_quantizer.mode == "static"]
 
 
 def stage_bits(recipe: Recipe, index: int) -> int | None:
@@ -165,6 +171,28 @@ class StepSizeCallback(TrainerCallback):
 
     def __init__(self, student: nn.Module, recipe: Recipe) -> None:
         self.student, self.recipe = student, recipe
+        self._put_on: list[Any] = []
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Let moving ranges leave out the padding, as calibration does, until `close`."""
+        if self.recipe.activations != "average":
+            return
+        masks = StepMasks(self.student)
+
+        def note(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            masks.mask = kwargs.get("attention_mask")
+
+        hook = self.student.register_forward_pre_hook(note, with_kwargs=True)
+        self._put_on += [masks.close, hook.remove]
+        for layer in _static_layers(self.student):
+            layer.activation_quantizer.follow(_MOMENTUM, lambda x, layer=layer: padding_left_out(layer, masks, x)(x))
+
+    def close(self) -> None:
+        """Take off the student what `on_train_begin` put on it."""
+        while self._put_on:
+            self._put_on.pop()()
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

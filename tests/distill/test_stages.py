@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 import qbert
 from qbert.distill import Match, Recipe, Stage, recipes
 from qbert.distill.checkpoint import last_good_checkpoint
-from qbert.distill.step_sizes import StepSizeCallback
+from qbert.distill.step_sizes import StepSizeCallback, static_activations
 from qbert.layers.kind import TrainableLayer
 
 
@@ -180,3 +180,32 @@ def test_tables_follow_their_weights_where_steps_are_refitted(tmp_path: Path) ->
     trainer.train()
     assert table.weight_quantizer.bits == 4
     assert not torch.equal(table.weight_quantizer.scale, before)
+
+
+@pytest.mark.parametrize("frozen", [1.0, 0.5])
+def test_moving_ranges_leave_out_the_padding(frozen: float, tmp_path: Path) -> None:
+    calibration = [{"input_ids": torch.randint(5, 100, (8, 9)), "attention_mask": torch.ones(8, 9, dtype=torch.long)}]
+    made = rows(16, 12)
+    lengths = [4 if i % 8 else 12 for i in range(16)]
+    found = []
+    for padding in (0, 1):
+        data = [
+            {
+                "input_ids": row["input_ids"][:n] + [padding] * (12 - n),
+                "attention_mask": [1] * n + [0] * (12 - n),
+                "labels": row["labels"],
+            }
+            for row, n in zip(made, lengths, strict=True)
+        ]
+        torch.manual_seed(1)
+        student = qbert.quantize_model(build("bert"), qbert.BitsConfig(4, groups=16), calibration_data=calibration)
+        before = [q.scale.clone() for q in static_activations(student)]
+        hooks = len(student._forward_pre_hooks)
+        recipe = down(None, activations="average", steps="fixed", freeze_at=frozen)
+        distiller(tmp_path, student=student, recipe=recipe, data=data, max_steps=4, learning_rate=0.0).train()
+        found.append([q.scale.clone() for q in static_activations(student)])
+        assert not any(torch.equal(a, b) for a, b in zip(before, found[-1], strict=True))
+        assert len(student._forward_pre_hooks) == hooks
+        copy.deepcopy(student)
+        assert all(q._real is None for q in static_activations(student))
+    torch.testing.assert_close(found[0], found[1], rtol=1e-5, atol=0)
