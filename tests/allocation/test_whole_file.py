@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from encoders import build, inputs_for
+from encoders import build, head, inputs_for
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -18,6 +18,7 @@ import qbert
 from qbert.allocation.whole_file import FILE_DEFAULTS, FilePlan, Item, whole_file_bytes
 from qbert.allocation.whole_file.matrices import matrix_changes, slopes
 from qbert.allocation.whole_file.options import Rules
+from qbert.calibration import input_moments
 from qbert.encoders.targets import find_targets
 from qbert.layers.tables import LowRankTable, MixedTable
 from qbert.outputs import output_gradients
@@ -214,6 +215,30 @@ def test_gradients_of_random_vectors_give_the_metric_of_the_outputs(kind: str) -
     }[kind]
     metric = torch.autograd.functional.hessian(diverged, logits)
     assert torch.allclose(call.gradient.T @ call.gradient / samples, metric, atol=0.04 * float(metric.max() / 0.25))
+
+
+def test_spans_do_not_depend_on_scores_of_padding() -> None:
+    """Neither in the damages of a plan nor in the weights of compensated rounding."""
+    model = head("spans")
+    torch.manual_seed(0)
+    ids = torch.randint(5, 100, (4, 6))
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    padded = {key: F.pad(value, (0, 5)) for key, value in batch.items()}
+    for data in (batch, padded):
+        ((_, (call,)),) = output_gradients(model, [data], [model.qa_outputs])
+        assert bool((call.gradient[data["attention_mask"] == 1] != 0).any())
+        assert bool((call.gradient[data["attention_mask"] == 0] == 0).all())
+    seeds: list[torch.Tensor] = []
+
+    def watch(module: nn.Module, x: Any, y: torch.Tensor) -> None:
+        if y.requires_grad:
+            y.register_hook(seeds.append)
+
+    handle = model.qa_outputs.register_forward_hook(watch)
+    for _ in input_moments(model, [padded], [model.bert.encoder.layer[0].output.dense], weigh=0.9):
+        pass
+    handle.remove()
+    assert seeds and all(bool((seed[:, :6] != 0).all()) and bool((seed[:, 6:] == 0).all()) for seed in seeds)
 
 
 @pytest.mark.parametrize("family", ["bert", "roberta", "distilbert", "albert", "mpnet", "electra"])
