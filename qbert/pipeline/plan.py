@@ -22,6 +22,8 @@ from __future__ import annotations
 
 import itertools
 import math
+import os
+import platform
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
@@ -38,18 +40,22 @@ from qbert.bits import FLOAT_BITS, BitsConfig
 from qbert.calibration import Batch, by_length, check_batches
 from qbert.encoders.inputs import most_tokens, to_device, without_labels
 from qbert.encoders.targets import base_model, encoder_layers
+from qbert.hessian.batches import fingerprint
+from qbert.hessian.checkpoint import model_fingerprint
 from qbert.inference.cpu import optimize_for_inference
 from qbert.packing import pack
 from qbert.pipeline.alternatives import matrix_alternatives, steps_of
 from qbert.pipeline.answers import Answers
 from qbert.pipeline.candidates import Candidate, Plan, Prediction, structure_name
 from qbert.pipeline.clock import milliseconds
-from qbert.pipeline.steps import Depth, Prune, Share, Step, Structure
+from qbert.pipeline.kept import Kept
+from qbert.pipeline.steps import Depth, Prune, Share, Step, Structure, step_from_dict
 from qbert.progress import progress_bar
 from qbert.quantize import quantize_model
 from qbert.saving.records import is_quantized
 from qbert.students.depth import compare_depths
 from qbert.tasks.evaluation import wants_pairs
+from qbert.version import __version__
 
 _CHECKED = 3  # plans that are made and compared by a forward pass
 # Of these, the same structure with bits alone is made too: the more options, the more luck in the best.
@@ -77,6 +83,7 @@ def plan(
     structures: Sequence[Sequence[Step]] | None = None,
     further: bool = True,
     progress: bool = False,
+    checkpoint: str | os.PathLike[str] | None = None,
     **settings: Any,
 ) -> Plan:
     """The least damaged model that keeps the budgets, or the smallest that stays within a share of the float model.
@@ -97,6 +104,8 @@ def plan(
             quarters of the feed-forward columns fewer; for `latency_ms` also several of these at once.
         further: whether matrices may also be stored as two factors or with 2:4 zeros, in bits of their own.
         progress: show bars.
+        checkpoint: folder in which everything that is measured is kept: what a structure costs and does, finished plans
+            and times. The same plan, interrupted, goes on from there, and so does one for another budget.
         **settings: defaults of the `BitsConfig`.
 
     Returns:
@@ -105,12 +114,21 @@ def plan(
     Raises:
         ValueError: no budget, `within` beside `size_mb`, a budget that nothing can keep (the sentence says why), or one
             above the float model; impossible bits, shapes or structures; a clock too noisy to keep a latency budget by
-            (its spread is named).
+            (its spread is named); a `checkpoint` of another model, other batches or settings.
         TypeError: a model or batches of another type.
     """
     _check_float(model)
     _check_budgets(model, size_mb, latency_ms, within, bits, shape)
-    planner = Planner(model, batches, bits=bits, structures=structures, further=further, progress=progress, **settings)
+    planner = Planner(
+        model,
+        batches,
+        bits=bits,
+        structures=structures,
+        further=further,
+        progress=progress,
+        checkpoint=checkpoint,
+        **settings,
+    )
     return planner.plan(size_mb=size_mb, latency_ms=latency_ms, within=within, shape=shape)
 
 
@@ -118,7 +136,7 @@ class Planner:
     """What each structure of one model costs and does, measured once for plans of several budgets.
 
     Args:
-        model, batches, bits, structures, further, progress, **settings: as `plan`.
+        model, batches, bits, structures, further, progress, checkpoint, **settings: as `plan`.
     """
 
     def __init__(
@@ -130,6 +148,7 @@ class Planner:
         structures: Sequence[Sequence[Step]] | None = None,
         further: bool = True,
         progress: bool = False,
+        checkpoint: str | os.PathLike[str] | None = None,
         **settings: Any,
     ) -> None:
         _check_float(model)
@@ -138,6 +157,17 @@ class Planner:
         if checked is None or len(checked) < 4:
             raise ValueError("batches: plans are fitted, scored and checked on different rows; pass at least 4 batches")
         self.model, self.bits, self.further, self.progress, self.settings = model, bits, further, progress, settings
+        asked = {
+            "qbert": __version__,
+            "model": f"{type(model).__name__} {getattr(getattr(model, 'config', None), 'problem_type', None)}\n{model}",
+            "weights": model_fingerprint(model) if checkpoint is not None else None,
+            "batches": fingerprint(checked) if checkpoint is not None else None,
+            "bits": bits,
+            "structures": None if given is None else [_as_json(steps) for steps in given],
+            "further": further,
+            "settings": settings,
+        }
+        self._kept = Kept(checkpoint, asked)
         self.check = by_length(model, [batch for i, batch in enumerate(checked) if i % 4 == 3])
         self.rest = [batch for i, batch in enumerate(checked) if i % 4 != 3]
         self.fit, self.score = (by_length(model, part) for part in fitted_and_scored(self.rest))
@@ -148,7 +178,9 @@ class Planner:
         self._parts: dict[tuple[Step, ...], _Part] = {}
         self._starts: dict[tuple[Step, ...], tuple[float, float]] = {}
         self._last: tuple[tuple[Step, ...], nn.Module] | None = None
-        given = self._usual() if given is None else given
+        if given is None:
+            usual, self.left_out = self._kept.once(["usual structures"], self._usual_as_json)
+            given = [tuple(step_from_dict(step) for step in steps) for steps in usual]
         self.structures = list(dict.fromkeys([(), *given]))
         self._faster = list(self._for_time()) if structures is None else []
         self._always_left_out = tuple(self.left_out)
@@ -169,6 +201,10 @@ class Planner:
             else:
                 found.append((step,))
         return found
+
+    def _usual_as_json(self) -> tuple[list[Any], list[str]]:
+        found = self._usual()
+        return [_as_json(steps) for steps in found], self.left_out
 
     def _for_time(self) -> Iterator[tuple[Step, ...]]:
         """What takes layers, columns and heads away at once, for time alone: for bytes, bits do less harm."""
@@ -196,7 +232,7 @@ class Planner:
             more = progress_bar(
                 dict.fromkeys([*self.structures, *self._faster]), desc="milliseconds", disable=not self.progress
             )
-            timed = {steps: self._latency(self._shaped(steps), shape) for steps in more}
+            timed = {steps: self._milliseconds(steps, shape) for steps in more}
         parts = list(self._within_budgets(size_mb, latency_ms, within, timed))
         if within is not None:
             candidates = list(self._smaller_and_smaller(parts, within, timed))
@@ -273,18 +309,39 @@ class Planner:
     def part(self, steps: tuple[Step, ...]) -> _Part:
         """The options of one structure, measured the first time."""
         if steps not in self._parts:
-            model = self._changed(steps)
-            further = matrix_alternatives(model, self.fit, self.settings, self.bits) if self.further else None
-            files = FilePlan(model, self.rest, self.bits, further=further, progress=self.progress, **self.settings)
+            made: list[FilePlan] = []
+
+            def measured() -> dict[str, Any]:
+                model = self._changed(steps)
+                further = matrix_alternatives(model, self.fit, self.settings, self.bits) if self.further else None
+                made.append(
+                    FilePlan(model, self.rest, self.bits, further=further, progress=self.progress, **self.settings)
+                )
+                return made[0].to_dict()
+
+            values = self._kept.once(["options", _as_json(steps)], measured)
+            files = made[0] if made else FilePlan.from_dict(values, self.bits, self.settings)
             self._parts[steps] = _Part(steps, files, self._start(steps)[0])
         return self._parts[steps]
 
     def _start(self, steps: tuple[Step, ...]) -> tuple[float, float]:
         """(divergence, agreement) of a structure in float."""
         if steps not in self._starts:
-            model = self._changed(steps)
-            self._starts[steps] = self.wanted["score"].likeness(model) if steps else (0.0, 100.0)
+            found = self._kept.once(
+                ["in float", _as_json(steps)],
+                lambda: self.wanted["score"].likeness(self._changed(steps)) if steps else (0.0, 100.0),
+            )
+            self._starts[steps] = float(found[0]), float(found[1])
         return self._starts[steps]
+
+    def _milliseconds(self, steps: tuple[Step, ...], shape: tuple[int, int]) -> float:
+        """What a call of a structure takes on this machine, measured the first time."""
+        about = [*shape, torch.get_num_threads(), str(next(self.model.parameters()).device), platform.node()]
+        return float(
+            self._kept.once(
+                ["milliseconds", _as_json(steps), *about], lambda: self._latency(self._shaped(steps), shape)
+            )
+        )
 
     def calibrated(self, steps: tuple[Step, ...], size_mb: float | None) -> Prediction:
         """What the damages leave out, by two trials: everything at 8 bits, and a plan for this size.
@@ -292,6 +349,10 @@ class Planner:
         Both are made on the rows that the options were fitted to and measured on those that they were scored on, so
         that the rows which check the finished plans stay unseen.
         """
+        found = self._kept.once(["trial", _as_json(steps), size_mb], lambda: self._tried(steps, size_mb))
+        return Prediction(*map(float, found))
+
+    def _tried(self, steps: tuple[Step, ...], size_mb: float | None) -> tuple[float, float, float]:
         model, part = self._changed(steps), self.part(steps)
         files = part.files
         activations = self._divergence_between(model, self._eight_bits(model))
@@ -300,9 +361,7 @@ class Planner:
             model = step.change(model, self.fit)
         trial = quantize_model(model, files.configuration(picked), calibration_data=self.fit)
         expected = self.unit * files.damage(picked) + activations
-        return Prediction(
-            self.unit, activations, self._divergence_between(model, trial) / expected if expected > 0 else 1.0
-        )
+        return self.unit, activations, self._divergence_between(model, trial) / expected if expected > 0 else 1.0
 
     def _divergence_between(self, model: nn.Module, other: nn.Module) -> float:
         wanted = self.wanted["score"] if model is self.model else Answers(model, self.score)
@@ -379,9 +438,14 @@ class Planner:
 
     def _made(self, candidate: Candidate) -> Candidate:
         """The same plan, made by all rows but those that check it, with what a forward pass says of it."""
-        model = self._made_of(candidate.structure)
-        packed = pack(quantize_model(model, candidate.config, calibration_data=self.rest))
-        divergence, agreement = self.wanted["check"].likeness(packed)
+
+        def measured() -> tuple[float, float]:
+            model = self._made_of(candidate.structure)
+            packed = pack(quantize_model(model, candidate.config, calibration_data=self.rest))
+            return self.wanted["check"].likeness(packed)
+
+        about = ["made", _as_json(candidate.structure), candidate.config.to_dict()]
+        divergence, agreement = map(float, self._kept.once(about, measured))
         return replace(candidate, measured=divergence, agreement=agreement)
 
     def _made_of(self, steps: tuple[Step, ...]) -> nn.Module:
@@ -434,6 +498,10 @@ class Planner:
     def unit(self) -> float:
         """What a damage is in units of the divergence (`Answers.unit`)."""
         return self.wanted["check"].unit
+
+
+def _as_json(steps: Sequence[Step]) -> list[dict[str, Any]]:
+    return [step.to_dict() for step in steps]
 
 
 def _in_shape(batch: Batch, rows: int, tokens: int, *, apart: bool) -> dict[str, Tensor]:

@@ -1,6 +1,7 @@
 """A plan keeps its budget, is the best of what it lists, and comes true when its pipeline is run."""
 
 import copy
+import functools
 import itertools
 import re
 from pathlib import Path
@@ -243,6 +244,73 @@ def test_one_planner_serves_several_budgets(world: dict[str, Any]) -> None:
         qbert.plan(world["model"], world["batches"], size_mb=0.022, structures=[]),
     )
     assert str(again) == str(alone) and again.pipeline == alone.pipeline
+
+
+_RESUMED: dict[str, Any] = {"structures": [(Depth((1,)),), (Prune(ffn=0.5),)], "bits": (2, 4), "further": False}
+
+
+def test_an_interrupted_plan_goes_on_after_the_last_structure(
+    world: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To the very same plan, with fewer passes; and once more with none but those that tell what is asked."""
+    model, passes, parts = world["model"], [0], [0]
+    forward = type(model).forward
+
+    @functools.wraps(forward)
+    def counted(*given: Any, **named: Any) -> Any:
+        passes[0] += 1
+        return forward(*given, **named)
+
+    class Interrupted(plans.FilePlan):
+        def __init__(self, *given: Any, **named: Any) -> None:
+            parts[0] += 1
+            if parts[0] == 2:
+                raise KeyboardInterrupt
+            super().__init__(*given, **named)
+
+    monkeypatch.setattr(type(model), "forward", counted)
+
+    def planned(**more: Any) -> tuple[plans.Plan, int]:
+        passes[0] = 0
+        found = qbert.plan(model, world["batches"][:4], size_mb=0.022, **_RESUMED, **more)
+        return found, passes[0]
+
+    whole, all_passes = planned()
+    with monkeypatch.context() as patched:
+        patched.setattr(plans, "FilePlan", Interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            planned(checkpoint=tmp_path / "kept")
+    spent = passes[0]
+    resumed, left = planned(checkpoint=tmp_path / "kept")
+    again, few = planned(checkpoint=tmp_path / "kept")
+    for found in (resumed, again):
+        assert str(found) == str(whole) and found.pipeline == whole.pipeline
+        assert found.candidates == whole.candidates and found.front == whole.front
+        assert found.prediction == whole.prediction
+        assert found.bits_alone is not None and whole.bits_alone is not None
+        assert found.bits_alone.items == whole.bits_alone.items
+    assert few < left < all_passes and left + spent < 1.25 * all_passes
+    other = qbert.plan(model, world["batches"][:4], size_mb=0.03, **_RESUMED, checkpoint=tmp_path / "kept")
+    assert other.best.megabytes <= 0.03
+
+
+@pytest.mark.parametrize(
+    ("other", "named"),
+    [({"bits": (2, 8)}, "bits"), ({"structures": []}, "structures"), ({"groups": 4}, "settings"), ({}, "batches")],
+)
+def test_what_was_measured_of_something_else_is_refused(
+    world: dict[str, Any], tmp_path: Path, other: dict[str, Any], named: str
+) -> None:
+    plans.Planner(world["model"], world["batches"][:4], **_RESUMED, checkpoint=tmp_path)._start(())
+    batches = world["batches"][4 if named == "batches" else 0 :][:4]
+    with pytest.raises(ValueError, match=rf"checkpoint: .*measured\.json was measured with another {named}; give"):
+        qbert.plan(world["model"], batches, size_mb=0.022, **{**_RESUMED, **other}, checkpoint=tmp_path)
+
+
+def test_a_file_is_no_checkpoint(world: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match=r"checkpoint: .*file is a file; give the path of a folder"):
+        qbert.plan(world["model"], world["batches"], size_mb=0.022, checkpoint=tmp_path / "file")
 
 
 def test_the_front_is_drawn(sized: plans.Plan, tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -38,6 +39,7 @@ from qbert.allocation.whole_file.options import (
     FILE_DEFAULTS,
     Alternative,
     Item,
+    Option,
     Rules,
     refuse_what_is_not_measured,
     sharing,
@@ -129,7 +131,6 @@ class FilePlan:
         ):
             counted.add(samples, calls)
         self.items = [Item(r.names, tuple(counted.options(r, uses))) for r in free]
-        self.model = model
 
     def _bytes(self, model: nn.Module, free: Sequence[Rules]) -> tuple[int, int]:
         """(bytes that are not chosen, bytes of the smallest file), which shapes tell before anything is measured."""
@@ -201,6 +202,38 @@ class FilePlan:
         """Name -> form of the matrices in whose place a choice puts something else (`Alternative.form`)."""
         pairs = [(item.names[0], item.options[p]) for item, p in zip(self.items, picked, strict=True)]
         return {name: dict(option.form) for name, option in pairs if option.parts is not None}
+
+    def to_dict(self) -> dict[str, Any]:
+        """What was measured, as JSON values, for `from_dict`."""
+        names = [f.name for f in fields(Option)]
+        items = [
+            {"names": list(item.names), "options": [{name: getattr(o, name) for name in names} for o in item.options]}
+            for item in self.items
+        ]
+        return {"constant": self.constant, "items": items}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any], bits: Sequence[int], settings: Mapping[str, Any]) -> FilePlan:
+        """The plan that `to_dict` described, made with the same bits and settings, with nothing measured again."""
+        plan = cls.__new__(cls)
+        plan.widths, plan.settings = check_widths(bits), {**FILE_DEFAULTS, **settings}
+        plan.constant = values["constant"]
+        plan.items = [
+            Item(tuple(item["names"]), tuple(Option(**_as_measured(option)) for option in item["options"]))
+            for item in values["items"]
+        ]
+        return plan
+
+
+def _as_measured(option: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of an `Option` out of JSON, which knows no tuples."""
+
+    def tuples(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {name: tuples(inner) for name, inner in value.items()}
+        return tuple(map(tuples, value)) if isinstance(value, list) else value
+
+    return {**tuples(option), "damage": float(option["damage"])}
 
 
 def whole_file_bytes(model: nn.Module, config: BitsConfig) -> int:
