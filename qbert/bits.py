@@ -426,6 +426,11 @@ class BitsConfig:
         _settle_ties(targets, resolved)
         return resolved
 
+    def check_patterns(self, model: nn.Module) -> None:
+        """Raises ValueError for a pattern that matches no tensor of `model`."""
+        targets = find_targets(model)
+        self._refuse_unused(targets, {p for p in self.rules for t in targets if _matches(p, t)})
+
     def _best_pattern(self, target: Target, used: set[str]) -> str | None:
         matches = [p for p in self.rules if _matches(p, target)]
         used.update(matches)

@@ -53,7 +53,7 @@ class Judge:
     """
 
     def __init__(self, bench: Budget, rows: int) -> None:
-        from qbert.encoders.inputs import without_labels
+        from qbert.pipeline.answers import Answers
         from qbert.tasks import prepare
         from qbert.tasks.evaluation import wants_pairs
 
@@ -67,15 +67,11 @@ class Judge:
         held_out = prepare(bench.task, variant.tokenizer, split, limit=rows, as_pairs=pairs).batches(32)
         further = bench.drawn(self.model, variant.tokenizer, rows, skip=bench.arguments.calibration_rows)
         kinds = dict(zip(_KINDS, (further, held_out), strict=True))
-        self.rows = {name: [without_labels(batch) for batch in batches] for name, batches in kinds.items()}
-        self.wanted = {name: self.planner.outputs(self.model, batches) for name, batches in self.rows.items()}
+        self.wanted = {name: Answers(self.model, batches) for name, batches in kinds.items()}
 
     def measured(self, model: Any) -> dict[str, float]:
         """Divergence from the float model by kind of rows."""
-        return {
-            name: self.planner.compared(self.wanted[name], self.planner.outputs(model, batches))[0]
-            for name, batches in self.rows.items()
-        }
+        return {name: wanted.likeness(model)[0] for name, wanted in self.wanted.items()}
 
     def judge(self, size_mb: float) -> None:
         """Keep the rows of one size: every part alone, all parts, and all parts with rounded activations."""

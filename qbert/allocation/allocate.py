@@ -126,6 +126,7 @@ def allocate_bits(
             calibration_data,
             _FILE_WIDTHS if bits is None else bits,
             fixed=fixed,
+            size_mb=size_mb,
             progress=progress,
             **settings,
         )

@@ -7,7 +7,7 @@ themselves, put together by length (`by_length`).
 from __future__ import annotations
 
 from qbert.calibration.activations import calibrate_activations
-from qbert.calibration.batches import Batch, check_batches, check_readable, run_batch
+from qbert.calibration.batches import Batch, check_batches, check_readable, reads_mappings, run_batch
 from qbert.calibration.by_length import by_length
 from qbert.calibration.moments import input_moments
 from qbert.calibration.outputs import Run, gives_logits, mean_logits, model_outputs
@@ -25,5 +25,6 @@ __all__ = [
     "input_moments",
     "mean_logits",
     "model_outputs",
+    "reads_mappings",
     "run_batch",
 ]

@@ -78,7 +78,7 @@ def check_readable(model: nn.Module, batches: Sequence[Batch]) -> None:
 
 
 def _check_arguments(model: nn.Module, batch: Batch) -> None:
-    if _reads_mappings(model):
+    if reads_mappings(model):
         return
     by_name = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
     for name, argument in inspect.signature(model.forward).parameters.items():
@@ -104,14 +104,15 @@ def _check_ids(model: nn.Module, given: Sequence[Any], key: str) -> None:
             )
 
 
-def _reads_mappings(model: nn.Module) -> bool:
+def reads_mappings(model: nn.Module) -> bool:
+    """Whether the model's forward takes a batch as one mapping."""
     return type(model).__name__ == "SentenceTransformer"
 
 
 def _taken(model: nn.Module, inputs: Mapping[str, Any]) -> Mapping[str, Any]:
     """The entries that the model's forward takes: all if it has a catch-all, else those that it names."""
     parameters = inspect.signature(model.forward).parameters.values()
-    if _reads_mappings(model) or any(p.kind == p.VAR_KEYWORD for p in parameters):
+    if reads_mappings(model) or any(p.kind == p.VAR_KEYWORD for p in parameters):
         return inputs
     return accepted_inputs(model, inputs)
 
@@ -122,4 +123,4 @@ def run_batch(model: nn.Module, inputs: Mapping[str, Tensor]) -> Any:
     Entries that the model's forward neither names nor catches, such as the labels of a batch for another one, are left
     out.
     """
-    return model(dict(inputs)) if _reads_mappings(model) else model(**_taken(model, inputs))
+    return model(dict(inputs)) if reads_mappings(model) else model(**_taken(model, inputs))

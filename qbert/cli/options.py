@@ -47,12 +47,13 @@ def on_interrupt(hint: str) -> None:
 
 
 @contextlib.contextmanager
-def resumable(work: Path, asked: Mapping[str, Any]) -> Iterator[None]:
+def resumable(work: Path, asked: Mapping[str, Any], result: str = "OUT") -> Iterator[None]:
     """Inside, long work keeps in the folder `work` what the same command goes on from; done, the folder is removed.
 
     Args:
         work: made if need be; what was asked is noted in it.
         asked: all that the work depends on, as JSON values.
+        result: what the work is for, beside which the folder lies.
 
     Raises:
         ValueError: the folder is of a run that was asked something else, or of no run at all.
@@ -69,9 +70,11 @@ def resumable(work: Path, asked: Mapping[str, Any]) -> Iterator[None]:
         name = first_difference(before, json.loads(json.dumps(asked)))
         if name is not None:
             said = {"config_file": "--config", "plan_file": "--plan"}.get(name, name)
-            raise ValueError(f"{work} is of an interrupted run with another {said}; remove it, or name another OUT")
+            raise ValueError(
+                f"{work} is of an interrupted run with another {said}; remove it, or name another {result}"
+            )
     elif work.exists() and (not work.is_dir() or any(work.iterdir())):
-        raise ValueError(f"{work}, where the work is kept, is there and of no interrupted run; name another OUT")
+        raise ValueError(f"{work}, where the work is kept, is there and of no interrupted run; name another {result}")
     work.mkdir(parents=True, exist_ok=True)
     write_json(note, asked)
     goes_on_from(work)

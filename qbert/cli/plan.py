@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import click
 
 from qbert.cli.options import (
     as_json,
+    beside,
     check_file,
     check_picture,
     float_model,
@@ -17,6 +19,8 @@ from qbert.cli.options import (
     keep_record,
     load_tokenizer,
     machine_options,
+    on_interrupt,
+    resumable,
     set_machine,
     show,
     task_options,
@@ -46,7 +50,8 @@ def plan(model: str, shape: str, save: str | None, plot: str | None, **asked: An
 
     Every way to store every matrix and table is measured on text of yours, without labels (--texts, or the training
     rows of --task), and the least damaged model within the budget is found exactly. Beside --save plan.json lies
-    plan.record.json, which tells qbert report what was tried.
+    plan.record.json, which tells qbert report what was tried. Interrupted, a plan with --save goes on after the last
+    structure that was measured, kept in plan.json.partial, by the same command or by one with another budget.
 
     \b
       qbert plan my-model --size-mb 10 --texts sentences.txt --save plan.json --plot front.png
@@ -65,18 +70,21 @@ def plan(model: str, shape: str, save: str | None, plot: str | None, **asked: An
     loaded = float_model(model)
     tokenizer = getattr(loaded, "tokenizer", None) or load_tokenizer(model)
     batches = unlabelled_batches(asked, tokenizer, loaded)
-    found = make_plan(
-        loaded.to(asked["device"]),
-        in_fours(batches),
-        size_mb=asked["size_mb"],
-        latency_ms=asked["latency_ms"],
-        within=asked["within"],
-        shape=rows_and_tokens,
-        progress=not asked["as_json"],
-    )
-    if save:
-        found.pipeline.save(save)
-        _record(Path(save).with_suffix(".record.json"), found, {"model": model, "shape": shape, **asked})
+    loaded = loaded.to(asked["device"])
+    options = {name: asked[name] for name in ("size_mb", "latency_ms", "within")}
+    options |= {"shape": rows_and_tokens, "progress": not asked["as_json"]}
+    with contextlib.ExitStack() as stack:
+        if save:
+            # The budget is left out, since what is measured serves any.
+            source = {name: asked[name] for name in ("texts", "task", "data_dir", "rows", "seed")}
+            options["checkpoint"] = work = beside(save, ".partial")
+            stack.enter_context(resumable(work, {"command": "plan", "model": model, **source}, result="--save"))
+        else:
+            on_interrupt("nothing is kept without --save; run it again with --save FILE, and it can go on")
+        found = make_plan(loaded, in_fours(batches), **options)
+        if save:
+            found.pipeline.save(save)
+            _record(Path(save).with_suffix(".record.json"), found, {"model": model, "shape": shape, **asked})
     if plot:
         found.plot(plot)
     content = {

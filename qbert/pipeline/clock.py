@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qbert.calibration import reads_mappings
 from qbert.encoders.inputs import to_device
 from qbert.encoders.modes import evaluation_mode
 
@@ -46,11 +47,12 @@ def milliseconds(model: Any, inputs: Mapping[str, Tensor]) -> float:
 def _timed(model: Any, inputs: Mapping[str, Tensor]) -> list[float]:
     """Milliseconds of some calls, the first of which are left out."""
     device = next(model.parameters()).device
+    takes_mapping = reads_mappings(model)
     times = []
     for _ in range(_TIMINGS + 3):
         _wait(device)
         start = time.perf_counter()
-        model(**inputs)
+        _ = model(dict(inputs)) if takes_mapping else model(**inputs)
         _wait(device)
         times.append(1e3 * (time.perf_counter() - start))
     return times[3:]

@@ -22,7 +22,9 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+import os
+import platform
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -30,25 +32,30 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from qbert.allocation.blocks import check_widths
 from qbert.allocation.budgets import rounded_up
 from qbert.allocation.whole_file import FILE_DEFAULTS, FilePlan, fitted_and_scored
 from qbert.arguments import is_whole, real_number
-from qbert.bits import BitsConfig
-from qbert.calibration import by_length, check_batches, run_batch
-from qbert.encoders.inputs import most_tokens
-from qbert.encoders.modes import evaluation_mode
+from qbert.bits import FLOAT_BITS, BitsConfig
+from qbert.calibration import Batch, by_length, check_batches
+from qbert.encoders.inputs import most_tokens, to_device, without_labels
 from qbert.encoders.targets import base_model, encoder_layers
+from qbert.hessian.batches import fingerprint
+from qbert.hessian.checkpoint import model_fingerprint
 from qbert.inference.cpu import optimize_for_inference
 from qbert.packing import pack
 from qbert.pipeline.alternatives import matrix_alternatives, steps_of
+from qbert.pipeline.answers import Answers
 from qbert.pipeline.candidates import Candidate, Plan, Prediction, structure_name
 from qbert.pipeline.clock import milliseconds
-from qbert.pipeline.steps import Depth, Prune, Share, Step, Structure
+from qbert.pipeline.kept import Kept
+from qbert.pipeline.steps import Depth, Prune, Share, Step, Structure, step_from_dict
 from qbert.progress import progress_bar
 from qbert.quantize import quantize_model
 from qbert.saving.records import is_quantized
 from qbert.students.depth import compare_depths
-from qbert.tasks.evaluation import fidelity, wants_pairs
+from qbert.tasks.evaluation import wants_pairs
+from qbert.version import __version__
 
 _CHECKED = 3  # plans that are made and compared by a forward pass
 # Of these, the same structure with bits alone is made too: the more options, the more luck in the best.
@@ -76,6 +83,7 @@ def plan(
     structures: Sequence[Sequence[Step]] | None = None,
     further: bool = True,
     progress: bool = False,
+    checkpoint: str | os.PathLike[str] | None = None,
     **settings: Any,
 ) -> Plan:
     """The least damaged model that keeps the budgets, or the smallest that stays within a share of the float model.
@@ -88,26 +96,39 @@ def plan(
         latency_ms: longest call of the packed, fused model at `shape`, measured here and now on the model's device.
         within: share of rows, such as 0.01, whose answer may be another than the float model's: the smallest such model
             is planned. Of values it is 1 - correlation, of embeddings 1 - cosine.
-        shape: (sequences, tokens) of the call that `latency_ms` is about.
+        shape: (sequences, tokens) of the call that `latency_ms` is about; of multiple choice (questions, tokens of a
+            choice), of images their number is the first.
         bits: the widths to choose from.
         structures: what to try beside bits alone, each a sequence of `Depth`, `Share`, `Prune` and `Factorize`; where
             None, one layer, two and half of them fewer, shared ones, fewer heads, and a quarter, half and three
             quarters of the feed-forward columns fewer; for `latency_ms` also several of these at once.
         further: whether matrices may also be stored as two factors or with 2:4 zeros, in bits of their own.
         progress: show bars.
+        checkpoint: folder in which everything that is measured is kept: what a structure costs and does, finished plans
+            and times. The same plan, interrupted, goes on from there, and so does one for another budget.
         **settings: defaults of the `BitsConfig`.
 
     Returns:
         `Plan`: print it for a table; `qbert.compress` makes the model by its ``.pipeline``.
 
     Raises:
-        ValueError: no budget, `within` beside `size_mb`, a budget that nothing can keep (the sentence says
-            why), or one above the float model; a clock too noisy to keep a latency budget by (its spread is named).
+        ValueError: no budget, `within` beside `size_mb`, a budget that nothing can keep (the sentence says why), or one
+            above the float model; impossible bits, shapes or structures; a clock too noisy to keep a latency budget by
+            (its spread is named); a `checkpoint` of another model, other batches or settings.
         TypeError: a model or batches of another type.
     """
     _check_float(model)
     _check_budgets(model, size_mb, latency_ms, within, bits, shape)
-    planner = Planner(model, batches, bits=bits, structures=structures, further=further, progress=progress, **settings)
+    planner = Planner(
+        model,
+        batches,
+        bits=bits,
+        structures=structures,
+        further=further,
+        progress=progress,
+        checkpoint=checkpoint,
+        **settings,
+    )
     return planner.plan(size_mb=size_mb, latency_ms=latency_ms, within=within, shape=shape)
 
 
@@ -115,7 +136,7 @@ class Planner:
     """What each structure of one model costs and does, measured once for plans of several budgets.
 
     Args:
-        model, batches, bits, structures, further, progress, **settings: as `plan`.
+        model, batches, bits, structures, further, progress, checkpoint, **settings: as `plan`.
     """
 
     def __init__(
@@ -127,32 +148,39 @@ class Planner:
         structures: Sequence[Sequence[Step]] | None = None,
         further: bool = True,
         progress: bool = False,
+        checkpoint: str | os.PathLike[str] | None = None,
         **settings: Any,
     ) -> None:
         _check_float(model)
+        bits, given = _check_bits(bits), _check_structures(structures)
         checked = check_batches(batches)
         if checked is None or len(checked) < 4:
             raise ValueError("batches: plans are fitted, scored and checked on different rows; pass at least 4 batches")
         self.model, self.bits, self.further, self.progress, self.settings = model, bits, further, progress, settings
+        asked = {
+            "qbert": __version__,
+            "model": f"{type(model).__name__} {getattr(getattr(model, 'config', None), 'problem_type', None)}\n{model}",
+            "weights": model_fingerprint(model) if checkpoint is not None else None,
+            "batches": fingerprint(checked) if checkpoint is not None else None,
+            "bits": bits,
+            "structures": None if given is None else [_as_json(steps) for steps in given],
+            "further": further,
+            "settings": settings,
+        }
+        self._kept = Kept(checkpoint, asked)
         self.check = by_length(model, [batch for i, batch in enumerate(checked) if i % 4 == 3])
         self.rest = [batch for i, batch in enumerate(checked) if i % 4 != 3]
         self.fit, self.score = (by_length(model, part) for part in fitted_and_scored(self.rest))
-        self.kind = getattr(getattr(model, "config", None), "problem_type", None)
-        self.embeds = False
-        self.wanted = {
-            "score": self.outputs(model, self.score),
-            "check": self.outputs(model, self.check),
-        }
+        self.wanted = {"score": Answers(model, self.score), "check": Answers(model, self.check)}
         self.left_out: list[str] = []
         self.prediction = Prediction()
         self._models: dict[tuple[Step, ...], nn.Module] = {}
         self._parts: dict[tuple[Step, ...], _Part] = {}
         self._starts: dict[tuple[Step, ...], tuple[float, float]] = {}
         self._last: tuple[tuple[Step, ...], nn.Module] | None = None
-        given = self._usual() if structures is None else [tuple(steps) for steps in structures]
-        wrong = next((step for steps in given for step in steps if not isinstance(step, Structure)), None)
-        if wrong is not None:
-            raise ValueError(f"structures: {wrong!r} is none; give sequences of Depth, Share, Prune and Factorize")
+        if given is None:
+            usual, self.left_out = self._kept.once(["usual structures"], self._usual_as_json)
+            given = [tuple(step_from_dict(step) for step in steps) for steps in usual]
         self.structures = list(dict.fromkeys([(), *given]))
         self._faster = list(self._for_time()) if structures is None else []
         self._always_left_out = tuple(self.left_out)
@@ -173,6 +201,10 @@ class Planner:
             else:
                 found.append((step,))
         return found
+
+    def _usual_as_json(self) -> tuple[list[Any], list[str]]:
+        found = self._usual()
+        return [_as_json(steps) for steps in found], self.left_out
 
     def _for_time(self) -> Iterator[tuple[Step, ...]]:
         """What takes layers, columns and heads away at once, for time alone: for bytes, bits do less harm."""
@@ -200,7 +232,7 @@ class Planner:
             more = progress_bar(
                 dict.fromkeys([*self.structures, *self._faster]), desc="milliseconds", disable=not self.progress
             )
-            timed = {steps: self._latency(self._shaped(steps), shape) for steps in more}
+            timed = {steps: self._milliseconds(steps, shape) for steps in more}
         parts = list(self._within_budgets(size_mb, latency_ms, within, timed))
         if within is not None:
             candidates = list(self._smaller_and_smaller(parts, within, timed))
@@ -277,18 +309,39 @@ class Planner:
     def part(self, steps: tuple[Step, ...]) -> _Part:
         """The options of one structure, measured the first time."""
         if steps not in self._parts:
-            model = self._changed(steps)
-            further = matrix_alternatives(model, self.fit, self.settings, self.bits) if self.further else None
-            files = FilePlan(model, self.rest, self.bits, further=further, progress=self.progress, **self.settings)
+            made: list[FilePlan] = []
+
+            def measured() -> dict[str, Any]:
+                model = self._changed(steps)
+                further = matrix_alternatives(model, self.fit, self.settings, self.bits) if self.further else None
+                made.append(
+                    FilePlan(model, self.rest, self.bits, further=further, progress=self.progress, **self.settings)
+                )
+                return made[0].to_dict()
+
+            values = self._kept.once(["options", _as_json(steps)], measured)
+            files = made[0] if made else FilePlan.from_dict(values, self.bits, self.settings)
             self._parts[steps] = _Part(steps, files, self._start(steps)[0])
         return self._parts[steps]
 
     def _start(self, steps: tuple[Step, ...]) -> tuple[float, float]:
         """(divergence, agreement) of a structure in float."""
         if steps not in self._starts:
-            model = self._changed(steps)
-            self._starts[steps] = self._likeness(model, self.score, "score") if steps else (0.0, 100.0)
+            found = self._kept.once(
+                ["in float", _as_json(steps)],
+                lambda: self.wanted["score"].likeness(self._changed(steps)) if steps else (0.0, 100.0),
+            )
+            self._starts[steps] = float(found[0]), float(found[1])
         return self._starts[steps]
+
+    def _milliseconds(self, steps: tuple[Step, ...], shape: tuple[int, int]) -> float:
+        """What a call of a structure takes on this machine, measured the first time."""
+        about = [*shape, torch.get_num_threads(), str(next(self.model.parameters()).device), platform.node()]
+        return float(
+            self._kept.once(
+                ["milliseconds", _as_json(steps), *about], lambda: self._latency(self._shaped(steps), shape)
+            )
+        )
 
     def calibrated(self, steps: tuple[Step, ...], size_mb: float | None) -> Prediction:
         """What the damages leave out, by two trials: everything at 8 bits, and a plan for this size.
@@ -296,6 +349,10 @@ class Planner:
         Both are made on the rows that the options were fitted to and measured on those that they were scored on, so
         that the rows which check the finished plans stay unseen.
         """
+        found = self._kept.once(["trial", _as_json(steps), size_mb], lambda: self._tried(steps, size_mb))
+        return Prediction(*map(float, found))
+
+    def _tried(self, steps: tuple[Step, ...], size_mb: float | None) -> tuple[float, float, float]:
         model, part = self._changed(steps), self.part(steps)
         files = part.files
         activations = self._divergence_between(model, self._eight_bits(model))
@@ -304,13 +361,11 @@ class Planner:
             model = step.change(model, self.fit)
         trial = quantize_model(model, files.configuration(picked), calibration_data=self.fit)
         expected = self.unit * files.damage(picked) + activations
-        return Prediction(
-            self.unit, activations, self._divergence_between(model, trial) / expected if expected > 0 else 1.0
-        )
+        return self.unit, activations, self._divergence_between(model, trial) / expected if expected > 0 else 1.0
 
     def _divergence_between(self, model: nn.Module, other: nn.Module) -> float:
-        wanted = self.wanted["score"] if model is self.model else self.outputs(model, self.score)
-        return self.compared(wanted, self.outputs(other, self.score))[0]
+        wanted = self.wanted["score"] if model is self.model else Answers(model, self.score)
+        return wanted.likeness(other)[0]
 
     def _eight_bits(self, model: nn.Module) -> nn.Module:
         """`model` with everything in 8 bits, activations as they will be."""
@@ -383,9 +438,14 @@ class Planner:
 
     def _made(self, candidate: Candidate) -> Candidate:
         """The same plan, made by all rows but those that check it, with what a forward pass says of it."""
-        model = self._made_of(candidate.structure)
-        packed = pack(quantize_model(model, candidate.config, calibration_data=self.rest))
-        divergence, agreement = self._likeness(packed, self.check, "check")
+
+        def measured() -> tuple[float, float]:
+            model = self._made_of(candidate.structure)
+            packed = pack(quantize_model(model, candidate.config, calibration_data=self.rest))
+            return self.wanted["check"].likeness(packed)
+
+        about = ["made", _as_json(candidate.structure), candidate.config.to_dict()]
+        divergence, agreement = map(float, self._kept.once(about, measured))
         return replace(candidate, measured=divergence, agreement=agreement)
 
     def _made_of(self, steps: tuple[Step, ...]) -> nn.Module:
@@ -432,49 +492,36 @@ class Planner:
         """`milliseconds` of one call of the packed, fused model."""
         fused = optimize_for_inference(pack(self._eight_bits(model)))
         timed = base_model(fused)[1] if wants_pairs(fused) else fused
-        rows, tokens = shape
-        shaped = {}
-        for name, value in self.check[0].items():
-            if isinstance(value, Tensor) and value.dim() >= 2:
-                flat = value.flatten(0, -2)
-                times = rows // len(flat) + 1, tokens // flat.shape[1] + 1
-                shaped[name] = flat.repeat(*times)[:rows, :tokens].contiguous()
-        if "attention_mask" in shaped:
-            shaped["attention_mask"] = torch.ones_like(shaped["attention_mask"])
-        return milliseconds(timed, shaped)
-
-    def _likeness(self, model: nn.Module, batches: Sequence[Any], which: str) -> tuple[float, float]:
-        return self.compared(self.wanted[which], self.outputs(model, batches))
-
-    def compared(self, wanted: Tensor, outputs: Tensor) -> tuple[float, float]:
-        """(divergence, agreement)."""
-        if self.embeds:
-            cosine = float((wanted * outputs).sum(1).mean())
-            return 1 - cosine, 100 * cosine
-        found = fidelity(wanted, outputs, self.kind)
-        return found.divergence, found.agreement
+        return milliseconds(timed, to_device(_in_shape(self.check[0], *shape, apart=wants_pairs(fused)), timed))
 
     @property
     def unit(self) -> float:
-        """What a damage is in units of the divergence: of the mean squared difference of C values 2 / C, else 1."""
-        outputs = self.wanted["check"]
-        width = outputs.shape[1] if outputs.dim() > 1 else 1
-        values = not self.embeds and (self.kind == "regression" or width == 1)
-        return 2.0 / width if values else 1.0
+        """What a damage is in units of the divergence (`Answers.unit`)."""
+        return self.wanted["check"].unit
 
-    def outputs(self, model: nn.Module, batches: Sequence[Any]) -> Tensor:
-        """[rows, outputs] of a model: logits, or the mean of the last hidden states over real tokens."""
-        found = []
-        with torch.no_grad(), evaluation_mode(model):
-            for batch in batches:
-                output = run_batch(model, batch)
-                logits = _named(output, "logits")
-                self.embeds = logits is None
-                if logits is None:
-                    found.append(_embedding(output, batch))
-                else:
-                    found.append(logits if logits.dim() < 3 else logits[batch["attention_mask"].bool()])
-        return torch.cat(found).float().cpu()
+
+def _as_json(steps: Sequence[Step]) -> list[dict[str, Any]]:
+    return [step.to_dict() for step in steps]
+
+
+def _in_shape(batch: Batch, rows: int, tokens: int, *, apart: bool) -> dict[str, Tensor]:
+    """A batch of so many rows of so many tokens, none of them padding, of what one holds; images stay as large as they
+    are. Of several texts a row (choices) each has so many tokens; those that are encoded `apart` are rows."""
+    shaped = {}
+    for name, value in without_labels(batch).items():
+        if not isinstance(value, Tensor) or value.dim() < 2:
+            continue
+        if apart:
+            value = value.flatten(0, -2)
+        times = [rows // len(value) + 1, *[1] * (value.dim() - 1)]
+        if value.is_floating_point() and name != "attention_mask":
+            shaped[name] = value.repeat(*times)[:rows].contiguous()
+        else:
+            times[-1] = tokens // value.shape[-1] + 1
+            shaped[name] = value.repeat(*times)[:rows, ..., :tokens].contiguous()
+    if "attention_mask" in shaped:
+        shaped["attention_mask"] = torch.ones_like(shaped["attention_mask"])
+    return shaped
 
 
 def _after(model: nn.Module, steps: Sequence[Step], batches: Sequence[Any]) -> nn.Module:
@@ -522,29 +569,40 @@ class _Part:
         return self.files.size(picked) / 1e6
 
 
-def _named(output: Any, name: str) -> Tensor | None:
-    value = output.get(name) if isinstance(output, Mapping) else getattr(output, name, None)
-    return value if isinstance(value, Tensor) else None
-
-
-def _embedding(output: Any, batch: Mapping[str, Any]) -> Tensor:
-    """Unit vectors [rows, D]: the model's own sentence embedding, or the mean of the last hidden states."""
-    value = _named(output, "sentence_embedding")
-    if value is None:
-        hidden = _named(output, "last_hidden_state")
-        if hidden is None:
-            raise ValueError(
-                "model: it returns neither logits nor hidden states nor an embedding; plan for a model that does"
-            )
-        mask = batch.get("attention_mask")
-        mask = torch.ones(hidden.shape[:2], device=hidden.device) if mask is None else mask.to(hidden)
-        value = (hidden * mask.unsqueeze(-1)).sum(1)
-    return nn.functional.normalize(value, dim=1)
-
-
 def _check_float(model: nn.Module) -> None:
     if is_quantized(model):
         raise ValueError("model is quantized already; plan for the float model")
+
+
+def _check_bits(bits: Sequence[int]) -> tuple[int, ...]:
+    widths = check_widths(bits)
+    if all(width in FLOAT_BITS for width in widths):
+        raise ValueError(f"bits={widths!r} leaves every weight in float; give one out of 2, 3, 4 and 8 too")
+    return widths
+
+
+def _check_structures(structures: Any) -> list[tuple[Step, ...]] | None:
+    """`structures` as tuples; None where none are given."""
+    if structures is None:
+        return None
+    wanted = "give sequences of Depth, Share, Prune and Factorize, such as [(Depth(3),)]"
+    if not isinstance(structures, Iterable):
+        raise ValueError(f"structures={structures!r} is no list; {wanted}")
+    given = list(structures)
+    wrong = next((steps for steps in given if not isinstance(steps, Iterable)), None)
+    if wrong is not None:
+        raise ValueError(f"structures: {wrong!r} is no sequence of steps; {wanted}")
+    found = [tuple(steps) for steps in given]
+    other = next((step for steps in found for step in steps if not isinstance(step, Structure)), None)
+    if other is not None:
+        raise ValueError(f"structures: {other!r} is none; {wanted}")
+    return found
+
+
+def _check_shape(shape: Any) -> None:
+    whole = isinstance(shape, (tuple, list)) and len(shape) == 2 and all(is_whole(n) and n >= 1 for n in shape)
+    if not whole:
+        raise ValueError(f"shape={shape!r} is not possible; give (sequences, tokens), such as (1, 128)")
 
 
 def _check_budgets(
@@ -556,6 +614,8 @@ def _check_budgets(
     shape: tuple[int, int],
 ) -> None:
     """Refuse budgets that say nothing, contradict each other or that nothing could keep."""
+    bits = _check_bits(bits)
+    _check_shape(shape)
     given = {"size_mb": size_mb, "latency_ms": latency_ms, "within": within}
     asked = {name: value for name, value in given.items() if value is not None}
     if not asked:

@@ -15,7 +15,7 @@ import contextlib
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from qbert.allocation.kronecker import kronecker_factors
 from qbert.calibration import Batch, by_length, check_batches, run_batch
+from qbert.calibration.totals import Totals
 from qbert.encoders.inputs import to_device, unmasked, without_labels
 from qbert.encoders.modes import evaluation_mode
 from qbert.encoders.prefix import LayerCache
@@ -102,15 +103,17 @@ def _batches(model: nn.Module, data: Any) -> list[Batch]:
 
 @dataclass(frozen=True)
 class Observed:
-    """What a matrix reads: mean [I] and second moment E[x x^T] [I, I] of its inputs, float64, without padding."""
+    """What a matrix reads, without padding: float64.
+
+    Attributes:
+        mean: [I], E[x].
+        second: [I, I], E[x x^T].
+        covariance: [I, I], E[(x - E[x]) (x - E[x])^T]: what a change costs if the bias may follow it.
+    """
 
     mean: Tensor
     second: Tensor
-
-    @property
-    def covariance(self) -> Tensor:
-        """E[(x - E[x]) (x - E[x])^T] [I, I]: what a change costs if the bias may follow it."""
-        return self.second - torch.outer(self.mean, self.mean)
+    covariance: Tensor
 
 
 @in_full_precision
@@ -139,16 +142,11 @@ def observe(
     Raises:
         ValueError: if a matrix reads nothing, or NaN or infinity.
     """
-    sums = {m: torch.zeros(m.in_features, dtype=torch.float64, device=m.weight.device) for m in linears}
-    outer = {m: torch.zeros(m.in_features, m.in_features, dtype=torch.float64, device=m.weight.device) for m in linears}
-    count = dict.fromkeys(linears, 0)
+    totals = {m: Totals() for m in linears}
     mask: list[Tensor | None] = [None]
 
     def hook(module: Any, args: tuple[Any, ...]) -> None:
-        rows = unmasked(args[0], mask[0]).flatten(0, -2).float()
-        sums[module] += rows.double().sum(0)
-        outer[module] += rows.T @ rows
-        count[module] += len(rows)
+        totals[module].add(unmasked(args[0], mask[0]).flatten(0, -2), None)
 
     handles = [m.register_forward_pre_hook(hook) for m in linears]
     try:
@@ -161,11 +159,17 @@ def observe(
     finally:
         for handle in handles:
             handle.remove()
+    found: dict[nn.Linear, Observed] = {}
     for name, module in model.named_modules():
-        if module in count and (not count[module] or not bool(torch.isfinite(outer[module]).all())):
-            told = "holds NaN or infinity" if count[module] else "is never read"
+        if module not in totals:
+            continue
+        own = totals.pop(module)
+        moment = own.moment(0) if own.count else None
+        if moment is None or not bool(torch.isfinite(moment.value).all()):
+            told = "is never read" if moment is None else "holds NaN or infinity"
             raise ValueError(f"data: the input of {name} {told}; give batches on which the model uses it and is finite")
-    return {m: Observed(sums[m] / count[m], outer[m] / count[m]) for m in linears}
+        found[cast(nn.Linear, module)] = Observed(moment.mean, moment.value, moment.covariance)
+    return {m: found[m] for m in linears}
 
 
 @torch.no_grad()

@@ -24,6 +24,7 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
+from qbert.calibration import model_outputs, reads_mappings, run_batch
 from qbert.encoders.inputs import accepted_inputs, to_device, without_labels
 from qbert.encoders.modes import evaluation_mode
 from qbert.encoders.structure import changes, of_layers, replace_record
@@ -39,6 +40,7 @@ _FIRST_DIFFERS = ("modernbert",)
 # Above so many ways to keep layers a beam goes down from the whole teacher: 12 layers have 924 ways to keep 6, 24 have
 # 2.7 million to keep 12.
 _MOST_CHOICES, _BEAM = 500, 3
+_AT_ONCE = 2**22  # values that are compared in float64 together
 
 
 def depth(teacher: Model, layers: int | Sequence[int], batches: Iterable[Batch] | None = None) -> Model:
@@ -265,18 +267,22 @@ def _sandwich(layers: tuple[int, ...], count: int) -> tuple[int, ...]:
 
 @torch.no_grad()
 def head_outputs(model: nn.Module, batches: Sequence[Batch]) -> Tensor:
-    """float64 [N, C]: logits of all rows (of all real tokens), or the last hidden states where there are none."""
+    """[N, C] on the CPU: logits of all rows (of all real tokens), or vectors of a sentence model, or the last hidden
+    states where there are none."""
     found = []
     with evaluation_mode(model):
         for batch in batches:
             inputs = {k: v for k, v in without_labels(to_device(batch, model)).items() if isinstance(v, Tensor)}
-            output = model(**accepted_inputs(model, inputs), output_hidden_states=True)
-            values = getattr(output, "logits", None)
-            values = output.hidden_states[-1] if values is None else values
+            if reads_mappings(model):
+                values = model_outputs(run_batch(model, inputs))[0]
+            else:
+                output = model(**accepted_inputs(model, inputs), output_hidden_states=True)
+                logits = getattr(output, "logits", None)
+                values = output.hidden_states[-1] if logits is None else logits
             mask = inputs.get("attention_mask")
             if values.dim() == 3 and mask is not None:
                 values = values[mask.to(torch.bool)]
-            found.append(values.double().cpu().reshape(-1, values.shape[-1] if values.dim() > 1 else 1))
+            found.append(values.cpu().reshape(-1, values.shape[-1] if values.dim() > 1 else 1))
     return torch.cat(found)
 
 
@@ -289,12 +295,21 @@ def compares_values(model: nn.Module) -> bool:
 
 
 def likeness(teacher: Tensor, student: Tensor, values: bool) -> tuple[float, float | None]:
-    """(divergence, agreement) of outputs [N, C]; see `Choice`."""
-    if values:
-        return float((teacher - student).square().mean()), None
-    logs = [outputs.log_softmax(1) for outputs in (teacher, student)]
-    divergence = float((logs[0].exp() * (logs[0] - logs[1])).sum(1).mean())
-    return divergence, 100 * float((teacher.argmax(1) == student.argmax(1)).double().mean())
+    """(divergence, agreement) of outputs [N, C]; see `Choice`.
+
+    Some rows at a time, since over a vocabulary they take more in float64 than all else.
+    """
+    most = max(1, _AT_ONCE // teacher.shape[1])
+    divergence, same = 0.0, 0
+    for wanted, found in zip(*(outputs.split(most) for outputs in (teacher, student)), strict=True):
+        wanted, found = wanted.double(), found.double()
+        if values:
+            divergence += float((wanted - found).square().mean()) * len(wanted)
+            continue
+        logs = [outputs.log_softmax(1) for outputs in (wanted, found)]
+        divergence += float((logs[0].exp() * (logs[0] - logs[1])).sum(1).mean()) * len(wanted)
+        same += int((wanted.argmax(1) == found.argmax(1)).sum())
+    return divergence / len(teacher), None if values else 100 * same / len(teacher)
 
 
 def _list_of(model: nn.Module) -> tuple[nn.Module, str]:

@@ -310,6 +310,54 @@ def test_what_cannot_be_planned_is_refused(model: Any, arguments: dict[str, Any]
         qbert.allocate_bits(model, **arguments)
 
 
+@pytest.mark.parametrize(
+    "arguments,match",
+    [
+        ({"fixed": {"embedings": 8}}, "pattern 'embedings' matches no tensor of the model; the nearest names are emb"),
+        ({"fixed": {"layer.0": 8}}, r"pattern 'layer\.0' matches no tensor"),
+        ({"fixed": {"embeddings": 5}}, "embeddings.*5"),
+        ({"bits": (32,)}, "every tensor is left in float"),
+        ({"size_mb": 0.001}, r"size_mb=0\.001 is too small .* the smallest file has 0\.\d+ MB"),
+    ],
+)
+def test_what_shapes_tell_is_refused_before_anything_is_measured(
+    model: Any, arguments: dict[str, Any], match: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def forward(*_: Any, **__: Any) -> None:
+        raise AssertionError("a pass was made")
+
+    monkeypatch.setattr(model, "forward", forward)
+    with pytest.raises(ValueError, match=match):
+        qbert.shrink(model, batches(count=2), **{"size_mb": 1.0, **FAST, **arguments})
+
+
+def test_fixed_is_a_mapping(model: Any) -> None:
+    with pytest.raises(TypeError, match="fixed: expected a mapping from name patterns to bits, got int"):
+        qbert.shrink(model, batches(count=2), 1.0, fixed=4)  # type: ignore[arg-type]
+
+
+def test_the_smallest_file_is_known_before_anything_is_measured(model: Any, plan: FilePlan) -> None:
+    FilePlan(model, batches(count=2), size_mb=plan.smallest_mb + 1e-6, **FAST)
+    with pytest.raises(ValueError, match="is too small"):
+        FilePlan(model, batches(count=2), size_mb=plan.smallest_mb - 1e-6, **FAST)
+
+
+def test_all_matrices_may_be_fixed_at_once(model: Any) -> None:
+    plan = FilePlan(model, batches(count=2), fixed={"*": 8, "encoder.layer.0": 4}, **FAST)
+    rules = {name: [option.rule for option in item.options] for item in plan.items for name in item.names}
+    assert rules["encoder.layer.0.output.dense"] == [{"bits": 4}]
+    assert rules["encoder.layer.1.output.dense"] == [{"bits": 8}]
+    assert len(rules["embeddings.word_embeddings"]) > 4
+
+
+def test_a_model_without_tables_is_planned() -> None:
+    torch.manual_seed(0)
+    model, images = build("vit").eval(), [inputs_for("vit", batch=8) for _ in range(6)]
+    size = 0.6 * qbert.model_size(model).mb
+    packed = qbert.shrink(model, images, size, **FAST)
+    assert qbert.model_size(packed).mb <= size
+
+
 def test_a_quantized_model_is_refused(model: Any) -> None:
     student = quantize_model(model, qbert.BitsConfig(4, groups=4))
     with pytest.raises(ValueError, match="is quantized already; give the float model"):

@@ -18,6 +18,7 @@ from qbert.cli.main import app, main
 from qbert.cli.options import beside, build_for, in_fours, load_any, unlabelled_batches
 from qbert.files import file_sha256, read_json
 from qbert.pipeline import Distill, Pack, Pipeline, Prune, Quantize
+from qbert.pipeline.plan import Planner
 from qbert.results import COMMAND_FILE
 from qbert.rounded import RoundedLayers
 from qbert.tasks import SentenceRegression, build_model, evaluate, heads, load_task, pooling
@@ -405,12 +406,31 @@ def test_what_lies_beside_a_result_bears_its_name(given: str, name: str) -> None
         beside("/", ".x")
 
 
-def test_a_plan_is_made_saved_and_run(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_plan_is_made_saved_and_run(
+    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     size = 0.4 * qbert.model_size(AutoModelForSequenceClassification.from_pretrained(world / "model")).mb
     saved = tmp_path / "plan.json"
     asked = ["--size-mb", size, "--texts", world / "long.txt", "--save", saved, "--plot", tmp_path / "front.png"]
-    code, out, err = run(capsys, "plan", world / "model", *asked)
+    part, kept = Planner.part, tmp_path / "plan.json.partial"
+
+    def interrupted(planner: Planner, steps: Any) -> Any:
+        if steps:
+            raise KeyboardInterrupt
+        return part(planner, steps)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Planner, "part", interrupted)
+        code, _, err = run(capsys, "plan", world / "model", *asked)
+    assert code == 130 and f"goes on from what {kept} holds" in err
+    code, _, err = run(capsys, "plan", world / "model", *asked, "--rows", "100")
+    assert code == 2 and f"{kept} is of an interrupted run with another rows; remove it, or name another --save" in err
+    measured = len(read_json(kept / "measured.json")["rows"])
+    with monkeypatch.context() as patched:
+        patched.setattr(Planner, "_usual", None)  # which is not asked again
+        code, out, err = run(capsys, "plan", world / "model", *asked)
     assert code == 0, err
+    assert measured >= 3 and not kept.exists()
     assert "bits alone" in out and (tmp_path / "front.png").is_file()
     tried = read_json(tmp_path / "plan.record.json")
     assert [row["chosen"] for row in tried["rows"]].count("*") == 1 and tried["curves"]["lines"]

@@ -1,6 +1,7 @@
 """A plan keeps its budget, is the best of what it lists, and comes true when its pipeline is run."""
 
 import copy
+import functools
 import itertools
 import re
 from pathlib import Path
@@ -9,13 +10,16 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
+from encoders import build, inputs_for
 from tiny_tasks import sentiment_rows, tiny_encoder, write_task
 from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer
 
 import qbert
-from qbert.pipeline import Depth, Distill, Factorize, Pack, Prune, Quantize, clock, compress
+from qbert.pipeline import Depth, Distill, Factorize, Pack, Prune, Quantize, answers, clock, compress
 from qbert.pipeline import plan as plans
 from qbert.pipeline.alternatives import matrix_alternatives, steps_of
+from qbert.pipeline.answers import Answers
 from qbert.quantizers.sparsity import half_is_zero
 from qbert.students.curvature import observed_inputs
 from qbert.tasks import build_sentence_model, load_task
@@ -166,6 +170,94 @@ def test_a_sentence_encoder_is_planned_by_the_cosines_of_pairs(world: dict[str, 
     assert found.best.measured is not None and found.best.measured >= 0 and found.best.megabytes <= 0.022
 
 
+class _Plain(torch.nn.Module):
+    """A model of the user's own, which returns vectors and no names."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
+        return self.model(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state[:, 0]  # type: ignore[no-any-return]
+
+
+_HEADS = {
+    "spans": ("ForQuestionAnswering", "spans"),
+    "pretraining": ("ForPreTraining", "vectors"),
+    "words": ("ForMaskedLM", "tokens"),
+    "tags": ("ForTokenClassification", "tokens"),
+    "plain": ("Model", "vectors"),
+    "choices": ("ForMultipleChoice", "rows"),
+}
+
+
+@pytest.mark.parametrize("masked", [True, False])
+@pytest.mark.parametrize("head", _HEADS)
+def test_every_head_is_planned_by_its_answers(world: dict[str, Any], head: str, masked: bool) -> None:
+    name, kind = _HEADS[head]
+    torch.manual_seed(0)
+    model = getattr(transformers, "Bert" + name).from_pretrained(world["folder"] / "encoder").eval()
+    model = _Plain(model) if head == "plain" else model
+    names = ("input_ids", "attention_mask") if masked else ("input_ids",)
+    batches = [{k: batch[k][:8] for k in names} for batch in world["batches"][:4]]
+    if head == "choices":
+        batches = [{k: v.unflatten(0, (-1, 2)) for k, v in batch.items()} for batch in batches]
+    assert Answers(model, batches).kind == kind
+    budget: dict[str, Any] = {"size_mb": 0.6 * qbert.model_size(model).mb}
+    if head == "choices":
+        budget = {"latency_ms": 1e6, "shape": (2, 8)}
+    found = qbert.plan(model, batches, **budget, structures=[], further=False, rounding="nearest")
+    assert found.best.measured is not None and -1e-6 <= found.best.measured < 0.1
+
+
+def test_images_are_planned() -> None:
+    torch.manual_seed(0)
+    model, images = build("vit").eval(), [inputs_for("vit", batch=4) for _ in range(4)]
+    size = 0.65 * qbert.model_size(model).mb
+    found = qbert.plan(model, images, size_mb=size, latency_ms=1e6, shape=(3, 8), structures=[], rounding="nearest")
+    assert found.best.latency_ms is not None and found.best.megabytes <= size
+
+
+def test_a_sentence_transformer_is_planned_with_structures_and_timed(world: dict[str, Any]) -> None:
+    modules = pytest.importorskip("sentence_transformers.sentence_transformer.modules")
+    from sentence_transformers import SentenceTransformer
+
+    encoder = modules.Transformer(str(world["folder"] / "encoder"))
+    model = SentenceTransformer(modules=[encoder, modules.Pooling(32, pooling_mode="cls")], device="cpu")
+    structures = [(Depth(1),), (Prune(ffn=0.5),)]
+    asked = {"size_mb": 0.022, "latency_ms": 1e6, "shape": (2, 8), "rounding": "nearest", "further": False}
+    found = qbert.plan(model, world["batches"][:4], structures=structures, **asked)
+    assert {c.structure for c in found.candidates} >= {structures[0]}
+    assert found.best.agreement == pytest.approx(100 * (1 - found.best.measured))  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("head", ["ForMaskedLM", "ForQuestionAnswering"])
+def test_answers_by_pieces_are_those_of_all_rows_at_once(
+    world: dict[str, Any], head: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    model = getattr(transformers, "Bert" + head).from_pretrained(world["folder"] / "encoder").eval()
+    other = qbert.quantize_model(model, 2)
+    outputs = []
+    with torch.no_grad():
+        for some in (model, other):
+            rows = []
+            for batch in world["batches"][:2]:
+                mask, output = batch["attention_mask"] == 1, some(**batch)
+                if head == "ForMaskedLM":
+                    rows += list(output.logits[mask])
+                else:
+                    ends = (output.start_logits, output.end_logits)
+                    rows += [logits[real] for values in ends for logits, real in zip(values, mask, strict=True)]
+            outputs.append(rows)
+    each = [fidelity(a[None], b[None]) for a, b in zip(*outputs, strict=True)]
+    expected = [sum(getattr(f, name) for f in each) / len(each) for name in ("divergence", "agreement")]
+    assert Answers(model, world["batches"][:2]).likeness(other) == pytest.approx(expected, rel=1e-6)
+    monkeypatch.setattr(answers, "_MOST_KEPT", 0)
+    monkeypatch.setattr(answers, "_AT_ONCE", 1000)
+    assert Answers(model, world["batches"][:2]).likeness(other) == pytest.approx(expected, rel=1e-6)
+
+
 def test_one_planner_serves_several_budgets(world: dict[str, Any]) -> None:
     planner = plans.Planner(world["model"], world["batches"], structures=[])
     planner.plan(size_mb=0.03)
@@ -174,6 +266,73 @@ def test_one_planner_serves_several_budgets(world: dict[str, Any]) -> None:
         qbert.plan(world["model"], world["batches"], size_mb=0.022, structures=[]),
     )
     assert str(again) == str(alone) and again.pipeline == alone.pipeline
+
+
+_RESUMED: dict[str, Any] = {"structures": [(Depth((1,)),), (Prune(ffn=0.5),)], "bits": (2, 4), "further": False}
+
+
+def test_an_interrupted_plan_goes_on_after_the_last_structure(
+    world: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To the very same plan, with fewer passes; and once more with none but those that tell what is asked."""
+    model, passes, parts = world["model"], [0], [0]
+    forward = type(model).forward
+
+    @functools.wraps(forward)
+    def counted(*given: Any, **named: Any) -> Any:
+        passes[0] += 1
+        return forward(*given, **named)
+
+    class Interrupted(plans.FilePlan):
+        def __init__(self, *given: Any, **named: Any) -> None:
+            parts[0] += 1
+            if parts[0] == 2:
+                raise KeyboardInterrupt
+            super().__init__(*given, **named)
+
+    monkeypatch.setattr(type(model), "forward", counted)
+
+    def planned(**more: Any) -> tuple[plans.Plan, int]:
+        passes[0] = 0
+        found = qbert.plan(model, world["batches"][:4], size_mb=0.022, **_RESUMED, **more)
+        return found, passes[0]
+
+    whole, all_passes = planned()
+    with monkeypatch.context() as patched:
+        patched.setattr(plans, "FilePlan", Interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            planned(checkpoint=tmp_path / "kept")
+    spent = passes[0]
+    resumed, left = planned(checkpoint=tmp_path / "kept")
+    again, few = planned(checkpoint=tmp_path / "kept")
+    for found in (resumed, again):
+        assert str(found) == str(whole) and found.pipeline == whole.pipeline
+        assert found.candidates == whole.candidates and found.front == whole.front
+        assert found.prediction == whole.prediction
+        assert found.bits_alone is not None and whole.bits_alone is not None
+        assert found.bits_alone.items == whole.bits_alone.items
+    assert few < left < all_passes and left + spent < 1.25 * all_passes
+    other = qbert.plan(model, world["batches"][:4], size_mb=0.03, **_RESUMED, checkpoint=tmp_path / "kept")
+    assert other.best.megabytes <= 0.03
+
+
+@pytest.mark.parametrize(
+    ("other", "named"),
+    [({"bits": (2, 8)}, "bits"), ({"structures": []}, "structures"), ({"groups": 4}, "settings"), ({}, "batches")],
+)
+def test_what_was_measured_of_something_else_is_refused(
+    world: dict[str, Any], tmp_path: Path, other: dict[str, Any], named: str
+) -> None:
+    plans.Planner(world["model"], world["batches"][:4], **_RESUMED, checkpoint=tmp_path)._start(())
+    batches = world["batches"][4 if named == "batches" else 0 :][:4]
+    with pytest.raises(ValueError, match=rf"checkpoint: .*measured\.json was measured with another {named}; give"):
+        qbert.plan(world["model"], batches, size_mb=0.022, **{**_RESUMED, **other}, checkpoint=tmp_path)
+
+
+def test_a_file_is_no_checkpoint(world: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match=r"checkpoint: .*file is a file; give the path of a folder"):
+        qbert.plan(world["model"], world["batches"], size_mb=0.022, checkpoint=tmp_path / "file")
 
 
 def test_the_front_is_drawn(sized: plans.Plan, tmp_path: Path) -> None:
@@ -203,6 +362,13 @@ def test_training_goes_where_it_is_put(sized: plans.Plan) -> None:
             {"size_mb": 0.022, "structures": [(Distill(steps=1),)]},
             "give sequences of Depth, Share, Prune and Factorize",
         ),
+        ({"latency_ms": 9, "shape": (0, 8)}, r"shape=\(0, 8\) is not possible; give \(sequences, tokens\)"),
+        ({"latency_ms": 9, "shape": "1x8"}, "shape='1x8' is not possible"),
+        ({"latency_ms": 9, "shape": (1,)}, r"shape=\(1,\) is not possible"),
+        ({"size_mb": 0.022, "bits": 4}, "bits=4 is one number; give the widths to choose from"),
+        ({"size_mb": 0.022, "bits": (16,)}, r"bits=\(16,\) leaves every weight in float"),
+        ({"size_mb": 0.022, "structures": [Depth(1)]}, "structures: Depth.* is no sequence of steps"),
+        ({"size_mb": 0.022, "structures": Depth(1)}, "structures=Depth.* is no list"),
     ],
 )
 def test_impossible_budgets_are_refused(world: dict[str, Any], budget: dict[str, Any], sentence: str) -> None:

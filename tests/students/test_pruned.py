@@ -173,6 +173,23 @@ def test_inputs_are_those_that_the_pruned_layers_below_give() -> None:
     torch.testing.assert_close(seen[last].covariance, again.covariance)
 
 
+def test_inputs_that_vary_by_far_less_than_they_are_long_keep_their_covariance() -> None:
+    linear = torch.nn.Linear(6, 2)
+    x = (100 + 1e-3 * torch.randn(64, 6, generator=torch.Generator().manual_seed(0))).view(4, 16, 6)
+    found = observe(linear, [linear], lambda: (linear(part) for part in x), [{"x": part} for part in x])[linear]
+    expected = torch.cov(x.double().flatten(0, 1).T, correction=0)
+    torch.testing.assert_close(found.covariance, expected, rtol=1e-4, atol=1e-11)
+
+
+@pytest.mark.parametrize("how", [{"heads": 0.25}, {"ffn": 0.25}])
+def test_rows_that_are_all_alike_are_enough_to_prune_on(how: dict[str, float]) -> None:
+    torch.manual_seed(0)
+    model = build("bert").eval()
+    row = {"input_ids": torch.randint(5, 100, (1, 60)).repeat(8, 1)}
+    student = qbert.prune(model, **how, data=[row])  # type: ignore[arg-type]
+    assert bool(torch.isfinite(outputs(student, row)).all())
+
+
 @pytest.mark.parametrize("scheme", ["asymmetric", "symmetric"])
 def test_zeros_stay_zeros_on_low_bits(scheme: str) -> None:
     model = build("bert").eval()

@@ -25,6 +25,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -40,10 +41,12 @@ from qbert.allocation.whole_file.options import (
     Alternative,
     Change,
     Item,
+    Option,
     Rules,
     refuse_what_is_not_measured,
     sharing,
 )
+from qbert.allocation.whole_file.tables import table_rules
 from qbert.bits import BitsConfig
 from qbert.calibration import Batch, by_length, check_batches
 from qbert.encoders.targets import find_targets, targets_found_once
@@ -62,7 +65,9 @@ class FilePlan:
         model: the float model; it is left as it was.
         batches: dicts of tensors without labels, of at least two rows: some hundred sentences like those to come.
         bits: the widths to choose from, out of 2, 3, 4, 8 and 16 or 32 (float).
-        fixed: pattern -> bits, or a mapping of `TensorSpec` fields, for what is not to be decided.
+        fixed: pattern -> bits, or a mapping of `TensorSpec` fields, for what is not to be decided; as in `BitsConfig`,
+            ``*`` is every matrix but heads.
+        size_mb: what a file of it has to keep, 10^6 bytes; refused before anything is measured where none can.
         further: name of a matrix -> what may stand in its place; whoever makes the model has to put it there
             (`forms`).
         progress: show bars.
@@ -74,8 +79,9 @@ class FilePlan:
         constant: bytes of everything else in the file.
 
     Raises:
-        ValueError: data that cannot be used, an impossible width or setting, a model that is quantized already.
-        TypeError: a model or data of another type.
+        ValueError: data that cannot be used, an impossible width or setting, a pattern that fits no weight, a model
+            that is quantized already, a size that no file keeps (the sentence names the smallest).
+        TypeError: a model, data or `fixed` of another type.
     """
 
     @targets_found_once()
@@ -86,6 +92,7 @@ class FilePlan:
         bits: Sequence[int] = (2, 3, 4, 8),
         *,
         fixed: Fixed | None = None,
+        size_mb: float | None = None,
         further: Mapping[str, Sequence[Alternative]] | None = None,
         progress: bool = False,
         **settings: Any,
@@ -95,19 +102,30 @@ class FilePlan:
         checked = check_batches(batches)
         if checked is None:
             raise ValueError("calibration_data: a file is planned for data; pass batches of some hundred rows")
-        fit, score = (by_length(model, part) for part in fitted_and_scored(checked))
+        if not (fixed is None or isinstance(fixed, Mapping)):
+            raise TypeError(f"fixed: expected a mapping from name patterns to bits, got {type(fixed).__name__}")
+        if fixed:
+            BitsConfig(fixed).check_patterns(model)
+        fit, score = fitted_and_scored(checked)
         groups = sharing(model)
         rules = [Rules(model, group, self.widths, self.settings, fixed) for group in groups]
         free = [r for r in rules if r.matrix_rules or r.is_table]
         refuse_what_is_not_measured(model, free)
+        for rule in free:
+            if not rule.is_table and rule.fixed is None and len(rule.names) == 1:
+                rule.further = tuple((further or {}).get(rule.names[0], ()))
+        self.constant, smallest = self._bytes(model, free)
+        if size_mb is not None and smallest > math.floor(size_mb * 1e6):
+            raise ValueError(self._too_small(size_mb, smallest / 1e6))
+        fit, score = (by_length(model, part) for part in (fit, score))
         tables = [r.first.module for r in free if r.is_table]
         uses = UseCounter(tables)
-        for _, calls in output_gradients(model, fit, tables, progress=progress):
-            uses.add(calls)
+        if tables:
+            for _, calls in output_gradients(model, fit, tables, progress=progress):
+                uses.add(calls)
         changes = matrix_changes(model, fit, [r for r in free if not r.is_table], progress)
         for rule in free:
-            if rule.first.module in changes and rule.fixed is None and len(rule.names) == 1:
-                rule.further = tuple((further or {}).get(rule.names[0], ()))
+            if rule.further:
                 changes[rule.first.module] += [Change(a.change.to(torch.bfloat16), a.bias) for a in rule.further]
         counted, known = Damages(free, changes), set(model.modules())
         for samples, calls in output_gradients(
@@ -115,9 +133,22 @@ class FilePlan:
         ):
             counted.add(samples, calls)
         self.items = [Item(r.names, tuple(counted.options(r, uses))) for r in free]
-        reference = self.configuration([0] * len(self.items))
-        self.constant = whole_file_bytes(model, reference) - sum(item.options[0].size for item in self.items)
-        self.model = model
+
+    def _bytes(self, model: nn.Module, free: Sequence[Rules]) -> tuple[int, int]:
+        """(bytes that are not chosen, bytes of the smallest file), which shapes tell before anything is measured."""
+        rules = [list(table_rules(r)) if r.is_table else r.matrix_rules for r in free]
+        sizes = [[r.size(r.spec(rule)) for rule in own] for r, own in zip(free, rules, strict=True)]
+        config = {name: dict(own[0]) for r, own in zip(free, rules, strict=True) for name in r.names}
+        reference = BitsConfig(config, embedding_bits=8, **self.settings)
+        constant = whole_file_bytes(model, reference) - sum(own[0] for own in sizes)
+        least = (min([*own, *(a.size for a in r.further)]) for r, own in zip(free, sizes, strict=True))
+        return constant, constant + sum(least)
+
+    def _too_small(self, size_mb: float, smallest: float) -> str:
+        return (
+            f"size_mb={size_mb:g} is too small with bits={self.widths!r}: {self.constant / 1e6:.4f} MB is not "
+            f"chosen here (biases, norms, heads), and the smallest file has {rounded_up(smallest)} MB"
+        )
 
     @property
     def smallest_mb(self) -> float:
@@ -141,10 +172,7 @@ class FilePlan:
         sizes = [[float(item.options[i].size) for i in kept] for item, kept in zip(self.items, free, strict=True)]
         picked = choose(damage, [sizes], [math.floor(bound * 1e6) - self.constant])
         if picked is None:
-            raise ValueError(
-                f"size_mb={size_mb:g} is too small with bits={self.widths!r}: {self.constant / 1e6:.4f} MB is not "
-                f"chosen here (biases, norms, heads), and the smallest file has {rounded_up(self.smallest_mb)} MB"
-            )
+            raise ValueError(self._too_small(size_mb, self.smallest_mb))
         return [kept[p] for kept, p in zip(free, picked, strict=True)]
 
     def config(self, size_mb: float) -> BitsConfig:
@@ -176,6 +204,38 @@ class FilePlan:
         """Name -> form of the matrices in whose place a choice puts something else (`Alternative.form`)."""
         pairs = [(item.names[0], item.options[p]) for item, p in zip(self.items, picked, strict=True)]
         return {name: dict(option.form) for name, option in pairs if option.parts is not None}
+
+    def to_dict(self) -> dict[str, Any]:
+        """What was measured, as JSON values, for `from_dict`."""
+        names = [f.name for f in fields(Option)]
+        items = [
+            {"names": list(item.names), "options": [{name: getattr(o, name) for name in names} for o in item.options]}
+            for item in self.items
+        ]
+        return {"constant": self.constant, "items": items}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any], bits: Sequence[int], settings: Mapping[str, Any]) -> FilePlan:
+        """The plan that `to_dict` described, made with the same bits and settings, with nothing measured again."""
+        plan = cls.__new__(cls)
+        plan.widths, plan.settings = check_widths(bits), {**FILE_DEFAULTS, **settings}
+        plan.constant = values["constant"]
+        plan.items = [
+            Item(tuple(item["names"]), tuple(Option(**_as_measured(option)) for option in item["options"]))
+            for item in values["items"]
+        ]
+        return plan
+
+
+def _as_measured(option: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of an `Option` out of JSON, which knows no tuples."""
+
+    def tuples(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {name: tuples(inner) for name, inner in value.items()}
+        return tuple(map(tuples, value)) if isinstance(value, list) else value
+
+    return {**tuples(option), "damage": float(option["damage"])}
 
 
 def whole_file_bytes(model: nn.Module, config: BitsConfig) -> int:

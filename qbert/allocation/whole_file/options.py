@@ -171,6 +171,8 @@ def _fixed_rule(target: Target, fixed: Fixed | None) -> dict[str, Any] | None:
     value = fixed_value(target.name, fixed) if fixed else None
     if value is None and target.is_embedding and fixed and "embeddings" in fixed:
         value = fixed["embeddings"]
+    if value is None and not target.is_embedding and target.role != HEAD_ROLE and fixed:
+        value = fixed.get("*")
     if value is None:
         return None
     return dict(value) if isinstance(value, Mapping) else {"bits": value}

@@ -40,7 +40,7 @@ def table_options(
 
     fewest: dict[tuple[int, str], Tensor] = {}
     directions: Directions | None = None
-    for rule in _table_rules(rules, weight, use):
+    for rule in table_rules(rules, use):
         spec = rules.spec(rule)
         if spec is None:
             yield rule, None, 0.0
@@ -97,8 +97,8 @@ class _Read:
         return total
 
 
-def _table_rules(rules: Rules, weight: Tensor, use: TableUse) -> Iterator[dict[str, Any]]:
-    """The ways to store a table."""
+def table_rules(rules: Rules, use: TableUse | None = None) -> Iterator[dict[str, Any]]:
+    """The ways to store a table; where its use is not known those that it does not decide, the smallest among them."""
     if rules.fixed is not None:
         yield rules.fixed
         return
@@ -108,12 +108,14 @@ def _table_rules(rules: Rules, weight: Tensor, use: TableUse) -> Iterator[dict[s
         yield {"bits": bits, "scheme": scheme}
     yield from ({"bits": b} for b in rules.widths if b in FLOAT_BITS)
     rows, columns = rules.first.shape
-    if rules.tied or rules.first.role != "word_embedding":
+    if rules.tied or rules.first.role != "word_embedding" or not widths:
         return
-    for scheme in schemes:
+    if use is not None:
+        weight = rules.first.matrix.detach().float()
         ranges = {n: rules.settings[n] for n in ("range_method", "percentile") if n in rules.settings}
-        for split in row_splits(weight, use, widths, scheme, _MEAN_BITS, **ranges):
-            yield {**split, "scheme": scheme}
+        for scheme in schemes:
+            for split in row_splits(weight, use, widths, scheme, _MEAN_BITS, **ranges):
+                yield {**split, "scheme": scheme}
     ranks = {max(1, round(columns * share / 8) * 8) for share in _RANKS}
     for rank, bits in itertools.product(sorted(ranks), [b for b in widths if b > 2]):
         if rank <= largest_rank(rows, columns):
