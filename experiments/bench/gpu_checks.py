@@ -5,6 +5,7 @@ python experiments/bench/gpu_checks.py [CASE ...]
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -389,7 +390,7 @@ def attend() -> int:
     """Attention over sequences of different lengths."""
     tally = Tally("attention")
     for heads, width in ((2, 16),) if SMALL else ((12, 64), (12, 32), (16, 64), (4, 96), (2, 128)):
-        for lengths in ([3, 4],) if SMALL else ([128] * 4, [5, 128, 0, 7, 512], [1], [16, 17, 31], [384] * 3):
+        for lengths in ([3, 4], [4, 4]) if SMALL else ([128] * 4, [5, 128, 0, 7, 512], [1], [16, 17, 31], [384] * 3):
             starts = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32).to(DEVICE)
             tokens, longest = sum(lengths), max(lengths)
             for dtype in (torch.float16, torch.bfloat16):
@@ -415,7 +416,29 @@ def attend() -> int:
                 off_by = sizes.double() * SOFTMAX[dtype] / 0.01
                 out = InputGrid(0.01, codes_dtype=E4M3)
                 compare(tally, f"{what}, e4m3", operators.attention, inputs, out, out_row_sum=sums, off_by=off_by)
+                if len(set(lengths)) > 1:
+                    continue
+                whole = inputs._replace(uniform=True)
+                with forced_attention("sdpa"):
+                    compare(tally, f"{what}, torch's", operators.attention, whole)
+                    name, grid = f"{what}, torch's, int8", InputGrid(0.02, 5)
+                    compare(tally, name, operators.attention, whole, grid, out_row_sum=sums, codes_off=off)
+                    name = f"{what}, torch's, e4m3"
+                    compare(tally, name, operators.attention, whole, out, out_row_sum=sums, off_by=off_by)
     return tally.end()
+
+
+@contextmanager
+def forced_attention(way: str) -> Iterator[None]:
+    """Inside, QBERT_ATTENTION is `way`."""
+    kept = os.environ.get("QBERT_ATTENTION")
+    os.environ["QBERT_ATTENTION"] = way
+    try:
+        yield
+    finally:
+        del os.environ["QBERT_ATTENTION"]
+        if kept is not None:
+            os.environ["QBERT_ATTENTION"] = kept
 
 
 def tables() -> int:
@@ -492,6 +515,10 @@ def encoder(ranges: str, operands: str = "int8") -> int:
     with twins():
         slow = GpuEncoder(packed, operands=operands)
         given = [batch(*shape) for shape in ([(2, 9)] if SMALL else [(3, 40), (2, 37), (1, 1), (17, 300)])]
+        # No padding: attention over sequences of one length is another from 2,048 tokens on.
+        for shape in [(2, 8)] if SMALL else [(8, 256), (8, 64)]:
+            given.append({name: torch.ones_like(t) if "mask" in name else t for name, t in batch(*shape).items()})
+        given.append(batch(*shape))  # padding where the mask before had none
         wanted: list[Tensor] = [] if MODE == "compile" else [slow(**one)[0] for one in given]
     if MODE != "gpu":
         for one in given:
@@ -510,7 +537,9 @@ def encoder(ranges: str, operands: str = "int8") -> int:
             error = float((got[keep].double() - expected[keep]).norm() / expected[keep].norm())
             tally.note(f"{tuple(keep.shape)} {use}", error, 0.02)
             tally.note(f"{tuple(keep.shape)} {use}, padding", float(got[~keep].abs().sum()), 0)
-    tally.note("graphs that could not be captured", float(not len(fast.forward.graphs)), 0)
+    tally.note("no graph was captured", float(not len(fast.forward.graphs)), 0)
+    refused = [key for key, usable in fast.forward.graphs._seen.items() if not usable]
+    tally.note(f"graphs that could not be captured {refused}", float(len(refused)), 0)
     kept = fast(**{key: value.to(DEVICE) for key, value in given[0].items()})[0]
     copy = kept.clone()
     fast(**{key: value.to(DEVICE) for key, value in batch(3, 40).items()})
@@ -611,9 +640,12 @@ def linear() -> int:
                     x = normal(tokens, columns).to(dtype)
                     what = f"W{bits}, {tokens} tokens, {dtype}, {grid}"
                     try:
-                        y = dispatch.linear(x, PackedWeight(packed, scale, zero, group, bits, columns), bias, grid)
+                        stored = PackedWeight(packed, scale, zero, group, bits, columns)
+                        y = dispatch.linear(x, stored, bias, grid)
+                        prepared = dispatch.PreparedLinear(stored, bias, grid)(x)
                         if MODE == "compile":
                             continue
+                        tally.note(f"{what}, prepared", float((prepared - y).abs().max()), 0)
                         real = reference.fake_quantize(x.float(), grid)
                         expected = reference.matmul_a16(real, codes, spread[0], spread[1], bias)
                         error = float((y.double() - expected).abs().max() / expected.abs().max())

@@ -11,9 +11,11 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import gpu_timing
@@ -23,6 +25,8 @@ from inference_gpu import MODELS, make_batch, parse_shape
 from torch import Tensor, nn
 
 import qbert
+from qbert.inference.graphs import Bucket, Buffers, Graph, Run
+from qbert.kernels.operands import Spans
 
 BASE = "fp16 compiled"
 FP8 = "fp8 compiled"
@@ -137,8 +141,13 @@ def packed_encoder(model: Any, bits: int, ranges: str = "static", operands: str 
         return qbert.optimize_for_inference(packed, inplace=True, operands=operands)
     from qbert.inference.gpu import GpuEncoder
 
-    packed.forward = GpuEncoder(packed, operands=operands)
+    packed.forward = GpuEncoder(packed, operands=operands, capture=_instead_of_a_graph if MODE == "dry" else None)
     return packed
+
+
+def _instead_of_a_graph(run: Run, bucket: Bucket, buffers: Buffers) -> tuple[Callable[[], Any], Tensor]:
+    spans = Spans(buffers.starts, bucket.longest, bucket.uniform)
+    return partial(run, buffers.inputs, spans), run(buffers.inputs, spans)
 
 
 def warm(name: str, shapes: Sequence[str], engine: str) -> int:
@@ -204,7 +213,8 @@ def measure(
             except Exception as error:
                 failures += 1
                 say(f"{name} {text} {key} FAILED: {brief(error)}")
-        alone: dict[str, Callable[[], Any]] = {}  # last: a graph that ran just before finds its pages and code at hand
+        alone: dict[str, Callable[[], Any]] = {}
+        around: dict[str, float] = {}
         for key, encoder in ours.items():
             if key == NO_PDL and not _few(text):
                 continue
@@ -216,7 +226,13 @@ def measure(
                 runs[key] = user
                 graphs = encoder.forward.graphs
                 if graphs is not None and len(graphs):
-                    alone[f"{key} graph alone"] = list(graphs._graphs.values())[-1].graph.replay
+                    graph = list(graphs._graphs.values())[-1]
+                    alone[f"{key} graph alone"] = graph.replay
+                    around[key] = _around(user, graph)
+                    if not mixed:
+                        masked = _call(encoder, batch | {"attention_mask": torch.ones_like(batch["input_ids"])})
+                        masked()
+                        around[f"{key} with a mask"] = _around(masked, graph)
             except Exception as error:
                 failures += 1
                 say(f"{name} {text} {key} FAILED: {brief(error)}")
@@ -233,6 +249,9 @@ def measure(
             + "  ".join(f"{k} {1e3 * v:.0f} us ({base / v:.2f}/{eight / v:.2f})" for k, v in row.items())
         )
         record(kind="encoder", model=name, shape=text, tokens=size * length, ms=row)
+        if around:
+            say(f"{name} {text} around its graph: " + "  ".join(f"{k} {1e3 * v:.0f} us" for k, v in around.items()))
+            record(kind="around", model=name, shape=text, ms=around)
         seen |= {f"{name} {text} {key}": runs[key] for key in profile if key in runs}
     for what, call in seen.items():
         if left() > 6:
@@ -263,6 +282,21 @@ def _call(model: Any, batch: dict[str, Tensor]) -> Callable[[], Any]:
             return model(**batch)[0]
 
     return run
+
+
+def _around(user: Callable[[], Any], graph: Graph) -> float:
+    """Milliseconds of a call with its graph left out, on the host's clock: Python, and what else it launches."""
+    replay, graph.replay = graph.replay, lambda: None
+    try:
+        times = []
+        for _ in range(50):
+            torch.cuda.synchronize()
+            start = time.perf_counter()
+            user()
+            times.append(time.perf_counter() - start)
+    finally:
+        graph.replay = replay
+    return 1e3 * statistics.median(times)
 
 
 def _profile(what: str, run: Callable[[], Any]) -> None:

@@ -117,7 +117,7 @@ def attention(
     A static grid `out` makes the result its codes; every token's sum over heads is then added to `out_row_sum` (int32
     [T], zeroed) where given.
     """
-    query, key, value, cu_seqlens, longest, scale = heads
+    query, key, value, cu_seqlens, longest, scale, _ = heads
     tokens, count, head_dim = query.shape
     if head_dim > MAX_HEAD_DIM:
         raise ValueError(f"attention takes head dimensions up to {MAX_HEAD_DIM}, got {head_dim}.")

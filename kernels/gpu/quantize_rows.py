@@ -237,14 +237,17 @@ def empty_codes(tokens: int, columns: int, grid: InputGrid, device: torch.device
     )
 
 
-def quantize_rows(x: Tensor, grid: InputGrid = PER_TOKEN, gelu: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+def quantize_rows(
+    x: Tensor, grid: InputGrid = PER_TOKEN, gelu: bool = False, sums: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """Launches `quantize_rows_kernel`: x [T, I] with unit column stride -> (codes [T, I], float32 [T], int32 [T]).
 
     With `gelu` those of GELU(x). On a static grid the second result is filled with its scale; on an asymmetric one it
-    is [2, T], steps and offsets.
+    is [2, T], steps and offsets. Where `sums` [T] is given, the third is written there.
     """
     tokens, columns = x.shape
     codes, scale, row_sum = empty_codes(tokens, columns, grid, x.device)
+    row_sum = row_sum if sums is None else sums
     if not codes.numel():  # only here, because a fill is a launch of its own
         scale.zero_()
         row_sum.zero_()

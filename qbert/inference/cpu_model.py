@@ -100,13 +100,12 @@ def is_plain_request(
     base: Any, ids: Tensor, mask: Tensor | None, embeds: Tensor | None, kwargs: dict[str, Any]
 ) -> bool:
     """Whether `base` is asked for no more than the last hidden state and the pooled output of token ids [B, T]."""
-    return (
-        ids.dim() == 2
-        and ids.numel() > 0
-        and embeds is None
-        and (mask is None or mask.shape == ids.shape)
-        and asks_for_no_more(base, kwargs)
-    )
+    return is_plain_input(ids, mask, embeds) and asks_for_no_more(base, kwargs)
+
+
+def is_plain_input(ids: Tensor, mask: Tensor | None, embeds: Tensor | None) -> bool:
+    """Whether inputs are token ids [B, T], at least one, and a mask of that shape or none."""
+    return ids.dim() == 2 and ids.numel() > 0 and embeds is None and (mask is None or mask.shape == ids.shape)
 
 
 def asks_for_no_more(base: Any, kwargs: dict[str, Any]) -> bool:
@@ -122,6 +121,38 @@ def asks_for_no_more(base: Any, kwargs: dict[str, Any]) -> bool:
         and not is_recording()
         and not base.training
     )
+
+
+class Requests:
+    """`asks_for_no_more` of one base model, faster: a config that has not changed is not asked again.
+
+    To ask it for three values costs 5 microseconds, and to see that it is the same one.
+    """
+
+    def __init__(self, base: Any) -> None:
+        from transformers.utils.output_capturing import _active_collector
+
+        self._base, self._collector = base, _active_collector
+        self._plain: tuple[Any, dict[str, Any]] = (None, {})  # a config, and what it held when it asked for no more
+
+    def for_no_more(self, kwargs: dict[str, Any]) -> bool:
+        """As `asks_for_no_more`."""
+        base = self._base
+        config, held = self._plain
+        if (
+            not is_recording()
+            and base.config is config
+            and object.__getattribute__(config, "__dict__") == held
+            and not base.training
+            and not self._collector.get()
+            and all(value is None or value is (name == "return_dict") for name, value in kwargs.items())
+        ):
+            return True
+        if not asks_for_no_more(base, kwargs):
+            return False
+        if asks_for_no_more(base, {}):
+            self._plain = base.config, dict(object.__getattribute__(base.config, "__dict__"))
+        return True
 
 
 def lengths_of(mask: Tensor | None) -> tuple[bool, Tensor | None]:
