@@ -165,11 +165,13 @@ def warm(name: str, shapes: Sequence[str], engine: str) -> int:
 
 def engines(model: Any, names: Sequence[str]) -> dict[str, Any]:
     """Packed encoders by name; one that cannot be made is said and left out."""
-    found = {}
+    found: dict[str, Any] = {}
     for name in names:
         start = time.time()
         try:
-            found[name] = packed_encoder(copy.deepcopy(model), **ENGINES[name])
+            same = [found[n] for n in found if ENGINES[n] == ENGINES[name]]
+            made = copy.deepcopy(same[0]) if same else packed_encoder(copy.deepcopy(model), **ENGINES[name])
+            found[name] = made
             say(f"{name} made in {time.time() - start:.1f} s")
         except Exception as error:
             say(f"{name} FAILED to be made: {brief(error)}")
@@ -187,6 +189,7 @@ def measure(
     failures = 0
     seen: dict[str, Callable[[], Any]] = {}
     shapes = shapes[:1] if MODE == "dry" else shapes
+    names = [name for name in names if name != NO_PDL or any(map(_few, shapes))]
     ours = engines(model, names)
     failures += len(names) - len(ours)
     theirs = {} if MODE == "compile" else baselines(model, False) | (baselines(model, True) if autotune else {})
@@ -213,7 +216,7 @@ def measure(
         alone: dict[str, Callable[[], Any]] = {}
         around: dict[str, float] = {}
         for key, encoder in ours.items():
-            if key == NO_PDL and size * length > 2048:
+            if key == NO_PDL and not _few(text):
                 continue
             try:
                 user = _call(encoder, batch)
@@ -254,6 +257,12 @@ def measure(
         if left() > 6:
             _profile(what, call)
     return failures
+
+
+def _few(shape: str) -> bool:
+    """Whether a batch has no more tokens than are launched early."""
+    size, length, _ = parse_shape(shape)
+    return size * length <= 2048
 
 
 def _launches(engine: str) -> contextlib.AbstractContextManager[None]:

@@ -17,6 +17,8 @@ or shared memory and writes nothing, and every one of its programs waits, also t
   two neighbours are all that ever run together, and the later of them is waiting.
 - What the cache is asked for early is the weights, which no kernel of the chain writes; that a line is fetched before
   some kernel writes to it changes no value either, because all processors share that cache.
+- embed_layernorm begins the chain, in a CUDA graph behind a fill of memory, and is launched when all before has ended;
+  its own wait then is none.
 - A kernel that knows nothing of this (torch's, memory copies, `matmul_a16`) is launched when the one before has ended,
   and the next one of ours when it has ended: it never lets others begin early.
 - No deadlock: programs that wait take up room only after all programs of the kernel before have begun.
@@ -60,16 +62,19 @@ def fetch_rows(ptr, rows, stride, first, last, PDL: tl.constexpr):
             )
 
 
-def dependent_launch(x: Tensor, tokens: int) -> dict[str, bool]:
+def dependent_launch(x: Tensor, tokens: int, first: bool = False) -> dict[str, bool]:
     """Options of a launch with so many tokens on the device of `x`: PDL for the kernel, launch_pdl for Triton.
 
+    The `first` kernel of a chain is not launched early itself, it only lets the next one be.
     Raises ValueError for a QBERT_PDL other than "0", "1" or none.
     """
     forced = os.environ.get("QBERT_PDL", "")
     if forced not in ("", "0", "1"):
         raise ValueError(f"QBERT_PDL must be '0', '1' or not set, got {forced!r}.")
     wanted = forced == "1" or (not forced and tokens <= _FEW_TOKENS)
-    return {"PDL": True, "launch_pdl": True} if wanted and _can_depend(x) else {"PDL": False}
+    if not wanted or not _can_depend(x):
+        return {"PDL": False}
+    return {"PDL": True} if first else {"PDL": True, "launch_pdl": True}
 
 
 def _can_depend(x: Tensor) -> bool:

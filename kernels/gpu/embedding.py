@@ -217,7 +217,7 @@ def embed_layernorm(
         constants += _constants(table) if present else (0, 0, "one")
     embed_layernorm_kernel[(tokens,)](
         *arguments, weight, bias, y, codes, scale, row_sum, eps, grid.scale, float(grid.zero), *constants,
-        range_kind(grid), columns, chunk_of(columns, warps), num_warps=warps, **dependent_launch(y, tokens),
+        range_kind(grid), columns, chunk_of(columns, warps), num_warps=warps, **dependent_launch(y, tokens, first=True),
     )  # fmt: skip
     return y, codes, scale, row_sum
 

@@ -443,6 +443,8 @@ class GpuEncoder(FastForward):
     @torch.inference_mode()
     def _run(self, inputs: Inputs, spans: Spans, batch: Batch | None = None) -> Tensor:
         """Data and places of T tokens to the last hidden state [T, H]; `batch` for layers that pad."""
+        # Before the first kernel, so that none of the chain follows a fill of memory, which would end its overlap.
+        sums = torch.zeros((len(self.layers), 2, len(inputs[0])), dtype=torch.int32, device=spans.starts.device)
         project = getattr(self.base, "embeddings_project", None)
         grid = self.grids[0] if project is None else InputGrid()
         if self.embeddings is None:
@@ -452,7 +454,6 @@ class GpuEncoder(FastForward):
             tokens = self.embeddings((ids, places, types), grid)
         if project is not None:
             tokens = Tokens.quantized(project(tokens.x), self.grids[0])
-        sums = torch.zeros((len(self.layers), 2, len(tokens.x)), dtype=torch.int32, device=spans.starts.device)
         for index, layer in enumerate(self.layers):
             following = self.grids[index + 1]
             if layer is not None:

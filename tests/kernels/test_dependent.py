@@ -22,6 +22,7 @@ def able(monkeypatch):
 def test_few_tokens_are_launched_early_unless_the_variable_says_otherwise(switch, few, many, monkeypatch):
     monkeypatch.setenv("QBERT_PDL", switch)
     assert dependent.dependent_launch(X, 2048) == few
+    assert dependent.dependent_launch(X, 2048, first=True) == {"PDL": few["PDL"]}
     assert dependent.dependent_launch(X, 2049) == many
 
 
