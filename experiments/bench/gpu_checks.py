@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 import torch
-from gpu_machine import DEVICE, MODE, brief, in_processes, left, say, stand_in
+from gpu_machine import DEVICE, MODE, brief, in_processes, left, say, stand_in, variable
 from torch import Tensor
 
 from qbert.kernels import dispatch, formats, operators, reference
@@ -30,6 +30,7 @@ E4M3 = torch.float8_e4m3fn
 # every step. Where terms cancel, or GELU makes them small, that is many steps between e4m3 codes.
 E4M3_STEP, E4M3_COLUMNS = 2.0**-13, 32
 SOFTMAX = {torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}  # the rounding of a weight to the dtype of the values
+DEPENDENT = [("static", "int8"), ("dynamic", "int8"), ("static", "e4m3")]
 ROUNDED = 2e-3  # codes that may be off by one: float32 sums beside float64 ones, at the middle between two codes
 
 
@@ -355,13 +356,12 @@ def floats(bits: int) -> int:
     return tally.end()
 
 
-def rows() -> int:
+def rows(dtypes: Sequence[torch.dtype], shapes: Sequence[tuple[int, int]]) -> int:
     """Row quantization, and LayerNorm with it."""
-    tally = Tally("row kernels")
-    shapes = [(1, 384), (77, 768), (4097, 768), (8200, 768), (1033, 1024), (1050, 312)]
+    tally = Tally(f"row kernels, {', '.join(str(d)[6:] for d in dtypes)}")
     for tokens, width in [(3, 96)] if SMALL else shapes:
         weight_, bias = torch.randn(width, device=DEVICE), torch.randn(width, device=DEVICE)
-        for dtype in (torch.float16, torch.bfloat16, torch.float32):
+        for dtype in dtypes:
             x, residual = normal(tokens, width).to(dtype), normal(tokens, width).to(dtype)
             norm = (weight_.to(dtype), bias.to(dtype), 1e-12)
             grids = (InputGrid(), InputGrid(asymmetric=True), InputGrid(0.03, -11))
@@ -547,6 +547,56 @@ def encoder(ranges: str, operands: str = "int8") -> int:
     return tally.end()
 
 
+def dependent(ranges: str, operands: str = "int8") -> int:
+    """Encoders whose kernels start while the one before still runs: bit for bit those of kernels that do not."""
+    import copy
+
+    import transformers as tf
+
+    import qbert
+    from qbert.inference.gpu import GpuEncoder
+
+    tally = Tally(f"dependent launches, {ranges} ranges, {operands}")
+    torch.manual_seed(0)
+    width = 64 if SMALL else 768
+    config = tf.BertConfig(
+        hidden_size=width,
+        intermediate_size=4 * width,
+        num_attention_heads=width // 64 if width > 64 else 2,
+        num_hidden_layers=2,
+        vocab_size=500,
+    )
+    model = tf.BertModel(config, add_pooling_layer=False).eval()
+    # From few tokens with split columns to several waves of programs.
+    shapes = [(2, 9)] if SMALL else [(1, 16), (1, 128), (4, 100), (16, 128)]
+    given = [{"input_ids": torch.randint(5, 500, shape)} for shape in shapes]
+    settings: Any = {"activation_range": ranges, "range_method": "minmax"}
+    bits = {"encoder.layer.0.attention.self.query": 2, "*": 4}
+    data = [given[-1]] if ranges == "static" else None
+    packed = qbert.pack(qbert.quantize_model(model, qbert.BitsConfig(bits, **settings), calibration_data=data))
+    if MODE != "gpu":
+        for one in given:
+            for switch in ("0", "1"):
+                with variable("QBERT_PDL", switch):
+                    GpuEncoder(packed.half() if MODE == "compile" else packed, operands=operands)(**one)
+        return tally.end()
+    packed = packed.to(DEVICE, torch.float16)
+    wanted: list[Tensor] = []
+    for switch in ("0", "1"):
+        fast = qbert.optimize_for_inference(copy.deepcopy(packed), operands=operands)
+        with variable("QBERT_PDL", switch):
+            for index, one in enumerate(given):
+                ids = one["input_ids"].to(DEVICE)
+                # Once eagerly, once captured, then replayed: back to back, since results are compared afterwards.
+                outputs = [fast(input_ids=ids)[0] for _ in range(200)]
+                if switch == "0":
+                    wanted.append(outputs[0])
+                off = sum(int(not torch.equal(y, wanted[index])) for y in outputs)
+                tally.note(f"{tuple(ids.shape)}, QBERT_PDL={switch}, results that differ", off, 0)
+        tally.note(f"QBERT_PDL={switch}, shapes without a graph", float(len(given) - len(fast.forward.graphs)), 0)
+    return tally.end()
+
+
 def cases() -> dict[str, Callable[[], int]]:
     """All cases by name, the longest first."""
     shapes = [(24, 256)] if SMALL else [(768, 768), (768, 3072), (3072, 768), (312, 1200)]
@@ -556,13 +606,17 @@ def cases() -> dict[str, Callable[[], int]]:
         f"encoder-{r}": partial(encoder, r) for r in ("static", "dynamic", "asymmetric")
     }
     found |= {f"encoder-e4m3-{r}": partial(encoder, r, "e4m3") for r in ("static", "dynamic")}
+    found |= {f"dependent-{r}-{o}": partial(dependent, r, o) for r, o in DEPENDENT}
     found |= {
         f"e4m3-{bits}-{r}x{c}": partial(eight_bit_floats, bits, r, c)
         for bits in (4, 3, 2)
         for r, c in [wide, odd, *high]
     }
     found |= {f"epilogues-{bits}": partial(epilogues, bits, *wide) for bits in (8, 4, 3, 2)}
-    found |= {"attention": attend, "e4m3-cublas": by_cublas, "mixed": mixed, "rows": rows, "tables": tables}
+    found |= {"attention": attend, "e4m3-cublas": by_cublas, "mixed": mixed, "tables": tables}
+    shapes_of_rows = [(1, 384), (77, 768), (4097, 768), (8200, 768), (1033, 1024), (1050, 312)]
+    found["rows"] = partial(rows, [torch.float16], shapes_of_rows)
+    found["rows-others"] = partial(rows, [torch.bfloat16, torch.float32], [(77, 768), (1033, 1024)])
     found |= {f"floats-{bits}": partial(floats, bits) for bits in (8, 4, 3, 2)}
     for bits in (8, 4, 3, 2):
         found |= {f"integers-{bits}-{r}x{c}": partial(integers, bits, r, c) for r, c in shapes}

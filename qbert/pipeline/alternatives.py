@@ -20,9 +20,10 @@ from qbert.layers.layout import has_exact_zero
 from qbert.layers.quantizer import WeightQuantizer
 from qbert.pipeline.steps import Factorize, Prune, Structure
 from qbert.quantizers.groups import row_groups
+from qbert.quantizers.rounding import bias_change
 from qbert.quantizers.sparsity import Pattern, sparsify
 from qbert.sizes import quantized_header_bytes, tensor_bytes
-from qbert.students.curvature import Moments, layer_matrices, second_moments
+from qbert.students.curvature import Moments, Observed, layer_matrices, observed_inputs
 from qbert.students.lowrank import Spectrum, paying_rank
 
 SHARES = (0.375, 0.625)  # of the largest rank that takes fewer values than the matrix
@@ -51,15 +52,15 @@ def matrix_alternatives(
         shares: ranks, as shares of the largest that takes fewer values than the matrix itself.
     """
     targets = layer_matrices(model)
-    moments = second_moments(model, batches, [cast(nn.Linear, t.module) for t in targets], gradients=False)
+    seen = observed_inputs(model, batches, [cast(nn.Linear, t.module) for t in targets])
     known = {name: value for name, value in {**FILE_DEFAULTS, **settings}.items() if name in SPEC_FIELDS}
     known["groups"] = known.get("groups") or DEFAULT_GROUPS
     found: dict[str, list[Alternative]] = {}
     for target in targets:
-        moment = moments[cast(nn.Linear, target.module)]
+        inputs = seen[cast(nn.Linear, target.module)]
         found[target.name] = [
-            *_factors(target, moment, known, shares),
-            *_sparse(target, moment, known, [width for width in bits if width in SPARSE_BITS]),
+            *_factors(target, Moments(inputs.second, None), known, shares),
+            *_sparse(target, inputs, known, [width for width in bits if width in SPARSE_BITS]),
         ]
     return found
 
@@ -97,16 +98,21 @@ def _factors(
 
 
 @torch.no_grad()
-def _sparse(target: Target, moments: Moments, known: Mapping[str, Any], widths: Sequence[int]) -> Iterator[Alternative]:
+def _sparse(target: Target, seen: Observed, known: Mapping[str, Any], widths: Sequence[int]) -> Iterator[Alternative]:
     if target.shape[1] % 4 or not has_exact_zero(TensorSpec(**{**known, "bits": 4}).scheme):
         return
     matrix = target.matrix.detach()
-    sparse = sparsify(matrix, moments.inputs, Pattern.parse(PATTERN))
+    sparse = sparsify(matrix, seen.second, Pattern.parse(PATTERN))
     own = _like(target, sparse)
     for bits in widths:
         spec = TensorSpec(**{**known, "bits": bits})
-        rounded = rounded_matrix(own, spec, moments.inputs)
-        yield Alternative({target.name: {"bits": bits}}, rounded - matrix, _bytes(own, spec), {"pattern": PATTERN})
+        # The bias follows the codes, as in `quantize_model`, but not the zeros (`prune`).
+        follows = spec.rounding == "compensated" and getattr(target.module, "bias", None) is not None
+        rounded = rounded_matrix(own, spec, seen.covariance if follows else seen.second)
+        bias = bias_change(sparse - rounded, seen.mean).float() if follows else None
+        yield Alternative(
+            {target.name: {"bits": bits}}, rounded - matrix, _bytes(own, spec), {"pattern": PATTERN}, bias
+        )
 
 
 def _rounded(values: Tensor, spec: TensorSpec) -> Tensor:

@@ -24,7 +24,7 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
-from qbert.encoders.inputs import accepted_inputs, to_device
+from qbert.encoders.inputs import accepted_inputs, to_device, without_labels
 from qbert.encoders.modes import evaluation_mode
 from qbert.encoders.structure import changes, of_layers, replace_record
 from qbert.encoders.targets import base_model, main_layers
@@ -33,7 +33,6 @@ from qbert.progress import progress_bar
 
 Model = TypeVar("Model", bound=nn.Module)
 Batch = Mapping[str, Any]
-_LABELS = ("labels", "start_positions", "end_positions")
 _DEPTH_NAMES = ("num_hidden_layers", "n_layers")
 # Families whose classes build their first layer without a norm that all others have, so that no other takes its place.
 _FIRST_DIFFERS = ("modernbert",)
@@ -208,7 +207,7 @@ def compare_depths(
         raise ValueError("batches is empty; give a few hundred unlabelled rows")
     fixed = int(_first_differs(teacher))  # layers that every choice begins with
     ways = math.comb(count - fixed, keep - fixed)
-    target, values = _outputs(teacher, kept), _compares_values(teacher)
+    target, values = head_outputs(teacher, kept), compares_values(teacher)
     with progress_bar(total=0, desc="comparing layers", unit="choice", disable=not progress) as bar:
 
         def scored(several: Iterable[tuple[int, ...]]) -> list[Choice]:
@@ -216,7 +215,7 @@ def compare_depths(
             bar.total += len(different)
             for layers in different:
                 with applied(teacher, layers):
-                    found.append(Choice(layers, *_likeness(target, _outputs(teacher, kept), values)))
+                    found.append(Choice(layers, *likeness(target, head_outputs(teacher, kept), values)))
                 bar.update()
             return sorted(found, key=lambda choice: choice.divergence)
 
@@ -265,12 +264,12 @@ def _sandwich(layers: tuple[int, ...], count: int) -> tuple[int, ...]:
 
 
 @torch.no_grad()
-def _outputs(model: nn.Module, batches: Sequence[Batch]) -> Tensor:
+def head_outputs(model: nn.Module, batches: Sequence[Batch]) -> Tensor:
     """float64 [N, C]: logits of all rows (of all real tokens), or the last hidden states where there are none."""
     found = []
     with evaluation_mode(model):
         for batch in batches:
-            inputs = {k: v for k, v in to_device(batch, model).items() if isinstance(v, Tensor) and k not in _LABELS}
+            inputs = {k: v for k, v in without_labels(to_device(batch, model)).items() if isinstance(v, Tensor)}
             output = model(**accepted_inputs(model, inputs), output_hidden_states=True)
             values = getattr(output, "logits", None)
             values = output.hidden_states[-1] if values is None else values
@@ -281,7 +280,7 @@ def _outputs(model: nn.Module, batches: Sequence[Batch]) -> Tensor:
     return torch.cat(found)
 
 
-def _compares_values(model: nn.Module) -> bool:
+def compares_values(model: nn.Module) -> bool:
     """Whether the outputs are numbers, or none at all, rather than classes that exclude each other."""
     config: Any = getattr(model, "config", None)
     kind = getattr(config, "problem_type", None)
@@ -289,7 +288,7 @@ def _compares_values(model: nn.Module) -> bool:
     return not has_classes or kind in ("regression", "multi_label_classification") or config.num_labels == 1
 
 
-def _likeness(teacher: Tensor, student: Tensor, values: bool) -> tuple[float, float | None]:
+def likeness(teacher: Tensor, student: Tensor, values: bool) -> tuple[float, float | None]:
     """(divergence, agreement) of outputs [N, C]; see `Choice`."""
     if values:
         return float((teacher - student).square().mean()), None
