@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from qbert.encoders.copied import CopiedParameters
 from qbert.encoders.targets import base_model
-from qbert.inference.cpu_model import Requests, is_plain_input
+from qbert.inference.cpu_model import Requests, is_plain_input, plain_output
 from qbert.inference.forward import FastForward, reason_not_to_replace
 from qbert.inference.gpu_layers import (
     FusedGpuEmbeddings,
@@ -327,7 +327,7 @@ class GpuEncoder(FastForward):
         self.device = self._norm.weight.device
         # Held, so that no other memory gets its address.
         self._home = self._norm.weight.detach()
-        self._asks, self._kinds = Requests(base), _outputs()
+        self._asks, self._kinds = Requests(), _outputs()
         reason = reason_not_to_fuse_embeddings(base.embeddings)
         self.embeddings = None if reason else FusedGpuEmbeddings(base.embeddings)
         if reason:
@@ -434,7 +434,7 @@ class GpuEncoder(FastForward):
         weight = self._norm._parameters["weight"]
         assert weight is not None
         plain = ids.device == self.device == weight.device and is_plain_input(ids, mask, embeds)
-        if not plain or not self._asks.for_no_more(kwargs):
+        if not plain or not self._asks.for_no_more(self.base, kwargs):
             return False
         if weight.data_ptr() != self._home.data_ptr():
             self._build(self._capture)  # the model was moved, and graphs read where it was
@@ -474,10 +474,7 @@ class GpuEncoder(FastForward):
 
     def _output(self, hidden: Tensor) -> Any:
         pooler: Any = getattr(self.base, "pooler", _NO_POOLER)
-        # Made as an instance of its class that has one item, which costs a tenth of its constructor's time.
-        kind: Any = self._kinds[pooler is not _NO_POOLER]
-        output = kind.__new__(kind)
-        output["last_hidden_state"] = hidden
+        output = plain_output(self._kinds[pooler is not _NO_POOLER], hidden)
         if pooler is not _NO_POOLER and pooler is not None:
             output["pooler_output"] = pooler(hidden)
         return output

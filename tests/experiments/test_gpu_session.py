@@ -48,4 +48,4 @@ def test_both_calls_of_a_session_run_to_their_end(tmp_path: Path) -> None:
     shown = subprocess.run(page, env=os.environ | {"PYTHONPATH": folders}, capture_output=True, text=True)
     assert shown.returncode == 0 and "| BERT-base 32x128, " in shown.stdout, shown.stderr[-2000:]
     assert "- BERT-base 32x128: W8A8 " in shown.stdout  # the host's time
-    assert "| row kernels | 225 | 0 |" in shown.stdout  # in three rounds of checks
+    assert "| row kernels, float16 | 135 | 0 |" in shown.stdout  # in three rounds of checks

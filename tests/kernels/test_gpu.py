@@ -159,6 +159,13 @@ def test_whole_encoders_eagerly_and_through_graphs(ranges):
         assert float((got[keep.to(DEVICE)].cpu() - expected).norm() / expected.norm()) < 0.02
         assert bool((got[~keep.to(DEVICE)] == 0).all())
     assert len(fast.forward.graphs) >= 2
+    whole = {k: torch.ones_like(v) if "mask" in k else v for k, v in batch(8, 256).items()}
+    for one in (whole, whole | batch(8, 256)):  # the second has padding where the last mask of its shape had none
+        keep, expected = one["attention_mask"].bool(), slow(**one)[0]
+        for mask_at in (DEVICE, DEVICE, DEVICE, "cpu"):
+            got = fast(one["input_ids"].to(DEVICE), one["attention_mask"].to(mask_at))[0].cpu()
+            assert float((got[keep] - expected[keep]).norm() / expected[keep].norm()) < 0.02
+            assert bool((got[~keep] == 0).all())
     given = {k: v.to(DEVICE) for k, v in batch(17, 300).items()}
     first = fast(**given)[0]
     for _ in range(100):
