@@ -8,11 +8,12 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from qbert.hessian import HessianOperator, Lanczos
+from qbert.hessian.eigen import UNSEEN
 from qbert.hessian.starts import NOISE, TOGETHER, coupled_starts, together, with_previous
 
 SIZES = (240, 120, 60)
 NAMES = ("a", "b", "c")
-LARGER = 1.6  # what is hidden, times what the guess finds; a converged value excludes 1.5
+LARGER = 1.6  # what is hidden, times what the guess finds: above `UNSEEN`
 
 
 def operator(H: torch.Tensor, slope: torch.Tensor) -> HessianOperator:
@@ -83,9 +84,12 @@ SPECTRA = {
 @pytest.mark.parametrize("sign", [1, -1], ids=["same sign", "opposite sign"])
 @pytest.mark.parametrize("spectrum", SPECTRA)
 def test_what_is_larger_by_more_than_half_is_overlooked_in_less_than_one_of_a_hundred(
-    spectrum: str, sign: int, previous: bool
+    spectrum: str, sign: int, previous: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The worst there is: the guess is the second eigenvector, and no other block touches the first."""
+    """The worst there is: the guess is the second eigenvector, no other block touches the first, and a wide tolerance
+    leaves it to the proof alone to go on. So little noise hides the first as well as a million parameters do.
+    """
+    monkeypatch.setattr("qbert.hessian.starts.NOISE", 0.003)
     overlooked = converged = 0
     n, draws = SIZES[0], 120
     bulk = SPECTRA[spectrum](n)
@@ -101,12 +105,12 @@ def test_what_is_larger_by_more_than_half_is_overlooked_in_less_than_one_of_a_hu
         start = coupled_starts(whole, generators(seed), directions)["a"]
         if previous:
             start = with_previous(start, second)
-        solver = Lanczos(n, tol=1e-2, start=start)
+        solver = Lanczos(n, tol=0.3, start=start)
         while solver.query is not None:
             solver.receive(diagonal * solver.query)
         assert solver.result is not None
         converged += solver.result.converged
-        overlooked += solver.result.converged and abs(solver.result.value) < LARGER * 0.98
+        overlooked += solver.result.converged and abs(solver.result.value) * UNSEEN < LARGER
         assert solver.result.upper_bound >= abs(solver.result.value)
     assert converged == draws
     assert overlooked <= 0.01 * draws
