@@ -120,7 +120,8 @@ def hessian_spectrum(
         micro_batch_size: samples per forward pass at most; bounds memory, does not change the result: a loss that is
             not a mean over samples or labels is measured on the whole subset at once (a warning in the log says so).
             Default: as `batches`. On CPUs, batches of short and long texts are cut further, for less padding.
-        block_chunk: blocks that share one graph and are solved together; bounds memory. Default: by free memory.
+        block_chunk: blocks that are solved together; bounds memory, beside about three vectors and a graph of all
+            blocks for the product that they start from. Default: by free memory.
         checkpoint: folder that finished (run, block) pairs are kept in.
         resume: go on from `checkpoint`, if there is one; without it, an earlier one is overwritten.
         progress: show a progress bar, counted in Hessian products (in samples for ``ggn``).

@@ -2,10 +2,10 @@
 
 It stands alone because it is about what the blocks have in common, where the iterations know one operator each.
 
-Let H_ij be the blocks of the Hessian of all blocks' parameters, a_j fixed vectors and z_j standard Gaussian ones.
-One product with u, ``u_j = a_j + c z_j``, gives ``y_i = sum_j H_ij u_j`` for every block i: in an encoder of L layers at
-the price of 6 L - 1 forward passes of a layer, where one product of each takes L (L + 4). Along a unit eigenvector x
-of H_ii, of eigenvalue lambda, y_i is something fixed plus ``c sum_j <H_ji x, z_j>``: a Gaussian number of variance
+Let H_ij be the blocks of the Hessian of all blocks' parameters, a_j fixed vectors and z_j standard Gaussian ones. A
+product with u, ``u_j = a_j + c z_j``, gives ``y_i = sum_j H_ij u_j`` for all blocks i: in an encoder of L layers at the
+price of 6 L - 1 forward passes of a layer, where one product of each takes L (L + 4). Along a unit eigenvector x of
+H_ii, of eigenvalue lambda, y_i is something fixed plus ``c sum_j <H_ji x, z_j>``: a Gaussian number of variance
 ``c^2 sum_j ||H_ji x||^2``, of which the term j = i alone is ``c^2 lambda^2``. That is all that the proofs of
 `qbert.hessian.eigen` ask for (`Start` with ``power=1``), so that the first product of every iteration, which takes off
 what the noise holds of the many eigenvalues near zero, is had for all blocks at once. What the other blocks add makes
