@@ -64,7 +64,7 @@ def second_moments(
         ValueError: no data, a matrix that no batch reaches, or `gradients` of a model without logits.
         TypeError: data of another type.
     """
-    batches = check_batches(data)
+    batches = check_batches(data, "data")
     if batches is None:
         raise ValueError("data is missing; give batches of a few hundred unlabelled rows")
     batches = by_length(model, batches)
@@ -146,7 +146,7 @@ def observe_layers(
     Yields:
         (layer, inputs by matrix), bottom first.
     """
-    batches = check_batches(data)
+    batches = check_batches(data, "data")
     if batches is None:
         raise ValueError("data is missing; give batches of a few hundred unlabelled rows")
     batches = by_length(model, batches)
