@@ -395,17 +395,33 @@ def load_tokenizer(source: str) -> Any:
     return load_quietly(transformers.AutoTokenizer, source)
 
 
+def check_padding(tokenizer: Any) -> None:
+    """Raises ValueError for a tokenizer that cannot make rows of one length, with the line that mends it."""
+    if getattr(tokenizer, "pad_token", None) is None:
+        known = tokenizer.get_vocab()
+        named = (getattr(tokenizer, name, None) for name in ("eos_token", "sep_token", "unk_token"))
+        token = "[PAD]" if "[PAD]" in known else next((name for name in named if name), "[PAD]")
+        raise ValueError(
+            f"the tokenizer of {tokenizer.name_or_path} has no padding token; name one of its tokens in its "
+            f'tokenizer_config.json: "pad_token": {json.dumps(token)}'
+        )
+
+
 def build_for(task: Any, source: str) -> tuple[Any, Any]:
     """(model with a tuned head for `task`, tokenizer); a sentence encoder without a head for pairs with a number.
 
     Raises:
-        ValueError: the model has no head tuned for the task, or one for other labels.
+        ValueError: the model has no head tuned for the task, or one for other labels; or its tokenizer cannot pad.
     """
     from qbert.tasks import build_model, build_sentence_model
 
     if task.kind == "regression" and not _has_head(source):
-        return build_sentence_model(source, label_max=task.label_range[1] if task.label_range else 1.0)
-    return build_model(task, source, tuned=True)
+        label_max = task.label_range[1] if task.label_range else 1.0
+        model, tokenizer = build_sentence_model(source, label_max=label_max)
+    else:
+        model, tokenizer = build_model(task, source, tuned=True)
+    check_padding(tokenizer)
+    return model, tokenizer
 
 
 def _has_head(source: str) -> bool:
@@ -442,6 +458,7 @@ def unlabelled_batches(asked: Mapping[str, Any], tokenizer: Any, model: Any) -> 
         from qbert.tasks import load_task, prepare
         from qbert.tasks.evaluation import wants_pairs
 
+        check_padding(tokenizer)
         task = load_task(asked["task"], data_dir=asked["data_dir"])
         pairs, apart = wants_pairs(model), _reads_apart(model, task)
         data = prepare(task, tokenizer, "train", limit=asked["rows"], seed=asked["seed"], as_pairs=pairs or apart)
@@ -484,15 +501,21 @@ def text_batches(path: str, tokenizer: Any, rows: int) -> list[dict[str, Any]]:
     """Batches of 32 of the first `rows` lines of a text file that are not empty.
 
     Raises:
-        ValueError: the file has no text; OSError: it cannot be read; UnicodeDecodeError: it is not UTF-8.
+        ValueError: the file has no text, or is not UTF-8, or the tokenizer cannot pad; OSError: it cannot be read.
     """
+    check_padding(tokenizer)
     texts: list[str] = []
-    with open(path, encoding="utf-8") as lines:
-        for line in lines:
-            if line.strip():
-                texts.append(line.strip())
-            if len(texts) == rows:
-                break
+    try:
+        with open(path, encoding="utf-8-sig") as lines:  # some editors put a mark first
+            for line in lines:
+                if line.strip():
+                    texts.append(line.strip())
+                if len(texts) == rows:
+                    break
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"--texts {path} is not UTF-8 ({error.reason}); convert it, such as: iconv -f latin1 -t utf-8 {path}"
+        ) from error
     if not texts:
         raise ValueError(f"--texts {path} has no line of text; give one sentence or paragraph a line")
     length = min(tokenizer.model_max_length, 512)

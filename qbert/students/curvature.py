@@ -95,7 +95,7 @@ def second_moments(
 
 
 def _batches(model: nn.Module, data: Any) -> list[Batch]:
-    batches = check_batches(data)
+    batches = check_batches(data, "data")
     if batches is None:
         raise ValueError("data is missing; give batches of a few hundred unlabelled rows")
     return by_length(model, batches)

@@ -159,7 +159,7 @@ def quantize_with_correction(
 @torch.no_grad()
 def _move_biases(model: nn.Module, student: nn.Module, targets: Sequence[Target], data: Any) -> None:
     """Biases for outputs of the float model's means: compensated rounding has moved them for the error uncorrected."""
-    batches = check_batches(data)
+    batches = check_batches(data, "data")
     assert batches is not None
     modules = [cast(nn.Linear, t.module) for t in targets]
     seen = observe(model, modules, lambda: (run_batch(model, to_device(b, model)) for b in batches), batches)

@@ -55,7 +55,7 @@ def share_layers(teacher: Model, pattern: str | int | Sequence[int], *, data: An
         raise ValueError(f"teacher: {type(teacher).__name__} shares its layers already; give the model before that")
     order, runs = _plan(pattern, len(layers))
     if runs and data is not None:
-        order = _best_order(teacher, order, runs, check_batches(data) or [])
+        order = _best_order(teacher, order, runs, check_batches(data, "data") or [])
     student = copy.deepcopy(teacher).eval()
     share(student, order)
     return student

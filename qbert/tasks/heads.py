@@ -250,10 +250,12 @@ def sentence_similarity_score(
         options: as `evaluate` (split, batch_size, limit, device, progress, ...).
 
     Raises:
-        ValueError: the task has no pairs of sentences with a numeric label.
+        ValueError: the task has no pairs of sentences with a numeric label. TypeError: a SentenceTransformer.
     """
     if task.kind != "regression":
         raise ValueError(f"sentence similarity needs pairs with a number as label, task {task.name!r} is {task.kind}")
+    if isinstance(model, nn.Sequential):
+        raise TypeError("model: of a SentenceTransformer give what build_sentence_model(its folder) returns")
     if not getattr(model, "encodes_pairs_apart", False):
         label_max = task.label_range[1] if task.label_range else 1.0
         encoder: Any = getattr(model, "base_model", model)

@@ -23,6 +23,7 @@ from qbert.encoders.targets import find_targets
 from qbert.layers.tables import LowRankTable, MixedTable
 from qbert.outputs import output_gradients
 from qbert.quantize import quantize_model
+from qbert.shrinking import as_batches
 
 FAST: dict[str, Any] = {"groups": 4, "range_method": "minmax"}
 
@@ -386,7 +387,44 @@ def test_a_spectrum_takes_no_data() -> None:
         qbert.allocate_bits({"encoder.layer.0": 1.0}, calibration_data=batches(count=1))
 
 
-@pytest.mark.parametrize("data,error,match", [("one", TypeError, "pass a list"), (["a"], ValueError, "tokenizer")])
+class Frame(dict[str, list[str]]):
+    """As a table of columns, which iterates over their names."""
+
+    columns = ("text",)
+
+
+@pytest.mark.parametrize(
+    "data,error,match",
+    [
+        ("one", TypeError, "pass a list"),
+        (["a"], ValueError, "tokenizer"),
+        ([("a", "b")], ValueError, "tokenizer"),
+        (["a", ("a", "b")], TypeError, "data: some rows are one sentence and some are pairs"),
+        ([("a", "b", "c")], TypeError, "data: every batch must be a dict of tensors"),
+        ([{"text": "a"}], TypeError, "data: every batch must be .* got a dict of text"),
+        (Frame(text=["a"]), TypeError, "data: got a whole Frame; pass the column"),
+        ([], ValueError, "data is empty"),
+    ],
+)
 def test_sentences_that_cannot_be_read_are_refused(model: Any, data: Any, error: Any, match: str) -> None:
     with pytest.raises(error, match=match):
         qbert.shrink(model, data, 1.0)
+
+
+def test_pairs_of_sentences_and_columns_are_taken_as_text() -> None:
+    asked: list[Any] = []
+
+    def tokenizer(*texts: list[str], **_: Any) -> dict[str, list[Any]]:
+        asked.append(texts)
+        return {"input_ids": list(zip(*texts, strict=True))}
+
+    class Column(list[str]):
+        """As a column of a table, which has an index."""
+
+        def keys(self) -> range:
+            return range(len(self))
+
+    pairs = [("a long one", "b"), ["a", "b"]]
+    assert as_batches(pairs, tokenizer) == [{"input_ids": [("a", "b"), ("a long one", "b")]}]
+    assert as_batches(Column(["b c", "a"]), tokenizer) == [{"input_ids": [("a",), ("b c",)]}]
+    assert asked == [(["a", "a long one"], ["b", "b"]), (["a", "b c"],)]

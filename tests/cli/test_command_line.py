@@ -15,7 +15,7 @@ from transformers import AutoModel, AutoModelForSequenceClassification, AutoToke
 import qbert
 from qbert.cli.inspect import folder_content
 from qbert.cli.main import app, main
-from qbert.cli.options import beside, build_for, in_fours, load_any, unlabelled_batches
+from qbert.cli.options import beside, build_for, in_fours, load_any, text_batches, unlabelled_batches
 from qbert.files import file_sha256, read_json
 from qbert.pipeline import Distill, Pack, Pipeline, Prune, Quantize
 from qbert.pipeline.plan import Planner
@@ -36,6 +36,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     AutoTokenizer.from_pretrained(folder / "encoder").save_pretrained(folder / "model")
     write_task(folder / "data", "sst2", {"train.jsonl.gz": sentiment_rows(64), "dev.jsonl.gz": sentiment_rows(40)})
     (folder / "list.json").write_text("[4]")
+    (folder / "parts").mkdir()
+    (folder / "parts" / "modules.json").write_text("[]")
     (folder / "long.txt").write_text("\n".join(row["sentence"] for row in sentiment_rows(160)))
     (folder / "texts.txt").write_text("\n".join(row["sentence"] for row in sentiment_rows(64)) + "\n\n")
     return folder
@@ -598,6 +600,7 @@ def test_export_to_openvino_says_how_near_it_is(
         ),
         (["quantize", "WORLD/model", "NEW", "--bits", "5"], "'5' is not one of '2', '3', '4', '8'"),
         (["quantize", "WORLD/model", "NEW", "--device", "nowhere"], "--device nowhere is not usable here"),
+        (["quantize", "WORLD/parts", "NEW"], "modules.json of .*parts.* names no parts of a SentenceTransformer"),
         (["inspect", "WORLD/model"], "holds no quantized model; make one with: qbert quantize"),
         (["export", "WORLD/model", "out.bin"], "let it end in .onnx or .xml"),
         (["export", "WORLD/model", "out.onnx", "--to", "openvino"], "no name for --to openvino; let it end in .xml"),
@@ -721,6 +724,35 @@ def test_a_picture_is_refused_before_any_work_where_nothing_can_draw_it(
     budget = ["--size-mb", "1"] if command == "plan" else []
     code, _, err = run(capsys, command, world / "nothing", "--task", "nothing", "--plot", "x.png", *budget)
     assert code == 2 and "--plot needs the package matplotlib" in err
+
+
+def test_texts_of_another_encoding_are_refused_by_name(
+    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    texts = tmp_path / "latin.txt"
+    texts.write_bytes("the f\xeflm was kind\n".encode("latin-1"))
+    code, _, err = run(capsys, "quantize", world / "model", tmp_path / "out", "--texts", texts)
+    assert code == 2 and re.search(r"--texts .*latin\.txt is not UTF-8 .*; convert it, such as: iconv", err), err
+    texts.write_text("the film was kind", encoding="utf-8-sig")
+    tokenizer = AutoTokenizer.from_pretrained(world / "model")
+    (batch,) = text_batches(str(texts), tokenizer, 4)
+    assert tokenizer.unk_token_id not in batch["input_ids"]
+
+
+@pytest.mark.parametrize("command", ["quantize", "evaluate"])
+def test_a_tokenizer_that_cannot_pad_is_mended_in_its_file(
+    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], command: str
+) -> None:
+    shutil.copytree(world / "model", tmp_path / "model")
+    kept = tmp_path / "model" / "tokenizer_config.json"
+    kept.write_text(json.dumps({**json.loads(kept.read_text()), "pad_token": None}))
+    more = ["--limit", "4"] if command == "evaluate" else [tmp_path / "out", "--rows", "4", "--rounding", "nearest"]
+    code, _, err = run(capsys, command, tmp_path / "model", *more, *task(world))
+    found = re.search(r"has no padding token; name one of its tokens in its tokenizer_config.json: ({?\S+: \S+)", err)
+    assert code == 2 and found, err
+    kept.write_text(json.dumps({**json.loads(kept.read_text()), **json.loads("{" + found.group(1) + "}")}))
+    code, _, err = run(capsys, command, tmp_path / "model", *more, *task(world))
+    assert code == 0, err
 
 
 def test_few_rows_are_planned_on_in_four_batches() -> None:

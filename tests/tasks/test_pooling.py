@@ -176,6 +176,11 @@ def test_vectors_that_are_made_in_another_way_are_refused_by_name(
         build_sentence_model(folder)
 
 
+def test_a_whole_sentence_transformer_is_no_encoder(task: Task) -> None:
+    with pytest.raises(TypeError, match="give what build_sentence_model"):
+        sentence_similarity_score(torch.nn.Sequential(), None, task)
+
+
 def test_an_unknown_pooling_is_refused() -> None:
     with pytest.raises(ValueError, match="pooling='max' is not known; use 'mean', or 'cls'"):
         Pooling("max")  # type: ignore[arg-type]
