@@ -77,7 +77,7 @@ from qbert.distill.progress import (
     save_curves,
     time_steps,
 )
-from qbert.distill.rates import factors_of, has_rates, schedules, split_groups
+from qbert.distill.rates import factors_of, has_rates, scale_schedule, schedules, split_groups
 from qbert.distill.recipe import Recipe, Timetable
 from qbert.distill.step_sizes import (
     StepSizeCallback,
@@ -384,7 +384,11 @@ class Distiller(Trainer):
         return optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
-        """The recipe's schedule; another ``lr_scheduler_type`` than linear holds for recipes of one stage only."""
+        """The recipe's schedule; another ``lr_scheduler_type`` than linear holds for recipes of one stage only.
+
+        Raises:
+            ValueError: a schedule that is no function of the step, with a stage that has rates of its own.
+        """
         if self.lr_scheduler is not None:
             return self.lr_scheduler
         optimizer = optimizer or self.optimizer
@@ -396,9 +400,11 @@ class Distiller(Trainer):
                 "left out; train for longer",
                 stacklevel=2,
             )
-        if schedule_of(self.args) != "linear" and not has_rates(self.recipe):
-            return super().create_scheduler(num_training_steps, optimizer)
         factors = factors_of(self.student, self.recipe) if has_rates(self.recipe) else {}
+        if schedule_of(self.args) != "linear":
+            scheduler = super().create_scheduler(num_training_steps, optimizer)
+            scale_schedule(scheduler, optimizer, self.recipe.stages[0], factors)
+            return scheduler
         self.lr_scheduler = LambdaLR(optimizer, schedules(optimizer, table, factors))
         self._created_lr_scheduler = True
         return self.lr_scheduler

@@ -209,3 +209,30 @@ def test_moving_ranges_leave_out_the_padding(frozen: float, tmp_path: Path) -> N
         copy.deepcopy(student)
         assert all(q._real is None for q in static_activations(student))
     torch.testing.assert_close(found[0], found[1], rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine", "constant_with_warmup"])
+def test_a_stage_of_half_the_rate_has_it_under_every_schedule(schedule: str, tmp_path: Path) -> None:
+
+    class Rates(TrainerCallback):
+        trainer: Any
+        seen: list[dict[str, float]]
+
+        def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            names = {id(p): n for n, p in self.trainer.student.named_parameters()}
+            self.seen.append({names[id(p)]: g["lr"] for g in kwargs["optimizer"].param_groups for p in g["params"]})
+
+    seen = []
+    for settings in ({}, {"rate": 0.5, "rates": {"encoder.layer.0": 0.0}}):
+        rates = Rates()
+        rates.seen = []
+        recipe = Recipe("one", "test", (Stage("only", (Match("logits"),), **settings),))  # type: ignore[arg-type]
+        arguments: dict[str, Any] = {"lr_scheduler_type": schedule, "max_steps": 4, "warmup_steps": 2}
+        rates.trainer = distiller(tmp_path, recipe=recipe, callbacks=[rates], **arguments)
+        rates.trainer.train()
+        seen.append(rates.seen)
+    for plain, halved in zip(*seen, strict=True):
+        for name in plain:
+            factor = 0.0 if ".layer.0." in name else 0.5
+            assert halved[name] == pytest.approx(factor * plain[name], rel=1e-6), name
+    assert len({next(iter(rates.values())) for rates in seen[0]}) > 1 or schedule != "linear"
