@@ -52,17 +52,66 @@ def matrix_alternatives(
         shares: ranks, as shares of the largest that takes fewer values than the matrix itself.
     """
     targets = layer_matrices(model)
+    known = _known(settings)
     seen = observed_inputs(model, batches, [cast(nn.Linear, t.module) for t in targets])
-    known = {name: value for name, value in {**FILE_DEFAULTS, **settings}.items() if name in SPEC_FIELDS}
-    known["groups"] = known.get("groups") or DEFAULT_GROUPS
     found: dict[str, list[Alternative]] = {}
     for target in targets:
         inputs = seen[cast(nn.Linear, target.module)]
         found[target.name] = [
             *_factors(target, Moments(inputs.second, None), known, shares),
-            *_sparse(target, inputs, known, [width for width in bits if width in SPARSE_BITS]),
+            *_sparse(target, inputs, known, _sparse_widths(target, known, bits)),
         ]
     return found
+
+
+def alternative_sizes(
+    model: nn.Module, settings: Mapping[str, Any], bits: Sequence[int], shares: Sequence[float] = SHARES
+) -> dict[str, list[int]]:
+    """Bytes of all that `matrix_alternatives` gives, which shapes tell."""
+    known = _known(settings)
+    return {
+        target.name: [
+            *(_factor_bytes(target, r, spec) for r in _ranks(target, shares) for spec in _factor_specs(known)),
+            *(_bytes(_zeros_of(target), _spec(known, width)) for width in _sparse_widths(target, known, bits)),
+        ]
+        for target in layer_matrices(model)
+    }
+
+
+def _known(settings: Mapping[str, Any]) -> dict[str, Any]:
+    known = {name: value for name, value in {**FILE_DEFAULTS, **settings}.items() if name in SPEC_FIELDS}
+    return known | {"groups": known.get("groups") or DEFAULT_GROUPS}
+
+
+def _spec(known: Mapping[str, Any], bits: int, **rule: Any) -> TensorSpec:
+    return TensorSpec(**{**known, "bits": bits, **rule})
+
+
+def _factor_specs(known: Mapping[str, Any]) -> list[TensorSpec]:
+    return [_spec(known, bits, rounding="nearest") for bits in FACTOR_BITS]
+
+
+def _ranks(target: Target, shares: Sequence[float]) -> list[int]:
+    most = paying_rank(*target.shape)
+    return sorted({rank for share in shares if 0 < (rank := round(most * share / 8) * 8) <= most})
+
+
+def _sparse_widths(target: Target, known: Mapping[str, Any], bits: Sequence[int]) -> list[int]:
+    if target.shape[1] % 4 or not has_exact_zero(_spec(known, 4).scheme):
+        return []
+    return [width for width in bits if width in SPARSE_BITS]
+
+
+def _zeros_of(target: Target) -> Target:
+    """A target of the shape of another, with 2:4 zeros."""
+    row = torch.tensor([1.0, 1.0, 0.0, 0.0]).repeat(target.shape[1] // 4)
+    return _like(target, row.repeat(target.shape[0], 1))
+
+
+def _factor_bytes(target: Target, rank: int, spec: TensorSpec) -> int:
+    shapes = {"down": (rank, target.shape[1]), "up": (target.shape[0], rank)}
+    own = sum(_bytes(_like(target, torch.ones(shape), f".{part}"), spec) for part, shape in shapes.items())
+    return own + _LONGER_NAMES
 
 
 def steps_of(forms: Mapping[str, Mapping[str, Any]]) -> tuple[Structure, ...]:
@@ -80,32 +129,28 @@ def _factors(
 ) -> Iterator[Alternative]:
     matrix = target.matrix.detach()
     spectrum = Spectrum.of(matrix, moments, _DAMPING)
-    most = paying_rank(*target.shape)
-    ranks = sorted({rank for share in shares if 0 < (rank := round(most * share / 8) * 8) <= most})
-    for rank in ranks:
+    for rank in _ranks(target, shares):
         factors = dict(zip(("down", "up"), spectrum.factors(rank), strict=True))
-        for bits in FACTOR_BITS:
-            rule = {"bits": bits, "rounding": "nearest"}
-            spec = TensorSpec(**{**known, **rule})  # type: ignore[arg-type]
+        for spec in _factor_specs(known):
             rounded = {part: _rounded(values.to(matrix), spec) for part, values in factors.items()}
-            size = sum(_bytes(_like(target, values, f".{part}"), spec) for part, values in factors.items())
+            rule = {"bits": spec.bits, "rounding": spec.rounding}
             yield Alternative(
                 {f"{target.name}.{part}": rule for part in factors},
                 rounded["up"] @ rounded["down"] - matrix,
-                size + _LONGER_NAMES,
+                _factor_bytes(target, rank, spec),
                 {"rank": rank},
             )
 
 
 @torch.no_grad()
 def _sparse(target: Target, seen: Observed, known: Mapping[str, Any], widths: Sequence[int]) -> Iterator[Alternative]:
-    if target.shape[1] % 4 or not has_exact_zero(TensorSpec(**{**known, "bits": 4}).scheme):
+    if not widths:
         return
     matrix = target.matrix.detach()
     sparse = sparsify(matrix, seen.second, Pattern.parse(PATTERN))
     own = _like(target, sparse)
     for bits in widths:
-        spec = TensorSpec(**{**known, "bits": bits})
+        spec = _spec(known, bits)
         # The bias follows the codes, as in `quantize_model`, but not the zeros (`prune`).
         follows = spec.rounding == "compensated" and getattr(target.module, "bias", None) is not None
         rounded = rounded_matrix(own, spec, seen.covariance if follows else seen.second)
@@ -124,7 +169,7 @@ def _rounded(values: Tensor, spec: TensorSpec) -> Tensor:
 
 def _like(target: Target, values: Tensor, part: str = "") -> Target:
     """A target of these values [O, I] in the place of another, or as a part of it."""
-    linear = nn.Linear(values.shape[1], values.shape[0], bias=False)
+    linear = nn.Linear(values.shape[1], values.shape[0], bias=False, device="meta")
     linear.weight = nn.Parameter(values, requires_grad=False)
     return Target(target.name + part, target.path + part, linear, "linear", target.layer, None)
 

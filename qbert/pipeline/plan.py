@@ -34,7 +34,7 @@ from torch import Tensor, nn
 
 from qbert.allocation.blocks import check_widths
 from qbert.allocation.budgets import rounded_up
-from qbert.allocation.whole_file import FILE_DEFAULTS, FilePlan, fitted_and_scored
+from qbert.allocation.whole_file import FILE_DEFAULTS, FilePlan, fitted_and_scored, smallest_file_mb
 from qbert.arguments import is_whole, real_number
 from qbert.bits import FLOAT_BITS, BitsConfig
 from qbert.calibration import Batch, by_length, check_batches
@@ -44,7 +44,7 @@ from qbert.hessian.batches import fingerprint
 from qbert.hessian.checkpoint import model_fingerprint
 from qbert.inference.cpu import optimize_for_inference
 from qbert.packing import pack
-from qbert.pipeline.alternatives import matrix_alternatives, steps_of
+from qbert.pipeline.alternatives import alternative_sizes, matrix_alternatives, steps_of
 from qbert.pipeline.answers import Answers
 from qbert.pipeline.candidates import Candidate, Plan, Prediction, structure_name
 from qbert.pipeline.clock import milliseconds
@@ -177,6 +177,7 @@ class Planner:
         self._models: dict[tuple[Step, ...], nn.Module] = {}
         self._parts: dict[tuple[Step, ...], _Part] = {}
         self._starts: dict[tuple[Step, ...], tuple[float, float]] = {}
+        self._smallest_files: dict[tuple[Step, ...], float] = {}
         self._last: tuple[tuple[Step, ...], nn.Module] | None = None
         if given is None:
             usual, self.left_out = self._kept.once(["usual structures"], self._usual_as_json)
@@ -282,6 +283,7 @@ class Planner:
             fast = [steps for steps in fast if not any(_takes_more(steps, other) for other in fast)]
             starts = [self._start(steps)[0] for steps in progress_bar(fast, desc="in float", disable=not self.progress)]
             tried = [fast[i] for i in np.argsort(starts, kind="stable")]
+        fits = size_mb is None or any(self._smallest_mb(steps) <= size_mb for steps in tried)
         for steps in progress_bar(tried, desc="structures", disable=not self.progress):
             name = structure_name(steps)
             start, agreement = self._start(steps)
@@ -291,10 +293,12 @@ class Planner:
             if start > bound:
                 self.left_out.append(f"{name}: diverges by {start:.4f} before any bits, more than a whole plan does")
                 continue
-            part = self.part(steps)
-            if size_mb is not None and part.files.smallest_mb > size_mb:
-                self.left_out.append(f"{name}: the smallest file has {rounded_up(part.files.smallest_mb)} MB")
+            if size_mb is not None and self._smallest_mb(steps) > size_mb:
+                if fits and not steps:
+                    self.part(steps)  # which `Plan.bits_alone` promises
+                self.left_out.append(f"{name}: the smallest file has {rounded_up(self._smallest_mb(steps))} MB")
                 continue
+            part = self.part(steps)
             if not found:
                 self.prediction = self.calibrated(steps, size_mb)
             if within is None:
@@ -305,6 +309,14 @@ class Planner:
             why = "; ".join(self.left_out)
             named = f"size_mb={size_mb:g}" if size_mb is not None else f"latency_ms={latency_ms:g}"
             raise ValueError(f"{named}: no plan keeps it ({why}); allow more, or give structures= that are smaller")
+
+    def _smallest_mb(self, steps: tuple[Step, ...]) -> float:
+        """The smallest file of a structure, which shapes tell before anything is measured."""
+        if steps not in self._smallest_files:
+            model = self._models[steps] if steps in self._models else self._shaped(steps)
+            further = alternative_sizes(model, self.settings, self.bits) if self.further else None
+            self._smallest_files[steps] = smallest_file_mb(model, self.bits, further=further, **self.settings)
+        return self._smallest_files[steps]
 
     def part(self, steps: tuple[Step, ...]) -> _Part:
         """The options of one structure, measured the first time."""

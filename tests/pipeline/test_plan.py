@@ -376,6 +376,23 @@ def test_impossible_budgets_are_refused(world: dict[str, Any], budget: dict[str,
         qbert.plan(world["model"], world["batches"], **{"structures": [], **budget})
 
 
+def test_the_smallest_file_of_a_structure_is_known_before_it_is_measured(
+    world: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    structures = [(Depth((1,)),), (Prune(ffn=0.5),)]
+    planner = plans.Planner(world["model"], world["batches"][:4], structures=structures, rounding="nearest")
+    smallest = {steps: planner._smallest_mb(steps) for steps in planner.structures}
+    assert smallest == {steps: planner.part(steps).files.smallest_mb for steps in planner.structures}
+
+    def measured(*_: Any, **__: Any) -> None:
+        raise AssertionError("options were measured")
+
+    monkeypatch.setattr(plans, "FilePlan", measured)
+    with pytest.raises(ValueError, match=r"no plan keeps it \(bits alone: the smallest file has .*; depth"):
+        size = 0.99 * min(smallest.values())
+        qbert.plan(world["model"], world["batches"][:4], size_mb=size, structures=structures, rounding="nearest")
+
+
 def test_what_takes_more_away_than_another_is_known() -> None:
     half, both = (Prune(ffn=0.5),), (Depth((0, 2)), Prune(heads=0.25, ffn=0.5))
     assert plans._takes_more(both, half) and not plans._takes_more(half, both)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from qbert.allocation.whole_file.file_plan import FilePlan, fitted_and_scored, whole_file_bytes
+from qbert.allocation.whole_file.file_plan import FilePlan, fitted_and_scored, smallest_file_mb, whole_file_bytes
 from qbert.allocation.whole_file.matrices import rounded_matrix
 from qbert.allocation.whole_file.options import FILE_DEFAULTS, Alternative, Item, Option
 from qbert.allocation.whole_file.tables import row_splits
@@ -16,5 +16,6 @@ __all__ = [
     "fitted_and_scored",
     "rounded_matrix",
     "row_splits",
+    "smallest_file_mb",
     "whole_file_bytes",
 ]

@@ -107,14 +107,12 @@ class FilePlan:
         if fixed:
             BitsConfig(fixed).check_patterns(model)
         fit, score = fitted_and_scored(checked)
-        groups = sharing(model)
-        rules = [Rules(model, group, self.widths, self.settings, fixed) for group in groups]
-        free = [r for r in rules if r.matrix_rules or r.is_table]
-        refuse_what_is_not_measured(model, free)
+        free = _free_rules(model, self.widths, self.settings, fixed)
         for rule in free:
             if not rule.is_table and rule.fixed is None and len(rule.names) == 1:
                 rule.further = tuple((further or {}).get(rule.names[0], ()))
-        self.constant, smallest = self._bytes(model, free)
+        others = [[a.size for a in rule.further] for rule in free]
+        self.constant, smallest = _constant_and_smallest(model, free, self.settings, others)
         if size_mb is not None and smallest > math.floor(size_mb * 1e6):
             raise ValueError(self._too_small(size_mb, smallest / 1e6))
         fit, score = (by_length(model, part) for part in (fit, score))
@@ -133,16 +131,6 @@ class FilePlan:
         ):
             counted.add(samples, calls)
         self.items = [Item(r.names, tuple(counted.options(r, uses))) for r in free]
-
-    def _bytes(self, model: nn.Module, free: Sequence[Rules]) -> tuple[int, int]:
-        """(bytes that are not chosen, bytes of the smallest file), which shapes tell before anything is measured."""
-        rules = [list(table_rules(r)) if r.is_table else r.matrix_rules for r in free]
-        sizes = [[r.size(r.spec(rule)) for rule in own] for r, own in zip(free, rules, strict=True)]
-        config = {name: dict(own[0]) for r, own in zip(free, rules, strict=True) for name in r.names}
-        reference = BitsConfig(config, embedding_bits=8, **self.settings)
-        constant = whole_file_bytes(model, reference) - sum(own[0] for own in sizes)
-        least = (min([*own, *(a.size for a in r.further)]) for r, own in zip(free, sizes, strict=True))
-        return constant, constant + sum(least)
 
     def _too_small(self, size_mb: float, smallest: float) -> str:
         return (
@@ -236,6 +224,47 @@ def _as_measured(option: Mapping[str, Any]) -> dict[str, Any]:
         return tuple(map(tuples, value)) if isinstance(value, list) else value
 
     return {**tuples(option), "damage": float(option["damage"])}
+
+
+@targets_found_once()
+def smallest_file_mb(
+    model: nn.Module,
+    bits: Sequence[int] = (2, 3, 4, 8),
+    *,
+    further: Mapping[str, Sequence[int]] | None = None,
+    **settings: Any,
+) -> float:
+    """`FilePlan.smallest_mb`, which shapes tell before anything is measured.
+
+    Args:
+        model, bits, **settings: as for `FilePlan`.
+        further: name of a matrix -> bytes of what may stand in its place.
+    """
+    settings = {**FILE_DEFAULTS, **settings}
+    free = _free_rules(model, check_widths(bits), settings, None)
+    others = [(further or {}).get(r.names[0], ()) if not r.is_table and len(r.names) == 1 else () for r in free]
+    return _constant_and_smallest(model, free, settings, others)[1] / 1e6
+
+
+def _free_rules(
+    model: nn.Module, widths: Sequence[int], settings: Mapping[str, Any], fixed: Fixed | None
+) -> list[Rules]:
+    rules = [Rules(model, group, widths, settings, fixed) for group in sharing(model)]
+    free = [r for r in rules if r.matrix_rules or r.is_table]
+    refuse_what_is_not_measured(model, free)
+    return free
+
+
+def _constant_and_smallest(
+    model: nn.Module, free: Sequence[Rules], settings: Mapping[str, Any], others: Sequence[Sequence[int]]
+) -> tuple[int, int]:
+    """(bytes that are not chosen, bytes of the smallest file); `others`: of what may stand in each one's place."""
+    rules = [list(table_rules(r)) if r.is_table else r.matrix_rules for r in free]
+    sizes = [[r.size(r.spec(rule)) for rule in own] for r, own in zip(free, rules, strict=True)]
+    config = {name: dict(own[0]) for r, own in zip(free, rules, strict=True) for name in r.names}
+    reference = BitsConfig(config, embedding_bits=8, **settings)
+    constant = whole_file_bytes(model, reference) - sum(own[0] for own in sizes)
+    return constant, constant + sum(min([*own, *more]) for own, more in zip(sizes, others, strict=True))
 
 
 def whole_file_bytes(model: nn.Module, config: BitsConfig) -> int:
