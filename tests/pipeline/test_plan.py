@@ -48,6 +48,12 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     }
 
 
+@pytest.fixture
+def steady_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every call takes one second."""
+    monkeypatch.setattr(clock.time, "perf_counter", itertools.count().__next__)
+
+
 @pytest.fixture(scope="module")
 def sized(world: dict[str, Any]) -> plans.Plan:
     """A plan for two thirds of the way to the smallest file."""
@@ -181,43 +187,44 @@ class _Plain(torch.nn.Module):
         return self.model(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state[:, 0]  # type: ignore[no-any-return]
 
 
-_HEADS = {
-    "spans": ("ForQuestionAnswering", "spans"),
-    "pretraining": ("ForPreTraining", "vectors"),
-    "words": ("ForMaskedLM", "tokens"),
-    "tags": ("ForTokenClassification", "tokens"),
-    "plain": ("Model", "vectors"),
-    "choices": ("ForMultipleChoice", "rows"),
-}
-
-
-@pytest.mark.parametrize("masked", [True, False])
-@pytest.mark.parametrize("head", _HEADS)
-def test_every_head_is_planned_by_its_answers(world: dict[str, Any], head: str, masked: bool) -> None:
-    name, kind = _HEADS[head]
+@pytest.mark.parametrize(
+    ("head", "kind", "masked"),
+    [
+        ("ForQuestionAnswering", "spans", True),
+        ("ForPreTraining", "vectors", True),
+        ("ForMaskedLM", "tokens", False),
+        ("ForTokenClassification", "tokens", False),
+        ("Model", "vectors", False),
+        ("ForMultipleChoice", "rows", True),
+    ],
+)
+@pytest.mark.usefixtures("steady_clock")
+def test_every_head_is_planned_by_its_answers(world: dict[str, Any], head: str, kind: str, masked: bool) -> None:
     torch.manual_seed(0)
-    model = getattr(transformers, "Bert" + name).from_pretrained(world["folder"] / "encoder").eval()
-    model = _Plain(model) if head == "plain" else model
+    model = getattr(transformers, "Bert" + head).from_pretrained(world["folder"] / "encoder").eval()
+    model = _Plain(model) if head == "Model" else model
     names = ("input_ids", "attention_mask") if masked else ("input_ids",)
     batches = [{k: batch[k][:8] for k in names} for batch in world["batches"][:4]]
-    if head == "choices":
+    if head == "ForMultipleChoice":
         batches = [{k: v.unflatten(0, (-1, 2)) for k, v in batch.items()} for batch in batches]
     assert Answers(model, batches).kind == kind
     budget: dict[str, Any] = {"size_mb": 0.6 * qbert.model_size(model).mb}
-    if head == "choices":
+    if head == "ForMultipleChoice":
         budget = {"latency_ms": 1e6, "shape": (2, 8)}
     found = qbert.plan(model, batches, **budget, structures=[], further=False, rounding="nearest")
     assert found.best.measured is not None and -1e-6 <= found.best.measured < 0.1
 
 
+@pytest.mark.usefixtures("steady_clock")
 def test_images_are_planned() -> None:
     torch.manual_seed(0)
     model, images = build("vit").eval(), [inputs_for("vit", batch=4) for _ in range(4)]
     size = 0.65 * qbert.model_size(model).mb
     found = qbert.plan(model, images, size_mb=size, latency_ms=1e6, shape=(3, 8), structures=[], rounding="nearest")
-    assert found.best.latency_ms is not None and found.best.megabytes <= size
+    assert found.best.latency_ms == 1000.0 and found.best.megabytes <= size
 
 
+@pytest.mark.usefixtures("steady_clock")
 def test_a_sentence_transformer_is_planned_with_structures_and_timed(world: dict[str, Any]) -> None:
     modules = pytest.importorskip("sentence_transformers.sentence_transformer.modules")
     from sentence_transformers import SentenceTransformer
@@ -225,7 +232,8 @@ def test_a_sentence_transformer_is_planned_with_structures_and_timed(world: dict
     encoder = modules.Transformer(str(world["folder"] / "encoder"))
     model = SentenceTransformer(modules=[encoder, modules.Pooling(32, pooling_mode="cls")], device="cpu")
     structures = [(Depth(1),), (Prune(ffn=0.5),)]
-    asked = {"size_mb": 0.022, "latency_ms": 1e6, "shape": (2, 8), "rounding": "nearest", "further": False}
+    asked: dict[str, Any] = {"size_mb": 0.022, "latency_ms": 1e6, "shape": (2, 8), "bits": (2, 4)}
+    asked |= {"rounding": "nearest", "further": False}
     found = qbert.plan(model, world["batches"][:4], structures=structures, **asked)
     assert {c.structure for c in found.candidates} >= {structures[0]}
     assert found.best.agreement == pytest.approx(100 * (1 - found.best.measured))  # type: ignore[operator]
@@ -268,7 +276,10 @@ def test_one_planner_serves_several_budgets(world: dict[str, Any]) -> None:
     assert str(again) == str(alone) and again.pipeline == alone.pipeline
 
 
-_RESUMED: dict[str, Any] = {"structures": [(Depth((1,)),), (Prune(ffn=0.5),)], "bits": (2, 4), "further": False}
+_RESUMED: dict[str, Any] = {
+    **{"structures": [(Depth((1,)),), (Prune(ffn=0.5),)], "bits": (2, 4)},
+    **{"further": False, "rounding": "nearest"},
+}
 
 
 def test_an_interrupted_plan_goes_on_after_the_last_structure(
@@ -379,8 +390,8 @@ def test_impossible_budgets_are_refused(world: dict[str, Any], budget: dict[str,
 def test_the_smallest_file_of_a_structure_is_known_before_it_is_measured(
     world: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    structures = [(Depth((1,)),), (Prune(ffn=0.5),)]
-    planner = plans.Planner(world["model"], world["batches"][:4], structures=structures, rounding="nearest")
+    given: dict[str, Any] = {"structures": [(Depth((1,)),)], "bits": (3, 4), "rounding": "nearest"}
+    planner = plans.Planner(world["model"], world["batches"][:4], **given)
     smallest = {steps: planner._smallest_mb(steps) for steps in planner.structures}
     assert smallest == {steps: planner.part(steps).files.smallest_mb for steps in planner.structures}
 
@@ -390,7 +401,7 @@ def test_the_smallest_file_of_a_structure_is_known_before_it_is_measured(
     monkeypatch.setattr(plans, "FilePlan", measured)
     with pytest.raises(ValueError, match=r"no plan keeps it \(bits alone: the smallest file has .*; depth"):
         size = 0.99 * min(smallest.values())
-        qbert.plan(world["model"], world["batches"][:4], size_mb=size, structures=structures, rounding="nearest")
+        qbert.plan(world["model"], world["batches"][:4], size_mb=size, **given)
 
 
 def test_what_takes_more_away_than_another_is_known() -> None:
