@@ -108,6 +108,16 @@ def test_a_sentence_encoder_goes_through_a_pipeline_by_the_cosines_of_pairs(tmp_
         torch.testing.assert_close(found, again.model.embed(**batch))  # type: ignore[operator]
 
 
+def test_training_a_model_in_half_precision_makes_no_larger_file(world: dict[str, Any], tmp_path: Path) -> None:
+    half = {**world, "model": copy.deepcopy(world["model"]).to(torch.bfloat16)}
+    sizes = []
+    for name, steps in (("plain", ()), ("trained", (Distill("qbert_kd", steps=2),))):
+        plan = Pipeline((Quantize(4, rounding="nearest"), *steps, Pack()))
+        done = compress(**half, plan=plan, folder=tmp_path / name, progress=False)
+        sizes.append({key: (value.dtype, value.shape) for key, value in done.model.state_dict().items()})
+    assert sizes[0] == sizes[1]
+
+
 def test_stopped_anywhere_it_goes_on_to_the_same_result(
     world: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
