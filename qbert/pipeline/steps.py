@@ -17,6 +17,7 @@ from torch import nn
 from qbert.arguments import is_whole, whole_number
 from qbert.bits import BitsConfig
 from qbert.encoders.inputs import without_labels
+from qbert.encoders.precision import half_parameters, narrowed
 from qbert.quantizers.sparsity import Pattern
 
 
@@ -280,7 +281,7 @@ class Distill(Step):
         return model
 
     def apply(self, model: nn.Module, context: Context) -> nn.Module:
-        """A `Distiller` run that goes on from its last whole checkpoint."""
+        """A `Distiller` run that goes on from its last whole checkpoint; half precision is so again afterwards."""
         from transformers import PrinterCallback, TrainingArguments
 
         from qbert.distill import Distiller
@@ -288,7 +289,7 @@ class Distill(Step):
         from qbert.distill.recipes import RECIPES
 
         recipe = RECIPES[self.recipe](**self.options)
-        device = next(model.parameters()).device
+        device, half = next(model.parameters()).device, half_parameters(model)
         arguments = TrainingArguments(
             str(context.folder),
             per_device_train_batch_size=self.batch_size,
@@ -319,7 +320,7 @@ class Distill(Step):
         distiller.remove_callback(PrinterCallback)  # which the Trainer takes for a bar that is switched off
         checkpoint = last_good_checkpoint(context.folder)
         distiller.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-        return distiller.student.eval()
+        return narrowed(distiller.student, half).eval()
 
 
 @dataclass(frozen=True)

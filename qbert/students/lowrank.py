@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from qbert.bits import BitsConfig, TensorSpec, covers, spec_to_dict
-from qbert.calibration import check_batches, mean_logits, run_batch
+from qbert.calibration import Batch, check_batches, mean_logits, run_batch
 from qbert.encoders.factors import CorrectedLinear, corrected, factored, is_factored
 from qbert.encoders.inputs import to_device
 from qbert.encoders.replace import replace_everywhere
@@ -121,6 +121,7 @@ def quantize_with_correction(
     """
     config = BitsConfig.parse(bits_config)
     specs = config.resolve(model)
+    data = check_batches(data)  # what can be read only once is read here
     targets = [t for t in layer_matrices(model) if t.path in specs]
     ranks = None if _is_share(rank) else _asked(rank, targets)  # type: ignore[arg-type]
     compensated = any(spec.rounding == "compensated" for spec in specs.values())
@@ -151,16 +152,14 @@ def quantize_with_correction(
             down, up = Spectrum.of(error, moments.get(target.module), damping).factors(ranks[target.name])
             for part, values in ((layer.down, down), (layer.up, up)):
                 part.weight = nn.Parameter(values.to(part.weight.dtype))  # its grid is found anew
-    if compensated:
+    if compensated and data is not None:
         _move_biases(model, student, [t for t in targets if t.name in ranks], data)
     return student.eval()
 
 
 @torch.no_grad()
-def _move_biases(model: nn.Module, student: nn.Module, targets: Sequence[Target], data: Any) -> None:
+def _move_biases(model: nn.Module, student: nn.Module, targets: Sequence[Target], batches: Sequence[Batch]) -> None:
     """Biases for outputs of the float model's means: compensated rounding has moved them for the error uncorrected."""
-    batches = check_batches(data, "data")
-    assert batches is not None
     modules = [cast(nn.Linear, t.module) for t in targets]
     seen = observe(model, modules, lambda: (run_batch(model, to_device(b, model)) for b in batches), batches)
     for target, module in zip(targets, modules, strict=True):

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from qbert.bits import covers
+from qbert.calibration import check_batches
 from qbert.encoders.parts import LayerParts
 from qbert.encoders.sharing import SharedLayers
 from qbert.encoders.targets import encoder_layers, main_layers
@@ -75,6 +76,7 @@ def prune(
             that does not fit; before anything is computed.
     """
     kept, zeros, matrices = _asked(model, heads, ffn, pattern, names)
+    data = check_batches(data)  # what can be read only once is read here
     student = copy.deepcopy(model).eval()
     if kept:
         _take_out(student, kept, data, compensate, damping)

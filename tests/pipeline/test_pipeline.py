@@ -115,6 +115,16 @@ def test_a_step_that_is_taken_up_lies_where_the_teacher_does(world: dict[str, An
     assert {parameter.device.type for parameter in taken_up._load(1).parameters()} == {"meta"}
 
 
+def test_training_a_model_in_half_precision_makes_no_larger_file(world: dict[str, Any], tmp_path: Path) -> None:
+    half = {**world, "model": copy.deepcopy(world["model"]).to(torch.bfloat16)}
+    sizes = []
+    for name, steps in (("plain", ()), ("trained", (Distill("qbert_kd", steps=2),))):
+        plan = Pipeline((Quantize(4, rounding="nearest"), *steps, Pack()))
+        done = compress(**half, plan=plan, folder=tmp_path / name, progress=False)
+        sizes.append({key: (value.dtype, value.shape) for key, value in done.model.state_dict().items()})
+    assert sizes[0] == sizes[1]
+
+
 def test_stopped_anywhere_it_goes_on_to_the_same_result(
     world: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -80,10 +80,10 @@ def test_random_sums_of_columns_estimate_the_same_moment() -> None:
 def test_every_head_can_be_pruned_factorized_and_corrected_on_data(kind: str) -> None:
     model = head(kind)
     data = [{**padded_batch(), "row": torch.arange(4)}]  # with a column that no forward takes
-    for student in (
-        qbert.prune(model, ffn=0.5, data=data),
-        qbert.factorize(model, 0.5, data=data),
-        quantize_with_correction(model, 4, 2, data=data),
+    for student in (  # of data that can be read only once
+        qbert.prune(model, ffn=0.5, data=iter(data)),
+        qbert.factorize(model, 0.5, data=iter(data)),
+        quantize_with_correction(model, {"encoder": {"bits": 4, "rounding": "compensated"}}, 2, data=iter(data)),
     ):
         assert type(student).__name__ == type(model).__name__
 

@@ -198,3 +198,10 @@ def test_gradients_of_a_model_without_a_head_are_refused() -> None:
     model, data = model_and_data()
     with pytest.raises(ValueError, match="has no logits"):
         qbert.factorize(model.bert, 4, weighting="both", data=data)
+
+
+def test_corrections_without_data_round_to_nearest_as_quantize_model_does() -> None:
+    model, _ = model_and_data()
+    with pytest.warns(UserWarning, match="needs calibration_data, so they are rounded to nearest"):
+        student = quantize_with_correction(model, {"encoder": {"bits": 4, "rounding": "compensated"}}, 2)
+    assert isinstance(student.bert.get_submodule(QUERY), CorrectedLinear)
