@@ -20,10 +20,12 @@ References: Yao et al. 2021, HAWQ-V3, section 3.4 (bits as an integer program); 
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import math
 import os
 import platform
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
@@ -157,9 +159,11 @@ class Planner:
         if checked is None or len(checked) < 4:
             raise ValueError("batches: plans are fitted, scored and checked on different rows; pass at least 4 batches")
         self.model, self.bits, self.further, self.progress, self.settings = model, bits, further, progress, settings
+        kind = getattr(getattr(model, "config", None), "problem_type", None)
+        written = re.sub(r" at 0x[0-9a-f]+", "", f"{model} {kind}")  # addresses, which are others in each process
         asked = {
             "qbert": __version__,
-            "model": f"{type(model).__name__} {getattr(getattr(model, 'config', None), 'problem_type', None)}\n{model}",
+            "model": hashlib.sha256(written.encode()).hexdigest(),
             "weights": model_fingerprint(model) if checkpoint is not None else None,
             "batches": fingerprint(checked) if checkpoint is not None else None,
             "bits": bits,
