@@ -10,7 +10,8 @@
     ... ).train()
 
 Callbacks, ``resume_from_checkpoint``, ``report_to``, ``accelerate launch`` and gradient accumulation are the Trainer's.
-The student is trained in place; `save_student` and the student's own methods never see projections or the teacher.
+The student is trained in place, with float32 weights whatever it came with (``bf16=True`` computes in bfloat16 all the
+same); `save_student` and the student's own methods never see projections or the teacher.
 """
 
 from __future__ import annotations
@@ -76,7 +77,7 @@ from qbert.distill.progress import (
     save_curves,
     time_steps,
 )
-from qbert.distill.rates import factors_of, has_rates, schedules, split_groups
+from qbert.distill.rates import factors_of, has_rates, scale_schedule, schedules, split_groups
 from qbert.distill.recipe import Recipe, Timetable
 from qbert.distill.step_sizes import (
     StepSizeCallback,
@@ -92,6 +93,7 @@ from qbert.distill.step_sizes import (
 from qbert.distill.zeros import KeepZeros, Movement
 from qbert.encoders.inputs import forward_arguments
 from qbert.encoders.modes import modes_kept
+from qbert.encoders.precision import single_precision
 from qbert.extras import require
 from qbert.files import write_json
 
@@ -101,7 +103,8 @@ class Distiller(Trainer):
 
     Args:
         teacher: a fine-tuned model; run in evaluation mode, whatever mode it is in, and never changed.
-        student: the model to train: quantized (`qbert.quantize_model`), smaller, or both.
+        student: the model to train: quantized (`qbert.quantize_model`), smaller, or both. Weights in half precision,
+            where most steps would be lost, become float32, and are saved so.
         recipe: what the loss is made of (`qbert.distill.recipes`).
         args: `TrainingArguments`; the recipe's own where None, in the folder ``distilled``.
         train_dataset: rows that the collator understands; labels are only needed by recipes that use them.
@@ -181,7 +184,7 @@ class Distiller(Trainer):
             example = collator(first_rows(train_dataset, 2, self._columns if args.remove_unused_columns else None))
             if any(stage.uses_labels for stage in recipe.stages):
                 check_labels(student, [example], some=False)
-            student.to(args.device)
+            single_precision(student).to(args.device)
             self.distillation = Distillation(student, teacher, recipe, dict(example))
             super().__init__(
                 model=self.distillation,
@@ -204,8 +207,10 @@ class Distiller(Trainer):
         self._entered = -1
         self._interrupt = InterruptCallback()
         stages = StageCallback(recipe, self.enter_stage)
-        zeros = [] if recipe.zeros is None else [Movement(student, recipe.zeros)]
-        for callback in (stages, StepSizeCallback(student, recipe), *zeros, KeepZeros(student), self._interrupt):
+        self._movement = None if recipe.zeros is None else Movement(student, recipe.zeros)
+        zeros = [] if self._movement is None else [self._movement]
+        self._step_sizes = StepSizeCallback(student, recipe)
+        for callback in (stages, self._step_sizes, *zeros, KeepZeros(student), self._interrupt):
             self.add_callback(callback)
         if not args.disable_tqdm:
             several = len(recipe.stages) > 1
@@ -249,6 +254,7 @@ class Distiller(Trainer):
                 result = super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
             finally:
                 self._interrupt.restore()
+                self._step_sizes.close()
                 self.distillation.eval()
                 end_training(self.student)
         if self.args.should_save:
@@ -378,7 +384,11 @@ class Distiller(Trainer):
         return optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
-        """The recipe's schedule; another ``lr_scheduler_type`` than linear holds for recipes of one stage only."""
+        """The recipe's schedule; another ``lr_scheduler_type`` than linear holds for recipes of one stage only.
+
+        Raises:
+            ValueError: a schedule that is no function of the step, with a stage that has rates of its own.
+        """
         if self.lr_scheduler is not None:
             return self.lr_scheduler
         optimizer = optimizer or self.optimizer
@@ -390,9 +400,11 @@ class Distiller(Trainer):
                 "left out; train for longer",
                 stacklevel=2,
             )
-        if schedule_of(self.args) != "linear" and not has_rates(self.recipe):
-            return super().create_scheduler(num_training_steps, optimizer)
         factors = factors_of(self.student, self.recipe) if has_rates(self.recipe) else {}
+        if schedule_of(self.args) != "linear":
+            scheduler = super().create_scheduler(num_training_steps, optimizer)
+            scale_schedule(scheduler, optimizer, self.recipe.stages[0], factors)
+            return scheduler
         self.lr_scheduler = LambdaLR(optimizer, schedules(optimizer, table, factors))
         self._created_lr_scheduler = True
         return self.lr_scheduler
@@ -445,6 +457,8 @@ class Distiller(Trainer):
             if self.args.should_save:
                 folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
                 write_json(folder / ORIGIN, self._origin())
+                if self._movement is not None:
+                    self._movement.save(folder)
                 finish_checkpoint(folder, alone=self.args.world_size == 1)
         except (OSError, RuntimeError, SafetensorError) as error:
             broken = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
@@ -466,6 +480,8 @@ class Distiller(Trainer):
         if (folder / TEACHER).is_file():
             load_weights(self.distillation.teacher, folder / TEACHER)
         load_weights(self.distillation, folder / WEIGHTS)
+        if self._movement is not None:
+            self._movement.take_up(folder)
 
     def _load_best_model(self) -> None:
         if self.state.best_model_checkpoint is not None:

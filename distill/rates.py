@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
 
 from qbert.bits import covers, longest
 from qbert.distill.recipe import Recipe, Stage, Timetable
@@ -70,3 +71,29 @@ def schedules(
         return lambda step: table.rate_at(step) * own[table.stage_at(step)]
 
     return [of(group) for group in optimizer.param_groups]
+
+
+def scale_schedule(
+    scheduler: Any, optimizer: torch.optim.Optimizer, stage: Stage, factors: Mapping[int, tuple[float, ...]]
+) -> None:
+    """Multiply a schedule that has not begun by the rate of the only stage, and by its factors of parts.
+
+    Raises:
+        ValueError: the stage has such rates, and the schedule is no function of the step.
+    """
+    if stage.rate == 1 and not stage.rates:
+        return
+    if not isinstance(scheduler, LambdaLR):
+        raise ValueError(
+            f"lr_scheduler_type: stage {stage.name!r} has rates of its own, which {type(scheduler).__name__} cannot "
+            "heed; use 'linear' or 'cosine'"
+        )
+
+    def scaled(plain: Callable[[int], float], factor: float) -> Callable[[int], float]:
+        return lambda step: factor * plain(step)
+
+    firsts = [group["params"][:1] for group in optimizer.param_groups]
+    own = [stage.rate * (factors.get(id(first[0]), (1.0,))[0] if first else 1.0) for first in firsts]
+    scheduler.lr_lambdas = [scaled(plain, factor) for plain, factor in zip(scheduler.lr_lambdas, own, strict=True)]
+    for group, base, factor in zip(optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True):
+        group["lr"] = base * factor(scheduler.last_epoch)

@@ -221,8 +221,9 @@ class Recipe:
     Attributes:
         name, source: what it is called and where it is from.
         stages: in order.
-        steps: what happens to the quantizers' step sizes: ``fixed`` (as found at the start), ``refit`` (least
-            squares for the present codes, every `refit_every` steps) or ``learned`` (LSQ).
+        steps: what happens to the step sizes of weights below 8 bits: ``fixed`` (as found at the start), ``refit``
+            (least squares for the present codes, every `refit_every` steps) or ``learned`` (LSQ; those of tables stay
+            as found).
         activations: what happens to static activation ranges: ``fixed`` (as calibrated), ``average`` (they follow a
             moving average of the batches) or ``learned`` (LSQ). Dynamic ranges have nothing to train.
         step_rate: learning rate of learned steps, relative to their own size.

@@ -3,8 +3,9 @@
 They stand alone because they know quantizers and optimizers, but no teacher and no loss.
 
 Steps of matrices below 8 bits are learned (LSQ, Esser et al. 2020), refitted to the weights by least squares, or left
-as they were found; static activation ranges are learned, follow the batches (Jacob et al. 2018), or stay. The recipe
-says which. 8-bit tables and dynamic activation ranges have nothing to train.
+as they were found; those of tables below 8 bits are refitted where those of matrices are, and otherwise left. Static
+activation ranges are learned, follow the batches (Jacob et al. 2018), or stay. The recipe says which. What has 8 bits,
+and dynamic activation ranges, have nothing to train.
 
     >>> begin_training(student, recipe)                     # before the optimizer is made
     >>> hold_steps(student, recipe)                         # as each stage begins
@@ -21,9 +22,11 @@ import torch
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from qbert.calibration.rows import padding_left_out
 from qbert.distill.recipe import Recipe
 from qbert.encoders.sharing import uses
 from qbert.layers.kind import TrainableLayer
+from qbert.layers.recurrent import StepMasks
 from qbert.quantizers.activations import ActivationQuantizer
 
 _SMALLEST_SCALE = 1e-8
@@ -44,10 +47,20 @@ def trained_matrices(student: nn.Module) -> list[Any]:
     return [m for m in quantized_matrices(student) if m.weight_quantizer.bits < 8]
 
 
+def refitted_layers(student: nn.Module) -> list[Any]:
+    """The quantized matrices and tables of fewer than 8 bits, each weight quantizer once."""
+    layers = [m for m in student.modules() if isinstance(m, TrainableLayer)]
+    return list({id(m.weight_quantizer): m for m in layers if m.weight_quantizer.bits < 8}.values())
+
+
 def static_activations(student: nn.Module) -> list[ActivationQuantizer]:
     """The activation quantizers that have a range of their own."""
-    found = [m.activation_quantizer for m in student.modules() if isinstance(m, TrainableLayer)]
-    return [quantizer for quantizer in found if quantizer is not None and quantizer.mode == "static"]
+    return [layer.activation_quantizer for layer in _static_layers(student)]
+
+
+def _static_layers(student: nn.Module) -> list[Any]:
+    layers = [m for m in student.modules() if isinstance(m, TrainableLayer) and m.activation_quantizer is not None]
+    return [m for m in layers if m.activation_quantizer is not None and m.activation_quantizer.mode == "static"]
 
 
 def stage_bits(recipe: Recipe, index: int) -> int | None:
@@ -158,6 +171,28 @@ class StepSizeCallback(TrainerCallback):
 
     def __init__(self, student: nn.Module, recipe: Recipe) -> None:
         self.student, self.recipe = student, recipe
+        self._put_on: list[Any] = []
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Let moving ranges leave out the padding, as calibration does, until `close`."""
+        if self.recipe.activations != "average":
+            return
+        masks = StepMasks(self.student)
+
+        def note(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            masks.mask = kwargs.get("attention_mask")
+
+        hook = self.student.register_forward_pre_hook(note, with_kwargs=True)
+        self._put_on += [masks.close, hook.remove]
+        for layer in _static_layers(self.student):
+            layer.activation_quantizer.follow(_MOMENTUM, lambda x, layer=layer: padding_left_out(layer, masks, x)(x))
+
+    def close(self) -> None:
+        """Take off the student what `on_train_begin` put on it."""
+        while self._put_on:
+            self._put_on.pop()()
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -180,8 +215,8 @@ class StepSizeCallback(TrainerCallback):
             module.weight_quantizer.scale.clamp_(min=_SMALLEST_SCALE)
         due = self.recipe.steps == "refit" and state.global_step % self.recipe.refit_every == 0
         if due and not self._is_frozen(state):
-            for module in trained_matrices(self.student):
-                module.weight_quantizer.refit(module.weight)
+            for module in refitted_layers(self.student):
+                module.weight_quantizer.refit(module.matrix)
 
     def _is_frozen(self, state: TrainerState) -> bool:
         return state.global_step >= self.recipe.freeze_at * state.max_steps

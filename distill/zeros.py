@@ -17,8 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
@@ -27,9 +26,11 @@ from qbert.distill.recipe import Zeros
 from qbert.encoders.targets import base_model, encoder_layers, join_path
 from qbert.encoders.weights import as_matrix, matrix_size
 from qbert.encoders.zeros import note_zeros, noted_zeros
+from qbert.files import check_tensors, write_tensors
 from qbert.quantizers.sparsity import Pattern
 
 STATE = "movement.safetensors"
+_PARTS = ("dense", "score", "out")
 
 
 def _matrix(module: nn.Module) -> Tensor:
@@ -108,6 +109,7 @@ class Movement(TrainerCallback):
     def __init__(self, student: nn.Module, zeros: Zeros) -> None:
         self.student, self.zeros, self.pattern = student, zeros, Pattern.parse(zeros.pattern)
         self._moved: list[_Moved] = []
+        self._kept: dict[str, Tensor] = {}  # of the checkpoint that the next training goes on from
         found = self._matrices()
         if not found:
             raise ValueError(f"zeros: {zeros.names!r} matches no matrix of the student's layers")
@@ -125,10 +127,12 @@ class Movement(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Start from the present weights, or go on from those of a checkpoint."""
+        """Start from the present weights, or go on from those of the checkpoint that was taken up."""
         self._moved = [_Moved(name, module) for name, module in self._matrices().items()]
-        if state.global_step:
-            self._resume(Path(args.output_dir or ".") / f"checkpoint-{state.global_step}" / STATE)
+        kept, self._kept = self._kept, {}
+        for moved in self._moved if kept else ():
+            for part in _PARTS:
+                getattr(moved, part).copy_(kept[f"{moved.name}.{part}"])
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -148,12 +152,25 @@ class Movement(TrainerCallback):
         for moved in self._moved:
             moved.after_step(present)
 
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Write scores and the values kept aside beside the checkpoint."""
-        folder = Path(args.output_dir or ".") / f"checkpoint-{state.global_step}"
-        if folder.is_dir() and args.should_save:
-            parts = ("dense", "score", "out")
-            save_file({f"{m.name}.{p}": getattr(m, p).contiguous() for m in self._moved for p in parts}, folder / STATE)
+    def save(self, checkpoint: Path) -> None:
+        """Write scores and the values kept aside into the folder of a checkpoint, which is not sealed yet."""
+        tensors = {f"{m.name}.{part}": getattr(m, part).contiguous() for m in self._moved for part in _PARTS}
+        write_tensors(checkpoint / STATE, tensors)
+
+    def take_up(self, checkpoint: Path) -> None:
+        """Begin the next training with what `save` wrote.
+
+        Raises:
+            ValueError: the file is not there, damaged, or of other matrices.
+        """
+        file = checkpoint / STATE
+        if not file.is_file():
+            raise ValueError(f"{file} with the scores of the weights is not there; resume from another checkpoint")
+        check_tensors(file)
+        self._kept = load_file(file)
+        missing = next((name for name in self._matrices() if f"{name}.{_PARTS[0]}" not in self._kept), None)
+        if missing is not None:
+            raise ValueError(f"{file} has no scores of {missing}; resume with the recipe that the training began with")
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -172,11 +189,3 @@ class Movement(TrainerCallback):
                 if matrix_size(module) and any(pattern == "*" or covers(pattern, [name]) for pattern in wanted):
                     found[name] = module
         return found
-
-    def _resume(self, file: Path) -> None:
-        if not file.is_file():
-            raise ValueError(f"{file} with the scores of the weights is not there; resume from another checkpoint")
-        with safe_open(file, framework="pt") as tensors:
-            for moved in self._moved:
-                for part in ("dense", "score", "out"):
-                    getattr(moved, part).copy_(tensors.get_tensor(f"{moved.name}.{part}"))

@@ -200,7 +200,6 @@ class Budget:
         """The model and the tokenizer with the pieces of the training texts only."""
         from qbert.students.vocabulary import student_with_vocabulary
         from qbert.tasks.evaluation import wants_pairs
-        from qbert.tasks.heads import SentenceRegression
         from qbert.tasks.task import subset
 
         rows = subset(self.task.rows("train"), _CORPUS, 0)
@@ -208,7 +207,7 @@ class Budget:
         texts = [" ".join(text) if isinstance(text, list) else text for text in texts]
         inner = model.backbone if wants_pairs(model) else model
         student, smaller = student_with_vocabulary(inner, tokenizer, texts)
-        return (SentenceRegression(student, model.label_max).eval() if wants_pairs(model) else student), smaller
+        return (model.around(student) if wants_pairs(model) else student), smaller
 
     def planner(self, variant: Variant, **options: Any) -> Any:
         """What all plans of a variant are made of, measured once; `options` are those of `Planner`."""

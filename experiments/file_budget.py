@@ -81,7 +81,7 @@ def trimmed(task: Any, model: Any, tokenizer: Any) -> tuple[Any, Any]:
     texts = [text for row in rows for key, text in row.items() if isinstance(text, str) and key != "label"]
     inner = model.backbone if isinstance(model, SentenceRegression) else model
     student, smaller = student_with_vocabulary(inner, tokenizer, texts)
-    return (SentenceRegression(student, model.label_max) if inner is not model else student), smaller
+    return (model.around(student) if inner is not model else student), smaller
 
 
 def split_of(model: Any, batches: Any, mean: float) -> dict[str, Any]:

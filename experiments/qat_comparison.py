@@ -179,7 +179,7 @@ class Comparison:
 
     def post_training_row(self, rounding: str) -> dict[str, Any]:
         """The row without training; of nearest rounding on the library's grid or the recipe's, by score."""
-        rows = []
+        rows = []  # the better by the reported score itself: a choice that can only favour the row without training
         for bits in dict.fromkeys([self.bits[rounding], *([self.default_bits] if rounding == "nearest" else [])]):
             start = time.monotonic()
             student = self.quantized(bits)

@@ -317,4 +317,10 @@ def check_attention(heads: Heads, out: InputGrid, out_row_sum: Tensor | None) ->
     check_same_device(query=query, key=key, value=value, cu_seqlens=cu_seqlens)
     if any(t.stride(2) != 1 for t in (query, key, value)):
         raise ValueError("query, key and value must have unit stride over head_dim; call .contiguous().")
+    sequences = cu_seqlens.shape[0] - 1
+    if heads.uniform and sequences * heads.longest != query.shape[0]:
+        raise ValueError(
+            f"uniform sequences fill all tokens, but {sequences} of {heads.longest} are not {query.shape[0]} tokens; "
+            "leave uniform out."
+        )
     check_output(out, out_row_sum, query, query.shape[1] * query.shape[2])

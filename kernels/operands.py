@@ -16,6 +16,8 @@ from torch import Tensor
 from qbert.kernels import formats
 
 E4M3_MAX = 448
+# Sequences of one length, from this one on, may take another attention on a GPU, and are worth telling apart.
+UNIFORM_LENGTH = 256
 
 
 class InputGrid(NamedTuple):
@@ -53,11 +55,22 @@ PER_TOKEN = InputGrid()  # int8, symmetric
 FLOAT = InputGrid(bits=0)
 
 
+class Spans(NamedTuple):
+    """Where the sequences of T packed tokens lie.
+
+    Sequence s is the tokens starts[s] to starts[s + 1] (int32 [S + 1]), at most `longest` of them; `uniform` promises
+    that all are that long, and that no token is in none.
+    """
+
+    starts: Tensor
+    longest: int
+    uniform: bool = False
+
+
 class Heads(NamedTuple):
     """What attention reads: query, key and value [T, H, D], unit stride over D, slices of one tensor or not.
 
-    Sequence s is the tokens cu_seqlens[s] to cu_seqlens[s + 1] (int32 [S + 1]), at most `longest` of them; scores are
-    multiplied by `scale`.
+    The sequences are `Spans(cu_seqlens, longest, uniform)`; scores are multiplied by `scale`.
     """
 
     query: Tensor
@@ -66,6 +79,7 @@ class Heads(NamedTuple):
     cu_seqlens: Tensor
     longest: int
     scale: float
+    uniform: bool = False
 
 
 class PackedWeight(NamedTuple):

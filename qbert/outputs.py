@@ -102,6 +102,8 @@ def _probe(output: Any, mask: Tensor | None, kind: str | None, generator: torch.
     values = dict(output) if isinstance(output, Mapping) else {}
     if isinstance(values.get("start_logits"), Tensor) and isinstance(values.get("end_logits"), Tensor):
         ends = [values["start_logits"], values["end_logits"]]
+        if mask is not None and mask.shape == ends[0].shape:  # an answer is never read from padding
+            ends = [y.masked_fill(mask.to(y.device) == 0, torch.finfo(y.dtype).min) for y in ends]
         return torch.stack([_classes(y, generator).sum() for y in ends]).sum(), len(ends[0])
     logits = values.get("logits")
     if isinstance(logits, Tensor):

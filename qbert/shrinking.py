@@ -7,13 +7,14 @@ It stands alone because it joins rooms of three floors: what to store how, quant
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from torch import nn
 
 from qbert.allocation.allocate import allocate_bits
 from qbert.allocation.blocks import Fixed
+from qbert.calibration.batches import check_batches
 from qbert.packing import pack
 from qbert.quantize import quantize_model
 
@@ -38,10 +39,10 @@ def shrink(
 
     Args:
         model: a float encoder, with or without a head; it is left as it was.
-        data: some hundred unlabelled sentences like those to come, as strings (with `tokenizer`) or as batches (dicts
-            of tensors).
+        data: some hundred unlabelled sentences like those to come, as strings (with `tokenizer`), as pairs of strings
+            for a model that reads both in one row, or as batches (dicts of tensors).
         size_mb: largest size of the safetensors file in MB of 10^6 bytes, everything included.
-        tokenizer: the model's own, where `data` are strings.
+        tokenizer: the model's own, where `data` are strings or pairs of them.
         bits: the widths to choose from, out of 2, 3, 4, 8 and 16 or 32 (float).
         fixed: pattern -> bits, or a mapping of `TensorSpec` fields, for what is not to be decided.
         progress: show bars.
@@ -62,20 +63,29 @@ def shrink(
 
 
 def as_batches(data: Any, tokenizer: Any) -> list[Any]:
-    """Batches of tensors: of strings by `tokenizer`, sorted by length so that little is padded; others as they are.
+    """Batches of tensors: of strings, or pairs of them, by `tokenizer`, sorted by length so that little is padded;
+    others as they are.
 
     Raises:
-        ValueError: strings without a tokenizer; TypeError: one string, or data that cannot be iterated over.
+        ValueError: strings without a tokenizer, or nothing; TypeError: one string, a whole table of columns, or what
+            else is neither strings nor batches.
     """
     if isinstance(data, str) or not isinstance(data, Iterable):
         raise TypeError(f"data: expected sentences or batches, got one {type(data).__name__}; pass a list of them")
-    if hasattr(data, "keys"):
-        return [data]
-    rows = list(data)
-    if not rows or not all(isinstance(row, str) for row in rows):
-        return rows
+    if hasattr(data, "columns"):  # a data frame, whose iteration gives the names of its columns
+        raise TypeError(f"data: got a whole {type(data).__name__}; pass the column that holds the sentences")
+    rows = [data] if isinstance(data, Mapping) else list(data)
+    texts = [(row,) if isinstance(row, str) else row for row in rows]
+    if not rows or not all(map(_is_text, texts)):
+        return check_batches(rows, "data") or []
+    if len({len(text) for text in texts}) > 1:
+        raise TypeError("data: some rows are one sentence and some are pairs; pass rows of one kind")
     if tokenizer is None:
         raise ValueError("tokenizer: data are strings; pass the model's tokenizer, or batches of tensors")
-    rows.sort(key=len)
-    parts = (rows[i : i + _ROWS] for i in range(0, len(rows), _ROWS))
-    return [dict(tokenizer(part, padding=True, truncation=True, return_tensors="pt")) for part in parts]
+    texts.sort(key=lambda text: sum(map(len, text)))
+    parts = (zip(*texts[i : i + _ROWS], strict=True) for i in range(0, len(texts), _ROWS))
+    return [dict(tokenizer(*map(list, part), padding=True, truncation=True, return_tensors="pt")) for part in parts]
+
+
+def _is_text(row: Any) -> bool:
+    return isinstance(row, tuple | list) and len(row) in (1, 2) and all(isinstance(part, str) for part in row)

@@ -1,7 +1,11 @@
 """Every block of code in README and documentation runs as written, in a folder that has what its words name."""
 
+import difflib
+import fnmatch
+import itertools
 import re
 import shlex
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +68,42 @@ def test_the_commands_of_the_readme_run_in_order(folder: Path) -> None:
     for line in lines:
         main(shlex.split(line, comments=True)[1:])
     assert {"out-2", "out-4", "out-mixed", "model.onnx", "report.html"} <= {path.name for path in folder.iterdir()}
+
+
+def test_what_a_page_installs_is_there_to_install() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    wheel = f"{project['name'].replace('-', '_')}-{project['version']}-py3-none-any.whl"
+    commands = 0
+    for page in PAGES:
+        text = (ROOT / page).read_text(encoding="utf-8")
+        made = re.findall(r"--wheel-dir (\S+)", text)
+        for command in re.findall(r"pip (?:install|wheel) ([^`\n&;|]+)", text):
+            words = shlex.split(command, comments=True)
+            files = [words.pop(i + 1) for i in reversed(range(len(words))) if words[i] == "-c"]
+            places = [words.pop(i + 1) for i in reversed(range(len(words))) if words[i] == "--wheel-dir"]
+            assert all((ROOT / file).is_file() for file in files) and len(places) < 2, f"{page}: {command}"
+            commands += 1
+            for word in (w for w in words if not w.startswith(("-", "git+"))):
+                name, _, extras = word.rstrip("]").partition("[")
+                folder, _, file = word.rpartition("/")
+                if name == ".":
+                    there = set(filter(None, extras.split(","))) <= set(project["optional-dependencies"])
+                elif file.endswith(".whl"):
+                    there = fnmatch.fnmatch(wheel, file) and folder.strip("/") in made
+                else:  # of others; the library is not on the package index, and its import name is someone else's there
+                    there = name.replace("_", "-").lower() not in (project["name"], "qbert")
+                assert there, f"{page}: pip gets no {word}"
+    assert commands >= 8
+
+
+def test_no_change_is_told_twice() -> None:
+    sections = re.split(r"^#+ .*$", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), flags=re.MULTILINE)
+    for section in sections:
+        entries = [" ".join(entry.split()) for entry in re.split(r"^- ", section, flags=re.MULTILINE)[1:]]
+        for first, second in itertools.combinations(entries, 2):
+            like = difflib.SequenceMatcher(None, first, second)
+            twice = like.real_quick_ratio() > 0.85 and like.quick_ratio() > 0.85 and like.ratio() > 0.85
+            assert not twice, f"{first}\n{second}"
 
 
 def test_every_page_is_in_the_navigation_and_every_link_leads_somewhere() -> None:

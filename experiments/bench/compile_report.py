@@ -72,6 +72,18 @@ class Report:
         return dict(collections.Counter(kind + (width[0] if width else "") for kind, width in widths))
 
     @functools.cached_property
+    def before_wait(self) -> frozenset[str]:
+        """Memory instructions that stand before the wait for the kernel before (griddepcontrol.wait), or anywhere.
+
+        "CCTL.PF2" is a request to the L2 cache. Constants, which hold the arguments, and barriers are left out.
+        """
+        code = self._listing.split("ACQBULK")[0]
+        kinds = r"(LD\w*|ST\w*|RED\w*|ATOM\w*|CCTL\w*|UTMA\w*|UBLK\w*)(\.[\w.]*)?"
+        found = re.findall(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\d+\s+)?" + kinds, code, re.M)
+        named = {name + (".PF2" if ".PF2" in (rest or "") else "") for name, rest in found}
+        return frozenset(named - {"LDC"})
+
+    @functools.cached_property
     def loop(self) -> collections.Counter[str]:
         """`sass` of the loops with a warpgroup product alone."""
         names = re.findall(r"^(?:@!?U?P\d+\s+)?([A-Z0-9]+)", "\n".join(_loops_twice(self._listing)[1]), re.M)

@@ -5,14 +5,15 @@ python experiments/bench/gpu_checks.py [CASE ...]
 
 from __future__ import annotations
 
+import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 import torch
-from gpu_machine import DEVICE, MODE, brief, in_processes, left, say, stand_in
+from gpu_machine import DEVICE, MODE, brief, in_processes, left, say, stand_in, variable
 from torch import Tensor
 
 from qbert.kernels import dispatch, formats, operators, reference
@@ -29,6 +30,7 @@ E4M3 = torch.float8_e4m3fn
 # every step. Where terms cancel, or GELU makes them small, that is many steps between e4m3 codes.
 E4M3_STEP, E4M3_COLUMNS = 2.0**-13, 32
 SOFTMAX = {torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}  # the rounding of a weight to the dtype of the values
+DEPENDENT = [("static", "int8"), ("dynamic", "int8"), ("static", "e4m3")]
 ROUNDED = 2e-3  # codes that may be off by one: float32 sums beside float64 ones, at the middle between two codes
 
 
@@ -354,13 +356,12 @@ def floats(bits: int) -> int:
     return tally.end()
 
 
-def rows() -> int:
+def rows(dtypes: Sequence[torch.dtype], shapes: Sequence[tuple[int, int]]) -> int:
     """Row quantization, and LayerNorm with it."""
-    tally = Tally("row kernels")
-    shapes = [(1, 384), (77, 768), (4097, 768), (8200, 768), (1033, 1024), (1050, 312)]
+    tally = Tally(f"row kernels, {', '.join(str(d)[6:] for d in dtypes)}")
     for tokens, width in [(3, 96)] if SMALL else shapes:
         weight_, bias = torch.randn(width, device=DEVICE), torch.randn(width, device=DEVICE)
-        for dtype in (torch.float16, torch.bfloat16, torch.float32):
+        for dtype in dtypes:
             x, residual = normal(tokens, width).to(dtype), normal(tokens, width).to(dtype)
             norm = (weight_.to(dtype), bias.to(dtype), 1e-12)
             grids = (InputGrid(), InputGrid(asymmetric=True), InputGrid(0.03, -11))
@@ -389,7 +390,7 @@ def attend() -> int:
     """Attention over sequences of different lengths."""
     tally = Tally("attention")
     for heads, width in ((2, 16),) if SMALL else ((12, 64), (12, 32), (16, 64), (4, 96), (2, 128)):
-        for lengths in ([3, 4],) if SMALL else ([128] * 4, [5, 128, 0, 7, 512], [1], [16, 17, 31], [384] * 3):
+        for lengths in ([3, 4], [4, 4]) if SMALL else ([128] * 4, [5, 128, 0, 7, 512], [1], [16, 17, 31], [384] * 3):
             starts = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32).to(DEVICE)
             tokens, longest = sum(lengths), max(lengths)
             for dtype in (torch.float16, torch.bfloat16):
@@ -415,7 +416,29 @@ def attend() -> int:
                 off_by = sizes.double() * SOFTMAX[dtype] / 0.01
                 out = InputGrid(0.01, codes_dtype=E4M3)
                 compare(tally, f"{what}, e4m3", operators.attention, inputs, out, out_row_sum=sums, off_by=off_by)
+                if len(set(lengths)) > 1:
+                    continue
+                whole = inputs._replace(uniform=True)
+                with forced_attention("sdpa"):
+                    compare(tally, f"{what}, torch's", operators.attention, whole)
+                    name, grid = f"{what}, torch's, int8", InputGrid(0.02, 5)
+                    compare(tally, name, operators.attention, whole, grid, out_row_sum=sums, codes_off=off)
+                    name = f"{what}, torch's, e4m3"
+                    compare(tally, name, operators.attention, whole, out, out_row_sum=sums, off_by=off_by)
     return tally.end()
+
+
+@contextmanager
+def forced_attention(way: str) -> Iterator[None]:
+    """Inside, QBERT_ATTENTION is `way`."""
+    kept = os.environ.get("QBERT_ATTENTION")
+    os.environ["QBERT_ATTENTION"] = way
+    try:
+        yield
+    finally:
+        del os.environ["QBERT_ATTENTION"]
+        if kept is not None:
+            os.environ["QBERT_ATTENTION"] = kept
 
 
 def tables() -> int:
@@ -492,6 +515,10 @@ def encoder(ranges: str, operands: str = "int8") -> int:
     with twins():
         slow = GpuEncoder(packed, operands=operands)
         given = [batch(*shape) for shape in ([(2, 9)] if SMALL else [(3, 40), (2, 37), (1, 1), (17, 300)])]
+        # No padding: attention over sequences of one length is another from 2,048 tokens on.
+        for shape in [(2, 8)] if SMALL else [(8, 256), (8, 64)]:
+            given.append({name: torch.ones_like(t) if "mask" in name else t for name, t in batch(*shape).items()})
+        given.append(batch(*shape))  # padding where the mask before had none
         wanted: list[Tensor] = [] if MODE == "compile" else [slow(**one)[0] for one in given]
     if MODE != "gpu":
         for one in given:
@@ -510,11 +537,63 @@ def encoder(ranges: str, operands: str = "int8") -> int:
             error = float((got[keep].double() - expected[keep]).norm() / expected[keep].norm())
             tally.note(f"{tuple(keep.shape)} {use}", error, 0.02)
             tally.note(f"{tuple(keep.shape)} {use}, padding", float(got[~keep].abs().sum()), 0)
-    tally.note("graphs that could not be captured", float(not len(fast.forward.graphs)), 0)
+    tally.note("no graph was captured", float(not len(fast.forward.graphs)), 0)
+    refused = [key for key, usable in fast.forward.graphs._seen.items() if not usable]
+    tally.note(f"graphs that could not be captured {refused}", float(len(refused)), 0)
     kept = fast(**{key: value.to(DEVICE) for key, value in given[0].items()})[0]
     copy = kept.clone()
     fast(**{key: value.to(DEVICE) for key, value in batch(3, 40).items()})
     tally.note("a later call writes to a result", float((kept - copy).abs().max()), 0)
+    return tally.end()
+
+
+def dependent(ranges: str, operands: str = "int8") -> int:
+    """Encoders whose kernels start while the one before still runs: bit for bit those of kernels that do not."""
+    import copy
+
+    import transformers as tf
+
+    import qbert
+    from qbert.inference.gpu import GpuEncoder
+
+    tally = Tally(f"dependent launches, {ranges} ranges, {operands}")
+    torch.manual_seed(0)
+    width = 64 if SMALL else 768
+    config = tf.BertConfig(
+        hidden_size=width,
+        intermediate_size=4 * width,
+        num_attention_heads=width // 64 if width > 64 else 2,
+        num_hidden_layers=2,
+        vocab_size=500,
+    )
+    model = tf.BertModel(config, add_pooling_layer=False).eval()
+    # From few tokens with split columns to several waves of programs.
+    shapes = [(2, 9)] if SMALL else [(1, 16), (1, 128), (4, 100), (16, 128)]
+    given = [{"input_ids": torch.randint(5, 500, shape)} for shape in shapes]
+    settings: Any = {"activation_range": ranges, "range_method": "minmax"}
+    bits = {"encoder.layer.0.attention.self.query": 2, "*": 4}
+    data = [given[-1]] if ranges == "static" else None
+    packed = qbert.pack(qbert.quantize_model(model, qbert.BitsConfig(bits, **settings), calibration_data=data))
+    if MODE != "gpu":
+        for one in given:
+            for switch in ("0", "1"):
+                with variable("QBERT_PDL", switch):
+                    GpuEncoder(packed.half() if MODE == "compile" else packed, operands=operands)(**one)
+        return tally.end()
+    packed = packed.to(DEVICE, torch.float16)
+    wanted: list[Tensor] = []
+    for switch in ("0", "1"):
+        fast = qbert.optimize_for_inference(copy.deepcopy(packed), operands=operands)
+        with variable("QBERT_PDL", switch):
+            for index, one in enumerate(given):
+                ids = one["input_ids"].to(DEVICE)
+                # Once eagerly, once captured, then replayed: back to back, since results are compared afterwards.
+                outputs = [fast(input_ids=ids)[0] for _ in range(200)]
+                if switch == "0":
+                    wanted.append(outputs[0])
+                off = sum(int(not torch.equal(y, wanted[index])) for y in outputs)
+                tally.note(f"{tuple(ids.shape)}, QBERT_PDL={switch}, results that differ", off, 0)
+        tally.note(f"QBERT_PDL={switch}, shapes without a graph", float(len(given) - len(fast.forward.graphs)), 0)
     return tally.end()
 
 
@@ -527,13 +606,17 @@ def cases() -> dict[str, Callable[[], int]]:
         f"encoder-{r}": partial(encoder, r) for r in ("static", "dynamic", "asymmetric")
     }
     found |= {f"encoder-e4m3-{r}": partial(encoder, r, "e4m3") for r in ("static", "dynamic")}
+    found |= {f"dependent-{r}-{o}": partial(dependent, r, o) for r, o in DEPENDENT}
     found |= {
         f"e4m3-{bits}-{r}x{c}": partial(eight_bit_floats, bits, r, c)
         for bits in (4, 3, 2)
         for r, c in [wide, odd, *high]
     }
     found |= {f"epilogues-{bits}": partial(epilogues, bits, *wide) for bits in (8, 4, 3, 2)}
-    found |= {"attention": attend, "e4m3-cublas": by_cublas, "mixed": mixed, "rows": rows, "tables": tables}
+    found |= {"attention": attend, "e4m3-cublas": by_cublas, "mixed": mixed, "tables": tables}
+    shapes_of_rows = [(1, 384), (77, 768), (4097, 768), (8200, 768), (1033, 1024), (1050, 312)]
+    found["rows"] = partial(rows, [torch.float16], shapes_of_rows)
+    found["rows-others"] = partial(rows, [torch.bfloat16, torch.float32], [(77, 768), (1033, 1024)])
     found |= {f"floats-{bits}": partial(floats, bits) for bits in (8, 4, 3, 2)}
     for bits in (8, 4, 3, 2):
         found |= {f"integers-{bits}-{r}x{c}": partial(integers, bits, r, c) for r, c in shapes}
@@ -557,9 +640,12 @@ def linear() -> int:
                     x = normal(tokens, columns).to(dtype)
                     what = f"W{bits}, {tokens} tokens, {dtype}, {grid}"
                     try:
-                        y = dispatch.linear(x, PackedWeight(packed, scale, zero, group, bits, columns), bias, grid)
+                        stored = PackedWeight(packed, scale, zero, group, bits, columns)
+                        y = dispatch.linear(x, stored, bias, grid)
+                        prepared = dispatch.PreparedLinear(stored, bias, grid)(x)
                         if MODE == "compile":
                             continue
+                        tally.note(f"{what}, prepared", float((prepared - y).abs().max()), 0)
                         real = reference.fake_quantize(x.float(), grid)
                         expected = reference.matmul_a16(real, codes, spread[0], spread[1], bias)
                         error = float((y.double() - expected).abs().max() / expected.abs().max())

@@ -9,25 +9,32 @@ scale a row, activations quantized per token, `torch._scaled_mm`, all compiled. 
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import gpu_timing
 import torch
-from gpu_machine import DEVICE, MODE, ON_GPU, brief, compiled, left, limited, record, say, stand_in
+from gpu_machine import DEVICE, MODE, ON_GPU, brief, compiled, left, limited, record, say, stand_in, variable
 from inference_gpu import MODELS, make_batch, parse_shape
 from torch import Tensor, nn
 
 import qbert
+from qbert.inference.graphs import Bucket, Buffers, Graph, Run
+from qbert.kernels.operands import Spans
 
 BASE = "fp16 compiled"
 FP8 = "fp8 compiled"
+NO_PDL = "W4A8, no PDL"  # each kernel launched when the one before has ended, as it always is beyond 2,048 tokens
 ENGINES: dict[str, dict[str, Any]] = {
     "W8A8": {"bits": 8},
     "W4A8": {"bits": 4},
+    NO_PDL: {"bits": 4},
     "W2A8": {"bits": 2},
     "W4 e4m3": {"bits": 4, "operands": "e4m3"},
     "W2 e4m3": {"bits": 2, "operands": "e4m3"},
@@ -134,8 +141,13 @@ def packed_encoder(model: Any, bits: int, ranges: str = "static", operands: str 
         return qbert.optimize_for_inference(packed, inplace=True, operands=operands)
     from qbert.inference.gpu import GpuEncoder
 
-    packed.forward = GpuEncoder(packed, operands=operands)
+    packed.forward = GpuEncoder(packed, operands=operands, capture=_instead_of_a_graph if MODE == "dry" else None)
     return packed
+
+
+def _instead_of_a_graph(run: Run, bucket: Bucket, buffers: Buffers) -> tuple[Callable[[], Any], Tensor]:
+    spans = Spans(buffers.starts, bucket.longest, bucket.uniform)
+    return partial(run, buffers.inputs, spans), run(buffers.inputs, spans)
 
 
 def warm(name: str, shapes: Sequence[str], engine: str) -> int:
@@ -145,18 +157,21 @@ def warm(name: str, shapes: Sequence[str], engine: str) -> int:
         size, length, mixed = parse_shape("2x8" if MODE == "dry" else text)
         batch = make_batch(size, length, mixed, DEVICE)
         batch["input_ids"] %= 2000
-        _call(encoder, batch)()
+        with _launches(engine):
+            _call(encoder, batch)()
     torch.cuda.synchronize()
     return 0
 
 
 def engines(model: Any, names: Sequence[str]) -> dict[str, Any]:
     """Packed encoders by name; one that cannot be made is said and left out."""
-    found = {}
+    found: dict[str, Any] = {}
     for name in names:
         start = time.time()
         try:
-            found[name] = packed_encoder(copy.deepcopy(model), **ENGINES[name])
+            same = [found[n] for n in found if ENGINES[n] == ENGINES[name]]
+            made = copy.deepcopy(same[0]) if same else packed_encoder(copy.deepcopy(model), **ENGINES[name])
+            found[name] = made
             say(f"{name} made in {time.time() - start:.1f} s")
         except Exception as error:
             say(f"{name} FAILED to be made: {brief(error)}")
@@ -174,6 +189,7 @@ def measure(
     failures = 0
     seen: dict[str, Callable[[], Any]] = {}
     shapes = shapes[:1] if MODE == "dry" else shapes
+    names = [name for name in names if name != NO_PDL or any(map(_few, shapes))]
     ours = engines(model, names)
     failures += len(names) - len(ours)
     theirs = {} if MODE == "compile" else baselines(model, False) | (baselines(model, True) if autotune else {})
@@ -197,16 +213,26 @@ def measure(
             except Exception as error:
                 failures += 1
                 say(f"{name} {text} {key} FAILED: {brief(error)}")
-        alone: dict[str, Callable[[], Any]] = {}  # last: a graph that ran just before finds its pages and code at hand
+        alone: dict[str, Callable[[], Any]] = {}
+        around: dict[str, float] = {}
         for key, encoder in ours.items():
+            if key == NO_PDL and not _few(text):
+                continue
             try:
                 user = _call(encoder, batch)
-                for _ in range(3):
-                    user()
+                with _launches(key):  # as they are captured here, they are replayed
+                    for _ in range(3):
+                        user()
                 runs[key] = user
                 graphs = encoder.forward.graphs
                 if graphs is not None and len(graphs):
-                    alone[f"{key} graph alone"] = list(graphs._graphs.values())[-1].graph.replay
+                    graph = list(graphs._graphs.values())[-1]
+                    alone[f"{key} graph alone"] = graph.replay
+                    around[key] = _around(user, graph)
+                    if not mixed:
+                        masked = _call(encoder, batch | {"attention_mask": torch.ones_like(batch["input_ids"])})
+                        masked()
+                        around[f"{key} with a mask"] = _around(masked, graph)
             except Exception as error:
                 failures += 1
                 say(f"{name} {text} {key} FAILED: {brief(error)}")
@@ -223,11 +249,24 @@ def measure(
             + "  ".join(f"{k} {1e3 * v:.0f} us ({base / v:.2f}/{eight / v:.2f})" for k, v in row.items())
         )
         record(kind="encoder", model=name, shape=text, tokens=size * length, ms=row)
+        if around:
+            say(f"{name} {text} around its graph: " + "  ".join(f"{k} {1e3 * v:.0f} us" for k, v in around.items()))
+            record(kind="around", model=name, shape=text, ms=around)
         seen |= {f"{name} {text} {key}": runs[key] for key in profile if key in runs}
     for what, call in seen.items():
         if left() > 6:
             _profile(what, call)
     return failures
+
+
+def _few(shape: str) -> bool:
+    """Whether a batch has no more tokens than are launched early."""
+    size, length, _ = parse_shape(shape)
+    return size * length <= 2048
+
+
+def _launches(engine: str) -> contextlib.AbstractContextManager[None]:
+    return variable("QBERT_PDL", "0") if engine == NO_PDL else contextlib.nullcontext()
 
 
 def _graphed(run: Callable[[Tensor], Tensor], ids: Tensor) -> Callable[[], Any]:
@@ -243,6 +282,21 @@ def _call(model: Any, batch: dict[str, Tensor]) -> Callable[[], Any]:
             return model(**batch)[0]
 
     return run
+
+
+def _around(user: Callable[[], Any], graph: Graph) -> float:
+    """Milliseconds of a call with its graph left out, on the host's clock: Python, and what else it launches."""
+    replay, graph.replay = graph.replay, lambda: None
+    try:
+        times = []
+        for _ in range(50):
+            torch.cuda.synchronize()
+            start = time.perf_counter()
+            user()
+            times.append(time.perf_counter() - start)
+    finally:
+        graph.replay = replay
+    return 1e3 * statistics.median(times)
 
 
 def _profile(what: str, run: Callable[[], Any]) -> None:

@@ -66,6 +66,7 @@ def render(rows: Sequence[Row], logs: Iterable[str] = ()) -> str:
         "",
         *_bars(encoders),
         "",
+        *_around(rows),
         "## Products of a layer",
         "",
         f"Microseconds; in brackets how many times as fast as {CUBLAS}. Ours applies bias, scales and zeros and gives "
@@ -113,6 +114,16 @@ def _table(times: Mapping[tuple[str, int], Mapping[str, float]], bases: Sequence
             cells.append(f"{1e3 * row[engine]:.1f} ({ratios})" if engine in row else "-")
         lines.append(f"| {engine} | " + " | ".join(cells) + " |")
     return lines
+
+
+def _around(rows: Iterable[Row]) -> list[str]:
+    found = {f"{r['model']} {r['shape']}": r["ms"] for r in rows if r["kind"] == "around"}
+    if not found:
+        return []
+    lines = ["The host's time of a call whose graph is left out, what it launches and waits for included:", ""]
+    for what, times in found.items():
+        lines.append(f"- {what}: " + ", ".join(f"{name} {1e3 * value:.0f} us" for name, value in times.items()))
+    return [*lines, ""]
 
 
 def _bars(encoders: Times) -> list[str]:

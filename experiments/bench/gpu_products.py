@@ -21,7 +21,7 @@ from torch import Tensor
 
 from qbert.kernels import operators
 from qbert.kernels.gpu import tune
-from qbert.kernels.gpu.attention_ways import FLASH, measure_attention
+from qbert.kernels.gpu.attention_ways import FLASH, SDPA, measure_attention
 from qbert.kernels.gpu.layernorm_quant import layernorm_candidates, layernorm_quantize, measure_layernorm
 from qbert.kernels.gpu.tiles import E4M3, UNPACKED, Tile, candidates
 from qbert.kernels.operands import E4m3Weight, InputGrid
@@ -211,14 +211,21 @@ def _tune_the_rest() -> int:
         for size, length, heads, width in shapes
     }
     ways |= {
+        f"attention {size}x{length} of one length, 12 heads of 64": partial(
+            measure_attention, sequences=size, longest=length, heads=12, head_dim=64, uniform=True
+        )
+        for size, length in ((128, 384), (8, 384), (1, 384))
+    }
+    ways |= {
         f"LayerNorm {tokens}x{columns}": partial(measure_layernorm, tokens=tokens, columns=columns)
         for tokens, columns in ((49152, 768), (4096, 768), (128, 768), (4096, 384))
     }
     for what, find in ways.items():
         try:
             way = find()
-            say(f"{what}: {'torch' if way == FLASH else short(way)}")
-            record(kind="way", what=what, way="torch" if way == FLASH else short(way))
+            name = {FLASH: "torch's for packed sequences", SDPA: "torch's SDPA"}.get(way) or short(way)
+            say(f"{what}: {name}")
+            record(kind="way", what=what, way=name)
         except Exception as error:
             failures += 1
             say(f"{what} FAILED: {brief(error)}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -62,14 +63,18 @@ class ColdTimer:
 def interleaved_medians(
     engines: Mapping[str, Callable[[], Any]], rounds: int, timer: Timer, warm_up: int = 3
 ) -> dict[str, float]:
-    """Median of `timer` over the rounds for every engine; each runs once a round, so that all share a busy moment."""
+    """Median of `timer` over the rounds for every engine; each runs once a round, so that all share a busy moment.
+
+    In another order every round: after an engine that draws much power the next one runs at a lower clock.
+    """
     for run in engines.values():
         for _ in range(warm_up):
             run()
     times: dict[str, list[float]] = {name: [] for name in engines}
+    draw = random.Random(0)
     for _ in range(rounds):
-        for name, run in engines.items():
-            times[name].append(timer(run))
+        for name in draw.sample(list(engines), len(engines)):
+            times[name].append(timer(engines[name]))
     return {name: statistics.median(values) for name, values in times.items()}
 
 

@@ -42,8 +42,8 @@ def page(found: dict[str, Any], arguments: argparse.Namespace, data: str, made_b
         "",
         "## Later subsets",
         "",
-        f"`hessian_spectrum` over {arguments.subsets} random subsets; from the second on, it starts from the "
-        "Gauss-Newton direction and the eigenvector of the subset before:",
+        f"`hessian_spectrum` over {arguments.subsets} random subsets; from the second on, the eigenvector of "
+        "the subset before is in the start:",
         "",
         _subsets_table(found),
         "",

@@ -237,7 +237,10 @@ def only(model: Any, parameters: list[nn.Parameter]) -> Iterator[None]:
 
 
 TOOLS = {
-    "qbert": Tool(ours(), "Lanczos to a residual within the tolerance, Gauss-Newton start"),
+    "qbert": Tool(
+        ours(),
+        "Lanczos to a residual within the tolerance, from one product of all layers together (in F, not in products)",
+    ),
     "qbert, gap": Tool(ours(bound="gap"), "the same with the gap bound"),
     "qbert, gap 1e-4": Tool(ours(bound="gap", tol=1e-4), "the gap bound with a tolerance of 1e-4"),
     "qbert, Gauss-Newton": Tool(ours(method="ggn"), "another quantity: no Hessian product at all", exact=False),

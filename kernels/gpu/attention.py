@@ -21,6 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from qbert.kernels.gpu.dependent import after_previous, dependent_launch
 from qbert.kernels.gpu.quantize_rows import count, to_codes
 from qbert.kernels.gpu.tiles import Tile
 from qbert.kernels.operands import FLOAT, Heads, InputGrid
@@ -52,8 +53,10 @@ def attention_kernel(
     BLOCK_D: tl.constexpr,
     QUANTIZE: tl.constexpr,
     OUT_SUM: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """Grid (blocks of queries of the longest sequence, heads, sequences)."""
+    after_previous(PDL)
     head = tl.program_id(1)
     start = tl.load(starts_ptr + tl.program_id(2)).to(tl.int64)
     length = (tl.load(starts_ptr + tl.program_id(2) + 1).to(tl.int64) - start).to(tl.int32)
@@ -114,7 +117,7 @@ def attention(
     A static grid `out` makes the result its codes; every token's sum over heads is then added to `out_row_sum` (int32
     [T], zeroed) where given.
     """
-    query, key, value, cu_seqlens, longest, scale = heads
+    query, key, value, cu_seqlens, longest, scale, _ = heads
     tokens, count, head_dim = query.shape
     if head_dim > MAX_HEAD_DIM:
         raise ValueError(f"attention takes head dimensions up to {MAX_HEAD_DIM}, got {head_dim}.")
@@ -148,5 +151,6 @@ def attention(
             OUT_SUM=out_row_sum is not None,
             num_warps=tile.warps,
             num_stages=tile.stages,
+            **dependent_launch(query, tokens),
         )
     return y

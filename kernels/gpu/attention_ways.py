@@ -2,11 +2,12 @@
 
 It stands alone because `attention` is one of the ways, and knows no other.
 
-Ours writes 8-bit codes and their sums itself; torch's is faster where long sequences pay for a second pass over the
-output. The environment variable QBERT_ATTENTION decides: "triton" or "flash" force one; without it the way that
-`measure_attention` found fastest for a shape is taken, and ours, in its default tile, for shapes that were not
-measured. Measured ways are kept with the tiles (`tiles`, QBERT_TILES). "flash" needs a torch with
-`torch.nn.attention.varlen` (2.10 and later).
+Ours writes 8-bit codes and their sums itself; torch's are faster where long sequences pay for a second pass over the
+output: "flash" for packed sequences, where torch has `torch.nn.attention.varlen` (2.10 and later), and "sdpa", cuDNN's
+or another of torch's, for sequences of one length alone (`Heads.uniform`). The environment variable QBERT_ATTENTION
+decides: "triton", "flash" or "sdpa" force one ("sdpa" where it can be taken); without it the way that
+`measure_attention` found fastest for a shape is taken, and for shapes that were not measured that of a rule. Measured
+ways are kept with the tiles (`tiles`, QBERT_TILES).
 
     out = attend(Heads(query, key, value, cu_seqlens, longest, scale=0.125))
     measure_attention(sequences=32, longest=384, heads=12, head_dim=64)
@@ -18,7 +19,9 @@ import os
 from importlib.util import find_spec
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from triton.compiler.errors import CompilationError
 from triton.runtime.errors import OutOfResources, PTXASError
 from triton.testing import do_bench_cudagraph
@@ -26,9 +29,10 @@ from triton.testing import do_bench_cudagraph
 from qbert.kernels.gpu.attention import attention, default_tile
 from qbert.kernels.gpu.quantize_rows import quantize_rows
 from qbert.kernels.gpu.tiles import Tile, device_name, known_tile, measure, token_bucket
-from qbert.kernels.operands import FLOAT, Heads, InputGrid
+from qbert.kernels.operands import FLOAT, UNIFORM_LENGTH, Heads, InputGrid
 
-FLASH = Tile(0, 0, 0, warps=0, stages=0)  # stands for torch's in the table of measured tiles
+# Stand for torch's in the table of measured tiles: for packed sequences, and for those of one length.
+FLASH, SDPA = Tile(0, 0, 0, warps=0, stages=0), Tile(0, 0, 0, warps=0, stages=1)
 WAYS = [
     Tile(64, 64, 0, stages=2),
     Tile(64, 32, 0, stages=2),
@@ -37,6 +41,15 @@ WAYS = [
     Tile(128, 128, 0, warps=8, stages=2),
     FLASH,
 ]
+_BACKENDS = [
+    SDPBackend.CUDNN_ATTENTION,
+    SDPBackend.FLASH_ATTENTION,
+    SDPBackend.EFFICIENT_ATTENTION,
+    SDPBackend.MATH,
+]
+# From which the pass that quantizes the output of SDPA costs less than it saves: estimated from the attention of
+# BERT-base on an H200 at 32x128 (as fast as ours without that pass) and 128x384 (1.7 times as fast).
+_UNIFORM_TOKENS = 2048
 
 
 def attend(heads: Heads, out: InputGrid = FLOAT, out_row_sum: Tensor | None = None) -> Tensor:
@@ -45,16 +58,38 @@ def attend(heads: Heads, out: InputGrid = FLOAT, out_row_sum: Tensor | None = No
     Raises ValueError for another QBERT_ATTENTION, and for "flash" where torch has none for packed sequences.
     """
     forced = os.environ.get("QBERT_ATTENTION", "")
-    if forced not in ("", "triton", "flash"):
-        raise ValueError(f"QBERT_ATTENTION must be 'triton', 'flash' or not set, got {forced!r}.")
+    if forced not in ("", "triton", "flash", "sdpa"):
+        raise ValueError(f"QBERT_ATTENTION must be 'triton', 'flash', 'sdpa' or not set, got {forced!r}.")
     if forced == "flash" and not has_flash():
         raise ValueError(f"QBERT_ATTENTION=flash needs torch 2.10 or later, this is {torch.__version__}; unset it.")
-    tile = FLASH if forced == "flash" else None
-    if not forced:
-        tile = known_tile(*_shape(heads), device_name(heads.query))
-    if tile == FLASH:
+    if not len(heads.query):
+        return attention(heads, out, out_row_sum)
+    way = _way(heads, out) if not forced else {"flash": FLASH, "sdpa": SDPA if heads.uniform else None}.get(forced)
+    if way == SDPA:
+        return _sdpa(heads, out, out_row_sum)
+    if way == FLASH:
         return _flash(heads, out, out_row_sum)
-    return attention(heads, out, out_row_sum, tile=tile)
+    return attention(heads, out, out_row_sum, tile=way)
+
+
+def _way(heads: Heads, out: InputGrid) -> Tile | None:
+    """What was measured for a shape, or what the rule says; None for ours in its default tile."""
+    name = device_name(heads.query)
+    if heads.uniform:
+        measured = known_tile(*_shape(heads), name)
+        if measured is not None:
+            return measured
+        if _pays(heads, out):
+            return SDPA
+    return known_tile(*_shape(heads._replace(uniform=False)), name)
+
+
+def _pays(heads: Heads, out: InputGrid) -> bool:
+    """The rule for SDPA, on sm_90 and what is newer; an output in float needs no second pass."""
+    enough = not out.bits or len(heads.query) >= _UNIFORM_TOKENS
+    query = heads.query
+    hopper = query.is_cuda and torch.cuda.get_device_capability(query.device) >= (9, 0)
+    return hopper and enough and heads.longest >= UNIFORM_LENGTH
 
 
 def has_flash() -> bool:
@@ -65,26 +100,38 @@ def has_flash() -> bool:
 def _shape(heads: Heads) -> tuple[str, int, int, int, int]:
     """What choices are kept by: tokens, heads, head dimension, and the power of two that holds the longest sequence."""
     tokens, count, head_dim = heads.query.shape
-    return "attention", tokens, count, head_dim, token_bucket(heads.longest)
+    name = "attention_uniform" if heads.uniform else "attention"
+    return name, tokens, count, head_dim, token_bucket(heads.longest)
 
 
 def _flash(heads: Heads, out: InputGrid, out_row_sum: Tensor | None) -> Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
-    query, key, value, cu_seqlens, longest, scale = heads
+    query, key, value, cu_seqlens, longest, scale, _ = heads
     y = varlen_attn(query, key, value, cu_seqlens, cu_seqlens, longest, longest, scale=scale)
     assert isinstance(y, Tensor)
+    return _quantized(y, out, out_row_sum)
+
+
+def _sdpa(heads: Heads, out: InputGrid, out_row_sum: Tensor | None) -> Tensor:
+    """torch's over views [B, H, L, D] of the packed tokens, in the order of tokens or another as its backend likes."""
+    query, key, value = (t.unflatten(0, (-1, heads.longest)).transpose(1, 2) for t in heads[:3])
+    with sdpa_kernel(_BACKENDS, set_priority=True):
+        y = F.scaled_dot_product_attention(query, key, value, scale=heads.scale)
+    return _quantized(y.transpose(1, 2).reshape(heads.query.shape), out, out_row_sum)
+
+
+def _quantized(y: Tensor, out: InputGrid, out_row_sum: Tensor | None) -> Tensor:
+    """y [T, H, D], or its codes; their sums, which are zeros before, are written."""
     if not out.bits:
         return y
-    codes, _, sums = quantize_rows(y.flatten(1), out)
-    if out_row_sum is not None:
-        out_row_sum += sums
-    return codes.view_as(y)
+    return quantize_rows(y.flatten(1), out, sums=out_row_sum)[0].view_as(y)
 
 
-def measure_attention(*, sequences: int, longest: int, heads: int, head_dim: int) -> Tile:
+def measure_attention(*, sequences: int, longest: int, heads: int, head_dim: int, uniform: bool = False) -> Tile:
     """The fastest way for this many sequences of this length, with int8 output and sums; later calls will use it.
 
+    `uniform` measures for batches that are known to have sequences of this length alone, and tries SDPA too.
     Raises RuntimeError without a CUDA device.
     """
     if not torch.cuda.is_available():
@@ -94,15 +141,16 @@ def measure_attention(*, sequences: int, longest: int, heads: int, head_dim: int
     query, key, value = fused.unbind(1)
     starts = torch.arange(0, tokens + 1, longest, device="cuda", dtype=torch.int32)
     sums = torch.zeros(tokens, device="cuda", dtype=torch.int32)
-    given = (Heads(query, key, value, starts, longest, head_dim**-0.5), InputGrid(0.02), sums)
+    given = (Heads(query, key, value, starts, longest, head_dim**-0.5, uniform), InputGrid(0.02), sums)
 
     def milliseconds(tile: Tile) -> float:
         try:
-            if tile == FLASH:
-                return float(do_bench_cudagraph(lambda: _flash(*given)))
+            if tile in (FLASH, SDPA):
+                torchs = _flash if tile == FLASH else _sdpa
+                return float(do_bench_cudagraph(lambda: torchs(*given)))
             return float(do_bench_cudagraph(lambda: attention(*given, tile=tile)))
         except (OutOfResources, PTXASError, CompilationError):
             return float("inf")
 
-    ways = [default_tile(longest, head_dim), *(w for w in WAYS if w != FLASH or has_flash())]
+    ways = [default_tile(longest, head_dim), *(w for w in WAYS if w != FLASH or has_flash()), *([SDPA] * uniform)]
     return measure(*_shape(given[0]), device_name(query), milliseconds, list(dict.fromkeys(ways)))

@@ -1,6 +1,6 @@
 """Correctly rounded division by a number that many are divided by, in three or five instructions instead of a branch.
 
-It stands alone because it knows nothing of codes: `quantize_rows` and `layernorm_quant` divide whole rows by a scale.
+It stands alone because it knows nothing of rows and codes, which `quantize_rows` divides by their step.
 
 A quotient q of a product with the rounded reciprocal r = rn(1 / b) is corrected by its remainder, which one fused
 multiply-add computes exactly: q' = q + (a - q b) r (Markstein, IBM Journal of Research and Development 34(1), 1990).

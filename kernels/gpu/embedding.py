@@ -18,15 +18,10 @@ import triton.language as tl
 from torch import Tensor
 
 from qbert.kernels import formats
-from qbert.kernels.gpu.layernorm_quant import (
-    MAX_COLUMNS,
-    chunk_of,
-    columns_of,
-    load_chunks,
-    normalize_row,
-    store_row,
-)
+from qbert.kernels.gpu.dependent import after_previous, dependent_launch
+from qbert.kernels.gpu.layernorm_quant import MAX_COLUMNS, normalize_row, store_row
 from qbert.kernels.gpu.quantize_rows import empty_codes, range_kind
+from qbert.kernels.gpu.rows import chunk_of, columns_of, load_chunks, rule
 from qbert.kernels.operands import PER_TOKEN, InputGrid, PackedWeight
 
 
@@ -64,7 +59,7 @@ def load_row(
     inside,
     width,
     input_group,
-    input_groups,
+    INPUT_GROUPS: tl.constexpr,
     stride,
     rows,
     TAIL: tl.constexpr,
@@ -81,9 +76,12 @@ def load_row(
         group = row * 0
     else:
         group = row
-    at = group * input_groups + column // input_group
-    scale = tl.load(scale_ptr + at, mask=inside, other=0.0)
-    zero = tl.load(zero_ptr + at, mask=inside, other=0.0)
+    if INPUT_GROUPS == 1:
+        scale, zero = tl.load(scale_ptr + group), tl.load(zero_ptr + group)
+    else:
+        at = group * INPUT_GROUPS + column // input_group
+        scale = tl.load(scale_ptr + at, mask=inside, other=0.0)
+        zero = tl.load(zero_ptr + at, mask=inside, other=0.0)
     # A scalar added to the row, because a select of its values would hold on to the row's number all the while.
     missing = tl.where(row == wanted, 0.0, float("nan"))
     return tl.where(inside, (code - zero) * scale + missing, 0.0)
@@ -99,7 +97,7 @@ def embedding_kernel(
     y_ptr,
     width,
     input_group,
-    input_groups,
+    INPUT_GROUPS: tl.constexpr,
     stride,
     rows,
     TAIL: tl.constexpr,
@@ -112,7 +110,7 @@ def embedding_kernel(
     column = tl.arange(0, BLOCK)
     inside = column < width
     y = load_row(
-        ids_ptr, packed_ptr, scale_ptr, zero_ptr, group_ptr, token, column, inside, width, input_group, input_groups,
+        ids_ptr, packed_ptr, scale_ptr, zero_ptr, group_ptr, token, column, inside, width, input_group, INPUT_GROUPS,
         stride, rows, TAIL, BITS, GROUPS,
     )  # fmt: skip
     tl.store(y_ptr + token.to(tl.int64) * width + column, y.to(y_ptr.dtype.element_ty), mask=inside)
@@ -120,34 +118,35 @@ def embedding_kernel(
 
 @triton.jit
 def embed_layernorm_kernel(
-    ids0, packed0, scale0, zero0, group0, input_group0, input_groups0, stride0, rows0,
-    ids1, packed1, scale1, zero1, group1, input_group1, input_groups1, stride1, rows1,
-    ids2, packed2, scale2, zero2, group2, input_group2, input_groups2, stride2, rows2,
+    ids0, packed0, scale0, zero0, group0, input_group0, INPUT_GROUPS0: tl.constexpr, stride0, rows0,
+    ids1, packed1, scale1, zero1, group1, input_group1, INPUT_GROUPS1: tl.constexpr, stride1, rows1,
+    ids2, packed2, scale2, zero2, group2, input_group2, INPUT_GROUPS2: tl.constexpr, stride2, rows2,
     weight_ptr, bias_ptr, y_ptr, q_ptr, scale_ptr, row_sum_ptr, eps, static_scale, static_zero,
     TAIL0: tl.constexpr, BITS0: tl.constexpr, GROUPS0: tl.constexpr,
     TAIL1: tl.constexpr, BITS1: tl.constexpr, GROUPS1: tl.constexpr,
     TAIL2: tl.constexpr, BITS2: tl.constexpr, GROUPS2: tl.constexpr,
-    RANGE: tl.constexpr, WIDTH: tl.constexpr, CHUNK: tl.constexpr,
+    RANGE: tl.constexpr, WIDTH: tl.constexpr, CHUNK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Grid (T,). A table of 0 bits is absent."""
     COUNT: tl.constexpr = (WIDTH + CHUNK - 1) // CHUNK
+    after_previous(PDL)
     token = tl.program_id(0)
     sums = ()
     for c in tl.static_range(COUNT):
         column = columns_of(c, CHUNK)
         inside = column < WIDTH
         h = load_row(
-            ids0, packed0, scale0, zero0, group0, token, column, inside, WIDTH, input_group0, input_groups0, stride0,
+            ids0, packed0, scale0, zero0, group0, token, column, inside, WIDTH, input_group0, INPUT_GROUPS0, stride0,
             rows0, TAIL0, BITS0, GROUPS0,
         )  # fmt: skip
         if BITS1 > 0:
             h += load_row(
-                ids1, packed1, scale1, zero1, group1, token, column, inside, WIDTH, input_group1, input_groups1,
+                ids1, packed1, scale1, zero1, group1, token, column, inside, WIDTH, input_group1, INPUT_GROUPS1,
                 stride1, rows1, TAIL1, BITS1, GROUPS1,
             )  # fmt: skip
         if BITS2 > 0:
             h += load_row(
-                ids2, packed2, scale2, zero2, group2, token, column, inside, WIDTH, input_group2, input_groups2,
+                ids2, packed2, scale2, zero2, group2, token, column, inside, WIDTH, input_group2, INPUT_GROUPS2,
                 stride2, rows2, TAIL2, BITS2, GROUPS2,
             )  # fmt: skip
         sums += (h,)
@@ -207,7 +206,7 @@ def embed_layernorm(
     codes, scale, row_sum = empty_codes(tokens, columns, grid, ids.device)
     if tokens == 0:
         return y, codes, scale, row_sum
-    warps = max(4, triton.next_power_of_2(triton.cdiv(columns, 1024)))
+    warps = rule(tokens, columns).warps
     arguments: list[object] = []
     constants: list[object] = []
     for index in range(3):
@@ -218,7 +217,7 @@ def embed_layernorm(
         constants += _constants(table) if present else (0, 0, "one")
     embed_layernorm_kernel[(tokens,)](
         *arguments, weight, bias, y, codes, scale, row_sum, eps, grid.scale, float(grid.zero), *constants,
-        range_kind(grid), columns, chunk_of(columns, warps), num_warps=warps,
+        range_kind(grid), columns, chunk_of(columns, warps), num_warps=warps, **dependent_launch(y, tokens, first=True),
     )  # fmt: skip
     return y, codes, scale, row_sum
 

@@ -5,11 +5,7 @@
 y is written in the input's type (the next residual), with its codes, scale and row sum (`quantize_rows`) or, with
 a static scale and zero, those codes. A row stays in registers, float32 throughout.
 
-What limits it with many tokens is instructions, not memory: a thread that does 100 for an element writes a third of
-what the memory takes. So a row is cut into chunks of a power of two that leave few lanes without a column (768 are
-three of 256), a thread holds neighbouring columns, 16 bytes of the 16-bit types, in every chunk, sums are first made
-inside a thread, over chunks, and then once over lanes; with many tokens one warp does a row alone, without barriers,
-and a program several rows with one load of weight and bias.
+With many tokens a program does several rows with one load of weight and bias (`rows`).
 
     y, yq, y_scale, row_sum = layernorm_quantize(x, residual, weight, bias, eps)
 """
@@ -24,41 +20,13 @@ import triton.language as tl
 from torch import Tensor
 from triton.testing import do_bench_cudagraph
 
-from qbert.kernels.gpu.quantize_rows import (
-    asymmetric_codes,
-    asymmetric_grid,
-    count,
-    empty_codes,
-    quantize_values,
-    range_kind,
-    static_codes,
-)
+from qbert.kernels.gpu.dependent import after_previous, dependent_launch
+from qbert.kernels.gpu.quantize_rows import empty_codes, range_kind, store_codes
+from qbert.kernels.gpu.rows import chunk_of, columns_of, load_chunks, rule
 from qbert.kernels.gpu.tiles import Tile, device_name, known_tile, measure
 from qbert.kernels.operands import PER_TOKEN, InputGrid
 
 MAX_COLUMNS = 16384
-_MANY_TOKENS = 1024  # from here on what a program costs counts, not how long it takes
-
-
-@triton.jit
-def columns_of(chunk, CHUNK: tl.constexpr):
-    """Columns of one of a row's chunks, int32 [CHUNK]."""
-    return chunk * CHUNK + tl.arange(0, CHUNK)
-
-
-@triton.jit
-def load_chunks(ptr, WIDTH: tl.constexpr, CHUNK: tl.constexpr):
-    """A row of WIDTH values as a tuple of float32 [CHUNK], zero beyond its end."""
-    COUNT: tl.constexpr = (WIDTH + CHUNK - 1) // CHUNK
-    chunks = ()
-    for c in tl.static_range(COUNT):
-        column = columns_of(c, CHUNK)
-        if (c + 1) * CHUNK <= WIDTH:
-            chunk = tl.load(ptr + column)
-        else:
-            chunk = tl.load(ptr + column, mask=column < WIDTH, other=0.0)
-        chunks += (chunk.to(tl.float32),)
-    return chunks
 
 
 @triton.jit
@@ -104,56 +72,21 @@ def store_row(
     The codes are those of the stored, rounded y: what the residual path sees is what the product sees.
     """
     dtype: tl.constexpr = y_ptr.dtype.element_ty
-    F8: tl.constexpr = q_ptr.dtype.element_ty == tl.float8e4nv
     COUNT: tl.constexpr = (WIDTH + CHUNK - 1) // CHUNK
     start = tl.cast(row, tl.int64) * WIDTH
     stored = ()
-    low = tl.full((CHUNK,), float("inf"), dtype=tl.float32)
-    high = tl.full((CHUNK,), float("-inf"), dtype=tl.float32)
     for c in tl.static_range(COUNT):
         column = columns_of(c, CHUNK)
         chunk = y[c].to(dtype)
-        known = chunk.to(tl.float32)
         if (c + 1) * CHUNK <= WIDTH:
             tl.store(y_ptr + start + column, chunk)
         else:
             tl.store(y_ptr + start + column, chunk, mask=column < WIDTH)
-        if RANGE == "asymmetric":
-            if (c + 1) * CHUNK <= WIDTH:
-                low, high = tl.minimum(low, known), tl.maximum(high, known)
-            else:
-                low = tl.minimum(low, tl.where(column < WIDTH, known, float("inf")))
-                high = tl.maximum(high, tl.where(column < WIDTH, known, float("-inf")))
-        elif RANGE == "dynamic":
-            high = tl.maximum(high, tl.abs(known))
-        stored += (known,)
-    scale = static_scale
-    if RANGE == "asymmetric":
-        least = tl.min(low, axis=0)
-        scale, offset = asymmetric_grid(least, tl.max(high, axis=0))
-        tl.store(scale_ptr + tokens + row, offset)
-    elif RANGE == "dynamic":
-        largest = tl.max(high, axis=0)
-    total = tl.zeros((CHUNK,), dtype=tl.int32)
-    # A lane stores the codes of the columns it holds of y. Without being told so, Triton would let it have the 16
-    # codes of 16 bytes, and move every row between lanes for that.
-    HELD: tl.constexpr = 128 // dtype.primitive_bitwidth
-    within = tl.arange(0, CHUNK) // HELD * HELD + tl.arange(0, CHUNK) % HELD
-    for c in tl.static_range(COUNT):
-        if RANGE == "static":
-            q = static_codes(stored[c], static_scale, static_zero, F8, dtype)
-        elif RANGE == "asymmetric":
-            q = asymmetric_codes(stored[c], least, scale)
-        else:
-            q, scale = quantize_values(stored[c], largest, F8, dtype)
-        if (c + 1) * CHUNK <= WIDTH:
-            tl.store(q_ptr + start + (c * CHUNK + within), q)
-            total += count(q)
-        else:
-            tl.store(q_ptr + start + (c * CHUNK + within), q, mask=c * CHUNK + within < WIDTH)
-            total += tl.where(columns_of(c, CHUNK) < WIDTH, count(q), 0)
-    tl.store(scale_ptr + row, scale)
-    tl.store(row_sum_ptr + row, tl.sum(total, axis=0))
+        stored += (chunk.to(tl.float32),)
+    store_codes(
+        row, stored, q_ptr, scale_ptr, row_sum_ptr, tokens, static_scale, 0.0, static_zero, RANGE, False, dtype, WIDTH,
+        CHUNK,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -177,9 +110,11 @@ def layernorm_quantize_kernel(
     ROWS: tl.constexpr,
     WIDTH: tl.constexpr,
     CHUNK: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """Grid (T / ROWS): a program does ROWS neighbouring rows, one after the other."""
     COUNT: tl.constexpr = (WIDTH + CHUNK - 1) // CHUNK
+    after_previous(PDL)
     weight = load_chunks(weight_ptr, WIDTH, CHUNK)
     bias = load_chunks(bias_ptr, WIDTH, CHUNK)
     first = tl.program_id(0) * ROWS
@@ -238,26 +173,9 @@ def layernorm_quantize(
             WIDTH=columns,
             CHUNK=chunk_of(columns, tile.warps),
             num_warps=tile.warps,
+            **dependent_launch(x, tokens),
         )
     return y, codes, scale, row_sum
-
-
-def rule(tokens: int, columns: int) -> Tile:
-    """Rows a program (`bm`) and its warps without measuring.
-
-    Few tokens: a row by four warps, where the time of one counts. Many: rows by single warps, of which a thread holds
-    at most 32 columns; two of them a program fill the chip from 4,096 tokens on, and more save loads of the weight.
-    """
-    warps = triton.next_power_of_2(triton.cdiv(columns, 1024))
-    if tokens <= _MANY_TOKENS:
-        return Tile(1, columns, 0, warps=max(4, warps))
-    return Tile(2 if tokens <= 8192 else 4, columns, 0, warps=warps)
-
-
-def chunk_of(columns: int, warps: int) -> int:
-    """Columns of a chunk: 8 a thread, as many as 16 bytes hold, or 4 or 2 where that leaves fewer without a column."""
-    sizes = [min(triton.next_power_of_2(columns), 32 * warps * each) for each in (8, 4, 2)]
-    return min(sizes, key=lambda size: triton.cdiv(columns, size) * size)
 
 
 def _shape(tokens: int, columns: int) -> tuple[str, int, int, int, int]:
@@ -284,7 +202,7 @@ def measure_layernorm(*, tokens: int, columns: int) -> Tile:
 
 def layernorm_candidates(tokens: int, columns: int) -> list[Tile]:
     """Tiles worth trying, the rule's among them."""
-    sizes = [(1, 4), (1, 8), (1, 2), (1, 1)] if tokens <= _MANY_TOKENS else [(1, 1), (2, 1), (4, 1), (8, 1), (1, 2)]
+    sizes = [(1, 4), (1, 8), (1, 2), (1, 1)] if tokens <= 1024 else [(1, 1), (2, 1), (4, 1), (8, 1), (1, 2)]
     least = triton.next_power_of_2(triton.cdiv(columns, 2048))
     ways = [Tile(rows, columns, 0, warps=warps) for rows, warps in sizes if warps >= least]
     return list(dict.fromkeys([rule(tokens, columns), *ways]))

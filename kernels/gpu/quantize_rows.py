@@ -12,12 +12,12 @@ e4m3 codes (float8_e4m3fn) are eight-bit floats up to 448, rounded half to even;
     static:      xq[t, i] = e4m3(clamp(x[t, i] / static_scale, -448, 448))
     always:      row_sum[t] = 512 sum_i xq[t, i], an integer, because e4m3 counts in 512ths (at most 9,362 columns)
 
-One program a token; arithmetic in float32 with correctly rounded division: codes equal `reference.quantize_rows`.
+Rows stay in registers; arithmetic in float32 with correctly rounded division: codes equal `reference.quantize_rows`.
 
     xq, x_scale, row_sum = quantize_rows(x)       # [T, I] -> int8 [T, I], float32 [T], int32 [T]
 """
 
-# mypy: allow-untyped-defs
+# mypy: allow-untyped-defs, disable-error-code="assignment"
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from qbert.kernels.gpu.dependent import after_previous, dependent_launch
 from qbert.kernels.gpu.division import lift_of, quotient
 from qbert.kernels.gpu.gelu import gelu as gelu_of
+from qbert.kernels.gpu.rows import chunk_of, columns_of, load_chunks, rule
 from qbert.kernels.operands import PER_TOKEN, InputGrid
-
-_MANY_TOKENS = 1024  # from so many on a program's instructions count, below its latency
 
 
 @triton.jit
@@ -117,11 +117,71 @@ def asymmetric_codes(x, low, step):
 
 
 @triton.jit
-def _load(at, inside, GELU: tl.constexpr):
-    x = tl.load(at, mask=inside, other=0.0).to(tl.float32)
-    if GELU:
-        x = gelu_of(x)
-    return x
+def store_codes(
+    row,
+    x,
+    q_ptr,
+    scale_ptr,
+    row_sum_ptr,
+    tokens,
+    static_scale,
+    inv_static_scale,
+    static_zero,
+    RANGE: tl.constexpr,
+    GELU: tl.constexpr,
+    dtype: tl.constexpr,
+    WIDTH: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    """Codes, row sum and scale (and offset) of one of `tokens` rows, a tuple of float32 [CHUNK], zero beyond its end.
+
+    Its values were of type `dtype`, or, with GELU, are one of them. RANGE: "dynamic", "asymmetric" or "static".
+    """
+    F8: tl.constexpr = q_ptr.dtype.element_ty == tl.float8e4nv
+    COUNT: tl.constexpr = (WIDTH + CHUNK - 1) // CHUNK
+    start = tl.cast(row, tl.int64) * WIDTH
+    scale = static_scale
+    if RANGE == "dynamic":
+        high = tl.abs(x[0])
+        for c in tl.static_range(1, COUNT):
+            high = tl.maximum(high, tl.abs(x[c]))
+        largest = tl.max(high, axis=0)
+    elif RANGE == "asymmetric":
+        low = tl.full((CHUNK,), float("inf"), dtype=tl.float32)
+        high = tl.full((CHUNK,), float("-inf"), dtype=tl.float32)
+        for c in tl.static_range(COUNT):
+            if (c + 1) * CHUNK <= WIDTH:
+                low, high = tl.minimum(low, x[c]), tl.maximum(high, x[c])
+            else:
+                inside = columns_of(c, CHUNK) < WIDTH
+                low = tl.minimum(low, tl.where(inside, x[c], float("inf")))
+                high = tl.maximum(high, tl.where(inside, x[c], float("-inf")))
+        least = tl.min(low, axis=0)
+        scale, offset = asymmetric_grid(least, tl.max(high, axis=0))
+        tl.store(scale_ptr + tokens + row, offset)
+    total = tl.zeros((CHUNK,), dtype=tl.int32)
+    # A lane stores the codes of the columns that it holds, 16 bytes of `dtype`. Without being told so, Triton would let
+    # it have the 16 codes of 16 bytes, and move every row between lanes for that.
+    HELD: tl.constexpr = 128 // dtype.primitive_bitwidth
+    within = tl.arange(0, CHUNK) // HELD * HELD + tl.arange(0, CHUNK) % HELD
+    for c in tl.static_range(COUNT):
+        if RANGE == "static":
+            if GELU:
+                q = to_codes(x[c] * inv_static_scale, static_zero, F8)
+            else:
+                q = static_codes(x[c], static_scale, static_zero, F8, dtype)
+        elif RANGE == "asymmetric":
+            q = asymmetric_codes(x[c], least, scale)
+        else:
+            q, scale = quantize_values(x[c], largest, F8, tl.float32 if GELU else dtype)
+        if (c + 1) * CHUNK <= WIDTH:
+            tl.store(q_ptr + start + (c * CHUNK + within), q)
+            total += count(q)
+        else:
+            tl.store(q_ptr + start + (c * CHUNK + within), q, mask=c * CHUNK + within < WIDTH)
+            total += tl.where(columns_of(c, CHUNK) < WIDTH, count(q), 0)
+    tl.store(scale_ptr + row, scale)
+    tl.store(row_sum_ptr + row, tl.sum(total, axis=0))
 
 
 @triton.jit
@@ -130,60 +190,37 @@ def quantize_rows_kernel(
     q_ptr,
     scale_ptr,
     row_sum_ptr,
-    width,
+    tokens,
     static_scale,
     inv_static_scale,
     static_zero,
     stride_x,
     RANGE: tl.constexpr,
     GELU: tl.constexpr,
-    BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    CHUNK: tl.constexpr,
+    PDL: tl.constexpr,
 ):
-    """Grid (T,). Rows longer than BLOCK are read twice, in pieces. RANGE: "dynamic", "asymmetric" or "static".
+    """Grid (T / ROWS): a program does ROWS neighbouring rows, one after the other.
 
     GELU is rounded itself, so that after it a multiplication does for the division by a static step.
     """
-    F8: tl.constexpr = q_ptr.dtype.element_ty == tl.float8e4nv
-    row = tl.program_id(0)
-    x_ptr += row.to(tl.int64) * stride_x
-    q_ptr += row.to(tl.int64) * width
-    column = tl.arange(0, BLOCK)
-    peak = 0.0
-    if RANGE == "dynamic":
-        largest = tl.zeros((BLOCK,), dtype=tl.float32)
-        for start in range(0, width, BLOCK):
-            x = _load(x_ptr + start + column, start + column < width, GELU)
-            largest = tl.maximum(largest, tl.abs(x))
-        peak = tl.max(largest, axis=0)
-    total = tl.zeros((BLOCK,), dtype=tl.int32)
-    scale = static_scale
-    if RANGE == "asymmetric":
-        least = tl.full((BLOCK,), float("inf"), dtype=tl.float32)
-        largest = tl.full((BLOCK,), float("-inf"), dtype=tl.float32)
-        for start in range(0, width, BLOCK):
-            inside = start + column < width
-            x = _load(x_ptr + start + column, inside, GELU)
-            least = tl.minimum(least, tl.where(inside, x, float("inf")))
-            largest = tl.maximum(largest, tl.where(inside, x, float("-inf")))
-        low = tl.min(least, axis=0)
-        scale, offset = asymmetric_grid(low, tl.max(largest, axis=0))
-        tl.store(scale_ptr + tl.num_programs(0) + row, offset)
-    for start in range(0, width, BLOCK):
-        inside = start + column < width
-        x = _load(x_ptr + start + column, inside, GELU)
-        if RANGE == "static":
-            if GELU:
-                q = to_codes(x * inv_static_scale, static_zero, F8)
-            else:
-                q = static_codes(x, static_scale, static_zero, F8, x_ptr.dtype.element_ty)
-        elif RANGE == "asymmetric":
-            q = asymmetric_codes(x, low, scale)
-        else:
-            q, scale = quantize_values(x, peak, F8, tl.float32 if GELU else x_ptr.dtype.element_ty)
-        tl.store(q_ptr + start + column, q, mask=inside)
-        total += count(q) if RANGE == "dynamic" else tl.where(inside, count(q), 0)
-    tl.store(scale_ptr + row, scale)
-    tl.store(row_sum_ptr + row, tl.sum(total, axis=0))
+    dtype: tl.constexpr = x_ptr.dtype.element_ty
+    after_previous(PDL)
+    first = tl.program_id(0) * ROWS
+    for row in range(first, tl.minimum(first + ROWS, tokens)):
+        x = load_chunks(x_ptr + tl.cast(row, tl.int64) * stride_x, WIDTH, CHUNK)
+        if GELU:
+            COUNT: tl.constexpr = (WIDTH + CHUNK - 1) // CHUNK
+            active = ()
+            for c in tl.static_range(COUNT):
+                active += (gelu_of(x[c]),)
+            x = active
+        store_codes(
+            row, x, q_ptr, scale_ptr, row_sum_ptr, tokens, static_scale, inv_static_scale, static_zero, RANGE, GELU,
+            dtype, WIDTH, CHUNK,
+        )  # fmt: skip
 
 
 def range_kind(grid: InputGrid) -> str:
@@ -200,34 +237,38 @@ def empty_codes(tokens: int, columns: int, grid: InputGrid, device: torch.device
     )
 
 
-def quantize_rows(x: Tensor, grid: InputGrid = PER_TOKEN, gelu: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+def quantize_rows(
+    x: Tensor, grid: InputGrid = PER_TOKEN, gelu: bool = False, sums: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """Launches `quantize_rows_kernel`: x [T, I] with unit column stride -> (codes [T, I], float32 [T], int32 [T]).
 
     With `gelu` those of GELU(x). On a static grid the second result is filled with its scale; on an asymmetric one it
-    is [2, T], steps and offsets.
+    is [2, T], steps and offsets. Where `sums` [T] is given, the third is written there.
     """
     tokens, columns = x.shape
     codes, scale, row_sum = empty_codes(tokens, columns, grid, x.device)
+    row_sum = row_sum if sums is None else sums
     if not codes.numel():  # only here, because a fill is a launch of its own
         scale.zero_()
         row_sum.zero_()
     else:
-        block = min(4096, triton.next_power_of_2(columns))
-        if tokens >= _MANY_TOKENS and columns % 1024 == 0:
-            block = 1024  # no idle lanes where a row is not a power of two, as 3,072
-        quantize_rows_kernel[(tokens,)](
+        tile = rule(tokens, columns)
+        quantize_rows_kernel[(triton.cdiv(tokens, tile.bm),)](
             x,
             codes,
             scale,
             row_sum,
-            columns,
+            tokens,
             grid.scale,
             1.0 / grid.scale if grid.scale else 0.0,
             float(grid.zero),
             x.stride(0),
             RANGE=range_kind(grid),
             GELU=gelu,
-            BLOCK=block,
-            num_warps=4 if block <= 2048 else 8,
+            ROWS=tile.bm,
+            WIDTH=columns,
+            CHUNK=chunk_of(columns, tile.warps),
+            num_warps=tile.warps,
+            **dependent_launch(x, tokens),
         )
     return codes, scale, row_sum

@@ -52,6 +52,8 @@ def kronecker_factors(
     batches: Sequence[Batch],
     modules: Sequence[nn.Linear],
     loss_fn: LossFunction | None = None,
+    *,
+    most_columns: int | None = None,
 ) -> dict[nn.Linear, KroneckerFactors]:
     """The factors of the weights of `modules`, from one forward pass a batch and one backward pass a class.
 
@@ -59,6 +61,8 @@ def kronecker_factors(
         model: with a task head, or any module together with `loss_fn`; it is left as it was.
         batches: micro-batches with labels.
         loss_fn: ``loss_fn(model, batch)`` -> mean loss; default ``model(**batch).loss``.
+        most_columns: of the factor of a batch; where it has more, so many random sums of them, of signs from a fixed
+            seed, stand for all: G is then an unbiased estimate.
 
     Raises:
         NoModelOutputError: if the model returns no logits that the loss depends on, or the loss depends on the
@@ -69,6 +73,7 @@ def kronecker_factors(
     left = {m: g.double() for m, (g, _) in zeros.items()}
     right = {m: m.weight.new_zeros(width, width).double() for m, (_, width) in zeros.items()}
     count = dict.fromkeys(modules, 0)
+    generator = torch.Generator().manual_seed(0)
     for batch in batches:
         on_device = measured.on_device(batch)
         with _recorded(modules) as calls, measured.evaluating([p for m in modules for p in m.parameters()]):
@@ -79,8 +84,9 @@ def kronecker_factors(
                 right[m] += rows.T @ rows
                 count[m] += len(rows)
             share = measured.share(batch)
-            for j in range(factor.matrix.shape[2]):
-                seeds = factor.seeds(factor.matrix[:, :, j])
+            columns = _few_columns(factor.matrix, most_columns, generator)
+            for j in range(columns.shape[2]):
+                seeds = factor.seeds(columns[:, :, j])
                 found = torch.autograd.grad(
                     factor.outputs, [y for _, _, y in calls], seeds, retain_graph=True, allow_unused=True
                 )
@@ -89,6 +95,15 @@ def kronecker_factors(
                         rows = gradient.flatten(0, -2)
                         left[m] += share * (rows.T @ rows).double()
     return {m: KroneckerFactors(left[m], right[m] / max(count[m], 1)) for m in modules}
+
+
+def _few_columns(matrix: Tensor, most: int | None, generator: torch.Generator) -> Tensor:
+    """L [B, d, r], or a random M [B, d, most] with E[M M^T] = L L^T where r is larger."""
+    rows, _, rank = matrix.shape
+    if most is None or rank <= most:
+        return matrix
+    signs = torch.randint(0, 2, (rows, rank, most), generator=generator).mul_(2).sub_(1).to(matrix)
+    return matrix @ signs * most**-0.5
 
 
 @contextlib.contextmanager

@@ -24,8 +24,12 @@ _MENDS = {
 }
 
 
-def check_batches(data: Any) -> list[Batch] | None:
+def check_batches(data: Any, name: str = "calibration_data") -> list[Batch] | None:
     """`data` as a list of batches (a single batch is accepted), or ``None`` if it is None.
+
+    Args:
+        data: what the caller was given.
+        name: how the caller calls it.
 
     Raises:
         TypeError: if it is not an iterable of mappings; ValueError if it is empty.
@@ -35,14 +39,14 @@ def check_batches(data: Any) -> list[Batch] | None:
     if isinstance(data, Mapping):
         data = [data] if data else []
     if not isinstance(data, Iterable):
-        raise TypeError(f"calibration_data: expected batches (dicts of tensors), got {type(data).__name__}")
+        raise TypeError(f"{name}: expected batches (dicts of tensors), got {type(data).__name__}")
     batches = list(data)
     if not batches:
-        raise ValueError("calibration_data is empty; pass at least one batch")
+        raise ValueError(f"{name} is empty; pass at least one batch")
     for batch in batches:
         if not isinstance(batch, Mapping) or not any(isinstance(value, Tensor) for value in batch.values()):
             raise TypeError(
-                "calibration_data: every batch must be a dict of tensors, such as a tokenizer returns with "
+                f"{name}: every batch must be a dict of tensors, such as a tokenizer returns with "
                 f"return_tensors='pt'; got a {type(batch).__name__}"
                 + (f" of {', '.join(map(str, batch))}" if isinstance(batch, Mapping) else "")
             )

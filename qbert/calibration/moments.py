@@ -323,8 +323,9 @@ def _squared_sizes(
         with torch.enable_grad():
             inputs = to_device(run.batches[index], run.model)
             run.masks.mask = inputs.get("attention_mask")
-            outputs = [y for y in model_outputs(run_batch(run.model, inputs)) if y.requires_grad]
-            seeds = [_random_seeds(y, inputs.get("attention_mask"), generator) for y in outputs]
+            found = model_outputs(run_batch(run.model, inputs))
+            outputs, by_position = [y for y in found if y.requires_grad], len(found) > 1
+            seeds = [_random_seeds(y, inputs.get("attention_mask"), generator, by_position) for y in outputs]
             if outputs and calls:
                 torch.autograd.grad(outputs, [anchor], seeds, allow_unused=True)
     finally:
@@ -345,9 +346,15 @@ def _twins(model: nn.Module, reference: nn.Module) -> dict[nn.Module, nn.Module]
     return {module: there[name] for name, module in model.named_modules() if name in there}
 
 
-def _random_seeds(y: Tensor, mask: Tensor | None, generator: torch.Generator) -> Tensor:
-    """Standard normal numbers in the shape of `y`, zero where it belongs to padding."""
+def _random_seeds(y: Tensor, mask: Tensor | None, generator: torch.Generator, by_position: bool = False) -> Tensor:
+    """Standard normal numbers in the shape of `y`, zero where it belongs to padding.
+
+    Args:
+        by_position: `y` [B, T] are the scores of places (start or end of a span), and not [B, C] those of classes.
+    """
     seeds = torch.randn(y.shape, generator=generator).to(y)
+    if by_position and mask is not None and y.shape == mask.shape:
+        return seeds * mask.to(y)
     if mask is not None and y.dim() == mask.dim() + 1 and y.shape[: mask.dim()] == mask.shape:
         seeds = seeds * mask.to(y).unsqueeze(-1)
     return seeds

@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from qbert.cli.options import as_json, load_any, show
+from qbert.cli.options import as_json, check_kept, check_writable, load_any, show
 
 
 @click.command()
@@ -37,6 +37,9 @@ def allocate(spectrum: str, bits: str, save: str | None, model: str | None, **as
     from qbert.hessian.spectrum import HessianSpectrum
     from qbert.results import text_table
 
+    if save:
+        check_writable("--save", save)
+        check_kept("--save", save, {"SPECTRUM": spectrum, "--model": model})
     try:
         widths = tuple(int(width) for width in bits.replace(",", " ").split())
     except ValueError as error:

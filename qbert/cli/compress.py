@@ -48,12 +48,12 @@ def compress(model: str, out: str, task: str, data_dir: str | None, plan_file: s
     from qbert.pipeline import compress as run
     from qbert.tasks import load_task
 
-    check_out(out, asked["force"])
+    check_out(out, asked["force"], {"MODEL": model})
     work = beside(out, ".partial")
     set_machine(asked["device"], asked["threads"])
     try:
         plan = Pipeline.load(plan_file)
-    except ValueError as error:
+    except (ValueError, TypeError) as error:
         raise ValueError(f"--plan {plan_file}: {error}; qbert plan --save writes one") from error
     data = load_task(task, data_dir=data_dir)
     loaded, tokenizer = build_for(data, model)

@@ -70,7 +70,7 @@ def distill(teacher: str, out: str, task: str, data_dir: str | None, **asked: An
     from qbert.tasks.evaluation import fidelity, wants_pairs
 
     work, quiet = beside(out, ".partial"), asked["as_json"]
-    check_out(out, asked["force"])
+    check_out(out, asked["force"], {"TEACHER": teacher, "--student": asked["student"]})
     if asked["bits"] and not asked["config_file"]:
         asked["rounding"] = asked["rounding"] or "compensated"
     step = Distill(asked["recipe"], asked["steps"], asked["learning_rate"], asked["batch_size"])
@@ -80,6 +80,12 @@ def distill(teacher: str, out: str, task: str, data_dir: str | None, **asked: An
     loaded, tokenizer = build_for(data, teacher)
     loaded = loaded.to(asked["device"])
     student = build_for(data, asked["student"])[0].to(asked["device"]) if asked["student"] else loaded
+    if wants_pairs(loaded) != wants_pairs(student):
+        reads = {True: "the two sentences of a pair apart", False: "both sentences of a pair in one row"}
+        raise ValueError(
+            f"--student {asked['student']} reads {reads[wants_pairs(student)]}, and TEACHER {teacher} "
+            f"{reads[wants_pairs(loaded)]}; give a student of the teacher's kind"
+        )
     unimportant = ("device", "threads", "as_json", "force", "eval_limit")
     kept = {name: value for name, value in asked.items() if name not in unimportant}
     kept |= {"command": "distill", "teacher": teacher, "task": task, "data": data.fingerprint("train")}
@@ -96,7 +102,7 @@ def distill(teacher: str, out: str, task: str, data_dir: str | None, **asked: An
             source = {**asked, "texts": None, "task": task, "data_dir": data_dir}
             specs = config.resolve(student).values()
             needed = any(spec.needs_data for spec in specs)
-            batches = unlabelled_batches(source, tokenizer) if needed else None
+            batches = unlabelled_batches(source, tokenizer, student) if needed else None
             student = qbert.quantize_model(
                 student, config, calibration_data=batches, checkpoint=work / "rounding", progress=not quiet
             )

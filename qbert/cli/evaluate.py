@@ -42,28 +42,33 @@ def evaluate(model: str, task: str, data_dir: str | None, beside: str | None, sa
     from qbert.tasks.evaluation import evaluate as scores_of
     from qbert.tasks.evaluation import fidelity
 
-    check_file("--save", save)
+    check_file("--save", save, {"MODEL": model, "--beside": beside})
     set_machine(asked["device"], asked["threads"])
     data = load_task(task, data_dir=data_dir)
-    results = {}
-    for name in [model, *([beside] if beside else [])]:
+    named = [model, *([beside] if beside else [])]
+    labels = [f"{model}, fused" if asked["optimize"] else model, *named[1:]]
+    if len(set(labels)) < len(labels):
+        labels[1] += " (beside)"
+    results = []
+    for place, name in enumerate(named):
         loaded, tokenizer = build_for(data, name)
         loaded = loaded.to(asked["device"])
-        if asked["optimize"] and name == model:
+        if asked["optimize"] and place == 0:
             check_packed("MODEL", model, loaded)
             loaded = qbert.optimize_for_inference(loaded)
         options = {key: asked[key] for key in ("limit", "batch_size", "seed")}
-        results[name] = scores_of(loaded, data, tokenizer, progress=not asked["as_json"], **options)
-    content: dict[str, Any] = {"task": data.describe(), "scores": {n: dict(r) for n, r in results.items()}}
-    metrics = list(results[model])
-    rows = [[name, *(f"{result[metric]:.4g}" for metric in metrics)] for name, result in results.items()]
+        results.append(scores_of(loaded, data, tokenizer, progress=not asked["as_json"], **options))
+    scored = [{"model": label, **result} for label, result in zip(labels, results, strict=True)]
+    by_label = {label: dict(result) for label, result in zip(labels, results, strict=True)}
+    content: dict[str, Any] = {"task": data.describe(), "scores": by_label}
+    metrics = list(results[0])
+    rows = [[row["model"], *(f"{row[metric]:.4g}" for metric in metrics)] for row in scored]
     lines = [data.describe(), text_table(["model", *metrics], rows)]
     if beside:
-        found = fidelity(results[beside].logits, results[model].logits)
+        found = fidelity(results[1].logits, results[0].logits)
         content["agreement"], content["divergence"] = found.agreement, found.divergence
         lines.append(f"beside {beside}: agreement {found.agreement:.1f} %, divergence {found.divergence:.4g}")
     if save:
-        scored = [{"model": name, **result} for name, result in results.items()]
         scored[0] |= {name: content[name] for name in ("agreement", "divergence") if name in content}
         settings = {"model": model, "task": task, "data_dir": data_dir, "beside": beside, **asked}
         keep_record(save, settings, scored, about=data.describe(), metric=data.primary_metric)

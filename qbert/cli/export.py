@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from qbert.cli.options import as_json, check_packed, load_any, show
+from qbert.cli.options import as_json, check_packed, check_writable, load_any, show
 
 _SUFFIXES = {"onnx": ".onnx", "openvino": ".xml"}
 
@@ -35,6 +35,7 @@ def export(folder: str, out: str, runtime: str | None, float_activations: bool, 
         raise ValueError(f"OUT {out} is no name of an ONNX or OpenVINO file; let it end in .onnx or .xml")
     if runtime is not None and named != runtime:
         raise ValueError(f"OUT {out} is no name for --to {runtime}; let it end in {_SUFFIXES[runtime]}")
+    check_writable("OUT", out)
     names = tuple(name.strip() for name in inputs.split(",") if name.strip())
     packed, said = load_any(folder), {}
     check_packed("FOLDER", folder, packed)

@@ -63,7 +63,10 @@ def resumable(work: Path, asked: Mapping[str, Any], result: str = "OUT") -> Iter
 
     note = work / "asked.json"
     if note.is_file():
-        before = {"command": "distill", **read_json(note)}  # which alone kept something in earlier versions
+        found = read_json(note)
+        if not isinstance(found, dict):
+            raise ValueError(f"{note} is of no interrupted run; remove {work}, or name another OUT")
+        before = {"command": "distill", **found}  # which alone kept something in earlier versions
         name = first_difference(before, json.loads(json.dumps(asked)))
         if name is not None:
             said = {"config_file": "--config", "plan_file": "--plan"}.get(name, name)
@@ -195,13 +198,48 @@ def check_picture(path: str | None) -> None:
     require("matplotlib", "--plot")
 
 
-def check_file(option: str, path: str | None) -> None:
-    """Raises ValueError, for an option, where the file that it names lies in no folder, or in one of others."""
-    parent = Path(path).absolute().parent if path else None
-    if parent is not None and not parent.is_dir():
+def check_file(option: str, path: str | None, inputs: Mapping[str, str | None] | None = None) -> None:
+    """Refuse a file that an option names to be written, before the work whose result it is.
+
+    Args:
+        option: how the command line calls it.
+        path: the file; nothing is checked where None.
+        inputs: what is read, by its name on the command line: files, and folders of models.
+
+    Raises:
+        ValueError: the file lies in no folder, or in one of others; or it is read itself, or part of a model that is.
+    """
+    if not path:
+        return
+    parent = Path(path).absolute().parent
+    if not parent.is_dir():
         raise ValueError(f"{option} {path} is in no folder that is there; make it first")
-    if parent is not None and not os.access(parent, os.W_OK):
+    if not os.access(parent, os.W_OK):
         raise ValueError(f"{option} {path} cannot be written; name a file in a folder of yours")
+    check_kept(option, path, inputs or {})
+
+
+def check_writable(name: str, path: str) -> None:
+    """Raises an OSError, naming the argument, where neither a file nor a folder can be made at `path`."""
+    given = Path(path)
+    above = (given, *given.absolute().parents) if given.is_dir() else given.absolute().parents
+    there = next(place for place in above if place.exists())
+    if not there.is_dir():
+        raise NotADirectoryError(f"{name} {path} cannot be there, since {there} is a file; name another place")
+    if not os.access(there, os.W_OK):
+        raise PermissionError(f"{name} {path} cannot be written; name another place")
+
+
+def check_kept(name: str, path: str, inputs: Mapping[str, str | None]) -> None:
+    """Raises ValueError where the file `path` would replace one of `inputs`, or part of a model among them."""
+    file = Path(path)
+    for read, source in inputs.items():
+        there = Path(source) if source else None
+        if there is None or not there.exists() or not file.exists():
+            continue
+        model_file = file.name in ("config.json", *_TOKENIZER_FILES, *_SENTENCE_FILES) or file.suffix == ".safetensors"
+        if file.samefile(there) or (model_file and there.is_dir() and file.resolve().parent.samefile(there)):
+            raise ValueError(f"{name} {path} would replace what {read} {source} is read from; name another file")
 
 
 def configuration_of(file: str, rounding: str | None) -> Any:
@@ -226,18 +264,29 @@ def roundings(config: Any) -> set[str]:
     return {rounding for rounding in named if rounding is not None}
 
 
-def check_out(out: str, force: bool) -> None:
+def check_out(out: str, force: bool, inputs: Mapping[str, str | None]) -> None:
     """Refuse a folder OUT that holds something, unless told to write into it, or that cannot be written.
 
+    Args:
+        out: the folder, there or not.
+        force: write into it whatever it holds, but for `inputs`.
+        inputs: the models that are read, by their names on the command line.
+
     Raises:
-        ValueError: it holds something; PermissionError: it, or the first folder above that is there, is not writable.
+        ValueError: it holds something, or it is the folder of an input, or one above it; OSError: it, or the first
+            folder above that is there, is not writable, or no folder.
     """
     folder = Path(out)
+    for name, source in inputs.items():
+        if source and folder.is_dir() and Path(source).exists():
+            place = Path(source).resolve()
+            if folder.samefile(place):
+                raise ValueError(f"OUT {out} is the folder of {name}, which would be lost; name another folder")
+            if any(folder.samefile(above) for above in place.parents):
+                raise ValueError(f"OUT {out} holds {name} {source}, which could be lost; name another folder")
     if folder.is_dir() and any(folder.iterdir()) and not force:
         raise ValueError(f"OUT {out} is not empty; name another folder, or add --force")
-    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    if not os.access(there, os.W_OK):
-        raise PermissionError(f"OUT {out} cannot be written; name another folder")
+    check_writable("OUT", out)
 
 
 def save_result(model: Any, tokenizer: Any, out: str) -> None:
@@ -246,13 +295,13 @@ def save_result(model: Any, tokenizer: Any, out: str) -> None:
     Saving a model replaces the weights of an earlier one. What else tells of that one goes first: its tokenizer, the
     parts of a sentence model, its record, and the card that qbert wrote. Other files are left alone.
     """
-    from qbert.tasks.heads import SentenceRegression, quiet_libraries
+    from qbert.tasks.heads import quiet_libraries
 
     folder = Path(out)
     if folder.is_dir():
         _remove_earlier(folder)
     with quiet_libraries():
-        (model.backbone if isinstance(model, SentenceRegression) else model).save_pretrained(out)
+        model.save_pretrained(out)
         if tokenizer is not None and not (folder / "tokenizer_config.json").is_file():  # a sentence model's own
             tokenizer.save_pretrained(out)
 
@@ -346,25 +395,56 @@ def load_tokenizer(source: str) -> Any:
     return load_quietly(transformers.AutoTokenizer, source)
 
 
+def check_padding(tokenizer: Any) -> None:
+    """Raises ValueError for a tokenizer that cannot make rows of one length, with the line that mends it."""
+    if getattr(tokenizer, "pad_token", None) is None:
+        known = tokenizer.get_vocab()
+        named = (getattr(tokenizer, name, None) for name in ("eos_token", "sep_token", "unk_token"))
+        token = "[PAD]" if "[PAD]" in known else next((name for name in named if name), "[PAD]")
+        raise ValueError(
+            f"the tokenizer of {tokenizer.name_or_path} has no padding token; name one of its tokens in its "
+            f'tokenizer_config.json: "pad_token": {json.dumps(token)}'
+        )
+
+
 def build_for(task: Any, source: str) -> tuple[Any, Any]:
     """(model with a tuned head for `task`, tokenizer); a sentence encoder without a head for pairs with a number.
 
     Raises:
-        ValueError: the model has no head tuned for the task, or one for other labels.
+        ValueError: the model has no head tuned for the task, or one for other labels; or its tokenizer cannot pad.
     """
-    from qbert.saving.records import configuration
     from qbert.tasks import build_model, build_sentence_model
 
-    if task.kind == "regression":
-        local = Path(source).is_dir()
-        named = (configuration(source).get("architectures") or [""])[0] if local else ""
-        if local and not named.endswith("ForSequenceClassification"):
-            return build_sentence_model(source)
-    return build_model(task, source, tuned=True)
+    if task.kind == "regression" and not _has_head(source):
+        label_max = task.label_range[1] if task.label_range else 1.0
+        model, tokenizer = build_sentence_model(source, label_max=label_max)
+    else:
+        model, tokenizer = build_model(task, source, tuned=True)
+    check_padding(tokenizer)
+    return model, tokenizer
 
 
-def unlabelled_batches(asked: Mapping[str, Any], tokenizer: Any) -> list[dict[str, Any]] | None:
+def _has_head(source: str) -> bool:
+    import transformers
+
+    from qbert.saving.records import configuration
+    from qbert.tasks.heads import load_quietly
+
+    here = Path(source)
+    if (here / "modules.json").is_file() and not (here / "config.json").is_file():
+        return False  # a SentenceTransformer with its encoder in a folder of its own
+    if here.is_dir():
+        named = configuration(source).get("architectures")
+    else:
+        named = getattr(load_quietly(transformers.AutoConfig, source), "architectures", None)
+    return (named or [""])[0].endswith("ForSequenceClassification")
+
+
+def unlabelled_batches(asked: Mapping[str, Any], tokenizer: Any, model: Any) -> list[dict[str, Any]] | None:
     """Batches of 32 of the ``rows`` that ``--texts`` or ``--task`` name; None where neither does.
+
+    The two sentences of a pair come apart where `model` reads them so: as [B, 2, T] for a `SentenceRegression`, as
+    [2 B, T] for a SentenceTransformer, and for an encoder without a head where the label is a number.
 
     Raises:
         ValueError: both are given, or the text file has no text.
@@ -376,11 +456,25 @@ def unlabelled_batches(asked: Mapping[str, Any], tokenizer: Any) -> list[dict[st
     if asked["task"]:
         from qbert.encoders.inputs import without_labels
         from qbert.tasks import load_task, prepare
+        from qbert.tasks.evaluation import wants_pairs
 
+        check_padding(tokenizer)
         task = load_task(asked["task"], data_dir=asked["data_dir"])
-        data = prepare(task, tokenizer, "train", limit=asked["rows"], seed=asked["seed"])
-        return [without_labels(batch) for batch in data.batches(32, seed=asked["seed"])]
+        pairs, apart = wants_pairs(model), _reads_apart(model, task)
+        data = prepare(task, tokenizer, "train", limit=asked["rows"], seed=asked["seed"], as_pairs=pairs or apart)
+        batches = [without_labels(batch) for batch in data.batches(32, seed=asked["seed"])]
+        return [{k: v.flatten(0, 1) for k, v in b.items()} for b in batches] if apart and not pairs else batches
     return None
+
+
+def _reads_apart(model: Any, task: Any) -> bool:
+    """Whether a model that takes sentences [N, T] meets the two of a pair of `task` one by one."""
+    if len(task.text_fields) != 2 or task.kind not in ("regression", "classification"):
+        return False
+    kinds = [kind for kind in type(model).__mro__ if kind.__module__.startswith("sentence_transformers.")]
+    if kinds:
+        return all(kind.__name__ != "CrossEncoder" for kind in kinds)
+    return task.kind == "regression" and getattr(model, "base_model", None) is model
 
 
 def in_fours(batches: list[dict[str, Any]] | None) -> list[dict[str, Any]]:
@@ -407,15 +501,21 @@ def text_batches(path: str, tokenizer: Any, rows: int) -> list[dict[str, Any]]:
     """Batches of 32 of the first `rows` lines of a text file that are not empty.
 
     Raises:
-        ValueError: the file has no text; OSError: it cannot be read; UnicodeDecodeError: it is not UTF-8.
+        ValueError: the file has no text, or is not UTF-8, or the tokenizer cannot pad; OSError: it cannot be read.
     """
+    check_padding(tokenizer)
     texts: list[str] = []
-    with open(path, encoding="utf-8") as lines:
-        for line in lines:
-            if line.strip():
-                texts.append(line.strip())
-            if len(texts) == rows:
-                break
+    try:
+        with open(path, encoding="utf-8-sig") as lines:  # some editors put a mark first
+            for line in lines:
+                if line.strip():
+                    texts.append(line.strip())
+                if len(texts) == rows:
+                    break
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"--texts {path} is not UTF-8 ({error.reason}); convert it, such as: iconv -f latin1 -t utf-8 {path}"
+        ) from error
     if not texts:
         raise ValueError(f"--texts {path} has no line of text; give one sentence or paragraph a line")
     length = min(tokenizer.model_max_length, 512)

@@ -66,10 +66,11 @@ def plan(model: str, shape: str, save: str | None, plot: str | None, **asked: An
     if all(asked[name] is None for name in ("size_mb", "latency_ms", "within")):
         raise ValueError("give --size-mb, --latency-ms or --within; a plan needs a budget")
     check_picture(plot)
-    check_file("--save", save)
-    tokenizer = load_tokenizer(model)
-    batches = unlabelled_batches(asked, tokenizer)
-    loaded = float_model(model).to(asked["device"])
+    check_file("--save", save, {"MODEL": model, "--texts": asked["texts"]})
+    loaded = float_model(model)
+    tokenizer = getattr(loaded, "tokenizer", None) or load_tokenizer(model)
+    batches = unlabelled_batches(asked, tokenizer, loaded)
+    loaded = loaded.to(asked["device"])
     options = {name: asked[name] for name in ("size_mb", "latency_ms", "within")}
     options |= {"shape": rows_and_tokens, "progress": not asked["as_json"]}
     with contextlib.ExitStack() as stack:

@@ -75,12 +75,13 @@ def quantize(model: str, out: str, **asked: Any) -> None:
     import qbert
     from qbert.sizes import model_size
 
-    check_out(out, asked["force"])
+    check_out(out, asked["force"], {"MODEL": model})
     set_machine(asked["device"], asked["threads"])
     config = _configuration(asked)
     loaded = float_model(model)
-    tokenizer = _tokenizer(model, needed=bool(asked["texts"] or asked["task"]))
-    data = _calibration(asked, tokenizer)
+    own = getattr(loaded, "tokenizer", None)  # a SentenceTransformer's, with its longest row and case
+    tokenizer = own or _tokenizer(model, needed=bool(asked["texts"] or asked["task"]))
+    data = _calibration(asked, tokenizer, loaded)
     loaded = loaded.to(asked["device"])
     start = time.perf_counter()
     options = {"calibration_data": data, "progress": not asked["as_json"]}
@@ -142,8 +143,8 @@ def _tokenizer(model: str, needed: bool) -> Any:
         return None
 
 
-def _calibration(asked: dict[str, Any], tokenizer: Any) -> Any:
-    batches = unlabelled_batches(asked, tokenizer)
+def _calibration(asked: dict[str, Any], tokenizer: Any, model: Any) -> Any:
+    batches = unlabelled_batches(asked, tokenizer, model)
     if batches is None and asked["rounding"] == "compensated":
         raise ValueError("--rounding compensated needs data; add --texts FILE (a sentence a line), or --task NAME")
     return batches

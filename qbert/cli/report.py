@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from qbert.cli.options import as_json, show
+from qbert.cli.options import as_json, check_writable, show
 
 
 @click.command()
@@ -21,6 +21,9 @@ def report(folder: str, out: str | None, as_json: bool) -> None:
     from qbert.report import write_report
 
     path = Path(out) if out else Path(folder) / "report.html"
+    if path.is_file() and path.suffix not in (".html", ".htm"):
+        raise ValueError(f"--out {path} is there and no page; name another file, with the ending .html")
+    check_writable("--out", str(path))
     shown = write_report(folder, path)
     text = f"{path}: {len(shown)} result(s): {', '.join(shown)}"
     show({"out": str(path), "shown": shown}, text, as_json)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Mapping
 from dataclasses import replace
@@ -59,14 +60,13 @@ def spectrum(model: str, task: str, data_dir: str | None, save: str | None, plot
     \b
       qbert spectrum my-model --task sst2 --save spectrum.json --plot spectrum.png
     """
-    import shutil
-
     import qbert
+    from qbert.hessian.checkpoint import Checkpoint
     from qbert.tasks import load_task, prepare
     from qbert.tasks.evaluation import wants_pairs
 
     check_picture(plot)
-    check_file("--save", save)
+    check_file("--save", save, {"MODEL": model})
     set_machine(asked["device"], asked["threads"])
     data = load_task(task, data_dir=data_dir)
     loaded, tokenizer = build_for(data, model)
@@ -99,7 +99,9 @@ def spectrum(model: str, task: str, data_dir: str | None, save: str | None, plot
     found = replace(found, settings={"model": model, "task": task, **found.settings, "made by": made_by()})
     if save:
         found.save(save)
-        shutil.rmtree(partial, ignore_errors=True)  # type: ignore[arg-type]
+        Checkpoint(partial, {}, resume=False).clear()  # type: ignore[arg-type]
+        with contextlib.suppress(OSError):  # what else lies there stays
+            partial.rmdir()  # type: ignore[union-attr]
     if plot:
         found.plot(plot)
     content = {

@@ -106,4 +106,4 @@ class CopiedParameters:
 
 def _digest(parameter: Tensor) -> int:
     values = parameter.detach().contiguous()
-    return zlib.crc32(values.reshape(-1).view(torch.uint8).numpy().data)
+    return zlib.crc32(values.reshape(-1).view(torch.uint8).cpu().numpy().data)

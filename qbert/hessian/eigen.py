@@ -99,6 +99,21 @@ class Eigenpair:
     converged: bool
 
 
+@dataclass(frozen=True)
+class Start:
+    """Start vector of an iteration, and what its proofs rest on.
+
+    Attributes:
+        vector: [n].
+        deviation, power: along the eigenvector of any eigenvalue lambda, `vector` is the sum of something fixed and of
+            a Gaussian number whose standard deviation is at least ``deviation * |lambda| ** power``.
+    """
+
+    vector: Tensor
+    deviation: float
+    power: int = 0
+
+
 def start_vector(
     size: int,
     *,
@@ -107,8 +122,8 @@ def start_vector(
     dtype: torch.dtype = torch.float64,
     device: torch.device | str = "cpu",
     random_share: float = 10.0,
-) -> tuple[Tensor, float]:
-    """Start vector [size] of about unit length, and the standard deviation of its random part in any direction.
+) -> Start:
+    """Start [size] of about unit length, random in all directions alike.
 
     The unit `warm` vectors are added up (their signs aligned, since an eigenvector has none), plus a Gaussian vector
     of length `random_share` (1 without warm vectors). It holds about 1 / sqrt(size) of every eigenvector: what lets an
@@ -129,7 +144,7 @@ def start_vector(
         if 0 < length < math.inf:
             sign = -1 if guesses is not None and dot(guess, guesses) < 0 else 1
             guesses = guess * (sign / length) if guesses is None else guesses.add_(guess, alpha=sign / length)
-    return start if guesses is None else start.add_(guesses), deviation
+    return Start(start if guesses is None else start.add_(guesses), deviation)
 
 
 def relative(error: float, value: float) -> float:
@@ -217,11 +232,11 @@ class PowerIteration:
         self.tol, self.max_products = tol, max_products
         self.products = 0
         self.result: Eigenpair | None = None
-        start, deviation = start_vector(size, warm=warm, generator=generator, dtype=dtype, device=device)
-        length = norm(start)
-        self.query: Tensor | None = start / length
+        start = start_vector(size, warm=warm, generator=generator, dtype=dtype, device=device)
+        length = norm(start.vector)
+        self.query: Tensor | None = start.vector / length
         self._value = math.nan
-        self._log_lengths = math.log(float(length) / deviation)
+        self._log_lengths = math.log(float(length) / start.deviation)
 
     def receive(self, product: Tensor) -> None:
         """Take H @ query, [n]; afterwards `query` is the next vector, or None when `result` stands."""
@@ -273,6 +288,7 @@ class Lanczos:
         min_products: never stops earlier, unless the whole space is known.
         basis_size: number of basis vectors [n] kept before a thick restart; default: what 256 MiB hold, at least 40.
         warm: guesses [n] at the eigenvector.
+        start: what to start from, in the place of a random vector and of `warm`.
         locked: orthonormal vectors [n] to stay orthogonal to (eigenvectors that are known already).
         generator: for all random vectors.
         dtype, device: of the vectors.
@@ -292,6 +308,7 @@ class Lanczos:
         min_products: int = 3,
         basis_size: int | None = None,
         warm: Sequence[Tensor] = (),
+        start: Start | None = None,
         locked: Sequence[Tensor] = (),
         generator: torch.Generator | None = None,
         dtype: torch.dtype = torch.float64,
@@ -319,13 +336,15 @@ class Lanczos:
         self._top_rounding = 0.0
         # A V = V H[:k] + next * H[k]; H is kept in full, so that rounding shows up in the residual.
         self._projection = np.zeros((basis_size + 1, basis_size))
-        start, deviation = start_vector(
-            size, warm=() if confidence else warm, generator=self.generator, dtype=dtype, device=device
-        )
-        self._log_betas = math.log(float(norm(start)) / deviation)
-        self._dropped = np.zeros(0)  # Ritz values that a restart left out: roots of the polynomial that it applied
+        if start is None:
+            start = start_vector(
+                size, warm=() if confidence else warm, generator=self.generator, dtype=dtype, device=device
+            )
+        self._log_betas = math.log(float(norm(start.vector)) / start.deviation)
+        # Roots of the polynomial that was applied before: Ritz values that a restart left out, and those of the start.
+        self._dropped = np.zeros(start.power)
         self._upper = {level: math.inf for level in (_REPORTED_CONFIDENCE, confidence) if level}
-        self.query: Tensor | None = self._independent(start)
+        self.query: Tensor | None = self._independent(start.vector)
 
     def receive(self, product: Tensor) -> None:
         """Take H @ query, [n]; afterwards `query` is the next vector, or None when `result` stands."""

@@ -11,7 +11,7 @@ import hashlib
 import logging
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,9 +21,7 @@ from torch import Tensor, nn
 from qbert.arguments import real_number, whole_number
 from qbert.hessian.batches import (
     BATCH_COST,
-    Batch,
     as_samples,
-    batch_size,
     draw,
     fingerprint,
     loss_weight,
@@ -45,16 +43,17 @@ from qbert.hessian.eigen import (
     Eigenpair,
     Lanczos,
     PowerIteration,
+    Start,
     check_confidence,
     check_limits,
     error_bound,
     relative,
 )
-from qbert.hessian.gauss_newton.loss_factor import NoModelOutputError
-from qbert.hessian.gauss_newton.top import start_vectors, top_pairs
+from qbert.hessian.gauss_newton.top import top_pairs
 from qbert.hessian.losses import LossFunction, MeasuredLoss, in_full_precision
 from qbert.hessian.operator import HessianOperator, free_bytes
 from qbert.hessian.spectrum import HessianSpectrum
+from qbert.hessian.starts import TOGETHER, coupled_starts, guesses, together, with_previous
 from qbert.hessian.vectors import dot, norm
 from qbert.progress import progress_bar
 
@@ -62,7 +61,6 @@ METHODS = ("lanczos", "power", "ggn")
 PRECISIONS = ("fp32", "bf16")
 BASIS_VECTORS = 40
 COARSE_TOL = 1e-2  # residual that the rounding of bfloat16 lets an iteration reach
-_WARM_START_SAMPLES = 16
 _MOST_DRAWS = 50  # of the samples of one run, until there is a label among them
 Solver = Lanczos | PowerIteration
 _log = logging.getLogger(__name__)
@@ -122,7 +120,8 @@ def hessian_spectrum(
         micro_batch_size: samples per forward pass at most; bounds memory, does not change the result: a loss that is
             not a mean over samples or labels is measured on the whole subset at once (a warning in the log says so).
             Default: as `batches`. On CPUs, batches of short and long texts are cut further, for less padding.
-        block_chunk: blocks that share one graph and are solved together; bounds memory. Default: by free memory.
+        block_chunk: blocks that are solved together; bounds memory, beside about three vectors and a graph of all
+            blocks for the product that they start from. Default: by free memory.
         checkpoint: folder that finished (run, block) pairs are kept in.
         resume: go on from `checkpoint`, if there is one; without it, an earlier one is overwritten.
         progress: show a progress bar, counted in Hessian products (in samples for ``ggn``).
@@ -179,8 +178,8 @@ def hessian_spectrum(
         if not resume and rank_and_world()[0] == 0:
             saved.clear()
         wait_for_all()
-    mine = own_share(blocks)
-    work = Measurement(mine, block_chunk, settings, saved)
+    work = Measurement(blocks, block_chunk, settings, saved)
+    mine = work.blocks
     unit, total = (
         ("sample", runs * round(fraction * len(samples))) if method == "ggn" else ("product", 7 * runs * len(mine))
     )
@@ -257,12 +256,13 @@ class Measurement:
 
     def __init__(
         self,
-        blocks: Sequence[ParameterBlock],
+        everything: Sequence[ParameterBlock],
         block_chunk: int | None,
         settings: Mapping[str, Any],
         saved: Checkpoint | None,
     ):
-        self.blocks, self.settings, self.saved = blocks, settings, saved
+        self.everything, self.blocks, self.settings, self.saved = everything, own_share(everything), settings, saved
+        blocks = self.blocks
         self.chunks = chunks(blocks, block_chunk)
         self.results: list[dict[str, tuple[Eigenpair, float]]] = []
         self.measured = 0
@@ -273,73 +273,78 @@ class Measurement:
         done = {block.name: self.saved.get(run, block.name) if self.saved else None for block in self.blocks}
         found = {name: record for name, record in done.items() if record is not None}
         self.results.append(found)
-        if len(found) < len(self.blocks):
-            measured = subset(run)
-            for chunk in self.chunks:
-                todo = [block for block in chunk if block.name not in found]
-                if todo:
-                    self._chunk(run, measured, todo, bar)
-
-    def _chunk(self, run: int, measured: MeasuredLoss, todo: Sequence[ParameterBlock], bar: Any) -> None:
-        parameters = {block.name: block.parameters for block in todo}
-        coarse = self.settings["precision"] == "bf16"
-        operator = HessianOperator.of(measured, parameters)
-        if self.settings["method"] == "ggn":
-            pairs = top_pairs(measured, parameters, tol=self.settings["tol"], count=bar.update)
-            for name, pair in pairs.items():
-                self._keep(run, name, pair, operator.loss)
+        if len(found) == len(self.blocks):
             return
-        guesses = self._gauss_newton_guesses(measured, parameters)
+        measured = subset(run)
+        operator, starts = self._starts(run, measured) if self.settings["method"] == "lanczos" else (None, {})
+        if operator is not None and len(self.chunks) > 1:
+            operator.release()
+            operator = None
+        for chunk in self.chunks:
+            todo = [block for block in chunk if block.name not in found]
+            if todo and self.settings["method"] == "ggn":
+                self._gauss_newton(run, measured, todo, bar)
+            elif todo:
+                self._chunk(run, measured, todo, operator, starts, bar)
+
+    def _operator(self, measured: MeasuredLoss, parameters: Mapping[str, Sequence[Part]]) -> HessianOperator:
+        """That of the iterations."""
+        coarse = self.settings["precision"] == "bf16"
+        return HessianOperator.of(measured, parameters, autocast=torch.bfloat16 if coarse else None)
+
+    def _starts(self, run: int, measured: MeasuredLoss) -> tuple[HessianOperator, dict[str, Start]]:
+        """Operator of all blocks, and what the iteration of each starts from: the same in whichever process it runs."""
+        parameters = {block.name: block.parameters for block in self.everything}
+        operator = self._operator(measured, {**parameters, TOGETHER: together(parameters.values())})
+        proof = self.settings["confidence"] is not None
+        generators = {name: generator(run, name, self.settings["seed"]) for name in parameters}
+        starts = coupled_starts(operator, generators, None if proof else guesses(measured, parameters))
+        return operator, {block.name: starts[block.name] for block in self.blocks}
+
+    def _gauss_newton(self, run: int, measured: MeasuredLoss, todo: Sequence[ParameterBlock], bar: Any) -> None:
+        parameters = {block.name: block.parameters for block in todo}
+        operator = HessianOperator.of(measured, parameters)
+        pairs = top_pairs(measured, parameters, tol=self.settings["tol"], count=bar.update)
+        for name, pair in pairs.items():
+            self._keep(run, name, pair, operator.loss)
+
+    def _chunk(
+        self,
+        run: int,
+        measured: MeasuredLoss,
+        todo: Sequence[ParameterBlock],
+        operator: HessianOperator | None,
+        starts: dict[str, Start],
+        bar: Any,
+    ) -> None:
+        parameters = {block.name: block.parameters for block in todo}
+        operator = operator or self._operator(measured, parameters)
         solvers: dict[str, Solver] = {}
         for block in todo:
-            guess = _combined(guesses.get(block.name), self.warm.get(block.name))
-            if self.settings["method"] == "power":  # as in the paper: each run starts at random
-                guess = None
-            solvers[block.name] = new_solver(block, [] if guess is None else [guess], run, self.settings)
-        for name, pair in self._refined(operator, solvers, bar) if coarse else solve(operator, solvers, bar.update):
-            self._keep(run, name, pair, operator.loss)
+            start = starts.pop(block.name, None)
+            if start is not None and self.settings["confidence"] is None:
+                start = with_previous(start, self.warm.get(block.name))
+            solvers[block.name] = new_solver(block, start, run, self.settings)
+        solved: Iterable[tuple[str, Eigenpair]] = solve(operator, solvers, bar.update)
+        exact = operator
+        if self.settings["precision"] == "bf16":  # one product for each block in the model's own precision
+            pairs = dict(solved)
+            operator.release()
+            bar.update(len(pairs))
+            exact = HessianOperator.of(measured, parameters)
+            solved = refined(pairs, exact, tol=self.settings["tol"], bound=self.settings["bound"]).items()
+        for name, pair in solved:
+            self._keep(run, name, pair, exact.loss)
             self.measured += 1
             left = self.settings["runs"] * len(self.blocks) - sum(len(found) for found in self.results)
             bar.total = bar.n + round(bar.n / self.measured * left)
-        operator.release()
-
-    def _refined(self, operator: HessianOperator, solvers: dict[str, Solver], bar: Any) -> list[tuple[str, Eigenpair]]:
-        """Solve in bfloat16, then take one product of `operator` for each block."""
-        rounded = HessianOperator.of(operator.measured, operator.blocks, autocast=torch.bfloat16)
-        pairs = dict(solve(rounded, solvers, bar.update))
-        rounded.release()
-        bar.update(len(pairs))
-        return list(refined(pairs, operator, tol=self.settings["tol"], bound=self.settings["bound"]).items())
+        exact.release()
 
     def _keep(self, run: int, name: str, pair: Eigenpair, loss: float) -> None:
         self.results[run][name] = pair, loss
         self.warm[name] = pair.vector.cpu()
         if self.saved is not None:
             self.saved.put(run, name, pair, loss)
-
-    def _gauss_newton_guesses(
-        self, measured: MeasuredLoss, parameters: Mapping[str, Sequence[Part]]
-    ) -> dict[str, Tensor]:
-        """Gauss-Newton directions of each block on a few samples; nothing where there are no logits."""
-        if self.settings["method"] != "lanczos" or self.settings["confidence"] is not None:
-            return {}
-        try:
-            few = _some_samples(measured.batches, _WARM_START_SAMPLES)
-            return start_vectors(measured.over(few), parameters)
-        except NoModelOutputError:
-            return {}
-
-
-def _combined(guess: Tensor | None, previous: Tensor | None) -> Tensor | None:
-    """The Gauss-Newton `guess` [n], with the eigenvector of the run before added as far as the two agree.
-
-    They do where subsets are large; small subsets have top directions of their own.
-    """
-    if guess is None or previous is None:
-        return previous if guess is None else guess
-    guess = guess / norm(guess).clamp(min=torch.finfo(guess.dtype).tiny)
-    previous = previous.to(guess)
-    return guess + dot(guess, previous) * previous
 
 
 def assemble(blocks: Sequence[ParameterBlock], work: Measurement, settings: dict[str, Any]) -> HessianSpectrum:
@@ -370,40 +375,24 @@ def assemble(blocks: Sequence[ParameterBlock], work: Measurement, settings: dict
     )
 
 
-def _some_samples(batches: Sequence[Batch], count: int) -> list[Batch]:
-    """About `count` samples, spread evenly over `batches` (which are ordered by length)."""
-    total = sum(batch_size(batch) for batch in batches)
-    step = max(1, total // count)
-    chosen: list[Batch] = []
-    position = 0
-    for batch in batches:
-        size = batch_size(batch)
-        rows = torch.tensor(range(-position % step, size, step), dtype=torch.int64, device="cpu")
-        position += size
-        if len(rows):
-            chosen.append(
-                {
-                    k: v[rows.to(v.device)] if isinstance(v, Tensor) and v.ndim > 0 and v.shape[0] == size else v
-                    for k, v in batch.items()
-                }
-            )
-    return chosen
+def generator(run: int, name: str, seed: int) -> torch.Generator:
+    """Of the random vectors of one block's iteration."""
+    digest = hashlib.sha256(f"start/{seed}/{run}/{name}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
 
 
-def new_solver(block: ParameterBlock, warm: Sequence[Tensor], run: int, settings: Mapping[str, Any]) -> Solver:
-    """The iteration for one block; its random vectors depend on seed, run and block name alone."""
-    digest = hashlib.sha256(f"start/{settings['seed']}/{run}/{block.name}".encode()).digest()
+def new_solver(block: ParameterBlock, start: Start | None, run: int, settings: Mapping[str, Any]) -> Solver:
+    """The iteration for one block, from `start` or (None) at random."""
     common: dict[str, Any] = {
         "tol": COARSE_TOL if settings["precision"] == "bf16" else settings["tol"],
         "max_products": settings["max_products"],
-        "warm": warm,
-        "generator": torch.Generator().manual_seed(int.from_bytes(digest[:7], "big")),
+        "generator": generator(run, block.name, settings["seed"]),
         **vector_options(block.parameters),
     }
     if settings["method"] == "power":
         return PowerIteration(block.size, **common)
     certainty = {"bound": settings["bound"], "confidence": settings["confidence"]}
-    return Lanczos(block.size, **certainty, **common)
+    return Lanczos(block.size, start=start, **certainty, **common)
 
 
 def solve(

@@ -40,7 +40,8 @@ class HessianSpectrum:
         residuals: [R, L] float64, ||H v - lambda v|| / |lambda|.
         errors: [R, L] float64, bound on the relative error of `eigenvalues` that was held against the tolerance.
         upper_bounds: [R, L] float64; with 99 % probability no eigenvalue of the block is larger in magnitude.
-        products: [R, L] int64, Hessian-vector products used.
+        products: [R, L] int64, Hessian-vector products used; that of all blocks together, which every run of Lanczos
+            starts from, is not among them.
         converged: [R, L] bool, error bound within tolerance.
         losses: [R] float64, mean loss of each subset.
         settings: what was asked for (runs, fraction, granularity, method, tol, seed, samples, ...).

@@ -135,7 +135,10 @@ def optimize_for_inference(
             "openvino" and "onnxruntime" run the whole base model in that runtime, from low-bit weights (2 and 3 bits in
             4 in OpenVINO), which rounds inputs of products in its own way or not at all; heads stay in torch. They are
             taken where they are asked for only, compute no gradients, and do not skip padding.
-        warm_up: shapes (batch, length) that are run three times each, so that no later call of them compiles anything.
+        warm_up: shapes (batch, length) that are run three times each, so that no later call of them compiles anything
+            or captures a CUDA graph: on a GPU the first run compiles kernels, the second captures the graph of batches
+            of this shape without padding, on the stream that is current. Batches with padding share the graphs of
+            about as many tokens as they have without it.
 
     Returns:
         A model of the same class with the same calls, in evaluation mode; a copy unless `inplace`.
@@ -168,8 +171,8 @@ def optimize_for_inference(
     model = packed if inplace else deepcopy(packed)
     with unchanged_by_failure(model):
         _optimize(model, exact, operands, skip_padding, engine, on_gpu)
-        for batch, length in shapes if not on_gpu else ():
-            _run_three_times(model, base_model(model)[1], batch, length)
+        for batch, length in shapes:
+            _run_three_times(base_model(model)[1], batch, length)
     return model
 
 
@@ -243,9 +246,9 @@ def _optimize(
                 module._fast = ChosenLinear(module, exact, engine)  # type: ignore[arg-type,assignment]
 
 
-def _run_three_times(model: nn.Module, base: Any, batch: int, length: int) -> None:
+def _run_three_times(base: Any, batch: int, length: int) -> None:
     token = (1 + (getattr(base.config, "pad_token_id", 0) or 0)) % base.config.vocab_size
-    ids = torch.full((batch, length), token, device="cpu")
+    ids = torch.full((batch, length), token, device=next(base.parameters()).device)
     for _ in range(3):
         base(input_ids=ids, attention_mask=torch.ones_like(ids))
 

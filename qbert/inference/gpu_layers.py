@@ -30,7 +30,7 @@ from qbert.inference.fits import reason_not_four_products, reason_not_to_fuse_la
 from qbert.inference.forward import reason_not_to_replace
 from qbert.kernels import dispatch, operators
 from qbert.kernels.checks import E4M3_COLUMNS
-from qbert.kernels.operands import FLOAT, E4m3Weight, Heads, InputGrid, ProductWeight
+from qbert.kernels.operands import FLOAT, E4m3Weight, Heads, InputGrid, ProductWeight, Spans
 from qbert.kernels.terms import Terms, e4m3_weight, unpacked_weight
 from qbert.layers.embedding import PackedEmbedding
 from qbert.layers.linear import PackedLinear
@@ -143,13 +143,13 @@ class FusedGpuLayer:
         """The grid of the tokens that it takes."""
         return self.qkv.grid
 
-    def __call__(self, tokens: Tokens, starts: Tensor, longest: int, sums: Tensor, next_grid: InputGrid) -> Tokens:
+    def __call__(self, tokens: Tokens, spans: Spans, sums: Tensor, next_grid: InputGrid) -> Tokens:
         """Tokens in, tokens out; `sums` int32 [2, T] is zero, `next_grid` the input grid of the next layer."""
-        mixed = self._attend(tokens, starts, longest, sums[0])
+        mixed = self._attend(tokens, spans, sums[0])
         tokens = self._add_and_normalize(self.attention_output, mixed, tokens.x, 0, self.ffn_in.grid)
         return self._add_and_normalize(self.ffn_out, self._expand(tokens, sums[1]), tokens.x, 1, next_grid)
 
-    def _attend(self, tokens: Tokens, starts: Tensor, longest: int, sums: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _attend(self, tokens: Tokens, spans: Spans, sums: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         output, grid, dtype = self.attention_output, self.attention_output.output_grid, _half(tokens.x)
         weight = self.qkv.of(tokens.x)
         if isinstance(weight, E4m3Weight):
@@ -159,7 +159,7 @@ class FusedGpuLayer:
             fused = product(*tokens[1:], weight, out_dtype=dtype)
         count = fused.shape[0]
         query, key, value = fused.view(count, 3, self.heads, -1).unbind(1)
-        heads = Heads(query, key, value, starts, longest, query.shape[-1] ** -0.5)
+        heads = Heads(query, key, value, spans.starts, spans.longest, query.shape[-1] ** -0.5, spans.uniform)
         wanted = output.wanted(sums) if grid.bits else None
         mixed = operators.attention(heads, grid, wanted).view(count, -1)
         return output.quantized(mixed, sums)
@@ -213,7 +213,9 @@ class FusedGpuEmbeddings:
                 "positions; truncate them"
             )
         if position_ids is None and self.first_position:
-            return self.module.create_position_ids_from_input_ids(input_ids, self.module.padding_idx)
+            # As create_position_ids_from_input_ids counts, in half as many launches.
+            seen = input_ids != self.module.padding_idx
+            return seen.cumsum(1).mul_(seen).add_(self.module.padding_idx)
         return position_ids
 
     def __call__(self, ids: tuple[Tensor, ...], grid: InputGrid) -> Tokens:

@@ -1,14 +1,18 @@
 """CUDA graphs of an encoder, one a bucket of shapes: a forward pass of a hundred kernels becomes one launch.
 
 A graph replays fixed shapes in fixed memory. Token counts, numbers of sequences and lengths are therefore rounded up
-to buckets; a call writes its tokens into the graph's buffers and copies the result out of them. What follows from the
-shape alone, such as positions (`Rows` with a key), is written once. Rows beyond the real tokens belong to no sequence:
-they are computed and thrown away. A bucket runs eagerly when it is first seen and is captured at its second use, so
-that a shape which never returns costs no capture; the graphs used longest ago are dropped.
+to buckets; a caller writes its tokens into the graph's buffers, replays it, and copies the result out of them. Rows
+beyond the real tokens belong to no sequence: they are computed and thrown away. A bucket is captured at its second use,
+so that a shape which never returns costs no capture; the graphs used longest ago are dropped.
 It stands alone because it knows no model: whatever runs over rows of tokens can be captured.
 
-    graphs = GraphCache(run)                      # run(inputs, starts, longest) -> [T, H]
-    y = graphs((ids, positions, types), starts, longest=128)
+    graphs = GraphCache(run)                      # run((*data, places), spans) -> [T, H]
+    with graphs.lock:
+        graph = graphs.find(bucket_of(tokens, sequences, longest), stream=0, likes=lambda: (ids,))
+        if graph is not None:                     # else: run it without
+            ...                                   # write graph.buffers
+            graph.replay()
+            y = graph.output[:tokens].clone()
 """
 
 from __future__ import annotations
@@ -22,114 +26,146 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from qbert.kernels.operands import Spans
+
 logger = logging.getLogger(__name__)
 Inputs = tuple[Tensor, ...]
-Run = Callable[[Inputs, Tensor, int], Tensor]
-Finish = Callable[[Tensor], Tensor]
+Run = Callable[[Inputs, Spans], Tensor]
 MAX_GRAPH_TOKENS = 1 << 16  # beyond, launching takes no time worth saving, and the buffers much memory
 _SEEN_PER_GRAPH = 8
 
 
 class Bucket(NamedTuple):
-    """Shapes that share a graph: tokens, sequences and longest sequence, each rounded up."""
+    """Shapes that share a graph: tokens, sequences and longest sequence, each rounded up; or, if `uniform`, one shape.
+
+    The sequences of a uniform bucket are all `longest` long and fill its tokens.
+    """
 
     tokens: int
     sequences: int
     longest: int
+    uniform: bool = False
 
 
-def bucket_of(tokens: int, sequences: int, longest: int) -> Bucket:
+def bucket_of(tokens: int, sequences: int, longest: int, uniform: bool = False) -> Bucket:
     """The bucket of a batch: tokens to an eighth of their power of two (at most 1/8 is wasted), the others to powers.
 
     Sequences and length only decide how many programs of the attention find nothing to do, so their steps are coarse.
+    `uniform` asks for a bucket of this very shape, which is given where the tokens need no rounding: each length would
+    have a graph of its own otherwise.
     """
     step = max(16, _power_of_two(tokens) // 16)
-    return Bucket(-(-tokens // step) * step, _power_of_two(sequences), max(16, _power_of_two(longest)))
+    rounded = -(-tokens // step) * step
+    if uniform and rounded == tokens:
+        return Bucket(tokens, sequences, longest, uniform=True)
+    return Bucket(rounded, _power_of_two(sequences), max(16, _power_of_two(longest)))
 
 
 def _power_of_two(n: int) -> int:
     return 1 << (max(n, 1) - 1).bit_length()
 
 
-class Rows(NamedTuple):
-    """Rows of an input that are written where they are needed, be it into a graph's buffer.
+class Buffers:
+    """The fixed memory that a graph reads.
 
-    rows: how many; like: a tensor of their dtype, device and shape from the second dimension on; write: fills a tensor
-    [rows, ...] with them; key: what they follow from, so that equal keys mean equal rows; None where from data.
+    Attributes:
+        data: what the caller gathers, each [tokens, ...], in the dtypes and widths of `likes`.
+        layout: int64, all that says where tokens lie, for one copy from the host: `kept` [tokens], the places of the
+            tokens in the flattened padded batch; `places` [tokens], those in their padded sequences; `starts` int32
+            [sequences + 1], as `Spans` has them. They are views of it, in this order.
     """
 
-    rows: int
-    like: Tensor
-    write: Callable[[Tensor], Any]
-    key: Hashable = None
+    def __init__(self, bucket: Bucket, likes: Inputs) -> None:
+        tokens = bucket.tokens
+        # Not tensors of inference mode, which could not be written to outside of it.
+        with torch.inference_mode(False):
+            self.data = tuple(like.new_zeros((tokens, *like.shape[1:])) for like in likes)
+            self.layout = torch.zeros(layout_size(bucket), dtype=torch.int64, device=likes[0].device)
+            self.kept, self.places = self.layout[:tokens], self.layout[tokens : 2 * tokens]
+            self.starts = self.layout[2 * tokens :].view(torch.int32)[: bucket.sequences + 1]
 
-    def tensor(self) -> Tensor:
-        """They, [rows, ...]."""
-        made = self.like.new_empty((self.rows, *self.like.shape[1:]))
-        self.write(made)
-        return made
-
-
-Given = Tensor | Rows
-
-
-def as_tensor(given: Given) -> Tensor:
-    """The rows as a tensor [rows, ...]."""
-    return given.tensor() if isinstance(given, Rows) else given
+    @property
+    def inputs(self) -> Inputs:
+        """What the captured function takes."""
+        return (*self.data, self.places)
 
 
-def _count(given: Given) -> int:
-    return given.rows if isinstance(given, Rows) else given.shape[0]
+def layout_size(bucket: Bucket) -> int:
+    """Elements of `Buffers.layout`."""
+    return 2 * bucket.tokens + (bucket.sequences + 2) // 2
 
 
-def _like(given: Given) -> Tensor:
-    return given.like if isinstance(given, Rows) else given
+# Captures a run over the buffers of a bucket: what replays it, and the memory [tokens, ...] that holds its result then.
+Capture = Callable[[Run, Bucket, Buffers], tuple[Callable[[], Any], Tensor]]
 
 
-# A captured run: inputs of at most the bucket's size in; the result for all of the bucket's tokens in its own buffer.
-Captured = Callable[[tuple[Given, ...], Given], Tensor]
-Capture = Callable[[Run, Bucket, tuple[Given, ...], Given], Captured]
+class Graph:
+    """A captured run.
+
+    Attributes:
+        replay: computes `output` [tokens, ...] from `buffers`, on the stream that it was captured for.
+        zeros: which of the data are zeros, for whoever writes others to note.
+        places_of, starts_of: whose places and starts the buffers hold; the writer's own objects, None where unknown.
+    """
+
+    def __init__(self, key: Hashable, buffers: Buffers, replay: Callable[[], Any], output: Tensor) -> None:
+        self.key, self.buffers, self.replay, self.output = key, buffers, replay, output
+        self.zeros = set(range(len(buffers.data)))
+        self.places_of: object = None
+        self.starts_of: object = None
+
+    def zero(self, index: int) -> None:
+        """Makes data[index] zeros, where it is not."""
+        if index not in self.zeros:
+            self.buffers.data[index].zero_()
+            self.zeros.add(index)
 
 
 class GraphCache:
-    """Runs `run` eagerly or through a captured graph, whichever the bucket of the inputs calls for.
+    """Finds the graph of a bucket, or captures it at the second time it is looked for.
 
     Args:
-        run: takes tuples of tensors with T rows, starts int32 [S + 1] and the longest length; gives [T, ...]. It must
-            not wait for the GPU nor depend on values.
+        run: takes data and places of T tokens, and their `Spans`; gives [T, ...]. It must not wait for the GPU nor
+            depend on values.
         limit: number of graphs that are kept.
         capture: makes a graph; the default is `CudaGraphs().capture`.
+
+    Attributes:
+        lock: to be held from `find` until the result is copied: buffers serve one caller at a time.
+        shortcuts: what callers found for graphs that are kept, by their own keys; emptied when one is dropped.
     """
 
     def __init__(self, run: Run, *, limit: int = 32, capture: Capture | None = None) -> None:
         self.run, self.limit = run, limit
+        self.lock = threading.Lock()
+        self.shortcuts: dict[Hashable, Any] = {}
         self._capture = capture if capture is not None else CudaGraphs().capture
-        self._graphs: OrderedDict[Hashable, Captured] = OrderedDict()
+        self._graphs: OrderedDict[Hashable, Graph] = OrderedDict()
         self._seen: OrderedDict[Hashable, bool] = OrderedDict()  # False: cannot be captured
-        self._lock = threading.Lock()
 
     def __len__(self) -> int:
         return len(self._graphs)
 
-    def __call__(self, inputs: tuple[Given, ...], starts: Given, longest: int, finish: Finish = Tensor.clone) -> Tensor:
-        """`finish(run(inputs, starts, longest))`; `finish` copies, because later calls write to what it is given."""
-        tokens = _count(inputs[0])
-        bucket = bucket_of(tokens, _count(starts) - 1, longest)
-        if bucket.tokens <= MAX_GRAPH_TOKENS and tokens:
-            like = [_like(t) for t in inputs]
-            key = (bucket, _stream_of(like[0]), tuple((t.dtype, t.shape[1:]) for t in like))
-            # Held until the result is copied: the buffers of a graph serve one caller at a time.
-            with self._lock:
-                graph = self._graphs.get(key) or self._captured_at_second_use(key, bucket, inputs, starts)
-                if graph is not None:
-                    self._graphs.move_to_end(key)
-                    output = graph(inputs, starts)
-                    return finish(output if tokens == bucket.tokens else output[:tokens])
-        return finish(self.run(tuple(as_tensor(t) for t in inputs), as_tensor(starts), longest))
+    def find(self, bucket: Bucket, stream: int, likes: Callable[[], Inputs]) -> Graph | None:
+        """The graph of a bucket, for the stream that is current; None where it runs without one.
 
-    def _captured_at_second_use(
-        self, key: Hashable, bucket: Bucket, inputs: tuple[Given, ...], starts: Given
-    ) -> Captured | None:
+        Args:
+            stream: the number of the stream.
+            likes: gives of each kind of data a tensor of its dtype, device and shape from the second dimension on.
+        """
+        if not 0 < bucket.tokens <= MAX_GRAPH_TOKENS:
+            return None
+        key = (bucket, stream)
+        graph = self._graphs.get(key) or self._captured_at_second_use(key, bucket, likes)
+        if graph is not None:
+            self.used(graph)
+        return graph
+
+    def used(self, graph: Graph) -> None:
+        """Notes that a graph was used without being looked for."""
+        self._graphs.move_to_end(graph.key)
+
+    def _captured_at_second_use(self, key: Hashable, bucket: Bucket, likes: Callable[[], Inputs]) -> Graph | None:
         usable = self._seen.get(key)
         if usable is None:
             self._seen[key] = True
@@ -140,8 +176,10 @@ class GraphCache:
         # Before the capture, so that its memory is there for the new graph.
         while len(self._graphs) >= self.limit:
             self._graphs.popitem(last=False)
+            self.shortcuts.clear()
         try:
-            self._graphs[key] = self._capture(self.run, bucket, inputs, starts)
+            buffers = Buffers(bucket, likes())
+            self._graphs[key] = Graph(key, buffers, *self._capture(self.run, bucket, buffers))
         except RuntimeError as error:
             self._seen[key] = False
             logger.warning("%s runs without a CUDA graph: %s", bucket, str(error).splitlines()[0])
@@ -158,71 +196,27 @@ class CudaGraphs:
     def __init__(self) -> None:
         self._homes: dict[int, tuple[torch.cuda.Stream, Any]] = {}
 
-    def capture(self, run: Run, bucket: Bucket, inputs: tuple[Given, ...], starts: Given) -> Captured:
-        """A graph of `run` for the bucket; the inputs serve as example data."""
-        device, home = _like(starts).device, _stream_of(_like(starts))
-        if home not in self._homes:
-            self._homes[home] = (torch.cuda.Stream(device), torch.cuda.graph_pool_handle())
-        stream, pool = self._homes[home]
-        return _CudaGraph(run, bucket, inputs, starts, stream, pool)
-
-
-class Buffers:
-    """The fixed memory that a graph reads: inputs [tokens, ...] and starts [sequences + 1] of a bucket."""
-
-    def __init__(self, bucket: Bucket, inputs: tuple[Given, ...], starts: Given) -> None:
-        # Not tensors of inference mode, which could not be written to outside of it.
-        with torch.inference_mode(False):
-            likes = [_like(t) for t in inputs]
-            self.inputs = tuple(t.new_zeros((bucket.tokens, *t.shape[1:])) for t in likes)
-            self.starts = _like(starts).new_zeros(bucket.sequences + 1)
-        self._held: list[Hashable] = [None] * (len(inputs) + 1)
-
-    def fill(self, inputs: tuple[Given, ...], starts: Given) -> None:
-        """Writes what is not there yet."""
-        for place, (buffer, given) in enumerate(zip((*self.inputs, self.starts), (*inputs, starts), strict=True)):
-            count = _count(given)
-            key = (given.key, count) if isinstance(given, Rows) and given.key is not None else None
-            if key is not None and key == self._held[place]:
-                continue
-            self._held[place] = key
-            rows = buffer if count == buffer.shape[0] else buffer[:count]
-            if isinstance(given, Rows):
-                given.write(rows)
-            else:
-                rows.copy_(given)
-            if buffer is self.starts and rows is not buffer:
-                buffer[count:].fill_(_count(inputs[0]))  # the sequences beyond are empty
-
-
-class _CudaGraph:
-    def __init__(
-        self,
-        run: Run,
-        bucket: Bucket,
-        inputs: tuple[Given, ...],
-        starts: Given,
-        stream: torch.cuda.Stream,
-        pool: Any,
-    ) -> None:
-        self.buffers = Buffers(bucket, inputs, starts)
-        self.buffers.fill(inputs, starts)
-        caller = torch.cuda.current_stream(stream.device)
+    def capture(self, run: Run, bucket: Bucket, buffers: Buffers) -> tuple[Callable[[], Any], Tensor]:
+        """A graph of `run` over the buffers, which need hold nothing but zeros yet."""
+        device = buffers.layout.device
+        caller = torch.cuda.current_stream(device)
+        if caller.cuda_stream not in self._homes:
+            self._homes[caller.cuda_stream] = (torch.cuda.Stream(device), torch.cuda.graph_pool_handle())
+        stream, pool = self._homes[caller.cuda_stream]
+        spans = Spans(buffers.starts, bucket.longest, bucket.uniform)
         stream.wait_stream(caller)
         # Once outside of the graph, on its stream: this compiles kernels and makes the workspaces that outlive a run.
         with torch.cuda.stream(stream):
-            run(self.buffers.inputs, self.buffers.starts, bucket.longest)
+            run(buffers.inputs, spans)
         stream.synchronize()
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph, pool=pool, stream=stream):
-            self.output = run(self.buffers.inputs, self.buffers.starts, bucket.longest)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=pool, stream=stream):
+            output = run(buffers.inputs, spans)
         caller.wait_stream(stream)
-
-    def __call__(self, inputs: tuple[Given, ...], starts: Given) -> Tensor:
-        self.buffers.fill(inputs, starts)
-        self.graph.replay()
-        return self.output
+        return graph.replay, output
 
 
-def _stream_of(tensor: Tensor) -> int:
-    return torch.cuda.current_stream(tensor.device).cuda_stream if tensor.is_cuda else 0
+def stream_of(tensor: Tensor) -> int:
+    """The number of the stream that is current on the tensor's GPU; 0 on a CPU."""
+    # Not torch.cuda.current_stream, which makes an object of it in two microseconds.
+    return torch._C._cuda_getCurrentRawStream(tensor.get_device()) if tensor.is_cuda else 0  # type: ignore[no-any-return]

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from copy import deepcopy
-from functools import partial
 from typing import Any
 
 import torch
@@ -128,7 +127,7 @@ class PackedLinear(PackedTensor):
 
     def _gpu_linear(self) -> Callable[[Tensor], Tensor]:
         bias = None if self.bias is None else self.bias.detach()
-        return partial(dispatch.linear, weight=self.packed_weight(), bias=bias, grid=self.input_grid())
+        return dispatch.PreparedLinear(self.packed_weight(), bias, self.input_grid())
 
     def input_grid(self) -> InputGrid:
         """How the input is quantized, as the kernels take it. Raises ValueError for a static scale of 0."""

@@ -20,9 +20,10 @@ from qbert.layers.layout import has_exact_zero
 from qbert.layers.quantizer import WeightQuantizer
 from qbert.pipeline.steps import Factorize, Prune, Structure
 from qbert.quantizers.groups import row_groups
+from qbert.quantizers.rounding import bias_change
 from qbert.quantizers.sparsity import Pattern, sparsify
 from qbert.sizes import quantized_header_bytes, tensor_bytes
-from qbert.students.curvature import Moments, layer_matrices, second_moments
+from qbert.students.curvature import Moments, Observed, layer_matrices, observed_inputs
 from qbert.students.lowrank import Spectrum, paying_rank
 
 SHARES = (0.375, 0.625)  # of the largest rank that takes fewer values than the matrix
@@ -52,13 +53,13 @@ def matrix_alternatives(
     """
     targets = layer_matrices(model)
     known = _known(settings)
-    moments = second_moments(model, batches, [cast(nn.Linear, t.module) for t in targets], gradients=False)
+    seen = observed_inputs(model, batches, [cast(nn.Linear, t.module) for t in targets])
     found: dict[str, list[Alternative]] = {}
     for target in targets:
-        moment = moments[cast(nn.Linear, target.module)]
+        inputs = seen[cast(nn.Linear, target.module)]
         found[target.name] = [
-            *_factors(target, moment, known, shares),
-            *_sparse(target, moment, known, _sparse_widths(target, known, bits)),
+            *_factors(target, Moments(inputs.second, None), known, shares),
+            *_sparse(target, inputs, known, _sparse_widths(target, known, bits)),
         ]
     return found
 
@@ -142,16 +143,21 @@ def _factors(
 
 
 @torch.no_grad()
-def _sparse(target: Target, moments: Moments, known: Mapping[str, Any], widths: Sequence[int]) -> Iterator[Alternative]:
+def _sparse(target: Target, seen: Observed, known: Mapping[str, Any], widths: Sequence[int]) -> Iterator[Alternative]:
     if not widths:
         return
     matrix = target.matrix.detach()
-    sparse = sparsify(matrix, moments.inputs, Pattern.parse(PATTERN))
+    sparse = sparsify(matrix, seen.second, Pattern.parse(PATTERN))
     own = _like(target, sparse)
     for bits in widths:
         spec = _spec(known, bits)
-        rounded = rounded_matrix(own, spec, moments.inputs)
-        yield Alternative({target.name: {"bits": bits}}, rounded - matrix, _bytes(own, spec), {"pattern": PATTERN})
+        # The bias follows the codes, as in `quantize_model`, but not the zeros (`prune`).
+        follows = spec.rounding == "compensated" and getattr(target.module, "bias", None) is not None
+        rounded = rounded_matrix(own, spec, seen.covariance if follows else seen.second)
+        bias = bias_change(sparse - rounded, seen.mean).float() if follows else None
+        yield Alternative(
+            {target.name: {"bits": bits}}, rounded - matrix, _bytes(own, spec), {"pattern": PATTERN}, bias
+        )
 
 
 def _rounded(values: Tensor, spec: TensorSpec) -> Tensor:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from qbert.calibration import reads_mappings
+from qbert.encoders.inputs import to_device
 from qbert.encoders.modes import evaluation_mode
 
 _TIMINGS, _ATTEMPTS = 15, 3
@@ -23,10 +24,13 @@ _NOISY = 0.5  # share by which half of the calls may take longer than the fastes
 def milliseconds(model: Any, inputs: Mapping[str, Tensor]) -> float:
     """The fastest of some calls of `model` on `inputs`, in evaluation mode, after a few that are left out.
 
+    A call ends when its device is done with it, on a GPU well after Python is.
+
     Raises:
         ValueError: if half of them took much longer than the fastest, several times over; the spread is named.
     """
     spread, fastest = float("inf"), float("inf")
+    inputs = to_device(inputs, model)
     with torch.inference_mode(), evaluation_mode(model):
         for _ in range(_ATTEMPTS):
             kept = _timed(model, inputs)
@@ -41,17 +45,20 @@ def milliseconds(model: Any, inputs: Mapping[str, Tensor]) -> float:
 
 
 def _timed(model: Any, inputs: Mapping[str, Tensor]) -> list[float]:
-    """Milliseconds of some calls, the first of which are left out; on a GPU until what they started is done."""
-    on_gpu = any(value.is_cuda for value in inputs.values())
-
-    def call() -> None:
-        _ = model(dict(inputs)) if reads_mappings(model) else model(**inputs)
-        if on_gpu:
-            torch.cuda.synchronize()
-
+    """Milliseconds of some calls, the first of which are left out."""
+    device = next(model.parameters()).device
+    takes_mapping = reads_mappings(model)
     times = []
     for _ in range(_TIMINGS + 3):
+        _wait(device)
         start = time.perf_counter()
-        call()
+        _ = model(dict(inputs)) if takes_mapping else model(**inputs)
+        _wait(device)
         times.append(1e3 * (time.perf_counter() - start))
     return times[3:]
+
+
+def _wait(device: torch.device) -> None:
+    """Until the device has done all that it was asked for; a CPU has when the call returns."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)

@@ -155,7 +155,7 @@ class Planner:
     ) -> None:
         _check_float(model)
         bits, given = _check_bits(bits), _check_structures(structures)
-        checked = check_batches(batches)
+        checked = check_batches(batches, "batches")
         if checked is None or len(checked) < 4:
             raise ValueError("batches: plans are fitted, scored and checked on different rows; pass at least 4 batches")
         self.model, self.bits, self.further, self.progress, self.settings = model, bits, further, progress, settings

@@ -75,13 +75,15 @@ class Pipeline:
         """The pipeline that `to_dict` described.
 
         Raises:
-            ValueError: another format, an unknown step or field.
+            ValueError: another format, an unknown step or field, or a step that lacks one.
         """
-        written = values.get("format")
-        if written not in (FORMAT, _FIRST_FORMAT) or not isinstance(values.get("steps"), Sequence):
+        content = values if isinstance(values, Mapping) else {}
+        written, steps = content.get("format"), content.get("steps")
+        listed = isinstance(steps, Sequence) and all(isinstance(step, Mapping) for step in steps)
+        if written not in (FORMAT, _FIRST_FORMAT) or not listed:
             raise ValueError(f"the values are no pipeline ({FORMAT}); write one with Pipeline.to_dict or .save")
-        steps = [_as_first_format(step) for step in values["steps"]] if written == _FIRST_FORMAT else values["steps"]
-        return cls(tuple(step_from_dict(step) for step in steps))
+        told = [_as_first_format(step) if written == _FIRST_FORMAT else step for step in content["steps"]]
+        return cls(tuple(step_from_dict(step) for step in told))
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write as JSON, aside first and then renamed."""
@@ -269,7 +271,7 @@ class _Run:
         seconds = time.monotonic() - start
         aside = self.folder / f"aside-{index}"
         shutil.rmtree(aside, ignore_errors=True)
-        _saved(made).save_pretrained(aside)
+        made.save_pretrained(aside)  # type: ignore[operator]
         self.tokenizer.save_pretrained(aside)
         shutil.rmtree(self._place(index), ignore_errors=True)
         aside.rename(self._place(index))
@@ -303,9 +305,8 @@ class _Run:
                 f"folder: {place}, where the last finished step lay, is gone; remove {self.folder}, or name another"
             )
         loaded = type(_saved(self.teacher)).from_pretrained(place).eval()
-        if wants_pairs(self.teacher):
-            loaded = SentenceRegression(loaded, self.teacher.label_max).eval()
-        return loaded  # type: ignore[no-any-return]
+        loaded = loaded.to(next(self.teacher.parameters()).device)
+        return self.teacher.around(loaded) if wants_pairs(self.teacher) else loaded  # type: ignore[no-any-return]
 
     def _place(self, index: int) -> Path:
         return self.folder / f"step-{index}"

@@ -8,7 +8,7 @@ A step holds plain JSON values only; what it works on (teacher, rows, folder) co
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -419,16 +419,20 @@ def step_from_dict(values: Mapping[str, Any]) -> Step:
     """The step that `Step.to_dict` described.
 
     Raises:
-        ValueError: an unknown step or field.
+        ValueError: an unknown step or field, or one that the step cannot be without.
     """
     given = dict(values)
     kind = given.pop("step", None)
     if kind not in STEPS:
         raise ValueError(f"step={kind!r} is not known; use one of {', '.join(STEPS)}")
-    names = {f.name for f in fields(STEPS[kind])}  # type: ignore[arg-type]
+    known = fields(STEPS[kind])  # type: ignore[arg-type]
+    names = {f.name for f in known}
     unknown = sorted(set(given) - names)
     if unknown:
         raise ValueError(f"step {kind!r} has no {unknown[0]!r}; it has {', '.join(sorted(names))}")
+    needed = [f.name for f in known if f.default is MISSING and f.default_factory is MISSING and f.name not in given]
+    if needed:
+        raise ValueError(f"step {kind!r} lacks {needed[0]!r}; write the steps with Pipeline.save")
     if kind == Quantize.kind and isinstance(given.get("bits"), Mapping):
         given.pop("rounding", None)  # see `Quantize.to_dict`
     return STEPS[kind](**given)

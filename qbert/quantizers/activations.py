@@ -12,6 +12,7 @@ References: Shen et al. 2020, section 3.1 (8-bit activations); Yao et al. 2022, 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -98,6 +99,7 @@ class ActivationQuantizer(nn.Module):
         self.bits, self.mode = bits, mode
         self.enabled = True
         self.momentum: float | None = None
+        self._real: Callable[[Tensor], Tensor] | None = None
         self.qmin, self.qmax = code_range(bits)
         if mode == "static":
             self.register_buffer("scale", torch.tensor(float("nan"), dtype=torch.float32, device="cpu"))
@@ -110,11 +112,12 @@ class ActivationQuantizer(nn.Module):
         self.scale.fill_(scale)
         self.zero.fill_(min(max(self.qmin - round(low / scale), self.qmin), self.qmax))
 
-    def follow(self, momentum: float | None) -> None:
+    def follow(self, momentum: float | None, real: Callable[[Tensor], Tensor] | None = None) -> None:
         """In training mode, let the static range follow a moving average of each batch's extent; None stops it.
 
         Args:
             momentum: share of the old range that stays at each batch, in [0, 1): 0.99 for instance.
+            real: what leaves the padding out of an input [..., I]; all of it counts where None.
 
         Raises:
             ValueError: for a dynamic quantizer, which has no range to keep, or another share.
@@ -123,7 +126,7 @@ class ActivationQuantizer(nn.Module):
             raise ValueError(f"a range of mode {self.mode!r} is found at run time; use activation_range='static'")
         if momentum is not None and not 0 <= momentum < 1:
             raise ValueError(f"momentum={momentum!r} is no share of the old range; use a number from 0 to below 1")
-        self.momentum = momentum
+        self.momentum, self._real = momentum, real
 
     def learn(self, enabled: bool = True) -> None:
         """Let the optimizer train the static scale (LSQ), or make it a plain buffer again.
@@ -141,6 +144,9 @@ class ActivationQuantizer(nn.Module):
             self.register_buffer("scale", scale)
 
     def _follow_batch(self, x: Tensor, momentum: float) -> None:
+        x = x if self._real is None else self._real(x)
+        if x.numel() == 0:
+            return
         low, high = (float(v) for v in torch.aminmax(x.detach()))
         if not bool(torch.isnan(self.scale)):
             old_low = float((self.qmin - self.zero) * self.scale)
@@ -164,7 +170,7 @@ class ActivationQuantizer(nn.Module):
             raise RuntimeError("static activation range is not calibrated; pass calibration_data to quantize_model")
         scale = self.scale
         if scale.requires_grad:
-            scale = scale_gradient(scale, (x.numel() * self.qmax) ** -0.5)
+            scale = scale_gradient(scale, (max(x.numel(), 1) * self.qmax) ** -0.5)
         return fake_quantize(x, scale, self.zero, self.qmin, self.qmax)
 
     def extra_repr(self) -> str:

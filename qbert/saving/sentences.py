@@ -19,6 +19,7 @@ from torch import nn
 from qbert.files import read_json, write_whole
 from qbert.saving.folder import notice
 from qbert.saving.records import is_quantized
+from qbert.tasks.pooling import sentence_parts
 
 _BEGIN, _END = "<!-- qbert -->", "<!-- /qbert -->"
 
@@ -41,7 +42,7 @@ def load_sentence_model(path: str | os.PathLike[str], **kwargs: Any) -> Any:
     """The SentenceTransformer, CrossEncoder, ... at `path`; arguments that it does not have itself go to its encoder.
 
     Raises:
-        ValueError: sentence-transformers is not installed, or has no class of that name.
+        ValueError: sentence-transformers is not installed, or has no class of that name; or modules.json names nothing.
     """
     try:
         import sentence_transformers
@@ -51,8 +52,10 @@ def load_sentence_model(path: str | os.PathLike[str], **kwargs: Any) -> Any:
             "transformers.AutoModel.from_pretrained"
         ) from error
     hub = {k: v for k, v in kwargs.items() if k in ("revision", "token", "cache_dir", "local_files_only")}
+    sentence_parts(str(path), **hub)
     found = _file(path, "config_sentence_transformers.json", **hub)
-    saved = (read_json(found) if found else {}).get("model_type", "SentenceTransformer")
+    said = read_json(found) if found else {}
+    saved = said.get("model_type", "SentenceTransformer") if isinstance(said, dict) else None
     kind: Any = getattr(sentence_transformers, saved, None) if isinstance(saved, str) else None
     if not (isinstance(kind, type) and issubclass(kind, nn.Module)):
         raise ValueError(f"{path}: sentence-transformers {sentence_transformers.__version__} has no class {saved!r}")

@@ -2,8 +2,8 @@ r"""What a change of a matrix costs: the moments of its inputs, and of the loss'
 
 For a matrix W with inputs x, C = E[x x^T] prices a change by what it does to the layer's output, and C together with G,
 the Gauss-Newton second moment of the output's gradients, by what it does to the loss: tr(G dW C dW^T) / 2
-(`qbert.allocation.kronecker`). No labels are needed: for cross-entropy the second derivative does not depend on them.
-In a file of its own, since pruning and factorising ask for the same.
+(`qbert.allocation.kronecker`). No labels are needed: the second derivatives of cross-entropy and of squared errors do
+not depend on them. In a file of its own, since pruning and factorising ask for the same.
 
     >>> moments = second_moments(model, batches, linears, gradients=True)
     >>> moments[linear].inputs, moments[linear].gradients
@@ -12,24 +12,29 @@ In a file of its own, since pruning and factorising ask for the same.
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qbert.allocation.kronecker import kronecker_factors
 from qbert.calibration import Batch, by_length, check_batches, run_batch
 from qbert.calibration.totals import Totals
-from qbert.encoders.inputs import to_device, unmasked
+from qbert.encoders.inputs import to_device, unmasked, without_labels
 from qbert.encoders.modes import evaluation_mode
 from qbert.encoders.prefix import LayerCache
 from qbert.encoders.targets import Target, encoder_layers, find_targets
+from qbert.hessian.batches import IGNORED_LABEL
+from qbert.hessian.gauss_newton.loss_factor import NoModelOutputError
 from qbert.hessian.losses import in_full_precision
 from qbert.quantizers.rounding import damped
 
 _NEGLIGIBLE = 1e-12
+_MOST_COLUMNS = 32  # backward passes a batch for spans, whose loss has two columns a token
 
 
 class Moments(NamedTuple):
@@ -51,29 +56,49 @@ def has_head(model: nn.Module) -> bool:
 
 @in_full_precision
 def second_moments(
-    model: nn.Module, data: Any, linears: Sequence[nn.Linear], *, gradients: bool
+    model: nn.Module, data: Any, linears: Sequence[nn.Linear], *, gradients: bool | None
 ) -> dict[nn.Linear, Moments]:
     """The moments of `linears` over `data`, the model as it is.
+
+    The loss is the one that the head is trained with: cross-entropy of classes, of the tags of real tokens, or of the
+    start and the end of a span among them; of labels that are decided on their own their binary one; of values the
+    squared error.
 
     Args:
         model: a float encoder; with a task head where `gradients` are asked for.
         data: batches, as for `quantize_model`; labels are not looked at.
         linears: modules of `model`.
-        gradients: whether G is wanted, which costs a backward pass a class and batch.
+        gradients: whether G is wanted, which costs a backward pass a class (and token) and batch, of spans 32 a batch;
+            None: where the loss of the outputs is known, and otherwise not, with a warning.
 
     Raises:
-        ValueError: no data, a matrix that no batch reaches, or `gradients` of a model without logits.
+        ValueError: no data, a matrix that no batch reaches, or `gradients` of a model whose outputs have no known loss.
         TypeError: data of another type.
     """
-    batches = check_batches(data)
+    batches = _batches(model, data)
+    if gradients is not False:
+        try:
+            labelled = [_labelled(model, batch) for batch in batches]
+            factors = kronecker_factors(model, labelled, linears, _own_loss, most_columns=_most_columns(labelled))
+        except NoModelOutputError as error:
+            told = (
+                f"model: {type(model).__name__} has no logits whose loss is known (of rows or tokens, start and "
+                "end of spans; at most 4,096 a row)"
+            )
+            if gradients:
+                raise ValueError(f"{told}; weigh by activations only") from error
+            warnings.warn(f"{told}; its matrices are weighed by their inputs only", stacklevel=4)
+        else:
+            return {m: Moments(f.inputs, f.gradients) for m, f in factors.items()}
+    seen = observe(model, linears, lambda: (run_batch(model, to_device(b, model)) for b in batches), batches)
+    return {m: Moments(of.second, None) for m, of in seen.items()}
+
+
+def _batches(model: nn.Module, data: Any) -> list[Batch]:
+    batches = check_batches(data, "data")
     if batches is None:
         raise ValueError("data is missing; give batches of a few hundred unlabelled rows")
-    batches = by_length(model, batches)
-    if not gradients:
-        seen = observe(model, linears, lambda: (run_batch(model, to_device(b, model)) for b in batches), batches)
-        return {m: Moments(of.second, None) for m, of in seen.items()}
-    factors = kronecker_factors(model, _labelled(model, batches), linears)
-    return {m: Moments(f.inputs, f.gradients) for m, f in factors.items()}
+    return by_length(model, batches)
 
 
 @dataclass(frozen=True)
@@ -89,6 +114,17 @@ class Observed:
     mean: Tensor
     second: Tensor
     covariance: Tensor
+
+
+@in_full_precision
+def observed_inputs(model: nn.Module, data: Any, linears: Sequence[nn.Linear]) -> dict[nn.Linear, Observed]:
+    """What `linears` read over `data`, batches as for `quantize_model`, the model as it is.
+
+    Raises:
+        ValueError, TypeError: as `second_moments`.
+    """
+    batches = _batches(model, data)
+    return observe(model, linears, lambda: (run_batch(model, to_device(b, model)) for b in batches), batches)
 
 
 @torch.no_grad()
@@ -150,10 +186,7 @@ def observe_layers(
     Yields:
         (layer, inputs by matrix), bottom first.
     """
-    batches = check_batches(data)
-    if batches is None:
-        raise ValueError("data is missing; give batches of a few hundred unlabelled rows")
-    batches = by_length(model, batches)
+    batches = _batches(model, data)
     layers = [layer for _, layer in encoder_layers(model)]
 
     def run(index: int) -> None:
@@ -195,21 +228,63 @@ def _stopped_after(layer: nn.Module, once: bool) -> Iterator[None]:
 
 
 @torch.no_grad()
-def _labelled(model: nn.Module, batches: Sequence[Any]) -> list[dict[str, Any]]:
-    """`batches` with the model's own predictions for labels."""
-    labelled = []
+def _labelled(model: nn.Module, batch: Batch) -> dict[str, Any]:
+    """`batch` with the model's own predictions for labels, and none at padding."""
+    inputs = without_labels(batch)
     with evaluation_mode(model):
-        for batch in batches:
-            inputs = {name: value for name, value in batch.items() if name != "labels"}
-            logits = getattr(model(**inputs), "logits", None)
-            if logits is None:
-                raise ValueError(
-                    f"model: {type(model).__name__} has no logits whose loss could be looked at; give it a task head, "
-                    "or weigh by activations only"
-                )
-            regression = logits.shape[-1] == 1
-            labelled.append({**inputs, "labels": logits.squeeze(-1) if regression else logits.argmax(-1)})
-    return labelled
+        kind, outputs = _outputs(model, run_batch(model, to_device(inputs, model)))
+    if kind == "spans":
+        start, end = (_real(values, inputs).argmax(-1) for values in outputs)
+        return {**inputs, "start_positions": start, "end_positions": end}
+    (logits,) = outputs
+    if kind == "values":
+        return {**inputs, "labels": logits}
+    if kind == "several labels":
+        return {**inputs, "labels": (logits > 0).to(logits)}
+    labels, mask = logits.argmax(-1), inputs.get("attention_mask")
+    if mask is not None and mask.shape == labels.shape:
+        labels = labels.masked_fill(mask.to(labels.device) == 0, IGNORED_LABEL)
+    return {**inputs, "labels": labels}
+
+
+def _own_loss(model: nn.Module, batch: Batch) -> Tensor:
+    """Mean loss of a batch of `_labelled`, in which padding has no part."""
+    kind, outputs = _outputs(model, run_batch(model, without_labels(batch)))
+    if kind == "spans":
+        labels = batch["start_positions"], batch["end_positions"]
+        ends = [F.cross_entropy(_real(y, batch), wanted) for y, wanted in zip(outputs, labels, strict=True)]
+        return torch.stack(ends).mean()
+    (logits,) = outputs
+    if kind == "values":
+        return F.mse_loss(logits, batch["labels"])
+    if kind == "several labels":
+        return F.binary_cross_entropy_with_logits(logits, batch["labels"])
+    return F.cross_entropy(logits.flatten(0, -2), batch["labels"].flatten(), ignore_index=IGNORED_LABEL)
+
+
+def _outputs(model: nn.Module, output: Any) -> tuple[str, list[Tensor]]:
+    """What the outputs of a head mean, and they. Raises NoModelOutputError where it is not known."""
+    ends = [getattr(output, name, None) for name in ("start_logits", "end_logits")]
+    if all(isinstance(values, Tensor) for values in ends):
+        return "spans", [values for values in ends if values is not None]
+    logits, kind = getattr(output, "logits", None), getattr(getattr(model, "config", None), "problem_type", None)
+    if not isinstance(logits, Tensor) or logits.dim() not in (1, 2, 3):
+        raise NoModelOutputError(f"a {type(output).__name__} has no logits")
+    if logits.dim() == 1 or (logits.dim() == 2 and (logits.shape[-1] == 1 or kind == "regression")):
+        return "values", [logits]
+    return "several labels" if logits.dim() == 2 and kind == "multi_label_classification" else "classes", [logits]
+
+
+def _real(scores: Tensor, batch: Batch) -> Tensor:
+    """Scores [B, T] of positions, lowest at padding."""
+    mask = batch.get("attention_mask")
+    if mask is None or mask.shape != scores.shape:
+        return scores
+    return scores.masked_fill(mask.to(scores.device) == 0, torch.finfo(scores.dtype).min)
+
+
+def _most_columns(labelled: Sequence[Batch]) -> int | None:
+    return _MOST_COLUMNS if any("start_positions" in batch for batch in labelled) else None
 
 
 def roots(moment: Tensor, damping: float) -> tuple[Tensor, Tensor]:

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from qbert.calibration import model_outputs, reads_mappings, run_batch
-from qbert.encoders.inputs import accepted_inputs, to_device
+from qbert.encoders.inputs import accepted_inputs, to_device, without_labels
 from qbert.encoders.modes import evaluation_mode
 from qbert.encoders.structure import changes, of_layers, replace_record
 from qbert.encoders.targets import base_model, main_layers
@@ -34,7 +34,6 @@ from qbert.progress import progress_bar
 
 Model = TypeVar("Model", bound=nn.Module)
 Batch = Mapping[str, Any]
-_LABELS = ("labels", "start_positions", "end_positions")
 _DEPTH_NAMES = ("num_hidden_layers", "n_layers")
 # Families whose classes build their first layer without a norm that all others have, so that no other takes its place.
 _FIRST_DIFFERS = ("modernbert",)
@@ -210,7 +209,7 @@ def compare_depths(
         raise ValueError("batches is empty; give a few hundred unlabelled rows")
     fixed = int(_first_differs(teacher))  # layers that every choice begins with
     ways = math.comb(count - fixed, keep - fixed)
-    target, values = _outputs(teacher, kept), _compares_values(teacher)
+    target, values = head_outputs(teacher, kept), compares_values(teacher)
     with progress_bar(total=0, desc="comparing layers", unit="choice", disable=not progress) as bar:
 
         def scored(several: Iterable[tuple[int, ...]]) -> list[Choice]:
@@ -218,7 +217,7 @@ def compare_depths(
             bar.total += len(different)
             for layers in different:
                 with applied(teacher, layers):
-                    found.append(Choice(layers, *_likeness(target, _outputs(teacher, kept), values)))
+                    found.append(Choice(layers, *likeness(target, head_outputs(teacher, kept), values)))
                 bar.update()
             return sorted(found, key=lambda choice: choice.divergence)
 
@@ -267,13 +266,13 @@ def _sandwich(layers: tuple[int, ...], count: int) -> tuple[int, ...]:
 
 
 @torch.no_grad()
-def _outputs(model: nn.Module, batches: Sequence[Batch]) -> Tensor:
+def head_outputs(model: nn.Module, batches: Sequence[Batch]) -> Tensor:
     """[N, C] on the CPU: logits of all rows (of all real tokens), or vectors of a sentence model, or the last hidden
     states where there are none."""
     found = []
     with evaluation_mode(model):
         for batch in batches:
-            inputs = {k: v for k, v in to_device(batch, model).items() if isinstance(v, Tensor) and k not in _LABELS}
+            inputs = {k: v for k, v in without_labels(to_device(batch, model)).items() if isinstance(v, Tensor)}
             if reads_mappings(model):
                 values = model_outputs(run_batch(model, inputs))[0]
             else:
@@ -287,7 +286,7 @@ def _outputs(model: nn.Module, batches: Sequence[Batch]) -> Tensor:
     return torch.cat(found)
 
 
-def _compares_values(model: nn.Module) -> bool:
+def compares_values(model: nn.Module) -> bool:
     """Whether the outputs are numbers, or none at all, rather than classes that exclude each other."""
     config: Any = getattr(model, "config", None)
     kind = getattr(config, "problem_type", None)
@@ -295,7 +294,7 @@ def _compares_values(model: nn.Module) -> bool:
     return not has_classes or kind in ("regression", "multi_label_classification") or config.num_labels == 1
 
 
-def _likeness(teacher: Tensor, student: Tensor, values: bool) -> tuple[float, float | None]:
+def likeness(teacher: Tensor, student: Tensor, values: bool) -> tuple[float, float | None]:
     """(divergence, agreement) of outputs [N, C]; see `Choice`.
 
     Some rows at a time, since over a vocabulary they take more in float64 than all else.

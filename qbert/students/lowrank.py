@@ -59,7 +59,8 @@ def factorize(
         rank: one for all matrices of the layers; or, by name pattern (as in `BitsConfig`), that of each, others stay
             whole; or, as a number between 0 and 1, the share of the matrices' values to keep: ranks are then chosen so
             that the sum of the errors (by `weighting`) is least, and matrices for which no rank pays stay whole.
-        weighting: see above; where None, ``both`` for a model with a task head, ``none`` without `data`.
+        weighting: see above; where None, ``both`` for a model with a task head whose loss is known (a warning says
+            where it is not), ``activations`` for others, ``none`` without `data`.
         data: batches (a few hundred unlabelled rows), for all but ``none``.
         damping: share of a moment's mean diagonal that is added to its diagonal.
 
@@ -73,9 +74,8 @@ def factorize(
     """
     ranks = check_rank(model, rank)
     targets = [t for t in layer_matrices(model) if not _inside_factors(model, t)]
-    weighting = _weighting(model, weighting, data)
     chosen = [t for t in targets if ranks is None or t.name in ranks]
-    moments = _moments(model, chosen, weighting, data)
+    weighting, moments = _moments(model, chosen, weighting, data)
     spectra = {t.name: Spectrum.of(t.matrix.detach(), moments.get(t.module), damping) for t in chosen}
     if ranks is None:
         ranks = ranks_within(spectra, float(rank), relative=weighting != "both")  # type: ignore[arg-type]
@@ -122,11 +122,11 @@ def quantize_with_correction(
     config = BitsConfig.parse(bits_config)
     specs = config.resolve(model)
     targets = [t for t in layer_matrices(model) if t.path in specs]
-    weighting = _weighting(model, weighting, data)
     ranks = None if _is_share(rank) else _asked(rank, targets)  # type: ignore[arg-type]
     compensated = any(spec.rounding == "compensated" for spec in specs.values())
     calibration = data if compensated else None
-    moments = _moments(model, [t for t in targets if ranks is None or t.name in ranks], weighting, data)
+    chosen = [t for t in targets if ranks is None or t.name in ranks]
+    weighting, moments = _moments(model, chosen, weighting, data)
     if ranks is None:
         rounded = quantize_model(model, config, calibration_data=calibration)
         errors = {
@@ -159,7 +159,7 @@ def quantize_with_correction(
 @torch.no_grad()
 def _move_biases(model: nn.Module, student: nn.Module, targets: Sequence[Target], data: Any) -> None:
     """Biases for outputs of the float model's means: compensated rounding has moved them for the error uncorrected."""
-    batches = check_batches(data)
+    batches = check_batches(data, "data")
     assert batches is not None
     modules = [cast(nn.Linear, t.module) for t in targets]
     seen = observe(model, modules, lambda: (run_batch(model, to_device(b, model)) for b in batches), batches)
@@ -270,16 +270,6 @@ def _is_share(rank: Any) -> bool:
     return isinstance(rank, float) and 0 < rank < 1
 
 
-def _weighting(model: nn.Module, weighting: Any, data: Any) -> Weighting:
-    if weighting is None:
-        weighting = "none" if data is None else "both" if has_head(model) else "activations"
-    if weighting not in WEIGHTINGS:
-        raise ValueError(f"weighting={weighting!r} is not known; use one of {', '.join(WEIGHTINGS)}")
-    if weighting != "none" and data is None:
-        raise ValueError(f"weighting={weighting!r} needs data; give batches of a few hundred unlabelled rows")
-    return cast(Weighting, weighting)
-
-
 def _asked(rank: int | Mapping[str, int], targets: Sequence[Target]) -> dict[str, int]:
     """Name -> rank of every matrix that `rank` names."""
     if not isinstance(rank, Mapping):
@@ -306,11 +296,20 @@ def _asked(rank: int | Mapping[str, int], targets: Sequence[Target]) -> dict[str
     return found
 
 
-def _moments(model: nn.Module, targets: Sequence[Target], weighting: Weighting, data: Any) -> dict[nn.Module, Moments]:
-    if weighting == "none":
-        return {}
-    linears = [cast(nn.Linear, t.module) for t in targets]
-    return dict(second_moments(model, data, linears, gradients=weighting == "both").items())
+def _moments(
+    model: nn.Module, targets: Sequence[Target], weighting: Weighting | None, data: Any
+) -> tuple[Weighting, dict[nn.Module, Moments]]:
+    """(weighting, also where none is asked for; moments of the matrices of `targets`)."""
+    if weighting not in (None, *WEIGHTINGS):
+        raise ValueError(f"weighting={weighting!r} is not known; use one of {', '.join(WEIGHTINGS)}")
+    if weighting == "none" or (weighting is None and data is None):
+        return "none", {}
+    if data is None:
+        raise ValueError(f"weighting={weighting!r} needs data; give batches of a few hundred unlabelled rows")
+    gradients = weighting == "both" if weighting is not None else None if has_head(model) else False
+    found = second_moments(model, data, [cast(nn.Linear, t.module) for t in targets], gradients=gradients)
+    both = any(of.gradients is not None for of in found.values())
+    return "both" if both else "activations", dict(found.items())
 
 
 def _inside_factors(model: nn.Module, target: Target) -> bool:

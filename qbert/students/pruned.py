@@ -291,10 +291,10 @@ def _readers(layer: nn.Module) -> list[nn.Linear]:
 
 
 def _gradients(student: nn.Module, data: Any, linears: Sequence[nn.Linear]) -> dict[nn.Linear, Any]:
-    """G of each matrix, where the model has logits."""
+    """G of each matrix, where the model has outputs whose loss is known."""
     if not has_head(student):
         return {}
-    return {m: of.gradients for m, of in second_moments(student, data, linears, gradients=True).items()}
+    return {m: of.gradients for m, of in second_moments(student, data, linears, gradients=None).items()}
 
 
 def _observed(student: nn.Module, data: Any, layers: Sequence[nn.Module]) -> Iterator[tuple[nn.Module, Any]]:

@@ -17,17 +17,15 @@ from collections.abc import Sequence
 from typing import Any, TypeVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qbert.calibration import Batch, check_batches, run_batch
-from qbert.encoders.inputs import to_device
-from qbert.encoders.modes import evaluation_mode
+from qbert.calibration import Batch, check_batches
 from qbert.encoders.replace import replace_everywhere
 from qbert.encoders.sharing import SharedLayers, share
 from qbert.encoders.structure import record
 from qbert.encoders.tables import narrowed
 from qbert.encoders.targets import base_model, find_targets, main_layers
+from qbert.students.depth import compares_values, head_outputs, likeness
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -40,8 +38,9 @@ def share_layers(teacher: Model, pattern: str | int | Sequence[int], *, data: An
         pattern: ``all`` (one layer, at every depth), ``sandwich`` (the first and the last for themselves, one between
             them), a number of groups (contiguous runs of equal length), or the layer that each depth applies, such as
             ``[0, 2, 2, 2, 2, 5]``.
-        data: batches of unlabelled rows to choose each run's layer on: the one with the least divergence from the
-            teacher's outputs when it stands for the run. Without them it is the one in the middle.
+        data: batches of unlabelled rows to choose each run's layer on: the one with the least divergence (see
+            `qbert.students.depth.Choice`) from the teacher's outputs when it stands for the run. Without them it is the
+            one in the middle.
 
     Returns:
         A model of the same class in evaluation mode, whose config tells the order of its layers. It is trained,
@@ -56,7 +55,7 @@ def share_layers(teacher: Model, pattern: str | int | Sequence[int], *, data: An
         raise ValueError(f"teacher: {type(teacher).__name__} shares its layers already; give the model before that")
     order, runs = _plan(pattern, len(layers))
     if runs and data is not None:
-        order = _best_order(teacher, order, runs, check_batches(data) or [])
+        order = _best_order(teacher, order, runs, check_batches(data, "data") or [])
     student = copy.deepcopy(teacher).eval()
     share(student, order)
     return student
@@ -120,38 +119,17 @@ def _plan(pattern: str | int | Sequence[int], depth: int) -> tuple[list[int], li
 
 def _best_order(teacher: nn.Module, order: list[int], runs: Sequence[range], batches: Sequence[Batch]) -> list[int]:
     """`order` with the layer of each run that does best when all other runs are whole."""
-    wanted = _outputs(teacher, batches)
+    wanted, values = head_outputs(teacher, batches), compares_values(teacher)
     for run in runs:
         errors = {}
         for source in run:
             tried = [source if depth in run else depth for depth in range(len(order))]
             student = copy.deepcopy(teacher)
             share(student, tried)
-            pairs = zip(_outputs(student, batches), wanted, strict=True)
-            errors[source] = sum(_divergence(ours, theirs) for ours, theirs in pairs)
+            errors[source], _ = likeness(wanted, head_outputs(student, batches), values)
         best = min(errors, key=lambda source: errors[source])
         order = [best if depth in run else layer for depth, layer in enumerate(order)]
     return order
-
-
-@torch.no_grad()
-def _outputs(model: nn.Module, batches: Sequence[Batch]) -> list[Tensor]:
-    """Logits, or the last hidden states where there are none."""
-    found = []
-    with evaluation_mode(model):
-        for batch in batches:
-            inputs = {name: value for name, value in to_device(batch, model).items() if name != "labels"}
-            output = run_batch(model, inputs)
-            logits = getattr(output, "logits", None)
-            found.append(output.last_hidden_state if logits is None else logits)
-    return found
-
-
-def _divergence(student: Tensor, teacher: Tensor) -> float:
-    """KL(teacher || student) of classes, summed over rows; of one output or of hidden states the squared distance."""
-    if student.dim() > 2 or student.shape[-1] == 1:
-        return float((student - teacher).square().sum())
-    return float(F.kl_div(student.log_softmax(-1), teacher.log_softmax(-1), reduction="sum", log_target=True))
 
 
 def _word_table(model: nn.Module) -> tuple[nn.Embedding, str]:

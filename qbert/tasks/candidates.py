@@ -68,14 +68,16 @@ class MaskedWords(nn.Module):
         nn.init.zeros_(self.dense.bias)
 
     def states(self, inputs: dict[str, Tensor]) -> Tensor:
-        """The encoder's last hidden states [B, T, H], without a gradient."""
+        """The encoder's last hidden states [B, T, H] in the head's dtype, without a gradient."""
         with torch.no_grad():
-            return self.encoder(**accepted_inputs(self.encoder, inputs)).last_hidden_state  # type: ignore[no-any-return]
+            states: Tensor = self.encoder(**accepted_inputs(self.encoder, inputs)).last_hidden_state
+        return states.to(self.bias.dtype)
 
     def at(self, inputs: dict[str, Tensor], places: Tensor) -> Tensor:
         """Logits over the vocabulary [N, V] of the N places where bool [B, T] is true, row by row."""
         hidden = self.norm(F.gelu(self.dense(self.states(inputs)[places])))
-        return F.linear(hidden, self.encoder.get_input_embeddings().weight.detach(), self.bias)
+        table = self.encoder.get_input_embeddings().weight.detach()
+        return F.linear(hidden, table.to(hidden.dtype), self.bias)
 
 
 def train_masked_words(

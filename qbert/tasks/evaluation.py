@@ -218,7 +218,8 @@ class Fidelity(NamedTuple):
 
     Attributes:
         agreement: percent of rows with the same most likely class (or position, or set of labels); for values, 100 x
-            their Pearson correlation (of several outputs, the mean over them).
+            their Pearson correlation (of several outputs, the mean over them), 0 where one side is constant, as the
+            outputs of a collapsed model are.
         divergence: mean KL(teacher || student) in nats (of labels that are decided on their own, the sum over them);
             for values, the mean squared difference.
     """
@@ -253,9 +254,16 @@ def fidelity(teacher: Tensor, student: Tensor, problem_type: str | None = None) 
         agreement = 100 * float(((teacher > 0) == (student > 0)).all(1).double().mean())
         logs = [F.logsigmoid(torch.stack([x, -x], -1)) for x in (teacher, student)]  # [N, C, 2]
     elif problem_type == "regression" or teacher.shape[1] == 1:
-        correlations = [torch.corrcoef(torch.stack(pair))[0, 1] for pair in zip(teacher.T, student.T, strict=True)]
-        return Fidelity(100 * float(torch.stack(correlations).mean()), float((teacher - student).square().mean()))
+        found = [_correlation(one, other) for one, other in zip(teacher.T, student.T, strict=True)]
+        return Fidelity(100 * sum(found) / len(found), float((teacher - student).square().mean()))
     else:
         agreement = 100 * float((teacher.argmax(1) == student.argmax(1)).double().mean())
         logs = [F.log_softmax(x, 1) for x in (teacher, student)]
     return Fidelity(agreement, float(F.kl_div(logs[1], logs[0], log_target=True, reduction="batchmean")))
+
+
+def _correlation(one: Tensor, other: Tensor) -> float:
+    """Pearson of two vectors [N] float64, 0 where one of them is constant."""
+    if any(bool((values == values[0]).all()) for values in (one, other)):
+        return 0.0
+    return float(torch.corrcoef(torch.stack([one, other]))[0, 1])

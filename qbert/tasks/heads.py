@@ -22,6 +22,7 @@ from transformers.utils import ModelOutput
 
 from qbert.tasks.embedded import embedded_encoder
 from qbert.tasks.evaluation import Evaluation, evaluate
+from qbert.tasks.pooling import Kind, Pooling, as_read, read_pooling
 from qbert.tasks.task import Task
 
 _AUTO_CLASS = {
@@ -165,14 +166,21 @@ class SentenceRegression(nn.Module):
     Args:
         backbone: any transformers encoder that gives `last_hidden_state`.
         label_max: the label that stands for the same meaning (5 in STS-B); labels are divided by it.
+        pooling: "mean" over the tokens, "cls" for the first one's state, or what `read_pooling` found.
+
+    Raises:
+        ValueError: another `pooling`.
     """
 
     encodes_pairs_apart = True  # tells `evaluate` and `prepare` which batch this model reads
 
-    def __init__(self, backbone: transformers.PreTrainedModel, label_max: float = 5.0) -> None:
+    def __init__(
+        self, backbone: transformers.PreTrainedModel, label_max: float = 5.0, pooling: Kind | Pooling = "mean"
+    ) -> None:
         super().__init__()
         self.backbone = backbone
         self.label_max = label_max
+        self.pooling = pooling if isinstance(pooling, Pooling) else Pooling(pooling)
 
     @property
     def config(self) -> Any:
@@ -181,12 +189,16 @@ class SentenceRegression(nn.Module):
 
     def embed(self, **inputs: torch.Tensor) -> torch.Tensor:
         """Unit vectors [N, D] of N sentences given as tokens [N, T] with their attention mask [N, T]."""
-        return self._pooled(self.backbone(**inputs).last_hidden_state, inputs["attention_mask"])
+        return self.pooling(self.backbone(**inputs).last_hidden_state, inputs["attention_mask"])
 
-    @staticmethod
-    def _pooled(hidden: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
-        mask = attention_mask.unsqueeze(-1).to(hidden.dtype)  # [N, T, 1]
-        return F.normalize((hidden * mask).sum(1) / mask.sum(1).clamp(min=1.0), dim=-1)
+    def around(self, backbone: transformers.PreTrainedModel) -> SentenceRegression:
+        """Another encoder, whose sentences are pooled and compared in the same way."""
+        return SentenceRegression(backbone, self.label_max, self.pooling).train(self.training)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write the encoder, and beside it how its sentences are pooled: as a SentenceTransformer, or by cls."""
+        self.backbone.save_pretrained(folder)
+        self.pooling.save(folder, self.config.hidden_size)
 
     def forward(
         self,
@@ -203,7 +215,7 @@ class SentenceRegression(nn.Module):
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "token_type_ids": token_type_ids}
         flat: dict[str, Any] = {key: value.flatten(0, 1) for key, value in inputs.items() if value is not None}
         encoded = self.backbone(**flat, **({"output_hidden_states": True} if output_hidden_states else {}))
-        vectors = self._pooled(encoded.last_hidden_state, flat["attention_mask"])  # [2 B, D]
+        vectors = self.pooling(encoded.last_hidden_state, flat["attention_mask"])  # [2 B, D]
         first, second = vectors.view(-1, 2, vectors.shape[-1]).unbind(1)
         cosine = (first * second).sum(-1)  # [B]
         loss = None if labels is None else F.mse_loss(cosine, labels.to(cosine.dtype) / self.label_max)
@@ -214,32 +226,40 @@ class SentenceRegression(nn.Module):
 def build_sentence_model(model_name_or_path: str | Path | None = None, *, label_max: float = 5.0) -> tuple[Any, Any]:
     """(SentenceRegression in eval mode, tokenizer); the embedded MiniLM where no model is named.
 
+    Sentences are pooled as the files of a SentenceTransformer say, and by the mean where there are none.
+
     Raises:
-        ValueError, FileNotFoundError: as `load_quietly`.
+        ValueError, FileNotFoundError: as `load_quietly` and `read_pooling`.
     """
     source = str(model_name_or_path or embedded_encoder())
-    backbone = load_quietly(transformers.AutoModel, source)
-    tokenizer = load_quietly(transformers.AutoTokenizer, source)
-    return SentenceRegression(backbone, label_max).eval(), tokenizer
+    pooling, encoder = read_pooling(source)
+    backbone = load_quietly(transformers.AutoModel, source, subfolder=encoder)
+    tokenizer = load_quietly(transformers.AutoTokenizer, source, subfolder=encoder)
+    return SentenceRegression(backbone, label_max, pooling).eval(), as_read(tokenizer, pooling)
 
 
-def sentence_similarity_score(model: nn.Module, tokenizer: Any, task: Task, **options: Any) -> Evaluation:
+def sentence_similarity_score(
+    model: nn.Module, tokenizer: Any, task: Task, *, pooling: Kind | Pooling = "mean", **options: Any
+) -> Evaluation:
     """Pearson and Spearman (-100 to 100) between the cosines of a task's sentence pairs and its labels.
 
     Args:
         model: a `SentenceRegression`, or an encoder (or a model with a head, whose encoder is taken).
         task: pairs with a numeric label, for instance stsb.
+        pooling: of an encoder, as in `SentenceRegression`, which knows its own.
         options: as `evaluate` (split, batch_size, limit, device, progress, ...).
 
     Raises:
-        ValueError: the task has no pairs of sentences with a numeric label.
+        ValueError: the task has no pairs of sentences with a numeric label. TypeError: a SentenceTransformer.
     """
     if task.kind != "regression":
         raise ValueError(f"sentence similarity needs pairs with a number as label, task {task.name!r} is {task.kind}")
+    if isinstance(model, nn.Sequential):
+        raise TypeError("model: of a SentenceTransformer give what build_sentence_model(its folder) returns")
     if not getattr(model, "encodes_pairs_apart", False):
         label_max = task.label_range[1] if task.label_range else 1.0
         encoder: Any = getattr(model, "base_model", model)
-        model = SentenceRegression(encoder, label_max).train(model.training)
+        model = SentenceRegression(encoder, label_max, pooling).train(model.training)
     return evaluate(model, task, tokenizer, **options)
 
 

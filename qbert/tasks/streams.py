@@ -6,7 +6,9 @@
 A stream is read in pools of some thousand texts. Inside of a pool the order is drawn, texts of like length are put
 into the same batch, and the batches are drawn too; so neighbouring examples fit into a batch with little padding, and
 no more than a pool is ever in memory. The order is a function of files, seed and epoch alone: an interrupted training
-finds the same examples again, and `from_example` skips to one of them without tokenizing what comes before.
+finds the same examples again, and `from_example` skips to one of them without tokenizing what comes before. The workers
+of a DataLoader each give every n-th batch, so that a loader of the same `batch_size` has the batches of one without
+workers, in their order; each worker tokenizes all text, so that more than one seldom pays.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from torch.utils.data import IterableDataset
+from torch.utils.data import IterableDataset, get_worker_info
 
 _POOL_BATCHES = 64
 _LONGEST_LINE = 2**24  # characters; a compressed file of a megabyte can hold a gigabyte without a line break
@@ -107,6 +109,13 @@ class TextStream(IterableDataset):  # type: ignore[type-arg]
                         yield " ".join(piece)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
+        worker = get_worker_info()
+        share, shares = (0, 1) if worker is None else (worker.id, worker.num_workers)
+        for index, example in enumerate(self._examples()):
+            if index // self.batch_size % shares == share:
+                yield example
+
+    def _examples(self) -> Iterator[dict[str, Any]]:
         size, skip = _POOL_BATCHES * self.batch_size, self._first
         for number, pool in enumerate(_pools(self.texts(), size)):
             if skip >= len(pool):  # one example a text, whatever its length

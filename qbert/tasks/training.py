@@ -31,6 +31,7 @@ import torch
 import transformers
 from torch import nn
 
+from qbert.encoders.precision import HALF, single_precision
 from qbert.files import (
     cache_folder,
     damaged_file,
@@ -182,7 +183,8 @@ def fine_tune(
 
     Args:
         task: from `load_task`.
-        model_name_or_path: hub name or folder; the embedded MiniLM where None.
+        model_name_or_path: hub name or folder; the embedded MiniLM where None. What is trained, and comes back, has
+            float32 weights whatever the checkpoint has: half precision loses most steps.
         device: where to train; on CUDA devices that have bfloat16 the forward pass uses it.
         cache_dir: instead of ``$QBERT_CACHE`` or the platform's cache folder.
         resume: continue an interrupted run of the same key at its last checkpoint (at most a minute old); False
@@ -212,7 +214,7 @@ def fine_tune(
     checkpoint = entry.with_name(entry.name + ".part.safetensors")
     if not resume:
         checkpoint.unlink(missing_ok=True)
-    seconds = _train(model.to(device), task, tokenizer, chosen, checkpoint, progress)
+    seconds = _train(single_precision(model).to(device), task, tokenizer, chosen, checkpoint, progress)
     result = evaluate(model, task, tokenizer, max_length=chosen.max_length, progress=progress)
     record = {
         "task": task.describe(),
@@ -243,6 +245,7 @@ def _versions() -> dict[str, str]:
 
 def _key(task: Task, source: str, settings: TrainingSettings, device: torch.device) -> str:
     held_out = {split: task.fingerprint(split) for split in task.splits}
+    half = getattr(load_quietly(transformers.AutoConfig, source), "dtype", None) in HALF
     return run_key(
         {
             "format": _FORMAT[task.kind],
@@ -251,6 +254,7 @@ def _key(task: Task, source: str, settings: TrainingSettings, device: torch.devi
             "settings": asdict(settings),
             "device": device.type,
             "versions": _versions(),
+            **({"weights": "float32"} if half else {}),  # earlier versions trained such checkpoints as they were
         }
     )
 

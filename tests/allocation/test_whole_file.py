@@ -1,5 +1,6 @@
 """One choice for a whole file: measured damage, exact against brute force, and never a larger file than asked for."""
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -7,16 +8,22 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from encoders import build, inputs_for
+from encoders import build, head, inputs_for
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 import qbert
-from qbert.allocation.whole_file import FilePlan, Item, whole_file_bytes
+from qbert.allocation.whole_file import FILE_DEFAULTS, FilePlan, Item, whole_file_bytes
+from qbert.allocation.whole_file.matrices import matrix_changes, slopes
+from qbert.allocation.whole_file.options import Rules
+from qbert.calibration import input_moments
+from qbert.encoders.targets import find_targets
 from qbert.layers.tables import LowRankTable, MixedTable
 from qbert.outputs import output_gradients
 from qbert.quantize import quantize_model
+from qbert.shrinking import as_batches
 
 FAST: dict[str, Any] = {"groups": 4, "range_method": "minmax"}
 
@@ -140,6 +147,55 @@ def test_predicted_damage_is_the_divergence_of_small_changes() -> None:
     assert 0.6 * measured <= plan.damage(picked) <= 1.7 * measured
 
 
+class Mixed(nn.Module):
+    """A matrix of every kind that is called, alone on what a table gives."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(100, 12)
+        self.linear, self.plain, self.transposed = nn.Linear(12, 8), nn.Linear(12, 8, bias=False), Conv1D(8, 12)
+        self.conv = nn.Conv1d(12, 8, 3, padding=1)
+        for module in (self.linear, self.transposed, self.conv):
+            nn.init.normal_(module.bias)
+        nn.init.normal_(self.transposed.weight)
+        self.table.weight.data += torch.linspace(-2, 2, 12)  # inputs that are not centred
+
+    def forward(self, input_ids: torch.Tensor) -> dict[str, torch.Tensor]:
+        x = self.table(input_ids)
+        each = [self.linear(x), self.plain(x), self.transposed(x), self.conv(x.transpose(1, 2)).transpose(1, 2)]
+        return {"logits": torch.cat(each, -1).mean(1)}
+
+
+@pytest.mark.parametrize("name", ["linear", "plain", "transposed", "conv"])
+def test_a_plan_scores_the_codes_and_the_bias_that_quantize_model_makes(name: str) -> None:
+    torch.manual_seed(0)
+    model = Mixed().eval()
+    data = [{"input_ids": torch.randint(100, (16, 9))} for _ in range(3)]
+    settings = {**FILE_DEFAULTS, "groups": 1, "activation_bits": None}
+    target = next(t for t in find_targets(model) if t.name == name)
+    rule = {name: {"bits": 2}}
+    config = qbert.BitsConfig({**rule, "*": {"bits": 32}}, embedding_bits=32, **settings)
+    student = quantize_model(model, config, calibration_data=data)
+    rules = Rules(model, [target], [2], settings, rule)
+    ((change,),) = matrix_changes(model, data, [rules], False).values()
+    assert change is not None
+    made, given = getattr(student, name), getattr(model, name)
+    moved = (made.weight - given.weight).detach()
+    torch.testing.assert_close(change.weight.float(), moved, rtol=0.01, atol=1e-4)
+    assert (change.bias is None) == (given.bias is None)
+    if change.bias is not None:
+        torch.testing.assert_close(change.bias, (made.bias - given.bias).detach(), rtol=0.02, atol=0.01)
+    ((_, (call,)),) = output_gradients(model, data[:1], [given])
+    (slope,) = slopes(given, [call], [change])
+    with torch.no_grad():  # one module alone, with a linear way to the outputs: the change itself
+        twin = copy.deepcopy(given)
+        twin.weight.data += change.weight.float()
+        if change.bias is not None:
+            twin.bias.data += change.bias
+        expected = ((twin(call.input) - given(call.input)) * call.gradient).flatten(1).sum(1)
+    torch.testing.assert_close(slope[:, 0], expected, rtol=1e-3, atol=1e-5)
+
+
 @pytest.mark.parametrize("kind", ["single_label_classification", "multi_label_classification", "regression"])
 def test_gradients_of_random_vectors_give_the_metric_of_the_outputs(kind: str) -> None:
     """The mean of their squares is the second derivative in a layer's output of what such outputs diverge by."""
@@ -160,6 +216,30 @@ def test_gradients_of_random_vectors_give_the_metric_of_the_outputs(kind: str) -
     }[kind]
     metric = torch.autograd.functional.hessian(diverged, logits)
     assert torch.allclose(call.gradient.T @ call.gradient / samples, metric, atol=0.04 * float(metric.max() / 0.25))
+
+
+def test_spans_do_not_depend_on_scores_of_padding() -> None:
+    """Neither in the damages of a plan nor in the weights of compensated rounding."""
+    model = head("spans")
+    torch.manual_seed(0)
+    ids = torch.randint(5, 100, (4, 6))
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    padded = {key: F.pad(value, (0, 5)) for key, value in batch.items()}
+    for data in (batch, padded):
+        ((_, (call,)),) = output_gradients(model, [data], [model.qa_outputs])
+        assert bool((call.gradient[data["attention_mask"] == 1] != 0).any())
+        assert bool((call.gradient[data["attention_mask"] == 0] == 0).all())
+    seeds: list[torch.Tensor] = []
+
+    def watch(module: nn.Module, x: Any, y: torch.Tensor) -> None:
+        if y.requires_grad:
+            y.register_hook(seeds.append)
+
+    handle = model.qa_outputs.register_forward_hook(watch)
+    for _ in input_moments(model, [padded], [model.bert.encoder.layer[0].output.dense], weigh=0.9):
+        pass
+    handle.remove()
+    assert seeds and all(bool((seed[:, :6] != 0).all()) and bool((seed[:, 6:] == 0).all()) for seed in seeds)
 
 
 @pytest.mark.parametrize("family", ["bert", "roberta", "distilbert", "albert", "mpnet", "electra"])
@@ -307,7 +387,44 @@ def test_a_spectrum_takes_no_data() -> None:
         qbert.allocate_bits({"encoder.layer.0": 1.0}, calibration_data=batches(count=1))
 
 
-@pytest.mark.parametrize("data,error,match", [("one", TypeError, "pass a list"), (["a"], ValueError, "tokenizer")])
+class Frame(dict[str, list[str]]):
+    """As a table of columns, which iterates over their names."""
+
+    columns = ("text",)
+
+
+@pytest.mark.parametrize(
+    "data,error,match",
+    [
+        ("one", TypeError, "pass a list"),
+        (["a"], ValueError, "tokenizer"),
+        ([("a", "b")], ValueError, "tokenizer"),
+        (["a", ("a", "b")], TypeError, "data: some rows are one sentence and some are pairs"),
+        ([("a", "b", "c")], TypeError, "data: every batch must be a dict of tensors"),
+        ([{"text": "a"}], TypeError, "data: every batch must be .* got a dict of text"),
+        (Frame(text=["a"]), TypeError, "data: got a whole Frame; pass the column"),
+        ([], ValueError, "data is empty"),
+    ],
+)
 def test_sentences_that_cannot_be_read_are_refused(model: Any, data: Any, error: Any, match: str) -> None:
     with pytest.raises(error, match=match):
         qbert.shrink(model, data, 1.0)
+
+
+def test_pairs_of_sentences_and_columns_are_taken_as_text() -> None:
+    asked: list[Any] = []
+
+    def tokenizer(*texts: list[str], **_: Any) -> dict[str, list[Any]]:
+        asked.append(texts)
+        return {"input_ids": list(zip(*texts, strict=True))}
+
+    class Column(list[str]):
+        """As a column of a table, which has an index."""
+
+        def keys(self) -> range:
+            return range(len(self))
+
+    pairs = [("a long one", "b"), ["a", "b"]]
+    assert as_batches(pairs, tokenizer) == [{"input_ids": [("a", "b"), ("a long one", "b")]}]
+    assert as_batches(Column(["b c", "a"]), tokenizer) == [{"input_ids": [("a",), ("b c",)]}]
+    assert asked == [(["a", "a long one"], ["b", "b"]), (["a", "b c"],)]

@@ -10,17 +10,18 @@ import numpy as np
 import pytest
 import torch
 from tiny_tasks import sentiment_rows, tiny_encoder, write_task
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer
 
 import qbert
 from qbert.cli.inspect import folder_content
 from qbert.cli.main import app, main
-from qbert.cli.options import beside, in_fours
-from qbert.files import read_json
-from qbert.pipeline import Pack, Pipeline, Prune, Quantize
+from qbert.cli.options import beside, build_for, in_fours, load_any, text_batches, unlabelled_batches
+from qbert.files import file_sha256, read_json
+from qbert.pipeline import Distill, Pack, Pipeline, Prune, Quantize
 from qbert.pipeline.plan import Planner
 from qbert.results import COMMAND_FILE
 from qbert.rounded import RoundedLayers
+from qbert.tasks import SentenceRegression, build_model, evaluate, heads, load_task, pooling
 
 
 @pytest.fixture(scope="module")
@@ -34,6 +35,9 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model.save_pretrained(folder / "model")
     AutoTokenizer.from_pretrained(folder / "encoder").save_pretrained(folder / "model")
     write_task(folder / "data", "sst2", {"train.jsonl.gz": sentiment_rows(64), "dev.jsonl.gz": sentiment_rows(40)})
+    (folder / "list.json").write_text("[4]")
+    (folder / "parts").mkdir()
+    (folder / "parts" / "modules.json").write_text("[]")
     (folder / "long.txt").write_text("\n".join(row["sentence"] for row in sentiment_rows(160)))
     (folder / "texts.txt").write_text("\n".join(row["sentence"] for row in sentiment_rows(64)) + "\n\n")
     return folder
@@ -95,6 +99,71 @@ def test_force_without_a_tokenizer_leaves_none(world: Path, tmp_path: Path, caps
     assert not (out / "tokenizer_config.json").exists()
 
 
+@pytest.mark.parametrize("command", ["quantize", "distill", "compress"])
+@pytest.mark.parametrize("out", ["mine", "./mine/", "mine/../mine", "link", "."])
+def test_force_never_replaces_the_model_that_is_read(
+    world: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    command: str,
+    out: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(world / "model", "mine")
+    Path("link").symlink_to("mine")
+    before = {file.name: file_sha256(file) for file in Path("mine").iterdir()}
+    Pipeline((Quantize(4, "nearest"), Pack())).save("plan.json")
+    more = {
+        "quantize": [],
+        "distill": [*task(world), "--bits", "2", "--steps", "1"],
+        "compress": [*task(world), "--plan", "plan.json"],
+    }[command]
+    code, _, err = run(capsys, command, "mine", out, *more, "--force")
+    assert code == 2 and re.search(r"OUT \S+ (is the folder of|holds) (MODEL|TEACHER)", err), err
+    assert {file.name: file_sha256(file) for file in Path("mine").iterdir()} == before
+
+
+def test_a_student_is_not_replaced_by_what_it_becomes(
+    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(world / "model", tmp_path / "small")
+    asked = [*task(world), "--student", tmp_path / "small", "--steps", "1", "--force"]
+    code, _, err = run(capsys, "distill", world / "model", tmp_path / "small", *asked)
+    assert code == 2 and "is the folder of --student" in err
+
+
+def test_what_is_saved_replaces_nothing_that_is_read(
+    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(world / "model", "mine")
+    for name in ("spectrum.json", "texts.txt", "kept.json"):
+        shutil.copy(world / "texts.txt", name)
+    before = {file: file_sha256(file) for file in Path().rglob("*.*") if file.is_file()}
+    for asked in (
+        ["allocate", "spectrum.json", "--save", "./spectrum.json"],
+        ["evaluate", "mine", *task(world), "--save", "mine/config.json"],
+        ["spectrum", "mine", *task(world), "--save", "mine/tokenizer.json"],
+        ["plan", "mine", "--texts", "texts.txt", "--size-mb", "1", "--save", "texts.txt"],
+        ["report", ".", "--out", "kept.json"],
+    ):
+        code, _, err = run(capsys, *asked)
+        assert code == 2 and re.search("would replace what|is there and no page", err), err
+    assert {file: file_sha256(file) for file in before} == before
+
+
+def test_what_others_keep_beside_a_spectrum_stays(
+    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    partial = tmp_path / "s.json.partial"
+    partial.mkdir()
+    (partial / "mine.txt").write_text("mine")
+    asked = [*task(world), "--runs", "1", "--fraction", "0.1", "--save", tmp_path / "s.json"]
+    assert run(capsys, "spectrum", world / "model", *asked)[0] == 0
+    assert [file.name for file in partial.iterdir()] == ["mine.txt"]
+
+
 @pytest.mark.parametrize("data", ["texts", "task"])
 def test_compensated_rounding_takes_texts_or_a_task(
     world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], data: str
@@ -151,8 +220,11 @@ def test_what_lies_beside_out_and_is_of_no_run_is_left_alone(
     (tmp_path / "out.partial").mkdir()
     (tmp_path / "out.partial" / "mine.txt").write_text("mine")
     asked = ["--rounding", "compensated", "--texts", world / "texts.txt"]
-    code, _, err = run(capsys, "quantize", world / "model", tmp_path / "out", *asked)
-    assert code == 2 and "of no interrupted run" in err
+    for note in ("mine.txt", "asked.json"):
+        (tmp_path / "out.partial" / note).write_text("[]")
+        code, _, err = run(capsys, "quantize", world / "model", tmp_path / "out", *asked)
+        assert code == 2 and "of no interrupted run" in err
+    (tmp_path / "out.partial" / "asked.json").unlink()
     assert [path.name for path in (tmp_path / "out.partial").iterdir()] == ["mine.txt"]
 
 
@@ -213,6 +285,83 @@ def test_a_student_is_distilled_and_packed(world: Path, tmp_path: Path, capsys: 
     assert folder_content(out)["form"] == "packed"
     _, text, _ = run(capsys, "evaluate", out, *task(world), "--beside", world / "model", "--json")
     assert json.loads(text)["scores"][str(out)]["accuracy"] == content["score"]
+
+
+@pytest.fixture(scope="module")
+def sentences(world: Path) -> Path:
+    """The world with a SentenceTransformer whose vector is the first token's state, and pairs with a number."""
+    texts = [row["sentence"] for row in sentiment_rows(40)]
+    rows = [{"sentence1": texts[i], "sentence2": texts[-1 - i], "label": float(i % 6)} for i in range(24)]
+    write_task(world / "data", "stsb", {"train.jsonl": rows, "dev.jsonl": rows[:12]})
+    SentenceRegression(AutoModel.from_pretrained(world / "encoder"), 5.0, "cls").save_pretrained(world / "vectors")
+    AutoTokenizer.from_pretrained(world / "encoder").save_pretrained(world / "vectors")
+    return world
+
+
+@pytest.mark.parametrize("command", ["quantize", "distill", "compress"])
+def test_what_becomes_of_a_sentence_encoder_pools_as_it_did(
+    sentences: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], command: str
+) -> None:
+    library = pytest.importorskip("sentence_transformers")
+    Pipeline((Quantize(4, "nearest"), Distill("logits", steps=1), Pack())).save(tmp_path / "plan.json")
+    pairs = ["--task", "stsb", "--data-dir", sentences / "data"]
+    more = {
+        "quantize": ["--bits", "4"],
+        "distill": [*pairs, "--bits", "2", "--steps", "1", "--batch-size", "4"],
+        "compress": [*pairs, "--plan", tmp_path / "plan.json"],
+    }[command]
+    code, _, err = run(capsys, command, sentences / "vectors", tmp_path / "out", *more)
+    assert code == 0, err
+    task = load_task("stsb", data_dir=sentences / "data")
+    model, tokenizer = build_for(task, str(tmp_path / "out"))
+    found = evaluate(model, task, tokenizer, progress=False).logits
+    theirs = library.SentenceTransformer(str(tmp_path / "out"), device="cpu")
+    rows = task.rows("validation")
+    a, b = (theirs.encode([r[k] for r in rows], normalize_embeddings=True) for k in ("sentence1", "sentence2"))
+    np.testing.assert_allclose(found.numpy(), (a * b).sum(1), atol=1e-5)
+
+
+@pytest.mark.parametrize(("model", "tokens"), [("encoder", 2), ("vectors", 2), ("regression", 3), ("pairs", 2)])
+def test_pairs_are_calibrated_on_as_the_model_reads_them(sentences: Path, model: str, tokens: int) -> None:
+    task = load_task("stsb", data_dir=sentences / "data")
+    loaded = {
+        "encoder": lambda: AutoModel.from_pretrained(sentences / "encoder"),
+        "vectors": lambda: load_any(str(sentences / "vectors")),
+        "regression": lambda: build_model(task, sentences / "encoder")[0],
+        "pairs": lambda: build_for(task, str(sentences / "vectors"))[0],
+    }[model]()
+    tokenizer = AutoTokenizer.from_pretrained(sentences / "encoder")
+    asked = {"texts": None, "task": "stsb", "data_dir": sentences / "data", "rows": 8, "seed": 0}
+    (batch,) = unlabelled_batches(asked, tokenizer, loaded) or []
+    shape = batch["input_ids"].shape[:-1]
+    assert shape == {"regression": (8,), "pairs": (8, 2)}.get(model, (16,))
+    ends = (batch["input_ids"] == tokenizer.sep_token_id).sum(-1).unique().tolist()
+    assert ends == [tokens - 1]
+
+
+def test_a_name_on_the_hub_is_scored_as_a_folder_is(sentences: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def from_folder(plain: Any) -> Any:
+        def call(*arguments: Any, **named: Any) -> Any:
+            return plain(*(sentences / "vectors" if a == "some/encoder" else a for a in arguments), **named)
+
+        return call
+
+    monkeypatch.setattr("qbert.tasks.heads.load_quietly", from_folder(heads.load_quietly))
+    monkeypatch.setattr("qbert.tasks.pooling.cached_file", from_folder(pooling.cached_file))
+    model, _ = build_for(load_task("stsb", data_dir=sentences / "data"), "some/encoder")
+    assert model.pooling.kind == "cls"
+
+
+def test_teacher_and_student_read_pairs_alike(
+    sentences: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    task = load_task("stsb", data_dir=sentences / "data")
+    student, tokenizer = build_model(task, sentences / "encoder")
+    student.save_pretrained(tmp_path / "student")
+    tokenizer.save_pretrained(tmp_path / "student")
+    asked = ["--task", "stsb", "--data-dir", sentences / "data", "--student", tmp_path / "student", "--steps", "1"]
+    code, _, err = run(capsys, "distill", sentences / "encoder", tmp_path / "out", *asked)
+    assert code == 2 and "give a student of the teacher's kind" in err
 
 
 def test_a_float_student_learns_from_its_teacher_and_goes_on_where_it_was_interrupted(
@@ -341,6 +490,27 @@ def test_commands_leave_what_report_shows(world: Path, tmp_path: Path, capsys: p
     assert "agreement" in scored["rows"][0]
 
 
+def test_a_fused_model_is_compared_with_itself_as_it_is(
+    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def changed(packed: Any) -> Any:
+        with torch.no_grad():
+            packed.classifier.bias[0] += 100.0  # so that nothing else can give its answers
+        return packed
+
+    monkeypatch.chdir(tmp_path)
+    assert run(capsys, "quantize", world / "model", "out", "--bits", "8")[0] == 0
+    monkeypatch.setattr(qbert, "optimize_for_inference", changed, raising=False)
+    asked = ["evaluate", "out", *task(world), "--beside", "out", "--optimize", "--save", "scores.json", "--json"]
+    code, text, err = run(capsys, *asked)
+    assert code == 0, err
+    said = json.loads(text)
+    assert list(said["scores"]) == ["out, fused", "out"] and said["divergence"] > 1
+    assert [row["model"] for row in read_json("scores.json")["rows"]] == ["out, fused", "out"]
+    code, text, _ = run(capsys, "evaluate", "out", *task(world), "--beside", "out", "--json")
+    assert list(json.loads(text)["scores"]) == ["out", "out (beside)"]
+
+
 def test_inspect_counts_what_the_files_hold(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run(capsys, "quantize", world / "model", tmp_path, "--bits", "4")
     content = folder_content(tmp_path)
@@ -417,6 +587,11 @@ def test_export_to_openvino_says_how_near_it_is(
     [
         (["quantize", "WORLD/model", "WORLD/data"], "OUT .* is not empty; name another folder, or add --force"),
         (["compress", "WORLD/model", "WORLD/data", "--task", "x", "--plan", "WORLD/texts.txt"], "OUT .* is not empty"),
+        (
+            ["quantize", "WORLD/model", "WORLD/texts.txt/out"],
+            r"OUT .*/out cannot be there, since .*texts\.txt is a file",
+        ),
+        (["report", "WORLD", "--out", "WORLD/texts.txt/a.html"], r"--out .* cannot be there, since .*texts\.txt is a"),
         (["quantize", "WORLD/data", "NEW"], "is a folder without config.json"),
         (["quantize", "WORLD/model", "NEW", "--rounding", "compensated"], "--rounding compensated needs data"),
         (
@@ -425,6 +600,7 @@ def test_export_to_openvino_says_how_near_it_is(
         ),
         (["quantize", "WORLD/model", "NEW", "--bits", "5"], "'5' is not one of '2', '3', '4', '8'"),
         (["quantize", "WORLD/model", "NEW", "--device", "nowhere"], "--device nowhere is not usable here"),
+        (["quantize", "WORLD/parts", "NEW"], "modules.json of .*parts.* names no parts of a SentenceTransformer"),
         (["inspect", "WORLD/model"], "holds no quantized model; make one with: qbert quantize"),
         (["export", "WORLD/model", "out.bin"], "let it end in .onnx or .xml"),
         (["export", "WORLD/model", "out.onnx", "--to", "openvino"], "no name for --to openvino; let it end in .xml"),
@@ -439,6 +615,10 @@ def test_export_to_openvino_says_how_near_it_is(
         (["evaluate", "WORLD/model", "--task", "sst2", "--data-dir", "WORLD/data", "--optimize"], "is no packed model"),
         (["export", "WORLD/model", "out.onnx"], "FOLDER .* is no packed model; make one: qbert quantize"),
         (["compress", "WORLD/model", "NEW", "--task", "sst2", "--plan", "WORLD/model/config.json"], "--plan .*config"),
+        (
+            ["compress", "WORLD/model", "NEW", "--task", "sst2", "--plan", "WORLD/list.json"],
+            "--plan .*list.json: the val",
+        ),
         (["distill", "WORLD/model", "NEW", "--task", "sst2"], "there is no student; give --bits 2"),
         (
             ["distill", "WORLD/model", "NEW", "--task", "sst2", "--bits", "2", "--recipe", "x"],
@@ -544,6 +724,35 @@ def test_a_picture_is_refused_before_any_work_where_nothing_can_draw_it(
     budget = ["--size-mb", "1"] if command == "plan" else []
     code, _, err = run(capsys, command, world / "nothing", "--task", "nothing", "--plot", "x.png", *budget)
     assert code == 2 and "--plot needs the package matplotlib" in err
+
+
+def test_texts_of_another_encoding_are_refused_by_name(
+    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    texts = tmp_path / "latin.txt"
+    texts.write_bytes("the f\xeflm was kind\n".encode("latin-1"))
+    code, _, err = run(capsys, "quantize", world / "model", tmp_path / "out", "--texts", texts)
+    assert code == 2 and re.search(r"--texts .*latin\.txt is not UTF-8 .*; convert it, such as: iconv", err), err
+    texts.write_text("the film was kind", encoding="utf-8-sig")
+    tokenizer = AutoTokenizer.from_pretrained(world / "model")
+    (batch,) = text_batches(str(texts), tokenizer, 4)
+    assert tokenizer.unk_token_id not in batch["input_ids"]
+
+
+@pytest.mark.parametrize("command", ["quantize", "evaluate"])
+def test_a_tokenizer_that_cannot_pad_is_mended_in_its_file(
+    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], command: str
+) -> None:
+    shutil.copytree(world / "model", tmp_path / "model")
+    kept = tmp_path / "model" / "tokenizer_config.json"
+    kept.write_text(json.dumps({**json.loads(kept.read_text()), "pad_token": None}))
+    more = ["--limit", "4"] if command == "evaluate" else [tmp_path / "out", "--rows", "4", "--rounding", "nearest"]
+    code, _, err = run(capsys, command, tmp_path / "model", *more, *task(world))
+    found = re.search(r"has no padding token; name one of its tokens in its tokenizer_config.json: ({?\S+: \S+)", err)
+    assert code == 2 and found, err
+    kept.write_text(json.dumps({**json.loads(kept.read_text()), **json.loads("{" + found.group(1) + "}")}))
+    code, _, err = run(capsys, command, tmp_path / "model", *more, *task(world))
+    assert code == 0, err
 
 
 def test_few_rows_are_planned_on_in_four_batches() -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from distilling import distiller, rows, tokenizer
-from encoders import build
+from encoders import build, same_state
 from torch import nn
 from transformers import PreTrainedTokenizerFast, TrainerCallback
 
@@ -419,3 +419,34 @@ def test_rows_may_come_as_a_stream(tmp_path: Path) -> None:
     trainer = distiller(tmp_path, data=Stream(), max_steps=2, check_teacher=True)
     trainer.train()
     assert trainer.state.global_step == 2
+
+
+@pytest.mark.parametrize(("dtype", "quantized"), [(torch.bfloat16, True), (torch.float16, False)])
+def test_a_student_in_half_precision_is_trained_in_float32(dtype: torch.dtype, quantized: bool, tmp_path: Path) -> None:
+    """Steps of a thousandth of a weight's last bit are lost in half precision, or become NaN."""
+
+    def student() -> Any:
+        torch.manual_seed(1)
+        model = build("bert").to(dtype)
+        return qbert.quantize_model(model, qbert.BitsConfig(3, groups=16)) if quantized else model
+
+    before = student().float().state_dict()
+    whole = distiller(tmp_path / "whole", student=student(), learning_rate=2e-5, max_steps=4, save_steps=2)
+    whole.train()
+    after = whole.student.state_dict()
+    assert {value.dtype for value in after.values() if value.is_floating_point()} == {torch.float32}
+    name = "bert.encoder.layer.0.output.dense.weight"
+    assert float((after[name] != before[name]).float().mean()) > 0.95
+    resumed = distiller(tmp_path / "whole", student=student(), learning_rate=2e-5, max_steps=4, save_steps=2)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
+    assert same_state(resumed.student, whole.student)
+    whole.save_student(tmp_path / "saved")
+    load = qbert.load if quantized else type(whole.student).from_pretrained
+    assert same_state(load(tmp_path / "saved"), whole.student)
+
+
+def test_a_teacher_in_half_precision_stays_so(tmp_path: Path) -> None:
+    teacher = build("bert").to(torch.bfloat16).eval()
+    trainer = distiller(tmp_path, teacher=teacher, student=build("bert").to(torch.bfloat16), max_steps=2)
+    trainer.train()
+    assert {value.dtype for value in teacher.parameters()} == {torch.bfloat16}

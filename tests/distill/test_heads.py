@@ -11,6 +11,7 @@ from distilling import distiller, rows
 
 import qbert
 from qbert.distill import Match, Recipe, Stage
+from qbert.results import Record
 from qbert.tasks.evaluation import fidelity
 
 MULTI = "multi_label_classification"
@@ -134,6 +135,16 @@ def test_fidelity_of_labels_on_their_own_is_a_loop_over_them() -> None:
     assert divergence == pytest.approx(sum(float(x) for row in expected for x in row) / 6)
     assert same == pytest.approx(100 * sum(bool(((a > 0) == (b > 0)).all()) for a, b in zip(teacher, student)) / 6)  # noqa: B905
     assert fidelity(teacher, teacher, MULTI) == (100.0, 0.0)
+
+
+@pytest.mark.parametrize("values", [(torch.randn(6), torch.ones(6)), (torch.ones(1), torch.zeros(1))])
+def test_fidelity_to_a_constant_output_is_a_number_that_json_can_hold(
+    values: tuple[torch.Tensor, torch.Tensor], tmp_path: Path
+) -> None:
+    found = fidelity(*values)
+    assert found.agreement == 0
+    assert found.divergence == pytest.approx(float((values[0] - values[1]).square().mean()))
+    Record(tmp_path / "kept.json", {"task": "stsb"}, resume=True).add("1", found._asdict())
 
 
 def test_fidelity_of_several_values_is_the_mean_of_each() -> None:

@@ -1,5 +1,6 @@
 """Stages that change bits: the best model is the best one, and the steps of every grid are trained, at its own rate."""
 
+import copy
 import itertools
 from pathlib import Path
 from typing import Any
@@ -8,11 +9,15 @@ import pytest
 import torch
 from distilling import distiller, rows
 from encoders import build
-from transformers import TrainerCallback
+from torch import nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.pytorch_utils import Conv1D
 
 import qbert
-from qbert.distill import Match, Recipe, Stage
+from qbert.distill import Match, Recipe, Stage, recipes
 from qbert.distill.checkpoint import last_good_checkpoint
+from qbert.distill.step_sizes import StepSizeCallback, static_activations
+from qbert.layers.kind import TrainableLayer
 
 
 def down(*bits: int | None, **settings: Any) -> Recipe:
@@ -130,3 +135,104 @@ def test_a_training_too_short_for_a_stage_says_so(tmp_path: Path) -> None:
     trainer = distiller(tmp_path, recipe=down(4, 2), bits=4, max_steps=1)
     with pytest.warns(UserWarning, match=r"stage '[01]-[24]' .* has no step among 1"):
         trainer.train()
+
+
+@pytest.mark.parametrize("kind", ["linear", "transposed", "table", "conv", "lstm"])
+def test_steps_of_every_kind_of_layer_are_refitted_to_its_own_matrix(kind: str) -> None:
+    torch.manual_seed(0)
+    made: dict[str, nn.Module] = {
+        "linear": nn.Linear(12, 12),
+        "transposed": Conv1D(12, 12),  # square: its transpose would fit as well
+        "table": nn.Embedding(12, 12),
+        "conv": nn.Conv1d(4, 12, 3),
+        "lstm": nn.LSTM(12, 12),
+    }
+    layer = made[kind]
+    with torch.no_grad():
+        for weight in (p for p in layer.parameters() if p.dim() > 1):
+            torch.nn.init.normal_(weight)
+            weight.mul_(torch.logspace(-1, 1, weight.shape[-1]))
+    student = qbert.quantize_model(nn.Sequential(layer), {"*": {"bits": 3, "groups": 4}})
+    layers = [m for m in student.modules() if isinstance(m, TrainableLayer)]
+    with torch.no_grad():
+        for m in layers:
+            m.weight.mul_(1 + 0.1 * torch.rand_like(m.weight))  # as training moves it
+    grids = [copy.deepcopy(m.weight_quantizer) for m in layers]
+    state = TrainerState(global_step=1, max_steps=10)
+    recipe = down(None, steps="refit", refit_every=1)
+    StepSizeCallback(student, recipe).on_step_end(TrainingArguments(), state, TrainerControl())
+    assert layers
+    for m, grid in zip(layers, grids, strict=True):
+        found = grid.codes(m.matrix)
+        before = grid.scale.detach().clone()
+        groups = [m.matrix[grid.row_group == g] for g in range(len(before))]
+        shifted = [(found.float() - grid.zero[grid.row_group])[grid.row_group == g] for g in range(len(before))]
+        best = torch.stack([(w * s).sum() / s.square().sum() for w, s in zip(groups, shifted, strict=True)])
+        torch.testing.assert_close(m.weight_quantizer.scale.squeeze(1), best)
+        assert not torch.equal(m.weight_quantizer.scale, before)
+
+
+def test_tables_follow_their_weights_where_steps_are_refitted(tmp_path: Path) -> None:
+    student = qbert.quantize_model(build("bert"), recipes.ternarybert().bits_config(2))
+    table = student.bert.embeddings.word_embeddings
+    before = table.weight_quantizer.scale.detach().clone()
+    trainer = distiller(tmp_path, student=student, recipe=recipes.ternarybert(), max_steps=3, learning_rate=1e-3)
+    trainer.train()
+    assert table.weight_quantizer.bits == 4
+    assert not torch.equal(table.weight_quantizer.scale, before)
+
+
+@pytest.mark.parametrize("frozen", [1.0, 0.5])
+def test_moving_ranges_leave_out_the_padding(frozen: float, tmp_path: Path) -> None:
+    calibration = [{"input_ids": torch.randint(5, 100, (8, 9)), "attention_mask": torch.ones(8, 9, dtype=torch.long)}]
+    made = rows(16, 12)
+    lengths = [4 if i % 8 else 12 for i in range(16)]
+    found = []
+    for padding in (0, 1):
+        data = [
+            {
+                "input_ids": row["input_ids"][:n] + [padding] * (12 - n),
+                "attention_mask": [1] * n + [0] * (12 - n),
+                "labels": row["labels"],
+            }
+            for row, n in zip(made, lengths, strict=True)
+        ]
+        torch.manual_seed(1)
+        student = qbert.quantize_model(build("bert"), qbert.BitsConfig(4, groups=16), calibration_data=calibration)
+        before = [q.scale.clone() for q in static_activations(student)]
+        hooks = len(student._forward_pre_hooks)
+        recipe = down(None, activations="average", steps="fixed", freeze_at=frozen)
+        distiller(tmp_path, student=student, recipe=recipe, data=data, max_steps=4, learning_rate=0.0).train()
+        found.append([q.scale.clone() for q in static_activations(student)])
+        assert not any(torch.equal(a, b) for a, b in zip(before, found[-1], strict=True))
+        assert len(student._forward_pre_hooks) == hooks
+        copy.deepcopy(student)
+        assert all(q._real is None for q in static_activations(student))
+    torch.testing.assert_close(found[0], found[1], rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine", "constant_with_warmup"])
+def test_a_stage_of_half_the_rate_has_it_under_every_schedule(schedule: str, tmp_path: Path) -> None:
+
+    class Rates(TrainerCallback):
+        trainer: Any
+        seen: list[dict[str, float]]
+
+        def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            names = {id(p): n for n, p in self.trainer.student.named_parameters()}
+            self.seen.append({names[id(p)]: g["lr"] for g in kwargs["optimizer"].param_groups for p in g["params"]})
+
+    seen = []
+    for settings in ({}, {"rate": 0.5, "rates": {"encoder.layer.0": 0.0}}):
+        rates = Rates()
+        rates.seen = []
+        recipe = Recipe("one", "test", (Stage("only", (Match("logits"),), **settings),))  # type: ignore[arg-type]
+        arguments: dict[str, Any] = {"lr_scheduler_type": schedule, "max_steps": 4, "warmup_steps": 2}
+        rates.trainer = distiller(tmp_path, recipe=recipe, callbacks=[rates], **arguments)
+        rates.trainer.train()
+        seen.append(rates.seen)
+    for plain, halved in zip(*seen, strict=True):
+        for name in plain:
+            factor = 0.0 if ".layer.0." in name else 0.5
+            assert halved[name] == pytest.approx(factor * plain[name], rel=1e-6), name
+    assert len({next(iter(rates.values())) for rates in seen[0]}) > 1 or schedule != "linear"

@@ -1,18 +1,20 @@
 """Zeros in training: a pruned student's stay, movement pruning finds its own, a resumed run goes on."""
 
 import copy
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from distilling import distiller
-from encoders import build, inputs_for
+from encoders import build, inputs_for, same_state
 
 import qbert
 from qbert.distill import recipes
+from qbert.distill.checkpoint import last_good_checkpoint
 from qbert.distill.recipe import Zeros
-from qbert.distill.zeros import KeepZeros, Movement
+from qbert.distill.zeros import STATE, KeepZeros, Movement
 from qbert.encoders.zeros import noted_zeros
 from qbert.quantizers.sparsity import Pattern
 from qbert.students.curvature import layer_matrices
@@ -116,6 +118,24 @@ def test_a_resumed_movement_ends_as_one_that_ran_through(tmp_path: Path) -> None
             distiller(folder, student=student, **options).train(str(folder / f"checkpoint-{steps}"))  # type: ignore[arg-type]
         ends.append(student.state_dict())
     assert all(torch.equal(ends[0][key], ends[1][key]) for key in ends[0])
+
+
+def test_a_movement_goes_on_from_a_copied_checkpoint_and_passes_over_one_without_its_scores(tmp_path: Path) -> None:
+    def run(folder: Path) -> Any:
+        torch.manual_seed(2)
+        return distiller(folder, student=build("bert"), recipe=recipes.movement(), max_steps=6, save_steps=2)
+
+    whole = run(tmp_path / "whole")
+    whole.train()
+    shutil.copytree(tmp_path / "whole" / "checkpoint-2", tmp_path / "copied")
+    elsewhere = run(tmp_path / "other")
+    elsewhere.train(resume_from_checkpoint=str(tmp_path / "copied"))
+    assert same_state(elsewhere.student, whole.student)
+    (tmp_path / "whole" / "checkpoint-6" / STATE).unlink()
+    assert last_good_checkpoint(tmp_path / "whole") == tmp_path / "whole" / "checkpoint-4"
+    again = run(tmp_path / "whole")
+    again.train(resume_from_checkpoint=True)
+    assert same_state(again.student, whole.student)
 
 
 def test_kept_layers_keep_their_zeros_noted() -> None:

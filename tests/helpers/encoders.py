@@ -53,6 +53,35 @@ def build(family: str, **overrides: Any) -> Any:
     return auto.from_config(config_class(**values))
 
 
+HEADS = ("classes", "one value", "values", "several labels", "tags", "spans")
+
+
+def head(kind: str, depth: int = 2) -> Any:
+    """A tiny BERT in evaluation mode, with a head of `HEADS` whose outputs differ by row, or "none"."""
+    types = {"values": "regression", "several labels": "multi_label_classification"}
+    config = tf.BertConfig(
+        vocab_size=100,
+        hidden_size=16,
+        num_hidden_layers=depth,
+        num_attention_heads=2,
+        intermediate_size=24,
+        max_position_embeddings=20,
+        num_labels={"one value": 1, "spans": 2}.get(kind, 3),
+        problem_type=types.get(kind),
+    )
+    classes: dict[str, Any] = {
+        "tags": tf.BertForTokenClassification,
+        "spans": tf.BertForQuestionAnswering,
+        "none": tf.BertModel,
+    }
+    torch.manual_seed(0)
+    model = classes.get(kind, tf.BertForSequenceClassification)(config).eval()
+    for name, parameter in model.named_parameters():
+        if name.startswith(("classifier", "qa_outputs")):
+            nn.init.normal_(parameter)
+    return model
+
+
 def inputs_for(family: str, batch: int = 2, length: int = 9) -> dict[str, torch.Tensor]:
     """A batch that the model of `family` accepts; the last row is padded."""
     if family == "vit":

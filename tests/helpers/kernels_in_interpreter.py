@@ -4,6 +4,7 @@ Run by `kernels/test_interpreted.py` in a process of its own, with TRITON_INTERP
 before a kernel is imported.
 """
 
+import copy
 import sys
 
 import interpreted_asm  # noqa: F401  the interpreter cannot run inline assembly by itself
@@ -11,6 +12,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from qbert.kernels import dispatch, formats, operators, reference
 from qbert.kernels.gpu import attention_ways, layernorm_quant, tiles
@@ -493,5 +495,123 @@ def test_attention_takes_the_way_that_is_forced_or_was_measured(monkeypatch):
     monkeypatch.setenv("QBERT_ATTENTION", "triton")
     assert torch.equal(attend()[0], ours) and used[-1] is None
     monkeypatch.setenv("QBERT_ATTENTION", "fast")
-    with pytest.raises(ValueError, match="QBERT_ATTENTION must be 'triton', 'flash' or not set, got 'fast'"):
+    with pytest.raises(ValueError, match="QBERT_ATTENTION must be 'triton', 'flash', 'sdpa' or not set, got 'fast'"):
         attend()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(3, 16, 4, 32), (1, 40, 2, 64)])
+def test_torchs_attention_over_sequences_of_one_length_is_the_reference(shape, dtype):
+    count, length, heads, width = shape
+    starts = torch.arange(0, count * length + 1, length, dtype=torch.int32)
+    fused = torch.randn(count * length, 3, heads, width).to(dtype).unbind(1)
+    given = Heads(*fused, starts, length, width**-0.5, uniform=True)
+    y = attention_ways._sdpa(given, FLOAT, None)
+    expected = reference.attention(*given[:4], given.scale)
+    assert y.is_contiguous() and y.dtype == dtype
+    close = 2e-3 if dtype == torch.float16 else 2e-2
+    torch.testing.assert_close(y.double(), expected.double(), rtol=close, atol=close)
+    sums, grid = torch.zeros(count * length, dtype=torch.int32), InputGrid(0.02, 3)
+    codes = attention_ways._sdpa(given, grid, sums)
+    assert torch.equal(codes.flatten(1), reference.quantize(y.flatten(1), grid)[0])
+    steps = codes.int() - reference.requantize(expected, grid.scale, grid.zero).int()
+    assert int(steps.abs().max()) <= 1
+    assert torch.equal(sums, codes.flatten(1).sum(1, dtype=torch.int32))
+    assert torch.equal(attention_ways._sdpa(given, grid, None), codes)
+
+
+def test_sequences_of_one_length_take_torchs_attention_by_rule_by_force_or_by_measurement(monkeypatch):
+    monkeypatch.setattr(tiles, "_measured", {})
+    used = []
+    for way in ("_sdpa", "_flash", "attention"):
+        monkeypatch.setattr(attention_ways, way, lambda heads, *_, way=way, **tile: used.append((way, *tile.values())))
+    starts = torch.tensor([0, 20, 40], dtype=torch.int32)
+    given = Heads(*torch.randn(40, 3, 4, 32).half().unbind(1), starts, 20, 0.2)
+    uniform, ours = given._replace(uniform=True), ("attention", None)
+
+    def ways():
+        used.clear()
+        for heads in (given, uniform, uniform._replace(query=given.query[:0])):
+            attention_ways.attend(heads, InputGrid(0.02))
+        assert used.pop() == ("attention",)  # no tokens
+        return used
+
+    assert ways() == [ours, ours]
+    monkeypatch.setattr(attention_ways, "_pays", lambda heads, out: True)
+    assert ways() == [ours, ("_sdpa",)]
+    for forced, expected in (("sdpa", [ours, ("_sdpa",)]), ("triton", [ours, ours])):
+        monkeypatch.setenv("QBERT_ATTENTION", forced)
+        assert ways() == expected
+    monkeypatch.delenv("QBERT_ATTENTION")
+    shape, tile = (40, 4, 32, 32, "interpreter"), attention_ways.WAYS[0]
+    tiles.measure("attention", *shape, lambda _: 1.0, [attention_ways.FLASH])
+    assert ways() == [("_flash",), ("_sdpa",)]
+    for measured, expected in ((attention_ways.SDPA, ("_sdpa",)), (tile, ("attention", tile))):
+        tiles.measure("attention_uniform", *shape, lambda _: 1.0, [measured])
+        assert ways() == [("_flash",), expected]
+
+
+def test_the_rule_for_torchs_attention(monkeypatch):
+    capability = (9, 0)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+
+    class Query:
+        is_cuda, device = True, "cuda:0"
+
+        def __init__(self, tokens):
+            self.tokens = tokens
+
+        def __len__(self):
+            return self.tokens
+
+    codes = InputGrid(0.02)
+
+    def pays(tokens, longest, out=codes):
+        return attention_ways._pays(Heads(Query(tokens), None, None, None, longest, 0.1, True), out)
+
+    assert pays(49152, 384) and pays(2048, 256) and pays(256, 256, FLOAT)
+    assert not pays(49152, 128) and not pays(1024, 512) and not pays(128, 128, FLOAT)
+    capability = (8, 0)
+    assert not pays(49152, 384)
+
+
+def test_what_is_measured_for_sequences_of_one_length_is_kept_apart(monkeypatch):
+    monkeypatch.setattr(tiles, "_measured", {})
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(attention_ways, "has_flash", lambda: False)
+    for name in ("randn", "arange", "zeros"):
+        made = getattr(torch, name)
+        monkeypatch.setattr(torch, name, lambda *a, device, made=made, **options: made(*a, **options))
+    launched = []
+    monkeypatch.setattr(attention_ways, "_sdpa", lambda *_: launched.append("sdpa"))
+    monkeypatch.setattr(attention_ways, "attention", lambda *_, tile: launched.append(tile))
+    monkeypatch.setattr(attention_ways, "do_bench_cudagraph", lambda run: run() or float(launched[-1] != "sdpa"))
+    shape = {"sequences": 2, "longest": 20, "heads": 4, "head_dim": 32}
+    assert attention_ways.measure_attention(**shape) == attention_ways.default_tile(20, 32)
+    assert "sdpa" not in launched
+    assert attention_ways.measure_attention(**shape, uniform=True) == attention_ways.SDPA
+    heads = Heads(torch.empty(40, 4, 32), None, None, None, 20, 0.1)
+    assert attention_ways._way(heads, FLOAT) == attention_ways.default_tile(20, 32)
+    assert attention_ways._way(heads._replace(uniform=True), FLOAT) == attention_ways.SDPA
+
+
+@pytest.mark.parametrize("grid", [InputGrid(), InputGrid(asymmetric=True), InputGrid(0.02, 3), FLOAT])
+def test_a_prepared_linear_is_the_operator_without_it(grid, monkeypatch):
+    monkeypatch.setattr(dispatch, "implementation", lambda device: "triton")
+    weight, bias, _ = linear_problem(4, "integer", 1)
+    x, called, operator = torch.randn(5, 256), [], dispatch.linear
+    monkeypatch.setattr(dispatch, "linear", lambda *given: called.append(1) or operator(*given))
+    run = dispatch.PreparedLinear(weight, bias, grid)
+    assert torch.equal(run(x), operator(x, weight, bias, grid)) and not called
+    bias.add_(1)
+    assert torch.equal(run(x), operator(x, weight, bias, grid))
+    twin = copy.deepcopy(run)
+    twin.bias.add_(1)
+    assert torch.equal(twin(x[None]), operator(x[None], weight, bias + 1, grid))
+    assert torch.equal(run(x), operator(x, weight, bias, grid)) and not called
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        assert run(mode.from_tensor(x)).shape == (5, 24) and called
+    with pytest.raises(TypeError, match="x must be float32"):
+        run(x.double())
+    with pytest.raises(ValueError, match=r"x must have shape \[\.\.\., 256\]"):
+        run(x[:, :7])

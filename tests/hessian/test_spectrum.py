@@ -18,7 +18,8 @@ import qbert
 from qbert.hessian import HessianOperator, HessianSpectrum, hessian_spectrum, hessian_traces, parameter_blocks
 from qbert.hessian.batches import as_samples, draw, micro_batches
 from qbert.hessian.losses import model_loss
-from qbert.hessian.measure import _some_samples, check_finite
+from qbert.hessian.measure import check_finite
+from qbert.hessian.starts import some_samples
 
 LAYERS = ["encoder.layer.0", "encoder.layer.1"]
 
@@ -167,7 +168,7 @@ def test_the_way_data_is_handed_over_changes_nothing() -> None:
 @pytest.mark.parametrize("sizes", [(32, 1, 32, 7), (1,) * 70, (3,), (200, 2)])
 def test_a_few_samples_are_spread_over_batches_of_any_size(sizes: tuple[int, ...]) -> None:
     rows = torch.arange(sum(sizes))
-    few = _some_samples([{"input_ids": part} for part in rows.split(sizes)], 16)
+    few = some_samples([{"input_ids": part} for part in rows.split(sizes)], 16)
     step = max(1, sum(sizes) // 16)
     assert torch.cat([batch["input_ids"] for batch in few]).tolist() == rows[::step].tolist()
 
@@ -295,7 +296,7 @@ def test_a_checkpoint_of_another_loss_is_refused_and_one_of_another_rounding_is_
 
 
 def test_damaged_checkpoints_are_refused(tmp_path: Any) -> None:
-    stop = Stop(8)  # after a look at each of three runs, in the second of three calls in the second one
+    stop = Stop(4)  # after a look at each of three runs and the first one, in the second one
     settings: Any = {"checkpoint": tmp_path, "loss_fn": stop.loss, "fraction": 1.0, "micro_batch_size": 24}
     with pytest.raises(KeyboardInterrupt):
         measure(**settings)

@@ -402,3 +402,17 @@ def test_warming_up_needs_token_ids_and_keeps_within_the_vocabulary() -> None:
         optimize_for_inference(images, warm_up=[(1, 5)])
     last = pack(qbert.quantize_model(build("bert", pad_token_id=99), 4))
     assert optimize_for_inference(last, engine="fp32", warm_up=iter([(1, 5)])) is not None
+
+
+def test_what_a_config_asks_for_is_looked_at_again_where_it_changed() -> None:
+    fast, batch = optimize_for_inference(encoder("bert")), inputs_for("bert")
+    plain = fast(**batch)
+    assert isinstance(fast.forward, FusedModel) and list(plain.keys()) == ["last_hidden_state", "pooler_output"]
+    assert plain.to_tuple() == type(plain)(last_hidden_state=plain[0], pooler_output=plain[1]).to_tuple()
+    twin = copy.deepcopy(fast)
+    fast.config.output_hidden_states = True
+    assert len(fast(**batch).hidden_states) == 3 and len(twin(**batch)) == 2
+    fast.config.output_hidden_states = False
+    assert len(fast(**batch)) == 2
+    fast.config.return_dict = False
+    assert isinstance(fast(**batch), tuple)

@@ -108,6 +108,7 @@ def operator_calls():
     quantized, affine = reference.quantize_rows(x), reference.quantize_rows(x, asymmetric=True)
     query, key, value = torch.randn(7, 3, 2, 16).unbind(1)
     heads = Heads(query, key, value, torch.tensor([0, 3, 7], dtype=torch.int32), 4, 0.25)
+    uniform = heads._replace(cu_seqlens=torch.tensor([0, 7], dtype=torch.int32), longest=7, uniform=True)
     ids = [torch.tensor([1, 2]), torch.tensor([23, 0], dtype=torch.int32)]
     tables = [weight, PackedWeight(weight.codes, weight.scale[:1], weight.zero[:1], None, 4, 96)]
     norm = (torch.ones(96), torch.ones(96), 1e-5)
@@ -132,6 +133,7 @@ def operator_calls():
         (operators.attention, (heads, InputGrid(0.1))),
         (operators.attention, (heads, InputGrid(0.1, 5), sums)),
         (operators.attention, (heads, static_e4m3)),
+        (operators.attention, (uniform,)),
     ]
 
 
@@ -148,7 +150,7 @@ class Recorded(torch.utils._python_dispatch.TorchDispatchMode):
         return function(*arguments, **(options or {}))
 
 
-@pytest.mark.parametrize("index", range(27))
+@pytest.mark.parametrize("index", range(28))
 def test_operators_keep_what_torch_expects_of_operators(index):
     """Schema, fake tensors and tracing, by torch's own checker."""
     function, arguments = operator_calls()[index]
@@ -460,6 +462,8 @@ def test_bad_rows_tables_and_sequences_are_refused_by_name():
         operators.attention(Heads(query, query.half(), query, starts, 4, 1.0))
     with pytest.raises(ValueError, match="cu_seqlens must hold at least the 0"):
         operators.attention(Heads(query, query, query, starts[:0], 4, 1.0))
+    with pytest.raises(ValueError, match="uniform sequences fill all tokens, but 1 of 3 are not 4 tokens"):
+        operators.attention(Heads(query, query, query, starts, 3, 1.0, uniform=True))
 
 
 def test_empty_batches_and_unusual_strides():

@@ -74,9 +74,10 @@ def test_linear_equals_the_cpu(bits, dtype, grid):
         assert y.dtype == dtype and float(error) < tolerance
 
 
-def test_other_kernels_equal_the_reference():
-    x, residual = torch.randn(77, 768).half(), torch.randn(77, 768).half()
-    weight, bias = torch.randn(768), torch.randn(768)
+@pytest.mark.parametrize(("tokens", "columns"), [(77, 768), (2051, 768), (8195, 384), (1030, 312)])
+def test_row_kernels_equal_the_reference(tokens, columns):
+    x, residual = torch.randn(2, tokens, columns).half()
+    weight, bias = torch.randn(2, columns)
     given = [t.to(DEVICE) for t in (x, residual, weight, bias)]
     expected = reference.layernorm_quantize(x, residual, weight, bias, 1e-12)[0]
     for asymmetric in (False, True):
@@ -86,6 +87,9 @@ def test_other_kernels_equal_the_reference():
         wanted = reference.quantize_rows(y.float().cpu(), asymmetric)
         for ours in (quantized, operators.quantize_rows(y, grid)):
             assert all(torch.equal(a.cpu(), b) for a, b in zip(ours, wanted, strict=True))
+
+
+def test_attention_and_embedding_equal_the_reference():
     starts = torch.tensor([0, 5, 133, 133, 140, 652], dtype=torch.int32)
     fused = torch.randn(652, 3, 12, 64).half()
     query, key, value = fused.unbind(1)
@@ -155,6 +159,13 @@ def test_whole_encoders_eagerly_and_through_graphs(ranges):
         assert float((got[keep.to(DEVICE)].cpu() - expected).norm() / expected.norm()) < 0.02
         assert bool((got[~keep.to(DEVICE)] == 0).all())
     assert len(fast.forward.graphs) >= 2
+    whole = {k: torch.ones_like(v) if "mask" in k else v for k, v in batch(8, 256).items()}
+    for one in (whole, whole | batch(8, 256)):  # the second has padding where the last mask of its shape had none
+        keep, expected = one["attention_mask"].bool(), slow(**one)[0]
+        for mask_at in (DEVICE, DEVICE, DEVICE, "cpu"):
+            got = fast(one["input_ids"].to(DEVICE), one["attention_mask"].to(mask_at))[0].cpu()
+            assert float((got[keep] - expected[keep]).norm() / expected[keep].norm()) < 0.02
+            assert bool((got[~keep] == 0).all())
     given = {k: v.to(DEVICE) for k, v in batch(17, 300).items()}
     first = fast(**given)[0]
     for _ in range(100):
@@ -167,3 +178,28 @@ def test_whole_encoders_eagerly_and_through_graphs(ranges):
     half = qbert.optimize_for_inference(packed.to(DEVICE, torch.float16))
     error = (half(**given)[0].float() - first).norm() / first.norm()
     assert float(error) < 0.02
+
+
+@pytest.mark.parametrize("ranges", ["dynamic", "static"])
+def test_kernels_that_start_early_change_no_bit(ranges, monkeypatch):
+    """Eagerly, captured and replayed, back to back: a kernel that did not wait would read what is not there yet."""
+    import copy
+
+    import transformers as tf
+
+    import qbert
+
+    config = tf.BertConfig(
+        hidden_size=768, intermediate_size=3072, num_attention_heads=12, num_hidden_layers=2, vocab_size=500
+    )
+    model = tf.BertModel(config, add_pooling_layer=False).eval()
+    ids = torch.randint(5, 500, (4, 100))
+    data = [{"input_ids": ids}] if ranges == "static" else None
+    config = qbert.BitsConfig(4, activation_range=ranges, range_method="minmax")
+    packed = qbert.pack(qbert.quantize_model(model, config, calibration_data=data)).to(DEVICE, torch.float16)
+    results = []
+    for switch in ("0", "1"):
+        monkeypatch.setenv("QBERT_PDL", switch)
+        fast = qbert.optimize_for_inference(copy.deepcopy(packed))
+        results += [fast(input_ids=ids[:1].to(DEVICE))[0] for _ in range(100)]
+    assert all(torch.equal(y, results[0]) for y in results)

@@ -57,7 +57,8 @@ def compile_product(bits: int, tile: Tile, target: str = "sm_90", columns: int =
         "X_SCALE": "token",
         "ZERO": "none",
     }
-    constants |= {"HAS_BIAS": True, "GELU": False, "HAS_RESIDUAL": False, "OUT": "float", "OUT_SUM": False} | changes
+    constants |= {"HAS_BIAS": True, "GELU": False, "HAS_RESIDUAL": False, "OUT": "float", "OUT_SUM": False}
+    constants |= {"PDL": False} | changes
     types = TYPES | ({"y_ptr": "*fp8e4nv"} if constants["OUT"] == "e4m3" else {})
     return compiled(matmul_a8.matmul_a8_kernel, types, constants, tile, target, columns)
 
@@ -80,6 +81,13 @@ def test_default_tiles(tokens, target, bits):
     check(report)
     if tokens == 8192 and target == "sm_90":
         assert report.programs_per_processor >= 2
+
+
+@pytest.mark.parametrize("tokens", [16, 512])
+def test_launched_early_it_touches_nothing_before_it_has_waited(tokens):
+    report = compile_product(4, rule(tokens, 768, 3072, 4, e4m3=True), columns=3072, HAS_RESIDUAL=True, PDL=True)
+    check(report)
+    assert report.sass["ACQBULK"] == 1 and report.before_wait == {"CCTL.PF2"}
 
 
 @pytest.mark.parametrize(("bits", "logic"), [(4, 2), (2, 2.2), (3, 3)])
@@ -129,7 +137,7 @@ def test_query_key_and_value(bits, tokens):
     types |= {n: t for n, t in TYPES.items() if n in kernel.arg_names}
     types |= {n: "i32" for n in kernel.arg_names if n.startswith("stride")}
     constants = {"BM": tile.bm, "BN": tile.bn, "BK": tile.bk, "ASM": asm_for(True, True), "X_SCALE": "token"}
-    constants |= {"ZERO": "e4m3"}
+    constants |= {"ZERO": "e4m3", "PDL": False}
     loops, (key, value) = matmul_a8_mixed.loops_of(bits, 768)
     names = [f"{name}{loop}" for loop in range(3) for name in ("BITS", "TAIL", "PAD")]
     constants |= dict(zip(names, loops, strict=True)) | {"LOOP_KEY": key, "LOOP_VALUE": value, "HAS_BIAS": True}

@@ -14,7 +14,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import qbert
 from qbert.pipeline import Depth, Distill, Factorize, Pack, Pipeline, Prune, Quantize, Share, compress
-from qbert.pipeline.run import foresee
+from qbert.pipeline.run import _Run, foresee
 from qbert.pipeline.steps import Step
 from qbert.tasks import SentenceRegression, build_sentence_model, evaluate, load_task
 
@@ -106,6 +106,13 @@ def test_a_sentence_encoder_goes_through_a_pipeline_by_the_cosines_of_pairs(tmp_
     with torch.no_grad():
         found = SentenceRegression(encoder).embed(**batch)
         torch.testing.assert_close(found, again.model.embed(**batch))  # type: ignore[operator]
+
+
+def test_a_step_that_is_taken_up_lies_where_the_teacher_does(world: dict[str, Any], tmp_path: Path) -> None:
+    world["model"].save_pretrained(tmp_path / "step-1")
+    taken_up = _Run.__new__(_Run)
+    taken_up.folder, taken_up.teacher = tmp_path, copy.deepcopy(world["model"]).to("meta")
+    assert {parameter.device.type for parameter in taken_up._load(1).parameters()} == {"meta"}
 
 
 def test_stopped_anywhere_it_goes_on_to_the_same_result(
@@ -221,6 +228,10 @@ def test_a_saved_pipeline_is_read_back_and_a_damaged_one_refused(tmp_path: Path)
         (lambda: Quantize(qbert.BitsConfig(4), embedding_bits=2), "embedding_bits=2 beside a whole"),
         (lambda: Quantize(qbert.BitsConfig(4), settings={"groups": 4}), "settings=.* beside a whole"),
         (lambda: Pipeline.from_dict({"format": "x"}), "are no pipeline"),
+        (lambda: Pipeline.from_dict([4]), "are no pipeline"),  # type: ignore[arg-type]
+        (lambda: Pipeline.from_dict({"format": "qbert.pipeline/2", "steps": "pack"}), "are no pipeline"),
+        (lambda: Pipeline.from_dict({"format": "qbert.pipeline/1", "steps": ["pack"]}), "are no pipeline"),
+        (lambda: Pipeline.from_dict({"format": "qbert.pipeline/2", "steps": [{"step": "depth"}]}), "lacks 'layers'"),
         (lambda: Pipeline.from_dict({"format": "qbert.pipeline/1", "steps": [{"step": "dream"}]}), "is not known"),
         (
             lambda: Pipeline.from_dict({"format": "qbert.pipeline/1", "steps": [{"step": "pack", "hard": 1}]}),

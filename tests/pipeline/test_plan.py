@@ -5,6 +5,7 @@ import functools
 import itertools
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,6 +21,7 @@ from qbert.pipeline import plan as plans
 from qbert.pipeline.alternatives import matrix_alternatives, steps_of
 from qbert.pipeline.answers import Answers
 from qbert.quantizers.sparsity import half_is_zero
+from qbert.students.curvature import observed_inputs
 from qbert.tasks import build_sentence_model, load_task
 from qbert.tasks.evaluation import fidelity
 
@@ -137,6 +139,26 @@ def test_a_noisy_clock_is_named(world: dict[str, Any], monkeypatch: pytest.Monke
     monkeypatch.setattr(clock.time, "perf_counter", lambda: next(ticks))
     with pytest.raises(ValueError, match=r"200 % longer than the fastest .* this machine's clock says little"):
         qbert.plan(world["model"], world["batches"], latency_ms=10, structures=[])
+
+
+def test_the_clock_is_read_when_the_device_is_done(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[str] = []
+
+    class OnGPU(torch.nn.Module):
+        def parameters(self, recurse: bool = True) -> Any:
+            return iter([SimpleNamespace(device=torch.device("cuda"))])
+
+        def forward(self) -> None:
+            told.append("call")
+
+    def clock_read() -> float:
+        told.append("clock")
+        return float(len(told))
+
+    monkeypatch.setattr(torch.accelerator, "synchronize", lambda device: told.append("done"))
+    monkeypatch.setattr(clock.time, "perf_counter", clock_read)
+    clock.milliseconds(OnGPU(), {})
+    assert told[:5] == ["done", "clock", "call", "done", "clock"] and told == told[:5] * (len(told) // 5)
 
 
 def test_an_encoder_without_a_head_is_planned_by_its_embeddings(world: dict[str, Any]) -> None:
@@ -425,8 +447,12 @@ def test_a_matrix_of_2_to_4_zeros_may_be_stored_as_such(world: dict[str, Any], t
     plain = next(i for i, o in enumerate(options) if o.parts is None and o.rule["bits"] == 4)
     assert options[sparse].size == options[plain].size  # the zeros were there already
     found = matrix_alternatives(model, world["batches"], {}, (4,))[name]
-    (change,) = (other.change for other in found if other.form == {"pattern": "2:4"})
+    (alternative,) = (other for other in found if other.form == {"pattern": "2:4"})
+    change = alternative.change
     assert half_is_zero(matrix + change) and change.norm() < 0.2 * matrix.norm()
+    (seen,) = observed_inputs(model, world["batches"], [model.base_model.get_submodule(name)]).values()
+    assert alternative.bias is not None  # what compensated rounding moves it by: outputs keep their mean
+    torch.testing.assert_close(alternative.bias, -(change.double() @ seen.mean).float(), rtol=1e-3, atol=1e-5)
     dense = next(i for i, item in enumerate(files.items) if item.names == ("encoder.layer.0.output.dense",))
     kinds = [(o.form.get("pattern"), o.rule["bits"]) for o in files.items[dense].options]
     own, other = kinds.index(("2:4", 4)), kinds.index((None, 4))

@@ -278,3 +278,14 @@ def test_a_tensor_that_several_layers_read_is_quantized_once(mode: str) -> None:
         alive = weakref.ref(after)
     del plain, after
     assert alive() is None
+
+
+def test_an_empty_batch_passes_a_learned_and_a_moving_range() -> None:
+    quantizer = ActivationQuantizer(8, "static").train()
+    quantizer.set_range(-1, 1)
+    quantizer.follow(0.9)
+    assert quantizer(torch.zeros(0, 4)).shape == (0, 4)
+    quantizer.follow(None)
+    quantizer.learn()
+    quantizer(torch.zeros(0, 4, requires_grad=True)).sum().backward()
+    assert float(quantizer.scale.grad) == 0  # type: ignore[arg-type]

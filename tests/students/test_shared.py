@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from distilling import distiller
-from encoders import build, inputs_for, outputs, same_state
+from encoders import build, head, inputs_for, outputs, same_state
 
 import qbert
 from qbert.allocation.kronecker import kronecker_factors
@@ -15,7 +15,7 @@ from qbert.distill import recipes
 from qbert.distill.step_sizes import begin_training
 from qbert.encoders.sharing import share, uses
 from qbert.encoders.tables import NarrowTable
-from qbert.students.depth import student_with_layers
+from qbert.students.depth import compare_depths, student_with_layers
 from qbert.students.shared import narrow_table, share_layers
 from qbert.tasks.order import order_pairs, sentences
 
@@ -51,6 +51,19 @@ def test_the_layer_between_is_the_one_that_does_best_in_the_place_of_all() -> No
     best = min(errors, key=lambda s: errors[s])
     student = share_layers(teacher, "sandwich", data=data)
     assert same_state(student.bert.encoder.layer[2], teacher.bert.encoder.layer[best])
+
+
+@pytest.mark.parametrize("kind", ["spans", "several labels", "tags", "none"])
+def test_the_layer_between_is_chosen_whatever_the_head_and_without_padding(kind: str) -> None:
+    teacher = head(kind, depth=5)
+    short = [inputs_for("bert", 4, 6) for _ in range(2)]
+    padded = [{k: torch.nn.functional.pad(v, (0, 5)) for k, v in batch.items()} for batch in short]
+    students = [share_layers(teacher, "sandwich", data=data) for data in (short, padded)]
+    chosen = [teacher.base_model.encoder.layer[i] for i in (1, 2, 3)]
+    found = [[same_state(s.base_model.encoder.layer[2], layer) for layer in chosen] for s in students]
+    assert found[0] == found[1] and sum(found[0]) == 1
+    compared = [compare_depths(teacher, data, 3).best_sandwich.divergence for data in (short, padded)]
+    assert compared[0] == pytest.approx(compared[1], rel=1e-3)
 
 
 def test_a_sandwich_trains_as_one_model_and_takes_the_whole_way(tmp_path: Path) -> None:

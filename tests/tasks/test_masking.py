@@ -8,7 +8,7 @@ import torch
 from tiny_tasks import sentiment_rows, tiny_encoder
 from transformers import AutoModel, AutoTokenizer
 
-from qbert.tasks.candidates import MaskedWords
+from qbert.tasks.candidates import MaskedWords, train_masked_words
 from qbert.tasks.masking import MaskWords, language_model, text_rows
 from qbert.tasks.streams import TextStream
 
@@ -101,3 +101,9 @@ def test_too_little_text_and_impossible_shares_are_refused(encoder: Path) -> Non
         MaskWords(tokenizer, rows, share=1.5)
     with pytest.raises(ValueError, match="rows is empty"):
         MaskWords(tokenizer, [])
+
+
+def test_a_head_is_trained_on_an_encoder_in_half_precision(encoder: Path) -> None:
+    tokenizer, model = AutoTokenizer.from_pretrained(encoder), AutoModel.from_pretrained(encoder).eval()
+    half = train_masked_words(model.to(torch.bfloat16), tokenizer, TEXTS, steps=2, batch_size=2, progress=False)
+    assert {parameter.dtype for parameter in half.parameters()} == {torch.float32}

@@ -5,9 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from accelerate.data_loader import IterableDatasetShard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_tasks import tiny_encoder
+from torch.utils.data import DataLoader
 from transformers import AutoTokenizer
 
 from qbert.tasks.streams import TextStream
@@ -53,6 +55,31 @@ def test_batches_are_of_like_length_and_drawn_anew_each_epoch(tokenizer: Any, tm
     stream.set_epoch(1)
     assert [len(example) for example in ids(stream)] != found
     assert ids(TextStream([file], tokenizer, least_words=1, batch_size=8, seed=1, epoch=1)) != ids(stream)
+
+
+@pytest.mark.parametrize("first", [0, 7])
+def test_workers_share_the_examples_and_keep_the_batches(first: int, tokenizer: Any, tmp_path: Path) -> None:
+    file = write(tmp_path, [1 + (7 * i) % 12 for i in range(150)])
+    stream = TextStream([file], tokenizer, least_words=1, batch_size=2).from_example(first)
+    alone, shared = (list(DataLoader(stream, 2, num_workers=n, collate_fn=ids)) for n in (0, 2))
+    assert shared == alone
+
+
+def test_processes_with_workers_share_the_examples(tokenizer: Any, tmp_path: Path) -> None:
+    file = write(tmp_path, [1 + (7 * i) % 12 for i in range(144)])
+    stream = TextStream([file], tokenizer, least_words=1, batch_size=4)
+    found = [
+        example
+        for process in (0, 1)
+        for batch in DataLoader(
+            IterableDatasetShard(stream, batch_size=2, num_processes=2, process_index=process),
+            2,
+            num_workers=2,
+            collate_fn=ids,
+        )
+        for example in batch
+    ]
+    assert sorted(found) == sorted(ids(stream))
 
 
 @pytest.mark.parametrize("name", ["text.txt", "text.txt.gz"])

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tiny_tasks import sentiment_rows, tiny_encoder, write_task
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer
 
 import qbert.tasks.training as training
 from qbert.files import read_json
@@ -287,3 +287,21 @@ def test_progress_names_loss_epoch_and_held_out_score(
     assert "loss=" in text
     assert "epoch 1/2: accuracy" in text
     assert "on 40 held-out rows" in text
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_checkpoint_in_half_precision_is_tuned_in_float32(
+    dtype: torch.dtype, task: Task, encoder: Path, tmp_path: Path
+) -> None:
+    """Steps of a thousandth of a weight's last bit are lost in half precision, or become NaN."""
+    AutoModel.from_pretrained(encoder).to(dtype).save_pretrained(tmp_path / "half")
+    AutoTokenizer.from_pretrained(encoder).save_pretrained(tmp_path / "half")
+    before = AutoModel.from_pretrained(tmp_path / "half").state_dict()
+    tuned = _tune(task, tmp_path / "half", tmp_path / "cache", epochs=1, learning_rate=3e-5)
+    assert {parameter.dtype for parameter in tuned.model.parameters()} == {torch.float32}
+    name = "encoder.layer.0.output.dense.weight"
+    assert before[name].dtype == dtype
+    assert float((tuned.model.base_model.state_dict()[name] != before[name].float()).float().mean()) > 0.95
+    again = _tune(task, tmp_path / "half", tmp_path / "cache", epochs=1, learning_rate=3e-5)
+    assert again.from_cache
+    assert _same_weights(tuned.model, again.model)

@@ -28,6 +28,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from qbert.kernels.gpu.dependent import after_previous, dependent_launch, fetch_rows
 from qbert.kernels.gpu.products.epilogue import epilogue, start_value
 from qbert.kernels.gpu.products.unpack import finish, load_weight_tile, load_weight_tile_f8, tile_columns
 from qbert.kernels.gpu.tiles import (
@@ -161,6 +162,7 @@ def matmul_a8_kernel(
     HAS_RESIDUAL: tl.constexpr,
     OUT: tl.constexpr,
     OUT_SUM: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """Grid (tiles of O * tiles of T, SPLIT); neighbours share the tokens' tile, which then stays in the L2 cache."""
     n_tiles = tl.cdiv(N, BN)
@@ -175,6 +177,9 @@ def matmul_a8_kernel(
     F8: tl.constexpr = x_ptr.dtype.element_ty == tl.float8e4nv
     SUM: tl.constexpr = tl.float32 if F8 else tl.int32
     if SPLIT == 1:
+        if first_m == 0:
+            fetch_rows(w_ptr, rows_w, stride_w, 0, stride_w, PDL)
+        after_previous(PDL)
         acc = start_value(zero_ptr, row_sum_ptr, rm, rn, M, N, BM, BN, ZERO, SUM)
         acc = accumulate(
             x_ptr, w_ptr, rows_x, rows_w, K, stride_x, stride_w, 0, steps, acc, BITS, BK, TAIL, TAIL_PAD, True, ASM
@@ -185,6 +190,10 @@ def matmul_a8_kernel(
         per_part = tl.cdiv(steps, SPLIT)
         first = part * per_part
         last = tl.minimum(first + per_part, steps)
+        if first_m == 0:  # whole blocks of 256 columns, 32 * BITS bytes each
+            end = tl.where(part == SPLIT - 1, stride_w, tl.cdiv(last, 256 // BK) * (32 * BITS))
+            fetch_rows(w_ptr, rows_w, stride_w, first // (256 // BK) * (32 * BITS), end, PDL)
+        after_previous(PDL)
         acc = tl.zeros((BN, BM), dtype=SUM)
         acc = accumulate(
             x_ptr,
@@ -323,6 +332,7 @@ def matmul_a8(
         OUT_SUM=out_row_sum is not None,
         num_warps=tile.warps,
         num_stages=tile.stages,
+        **dependent_launch(xq, tokens),
         **registers_option(tile, xq),
     )
     return y

@@ -21,6 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from qbert.kernels.gpu.dependent import after_previous, dependent_launch, fetch_rows
 from qbert.kernels.gpu.products.epilogue import epilogue, start_value
 from qbert.kernels.gpu.products.matmul_a8 import accumulate
 from qbert.kernels.gpu.tiles import (
@@ -63,6 +64,7 @@ def matmul_a8_mixed_kernel(
     LOOP_KEY: tl.constexpr, LOOP_VALUE: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, ASM: tl.constexpr,
     X_SCALE: tl.constexpr, ZERO: tl.constexpr, HAS_BIAS: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """Grid (3 * tiles of O * tiles of T).
 
@@ -79,6 +81,9 @@ def matmul_a8_mixed_kernel(
     rows_x = tl.minimum(rm, M - 1)
     w_ptr = tl.where(segment == 0, query_ptr, tl.where(segment == 1, key_ptr, value_ptr))
     stride_w = tl.where(segment == 0, stride_query, tl.where(segment == 1, stride_key, stride_value))
+    if first_m == 0:
+        fetch_rows(w_ptr, rows_w, stride_w, 0, stride_w, PDL)
+    after_previous(PDL)
     first = segment * N
     first_zero = zero_ptr + first if ZERO != "none" else zero_ptr
     F8: tl.constexpr = x_ptr.dtype.element_ty == tl.float8e4nv
@@ -163,6 +168,7 @@ def matmul_a8_mixed(
         HAS_BIAS=weight.bias is not None,
         num_warps=tile.warps,
         num_stages=tile.stages,
+        **dependent_launch(xq, tokens),
         **registers_option(tile, xq),
     )
     return y

@@ -8,10 +8,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from qbert.allocation.whole_file.matrices import slopes
-from qbert.allocation.whole_file.options import Option, Rules
+from qbert.allocation.whole_file.options import Change, Option, Rules
 from qbert.allocation.whole_file.tables import table_options
 from qbert.outputs import Call
 from qbert.usage import UseCounter
@@ -20,7 +20,7 @@ from qbert.usage import UseCounter
 class Damages:
     """Adds up the damage of the options of matrices, and keeps what those of tables need."""
 
-    def __init__(self, rules: Sequence[Rules], changes: Mapping[nn.Module, list[Tensor | None]]) -> None:
+    def __init__(self, rules: Sequence[Rules], changes: Mapping[nn.Module, list[Change | None]]) -> None:
         self.rule_of = {m: r for r in rules for m in r.modules}
         self.changes = changes
         self.sums = {m: [0.0] * len(c) for m, c in changes.items()}

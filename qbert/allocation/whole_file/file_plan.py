@@ -13,8 +13,9 @@ and its damage
 .. math:: \tfrac{1}{2N} \sum_{n=1}^{N} \Bigl( \sum_t g_{nt}^T\, d_{nt} \Bigr)^2
 
 is measured on the others: d is what an option changes in what a module returns for token t of sample n (dW x_t of a
-matrix, the error of the row that is looked up of a table), g the gradient of the outputs. Options that were scored by
-what they were fitted to would look 2 to 5 times better than they are.
+matrix, and db where compensated rounding moves its bias; the error of the row that is looked up of a table), g the
+gradient of the outputs. Options that were scored by what they were fitted to would look 2 to 5 times better than they
+are.
 
 References: Yao et al. 2021, HAWQ-V3, section 3.4 (the formulation); Martens 2020, sections 5 and 6 (the damage).
 """
@@ -38,6 +39,7 @@ from qbert.allocation.whole_file.matrices import matrix_changes
 from qbert.allocation.whole_file.options import (
     FILE_DEFAULTS,
     Alternative,
+    Change,
     Item,
     Option,
     Rules,
@@ -122,7 +124,7 @@ class FilePlan:
         changes = matrix_changes(model, fit, [r for r in free if not r.is_table], progress)
         for rule in free:
             if rule.further:
-                changes[rule.first.module] += [a.change.to(torch.bfloat16) for a in rule.further]
+                changes[rule.first.module] += [Change(a.change.to(torch.bfloat16), a.bias) for a in rule.further]
         counted, known = Damages(free, changes), set(model.modules())
         for samples, calls in output_gradients(
             model, score, [m for r in free for m in r.modules if m in known], seed=1, progress=progress

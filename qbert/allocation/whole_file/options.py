@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
@@ -37,6 +37,18 @@ class Option:
     form: Mapping[str, Any] = field(default_factory=dict)
 
 
+class Change(NamedTuple):
+    """What an option of a matrix changes in a module.
+
+    Attributes:
+        weight: bfloat16, in the layout of the module's own.
+        bias: [O] float32, what the bias gains; None for nothing.
+    """
+
+    weight: Tensor
+    bias: Tensor | None = None
+
+
 @dataclass(frozen=True)
 class Alternative:
     """One way to store a matrix in the place of which something else stands, such as two factors or other values.
@@ -46,12 +58,14 @@ class Alternative:
         change: [O, I], what is computed with minus the matrix.
         size: bytes in the file, its share of the header included.
         form: what stands there, in words of whoever puts it there: ``{"rank": 96}``.
+        bias: [O], what the bias gains; None for nothing.
     """
 
     rules: Mapping[str, Mapping[str, Any]]
     change: Tensor
     size: int
     form: Mapping[str, Any]
+    bias: Tensor | None = None
 
 
 @dataclass(frozen=True)

@@ -116,9 +116,22 @@ def top_pairs(
 
 
 def start_vectors(measured: MeasuredLoss, blocks: Mapping[str, Sequence[Part]], *, rank: int = 32) -> dict[str, Tensor]:
-    """`gauss_newton_starts` of a loss that is put together already."""
+    """`gauss_newton_starts` of a loss that is put together already.
+
+    Eigenvectors have no signs: each gets that with which it moves the samples as those of the blocks before do, so
+    that the vectors of all blocks together are a guess as well.
+    """
     factors, _ = _factors(measured, blocks, rank, 1, 0, lambda samples: None, check=False)
-    return {name: factor.mixture() for name, factor in factors.items()}
+    found: dict[str, Tensor] = {}
+    before: Tensor | None = None
+    for name, factor in factors.items():
+        found[name], moves = factor.mixture()
+        if before is None or len(before) != len(moves):
+            before = torch.zeros_like(moves)
+        if before @ moves < 0:
+            found[name], moves = found[name].neg_(), -moves
+        before = before + moves / torch.linalg.vector_norm(moves).clamp(min=torch.finfo(moves.dtype).tiny)
+    return found
 
 
 def _refuse_what_does_not_add_up(measured: MeasuredLoss) -> None:
@@ -187,16 +200,16 @@ class _Factor:
             converged=converged,
         )
 
-    def mixture(self) -> Tensor:
-        """The sum of all directions [n], weighted as `gauss_newton_starts` says, in one pass over the rows."""
+    def mixture(self) -> tuple[Tensor, Tensor]:
+        """The sum x of all directions [n], weighted as `gauss_newton_starts` says, and A x [r]."""
         rows, values, rotation = self._gram()
         if not values[0] > 0:
-            return rows.combined(rotation[:, 0])
+            return rows.combined(rotation[:, 0]), torch.zeros_like(values)
         kept = values > 1e-6 * values[0]  # what is smaller is rounding
         values, rotation = values[kept], rotation[:, kept]
         least = _OTHERS / max(1, len(values) - 1) ** 0.5
         weights = (values / values[0]).pow(4).clamp(min=least)
-        return rows.combined(rotation @ (weights / values.sqrt()))
+        return rows.combined(rotation @ (weights / values.sqrt())), rotation @ (weights * values.sqrt())
 
     def _merge(self) -> None:
         """Replace the rows by the leading directions, sqrt(eigenvalue) * eigenvector."""
