@@ -40,7 +40,7 @@ from qbert.allocation.whole_file import FILE_DEFAULTS, FilePlan, fitted_and_scor
 from qbert.arguments import is_whole, real_number
 from qbert.bits import FLOAT_BITS, BitsConfig
 from qbert.calibration import Batch, by_length, check_batches
-from qbert.encoders.inputs import most_tokens, to_device, without_labels
+from qbert.encoders.inputs import most_tokens, without_labels
 from qbert.encoders.targets import base_model, encoder_layers
 from qbert.hessian.batches import fingerprint
 from qbert.hessian.checkpoint import model_fingerprint
@@ -508,7 +508,7 @@ class Planner:
         """`milliseconds` of one call of the packed, fused model."""
         fused = optimize_for_inference(pack(self._eight_bits(model)))
         timed = base_model(fused)[1] if wants_pairs(fused) else fused
-        return milliseconds(timed, to_device(_in_shape(self.check[0], *shape, apart=wants_pairs(fused)), timed))
+        return milliseconds(timed, _in_shape(self.check[0], *shape, apart=wants_pairs(fused)))
 
     @property
     def unit(self) -> float:
