@@ -20,10 +20,12 @@ References: Yao et al. 2021, HAWQ-V3, section 3.4 (bits as an integer program); 
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import math
 import os
 import platform
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
@@ -38,7 +40,7 @@ from qbert.allocation.whole_file import FILE_DEFAULTS, FilePlan, fitted_and_scor
 from qbert.arguments import is_whole, real_number
 from qbert.bits import FLOAT_BITS, BitsConfig
 from qbert.calibration import Batch, by_length, check_batches
-from qbert.encoders.inputs import most_tokens, to_device, without_labels
+from qbert.encoders.inputs import most_tokens, without_labels
 from qbert.encoders.targets import base_model, encoder_layers
 from qbert.hessian.batches import fingerprint
 from qbert.hessian.checkpoint import model_fingerprint
@@ -157,9 +159,11 @@ class Planner:
         if checked is None or len(checked) < 4:
             raise ValueError("batches: plans are fitted, scored and checked on different rows; pass at least 4 batches")
         self.model, self.bits, self.further, self.progress, self.settings = model, bits, further, progress, settings
+        kind = getattr(getattr(model, "config", None), "problem_type", None)
+        written = re.sub(r" at 0x[0-9a-f]+", "", f"{model} {kind}")  # addresses, which are others in each process
         asked = {
             "qbert": __version__,
-            "model": f"{type(model).__name__} {getattr(getattr(model, 'config', None), 'problem_type', None)}\n{model}",
+            "model": hashlib.sha256(written.encode()).hexdigest(),
             "weights": model_fingerprint(model) if checkpoint is not None else None,
             "batches": fingerprint(checked) if checkpoint is not None else None,
             "bits": bits,
@@ -504,7 +508,7 @@ class Planner:
         """`milliseconds` of one call of the packed, fused model."""
         fused = optimize_for_inference(pack(self._eight_bits(model)))
         timed = base_model(fused)[1] if wants_pairs(fused) else fused
-        return milliseconds(timed, to_device(_in_shape(self.check[0], *shape, apart=wants_pairs(fused)), timed))
+        return milliseconds(timed, _in_shape(self.check[0], *shape, apart=wants_pairs(fused)))
 
     @property
     def unit(self) -> float:
