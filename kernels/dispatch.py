@@ -203,7 +203,7 @@ def embedding(ids: Tensor, weight: PackedWeight, dtype: torch.dtype = torch.floa
     On a CPU an id outside the table raises IndexError; on a GPU it must not occur, as for torch's own embedding.
     """
     if implementation(weight.codes.device) == "triton":
-        from qbert.kernels.gpu.embedding import embedding as kernel
+        from qbert.kernels.gpu.rows.embedding import embedding as kernel
 
         return kernel(ids.reshape(-1).contiguous(), weight.dense(), dtype).reshape(*ids.shape, weight.columns)
     return cpu.embedding(ids, weight._replace(scale=weight.scale.float(), zero=weight.zero.float())).to(dtype)

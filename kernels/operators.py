@@ -78,7 +78,7 @@ def quantize_rows(x: Tensor, grid: InputGrid = PER_TOKEN, gelu: bool = False) ->
     With `gelu` they are those of GELU(x), in float32.
     """
     if dispatch.implementation(x.device) == "triton":
-        from qbert.kernels.gpu.quantize_rows import quantize_rows as kernel
+        from qbert.kernels.gpu.rows.quantize_rows import quantize_rows as kernel
 
         return kernel(x.contiguous(), grid, gelu)
     return reference.quantize(reference.gelu(x.double()).float() if gelu else x, grid)
@@ -187,7 +187,7 @@ def layernorm_quantize(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """y = LayerNorm(x + residual) [T, I] in the dtype of x, and its `quantize_rows`: codes, scale, row sums."""
     if dispatch.implementation(x.device) == "triton":
-        from qbert.kernels.gpu.layernorm_quant import layernorm_quantize as kernel
+        from qbert.kernels.gpu.rows.layernorm_quant import layernorm_quantize as kernel
 
         return kernel(x.contiguous(), dense(residual), weight.contiguous(), bias.contiguous(), eps, grid)
     y = reference.layernorm_quantize(x, residual, weight, bias, eps)[0].to(x.dtype)
@@ -217,7 +217,7 @@ def embed_layernorm(
     raises IndexError on a CPU; on a GPU its row is NaN.
     """
     if dispatch.implementation(weight.device) == "triton":
-        from qbert.kernels.gpu.embedding import embed_layernorm as kernel
+        from qbert.kernels.gpu.rows.embedding import embed_layernorm as kernel
 
         pairs = [(i.contiguous(), table.dense()) for i, table in zip(ids, tables, strict=True)]
         return kernel(pairs, weight.contiguous(), bias.contiguous(), eps, out_dtype, grid)

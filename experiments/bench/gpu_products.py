@@ -22,7 +22,7 @@ from torch import Tensor
 from qbert.kernels import operators
 from qbert.kernels.gpu import tune
 from qbert.kernels.gpu.attention_ways import FLASH, SDPA, measure_attention
-from qbert.kernels.gpu.layernorm_quant import layernorm_candidates, layernorm_quantize, measure_layernorm
+from qbert.kernels.gpu.rows.layernorm_quant import layernorm_candidates, layernorm_quantize, measure_layernorm
 from qbert.kernels.gpu.tiles import E4M3, UNPACKED, Tile, candidates
 from qbert.kernels.operands import E4m3Weight, InputGrid
 

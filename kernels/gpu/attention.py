@@ -22,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from qbert.kernels.gpu.dependent import after_previous, dependent_launch
-from qbert.kernels.gpu.quantize_rows import count, to_codes
+from qbert.kernels.gpu.rows.quantize_rows import count, to_codes
 from qbert.kernels.gpu.tiles import Tile
 from qbert.kernels.operands import FLOAT, Heads, InputGrid
 

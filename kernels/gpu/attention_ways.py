@@ -27,7 +27,7 @@ from triton.runtime.errors import OutOfResources, PTXASError
 from triton.testing import do_bench_cudagraph
 
 from qbert.kernels.gpu.attention import attention, default_tile
-from qbert.kernels.gpu.quantize_rows import quantize_rows
+from qbert.kernels.gpu.rows.quantize_rows import quantize_rows
 from qbert.kernels.gpu.tiles import Tile, device_name, known_tile, measure, token_bucket
 from qbert.kernels.operands import FLOAT, UNIFORM_LENGTH, Heads, InputGrid
 

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from qbert.kernels import reference
-from qbert.kernels.gpu.embedding import embedding
 from qbert.kernels.gpu.products.matmul_a8 import matmul_a8
 from qbert.kernels.gpu.products.matmul_a16 import matmul_a16
-from qbert.kernels.gpu.quantize_rows import quantize_rows
+from qbert.kernels.gpu.rows.embedding import embedding
+from qbert.kernels.gpu.rows.quantize_rows import quantize_rows
 from qbert.kernels.operands import FLOAT, PER_TOKEN, InputGrid, PackedWeight
 from qbert.kernels.terms import Terms
 

@@ -21,12 +21,12 @@ from triton.runtime.errors import OutOfResources, PTXASError
 from triton.testing import do_bench_cudagraph
 
 from qbert.kernels import formats
-from qbert.kernels.gpu.layernorm_quant import layernorm_quantize
 from qbert.kernels.gpu.products.matmul_a8 import matmul_a8
 from qbert.kernels.gpu.products.matmul_a8_mixed import matmul_a8_mixed
 from qbert.kernels.gpu.products.matmul_a16 import matmul_a16
 from qbert.kernels.gpu.products.matmul_e4m3 import matmul_e4m3
-from qbert.kernels.gpu.quantize_rows import quantize_rows
+from qbert.kernels.gpu.rows.layernorm_quant import layernorm_quantize
+from qbert.kernels.gpu.rows.quantize_rows import quantize_rows
 from qbert.kernels.gpu.tiles import E4M3, UNPACKED, Tile, choose_tile, measure, ways
 from qbert.kernels.operands import E4m3Weight, InputGrid, ProductWeight
 

@@ -121,7 +121,7 @@ def quantize_with_correction(
     """
     config = BitsConfig.parse(bits_config)
     specs = config.resolve(model)
-    data = check_batches(data)  # what can be read only once is read here
+    data = check_batches(data, "data")  # what can be read only once is read here
     targets = [t for t in layer_matrices(model) if t.path in specs]
     ranks = None if _is_share(rank) else _asked(rank, targets)  # type: ignore[arg-type]
     compensated = any(spec.rounding == "compensated" for spec in specs.values())

@@ -9,12 +9,12 @@ import torch
 from kernels_in_interpreter import float_parts, linear_problem, make_table, problem
 
 from qbert.kernels import reference
-from qbert.kernels.gpu.embedding import embed_layernorm
-from qbert.kernels.gpu.layernorm_quant import layernorm_quantize
 from qbert.kernels.gpu.linear import GpuLinear
 from qbert.kernels.gpu.products.matmul_a8 import matmul_a8
 from qbert.kernels.gpu.products.matmul_a8_mixed import matmul_a8_mixed
-from qbert.kernels.gpu.quantize_rows import quantize_rows
+from qbert.kernels.gpu.rows.embedding import embed_layernorm
+from qbert.kernels.gpu.rows.layernorm_quant import layernorm_quantize
+from qbert.kernels.gpu.rows.quantize_rows import quantize_rows
 from qbert.kernels.gpu.tiles import Tile
 from qbert.kernels.operands import InputGrid, ProductWeight
 

@@ -10,11 +10,11 @@ from kernels_in_interpreter import SHAPES, float_parts, make_table, problem
 
 from qbert.kernels import formats, reference
 from qbert.kernels.gpu.attention import attention
-from qbert.kernels.gpu.embedding import embed_layernorm
-from qbert.kernels.gpu.layernorm_quant import layernorm_quantize
 from qbert.kernels.gpu.products.matmul_a8 import matmul_a8
 from qbert.kernels.gpu.products.matmul_a8_mixed import matmul_a8_mixed
-from qbert.kernels.gpu.quantize_rows import quantize_rows
+from qbert.kernels.gpu.rows.embedding import embed_layernorm
+from qbert.kernels.gpu.rows.layernorm_quant import layernorm_quantize
+from qbert.kernels.gpu.rows.quantize_rows import quantize_rows
 from qbert.kernels.gpu.tiles import Tile
 from qbert.kernels.gpu.tune import KERNELS, encoder_launch
 from qbert.kernels.operands import Heads, InputGrid, ProductWeight

@@ -15,17 +15,18 @@ import triton.language as tl
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from qbert.kernels import dispatch, formats, operators, reference
-from qbert.kernels.gpu import attention_ways, layernorm_quant, tiles
+from qbert.kernels.gpu import attention_ways, tiles
 from qbert.kernels.gpu.attention import attention
-from qbert.kernels.gpu.division import quotient
-from qbert.kernels.gpu.embedding import embed_layernorm, embedding
 from qbert.kernels.gpu.gelu import gelu
-from qbert.kernels.gpu.layernorm_quant import layernorm_quantize
 from qbert.kernels.gpu.linear import GpuLinear
 from qbert.kernels.gpu.products.matmul_a8 import matmul_a8
 from qbert.kernels.gpu.products.matmul_a8_mixed import matmul_a8_mixed
 from qbert.kernels.gpu.products.matmul_a16 import matmul_a16
-from qbert.kernels.gpu.quantize_rows import quantize_rows
+from qbert.kernels.gpu.rows import layernorm_quant
+from qbert.kernels.gpu.rows.division import quotient
+from qbert.kernels.gpu.rows.embedding import embed_layernorm, embedding
+from qbert.kernels.gpu.rows.layernorm_quant import layernorm_quantize
+from qbert.kernels.gpu.rows.quantize_rows import quantize_rows
 from qbert.kernels.gpu.tiles import Tile
 from qbert.kernels.operands import FLOAT, Heads, InputGrid, PackedWeight, ProductWeight
 

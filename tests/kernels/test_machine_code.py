@@ -12,8 +12,9 @@ import triton
 import triton.language as tl
 from scripts import load_bench
 
-from qbert.kernels.gpu import attention, embedding, gelu, layernorm_quant, quantize_rows, rows
+from qbert.kernels.gpu import attention, gelu
 from qbert.kernels.gpu.products import matmul_a8, matmul_a8_mixed, matmul_a16
+from qbert.kernels.gpu.rows import chunks, embedding, layernorm_quant, quantize_rows
 from qbert.kernels.gpu.tiles import Tile, asm_for, candidates, rule, tail_of
 
 machine_code = load_bench("compile_report")
@@ -213,11 +214,11 @@ def types_of(kernel, pointers: dict[str, str], integers: list[str], floats: list
 def compile_quantize(
     target: str, range_: str, codes: str = "*i8", columns: int = 768, tokens: int = 4096, **changes
 ) -> Report:
-    kernel, tile = quantize_rows.quantize_rows_kernel, rows.rule(tokens, columns)
+    kernel, tile = quantize_rows.quantize_rows_kernel, chunks.rule(tokens, columns)
     pointers = {"x_ptr": "*fp16", "q_ptr": codes, "scale_ptr": "*fp32", "row_sum_ptr": "*i32"}
     types = types_of(kernel, pointers, ["tokens", "stride_x"], ["static_scale", "inv_static_scale", "static_zero"])
     constants = {"RANGE": range_, "GELU": False, "PDL": False, "ROWS": tile.bm, "WIDTH": columns}
-    constants |= {"CHUNK": rows.chunk_of(columns, tile.warps)} | changes
+    constants |= {"CHUNK": chunks.chunk_of(columns, tile.warps)} | changes
     return compile_report(kernel, types, constants, target=target, num_warps=tile.warps)
 
 
@@ -264,7 +265,7 @@ def compile_layernorm(tile: Tile, target: str, range_: str, columns: int, dtype:
     pointers |= {"q_ptr": changes.pop("codes", "*i8"), "scale_ptr": "*fp32", "row_sum_ptr": "*i32"}
     types = types_of(kernel, pointers, ["tokens", "stride_x", "stride_r"], ["eps", "static_scale", "static_zero"])
     constants = {"HAS_RESIDUAL": False, "RANGE": range_, "ROWS": tile.bm, "WIDTH": columns, "PDL": False}
-    constants |= {"CHUNK": rows.chunk_of(columns, tile.warps)} | changes
+    constants |= {"CHUNK": chunks.chunk_of(columns, tile.warps)} | changes
     return compile_report(kernel, types, constants, target=target, num_warps=tile.warps)
 
 
@@ -279,7 +280,7 @@ def test_layernorm_of_many_tokens_is_bound_by_memory(range_, codes, target):
     """
     if codes == "*fp8e4nv" and target == "sm_80":
         pytest.skip("sm_80 has no e4m3")
-    report = compile_layernorm(rows.rule(4096, 768), target, range_, 768, codes=codes)
+    report = compile_layernorm(chunks.rule(4096, 768), target, range_, 768, codes=codes)
     assert report.spills == 0 and report.shared == 0
     assert report.registers <= 104 and report.programs_per_processor >= 18
     assert report.accesses == {"LDG.128": 9, "STG.128": 3, "STG.64": 3, "STG": 3 if range_ == "asymmetric" else 2}
@@ -294,7 +295,7 @@ def test_layernorm_of_many_tokens_is_bound_by_memory(range_, codes, target):
     ("tokens", "columns", "dtype"), [(128, 768, "fp16"), (4096, 384, "bf16"), (8192, 1024, "fp32")]
 )
 def test_layernorm_of_other_shapes(tokens, columns, dtype, target):
-    tile = rows.rule(tokens, columns)
+    tile = chunks.rule(tokens, columns)
     report = compile_layernorm(tile, target, "dynamic", columns, dtype, HAS_RESIDUAL=True)
     assert report.spills == 0 and report.registers <= (48 if tile.warps == 4 else 72 if columns == 384 else 168)
     assert report.sass["FCHK"] <= 5
@@ -303,7 +304,7 @@ def test_layernorm_of_other_shapes(tokens, columns, dtype, target):
 def compile_embedding(target: str, range_: str, tokens: int = 128, **changes) -> Report:
     pointers = {"ids": "*i64", "packed": "*u8", "scale": "*fp32", "zero": "*fp32", "group": "*i32"}
     types, constants = {}, {"RANGE": range_, "WIDTH": 768, "PDL": False}
-    constants |= {"CHUNK": rows.chunk_of(768, rows.rule(tokens, 768).warps)}
+    constants |= {"CHUNK": chunks.chunk_of(768, chunks.rule(tokens, 768).warps)}
     for table, (bits, groups) in enumerate([(4, "table"), (3, "row"), (8, "one")]):
         types |= {f"{name}{table}": type_ for name, type_ in pointers.items()}
         types |= {f"{name}{table}": "i32" for name in ("input_group", "stride", "rows")}
@@ -313,7 +314,7 @@ def compile_embedding(target: str, range_: str, tokens: int = 128, **changes) ->
     types |= dict.fromkeys(["eps", "static_scale", "static_zero"], "fp32")
     kernel = embedding.embed_layernorm_kernel
     ordered = {name: types[name] for name in kernel.arg_names if name in types}
-    warps = rows.rule(tokens, 768).warps
+    warps = chunks.rule(tokens, 768).warps
     return compile_report(kernel, ordered, constants | changes, target=target, num_warps=warps)
 
 
@@ -395,7 +396,7 @@ def test_query_key_and_value_take_the_memory_of_one(bits, tokens, target):
 # Every kernel of an encoder's chain, with few tokens.
 CHAIN = {
     "row quantization": lambda target, **pdl: compile_quantize(target, "dynamic", tokens=128, **pdl),
-    "LayerNorm": lambda target, **pdl: compile_layernorm(rows.rule(128, 768), target, "static", 768, **pdl),
+    "LayerNorm": lambda target, **pdl: compile_layernorm(chunks.rule(128, 768), target, "static", 768, **pdl),
     "embeddings": lambda target, **pdl: compile_embedding(target, "static", **pdl),
     "attention": lambda target, **pdl: compile_attention(target, True, 64, **pdl),
     "product": lambda target, **pdl: compile_a8(8, rule(512, 3072, 768, 8), target, GELU=True, OUT="int8", **pdl),

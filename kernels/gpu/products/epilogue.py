@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from qbert.kernels.gpu.gelu import gelu
-from qbert.kernels.gpu.quantize_rows import count, to_codes
+from qbert.kernels.gpu.rows.quantize_rows import count, to_codes
 
 
 @triton.jit

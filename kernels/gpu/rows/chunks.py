@@ -1,6 +1,6 @@
 """Rows in registers: cut into chunks that leave few lanes without a column, and how many a program does.
 
-It stands alone because `quantize_rows` and `layernorm_quant`, which imports that, both work on rows.
+It stands alone because `quantize_rows`, and `layernorm_quant`, which imports that, both cut rows so.
 
 What limits such kernels with many tokens is instructions, not memory: 100 an element take three times as long as the
 memory. So a row is cut into chunks of a power of two (768 columns are three of 256), a thread holds neighbouring

@@ -21,8 +21,8 @@ from torch import Tensor
 from triton.testing import do_bench_cudagraph
 
 from qbert.kernels.gpu.dependent import after_previous, dependent_launch
-from qbert.kernels.gpu.quantize_rows import empty_codes, range_kind, store_codes
-from qbert.kernels.gpu.rows import chunk_of, columns_of, load_chunks, rule
+from qbert.kernels.gpu.rows.chunks import chunk_of, columns_of, load_chunks, rule
+from qbert.kernels.gpu.rows.quantize_rows import empty_codes, range_kind, store_codes
 from qbert.kernels.gpu.tiles import Tile, device_name, known_tile, measure
 from qbert.kernels.operands import PER_TOKEN, InputGrid
 

@@ -19,9 +19,9 @@ from torch import Tensor
 
 from qbert.kernels import formats
 from qbert.kernels.gpu.dependent import after_previous, dependent_launch
-from qbert.kernels.gpu.layernorm_quant import MAX_COLUMNS, normalize_row, store_row
-from qbert.kernels.gpu.quantize_rows import empty_codes, range_kind
-from qbert.kernels.gpu.rows import chunk_of, columns_of, load_chunks, rule
+from qbert.kernels.gpu.rows.chunks import chunk_of, columns_of, load_chunks, rule
+from qbert.kernels.gpu.rows.layernorm_quant import MAX_COLUMNS, normalize_row, store_row
+from qbert.kernels.gpu.rows.quantize_rows import empty_codes, range_kind
 from qbert.kernels.operands import PER_TOKEN, InputGrid, PackedWeight
 
 

@@ -27,9 +27,9 @@ import triton.language as tl
 from torch import Tensor
 
 from qbert.kernels.gpu.dependent import after_previous, dependent_launch
-from qbert.kernels.gpu.division import lift_of, quotient
 from qbert.kernels.gpu.gelu import gelu as gelu_of
-from qbert.kernels.gpu.rows import chunk_of, columns_of, load_chunks, rule
+from qbert.kernels.gpu.rows.chunks import chunk_of, columns_of, load_chunks, rule
+from qbert.kernels.gpu.rows.division import lift_of, quotient
 from qbert.kernels.operands import PER_TOKEN, InputGrid
 
 
