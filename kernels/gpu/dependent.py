@@ -79,4 +79,4 @@ def dependent_launch(x: Tensor, tokens: int, first: bool = False) -> dict[str, b
 
 def _can_depend(x: Tensor) -> bool:
     known = hasattr(tl.extra.cuda, "gdc_wait")  # from Triton 3.4 on
-    return known and x.is_cuda and torch.cuda.get_device_capability(x.device) >= (9, 0)
+    return known and x.is_cuda and torch.cuda.get_device_capability(x.device)[0] in (9, 10)

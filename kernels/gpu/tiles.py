@@ -42,7 +42,7 @@ class Tile:
 
 
 UNPACKED = Tile(0, 0, 0, warps=0, stages=0)  # stands for the product with unpacked weights in the measured table
-_UNPACKED_FROM = 1024  # tokens from which those are taken for shapes that were not measured
+_UNPACKED_FROM, _UNPACKED_3_FROM = 4096, 1024  # tokens from which those are taken for shapes that were not measured
 
 E4M3 = "_e4m3"  # ends the names of kernels with e4m3 activations, whose tiles are chosen apart
 
@@ -123,7 +123,9 @@ def unpacked_is_faster(device: torch.device, tokens: int, rows: int, columns: in
     measured = known_tile(ways(e4m3), tokens, rows, columns, bits, torch.cuda.get_device_name(device))
     if measured is not None:
         return measured == UNPACKED
-    return tokens >= _UNPACKED_FROM and (not e4m3 or torch.cuda.get_device_capability(device) >= (9, 0))
+    return tokens >= (_UNPACKED_3_FROM if bits == 3 else _UNPACKED_FROM) and (
+        not e4m3 or torch.cuda.get_device_capability(device) >= (9, 0)
+    )
 
 
 def measure(

@@ -115,7 +115,7 @@ def optimize_for_inference(
         operands: what GPUs multiply. "int8" is what the packed layers do. "e4m3", on a GPU of compute capability 8.9
             or later, quantizes the inputs of products with weights of 2 to 4 bits to eight-bit floats instead, of the
             same range (weights stay exact; 8-bit weights keep int8 inputs). Triton overlaps loads with e4m3 products
-            on sm_90, not with int8 ones; of sums of e4m3 products the chip keeps about 14 bits. From 1,024 tokens on
+            on sm_90, not with int8 ones; of sums of e4m3 products the chip keeps about 14 bits. From 4,096 tokens on
             weights of 2 to 4 bits are multiplied as they are unpacked, by the 8-bit product or, e4m3 on sm_90 and
             later, by cuBLASLt, for which they are held a second time, a byte each (the environment variable
             QBERT_WEIGHTS=packed saves that, =unpacked takes them for fewer tokens too). Outputs of e4m3 differ

@@ -187,7 +187,9 @@ class Batch(NamedTuple):
             kept, starts = (torch.from_numpy(a).to(device) for a in packing[:2])
             return cls(shape, kept, Spans(starts, packing.longest))
         starts = torch.arange(0, count * length + 1, length, dtype=torch.int32, device=device)
-        return cls(shape, None, Spans(starts, length, uniform=length >= UNIFORM_LENGTH))
+        # As in its graph, if there comes to be one: a shape has one attention.
+        bucket = bucket_of(count * length, count, length, uniform=length >= UNIFORM_LENGTH)
+        return cls(shape, None, Spans(starts, length, bucket.uniform))
 
     def gather(self, padded: Tensor) -> Tensor:
         """[B, L, ...] to [T, ...]."""
@@ -444,7 +446,10 @@ class GpuEncoder(FastForward):
     def _run(self, inputs: Inputs, spans: Spans, batch: Batch | None = None) -> Tensor:
         """Data and places of T tokens to the last hidden state [T, H]; `batch` for layers that pad."""
         # Before the first kernel, so that none of the chain follows a fill of memory, which would end its overlap.
-        sums = torch.zeros((len(self.layers), 2, len(inputs[0])), dtype=torch.int32, device=spans.starts.device)
+        # Every row of them begins at a multiple of 16 bytes, which kernels are compiled for.
+        tokens_held = -(-len(inputs[0]) // 16) * 16
+        sums = torch.zeros((len(self.layers), 2, tokens_held), dtype=torch.int32, device=spans.starts.device)
+        sums = sums[..., : len(inputs[0])]
         project = getattr(self.base, "embeddings_project", None)
         grid = self.grids[0] if project is None else InputGrid()
         if self.embeddings is None:

@@ -44,7 +44,7 @@ _BERT_EMBEDDINGS = (
 )
 _MAX_HEAD_DIM = 128
 _MAX_WIDTH = 16384
-_MANY = 1 << 30  # tokens: where not even these are multiplied with unpacked weights, none are unpacked
+_COUNTS = [1 << n for n in range(4, 14)]  # tokens: where none of these take unpacked weights, none are unpacked
 
 
 class Tokens(NamedTuple):
@@ -85,7 +85,9 @@ class Projection:
         self.shape = (self.weight.rows, weights[0].columns, max(self.weight.bits))
         self.floats: E4m3Weight | None = None
         self.whole: ProductWeight | None = None
-        if min(self.weight.bits) < 8 and dispatch.takes_unpacked(terms.scale.device, _MANY, *self.shape, e4m3):
+        device = terms.scale.device
+        counts = _COUNTS if min(self.weight.bits) < 8 else ()
+        if any(dispatch.takes_unpacked(device, tokens, *self.shape, e4m3) for tokens in counts):
             if not e4m3:
                 self.whole = unpacked_weight(weights, terms)
             # cuBLASLt multiplies matrices of multiples of 16, and gives halves.

@@ -33,6 +33,7 @@ Inputs = tuple[Tensor, ...]
 Run = Callable[[Inputs, Spans], Tensor]
 MAX_GRAPH_TOKENS = 1 << 16  # beyond, launching takes no time worth saving, and the buffers much memory
 _SEEN_PER_GRAPH = 8
+_capturing = threading.Lock()  # torch allows one capture at a time in a process
 
 
 class Bucket(NamedTuple):
@@ -58,7 +59,9 @@ def bucket_of(tokens: int, sequences: int, longest: int, uniform: bool = False) 
     rounded = -(-tokens // step) * step
     if uniform and rounded == tokens:
         return Bucket(tokens, sequences, longest, uniform=True)
-    return Bucket(rounded, _power_of_two(sequences), max(16, _power_of_two(longest)))
+    # At most 65,535 sequences are the third axis of a grid.
+    most = max(sequences, min(_power_of_two(sequences), 65535))
+    return Bucket(rounded, most, max(16, _power_of_two(longest)))
 
 
 def _power_of_two(n: int) -> int:
@@ -210,8 +213,12 @@ class CudaGraphs:
             run(buffers.inputs, spans)
         stream.synchronize()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=pool, stream=stream):
-            output = run(buffers.inputs, spans)
+        try:
+            # What other threads do meanwhile, such as to allocate memory, does not end a capture of this thread's own.
+            with _capturing, torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+                output = run(buffers.inputs, spans)
+        finally:
+            torch.cuda.set_stream(caller)  # a capture that ends in an error leaves its own stream current
         caller.wait_stream(stream)
         return graph.replay, output
 

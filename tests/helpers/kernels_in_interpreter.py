@@ -538,7 +538,7 @@ def test_sequences_of_one_length_take_torchs_attention_by_rule_by_force_or_by_me
         return used
 
     assert ways() == [ours, ours]
-    monkeypatch.setattr(attention_ways, "_pays", lambda heads, out: True)
+    monkeypatch.setattr(attention_ways, "_pays", lambda heads: True)
     assert ways() == [ours, ("_sdpa",)]
     for forced, expected in (("sdpa", [ours, ("_sdpa",)]), ("triton", [ours, ours])):
         monkeypatch.setenv("QBERT_ATTENTION", forced)
@@ -565,13 +565,11 @@ def test_the_rule_for_torchs_attention(monkeypatch):
         def __len__(self):
             return self.tokens
 
-    codes = InputGrid(0.02)
+    def pays(tokens, longest):
+        return attention_ways._pays(Heads(Query(tokens), None, None, None, longest, 0.1, True))
 
-    def pays(tokens, longest, out=codes):
-        return attention_ways._pays(Heads(Query(tokens), None, None, None, longest, 0.1, True), out)
-
-    assert pays(49152, 384) and pays(2048, 256) and pays(256, 256, FLOAT)
-    assert not pays(49152, 128) and not pays(1024, 512) and not pays(128, 128, FLOAT)
+    assert pays(49152, 384) and pays(2048, 256)
+    assert not pays(49152, 128) and not pays(1024, 512)
     capability = (8, 0)
     assert not pays(49152, 384)
 
@@ -592,8 +590,8 @@ def test_what_is_measured_for_sequences_of_one_length_is_kept_apart(monkeypatch)
     assert "sdpa" not in launched
     assert attention_ways.measure_attention(**shape, uniform=True) == attention_ways.SDPA
     heads = Heads(torch.empty(40, 4, 32), None, None, None, 20, 0.1)
-    assert attention_ways._way(heads, FLOAT) == attention_ways.default_tile(20, 32)
-    assert attention_ways._way(heads._replace(uniform=True), FLOAT) == attention_ways.SDPA
+    assert attention_ways._way(heads) == attention_ways.default_tile(20, 32)
+    assert attention_ways._way(heads._replace(uniform=True)) == attention_ways.SDPA
 
 
 @pytest.mark.parametrize("grid", [InputGrid(), InputGrid(asymmetric=True), InputGrid(0.02, 3), FLOAT])

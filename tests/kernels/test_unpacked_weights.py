@@ -26,9 +26,10 @@ def on_a_gpu(monkeypatch, capability):
 def test_many_tokens_take_them_unless_something_else_is_measured_or_forced(e4m3, monkeypatch):
     device = on_a_gpu(monkeypatch, (9, 0))
     takes = dispatch.takes_unpacked
-    assert takes(device, *SHAPE, e4m3) and not takes(device, 128, *SHAPE[1:], e4m3)
+    assert takes(device, *SHAPE, e4m3) and not takes(device, 1024, *SHAPE[1:], e4m3)
+    assert takes(device, 1024, 768, 768, 3, e4m3) and not takes(device, 512, 768, 768, 3, e4m3)
     tiles.measure(ways(e4m3), *SHAPE, "some GPU", lambda way: float(way == UNPACKED), [UNPACKED, Tile(128, 128, 128)])
-    assert not takes(device, *SHAPE, e4m3) and takes(device, 2048, *SHAPE[1:], e4m3)
+    assert not takes(device, *SHAPE, e4m3) and takes(device, 8192, *SHAPE[1:], e4m3)
     assert takes(device, *SHAPE, not e4m3)
     for forced in ("unpacked", "packed"):
         monkeypatch.setenv("QBERT_WEIGHTS", forced)
