@@ -217,8 +217,9 @@ class CudaGraphs:
             # What other threads do meanwhile, such as to allocate memory, does not end a capture of this thread's own.
             with _capturing, torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
                 output = run(buffers.inputs, spans)
-        finally:
+        except BaseException:
             torch.cuda.set_stream(caller)  # a capture that ends in an error leaves its own stream current
+            raise
         caller.wait_stream(stream)
         return graph.replay, output
 
