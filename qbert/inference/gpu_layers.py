@@ -83,16 +83,15 @@ class Projection:
         self.weight = terms.of([w.codes for w in weights], [w.bits for w in weights])
         self.static_scale = terms.scale.new_full((1,), self.grid.scale)
         self.shape = (self.weight.rows, weights[0].columns, max(self.weight.bits))
-        self.floats: E4m3Weight | None = None
-        self.whole: ProductWeight | None = None
+        self.unpacked: E4m3Weight | ProductWeight | None = None
         device = terms.scale.device
         counts = _COUNTS if min(self.weight.bits) < 8 else ()
         if any(dispatch.takes_unpacked(device, tokens, *self.shape, e4m3) for tokens in counts):
             if not e4m3:
-                self.whole = unpacked_weight(weights, terms)
+                self.unpacked = unpacked_weight(weights, terms)
             # cuBLASLt multiplies matrices of multiples of 16, and gives halves.
             elif dtype != torch.float32 and not any(n % 16 for n in self.shape[:2]):
-                self.floats = e4m3_weight(weights, terms, self.grid, dtype)
+                self.unpacked = e4m3_weight(weights, terms, self.grid, dtype)
 
     @property
     def output_grid(self) -> InputGrid:
@@ -101,11 +100,11 @@ class Projection:
 
     def of(self, tokens: Tensor) -> E4m3Weight | ProductWeight:
         """The weight as so many tokens [T, ...] are multiplied with it: e4m3 by cuBLASLt, unpacked or packed."""
-        unpacked = self.whole if self.floats is None else self.floats
-        if unpacked is None:
+        if self.unpacked is None:
             return self.weight
-        e4m3 = self.floats is not None
-        return unpacked if dispatch.takes_unpacked(tokens.device, len(tokens), *self.shape, e4m3) else self.weight
+        e4m3 = isinstance(self.unpacked, E4m3Weight)
+        taken = dispatch.takes_unpacked(tokens.device, len(tokens), *self.shape, e4m3)
+        return self.unpacked if taken else self.weight
 
     def quantized(self, x: Tensor, sums: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Codes of the input x [T, I], which are x itself where its kernel wrote them, their scale and sums."""

@@ -22,7 +22,7 @@ from qbert.inference.forward import FastForward
 from qbert.inference.gpu import Batch, GpuEncoder, Packing, Rows, fuse_for_gpu
 from qbert.inference.graphs import MAX_GRAPH_TOKENS, Bucket, Buffers, GraphCache, bucket_of
 from qbert.kernels import operators
-from qbert.kernels.operands import FLOAT, Heads, Spans
+from qbert.kernels.operands import FLOAT, E4m3Weight, Heads, Spans
 from qbert.layers.linear import PackedLinear
 from qbert.packing import pack, unpack
 
@@ -144,13 +144,14 @@ def test_products_with_unpacked_weights_give_what_packed_ones_give(
         encoder = GpuEncoder(packed, operands=operands)
         products = [p for layer in encoder.layers for p in (layer.attention_output, layer.ffn_in, layer.ffn_out)]
         for product in [*products, *(layer.qkv for layer in encoder.layers)]:
-            held = product.floats if operands == "e4m3" else product.whole
+            held = product.unpacked
             assert (held is not None) == (way == "unpacked" and product.weight.bits[0] <= 4)
-            assert product.floats is None or product.whole is None
+            assert held is None or isinstance(held, E4m3Weight) == (operands == "e4m3")
         packed.forward = encoder
         got[way] = hidden(packed, batch)[batch["attention_mask"].bool()].float()
         del packed.__dict__["forward"]
-    assert torch.equal(got["packed"], got["unpacked"]) if operands == "int8" else True
+    if operands == "int8":
+        assert torch.equal(got["packed"], got["unpacked"])
     assert error(got["unpacked"], got["packed"]) < 3e-3
 
 
